@@ -1,0 +1,1 @@
+"""What the commands stand on, one subject per file. Nothing here imports train.py or model.py."""

@@ -1,0 +1,139 @@
+"""One resolved configuration: defaults <- config files <- --key=value.
+
+The defaults are the fields of a dataclass whose comments are the help text. A config file is Python that assigns
+keys; it may import modules and use names that start with an underscore for its own arithmetic. Every other name
+that is no key, in a file or on the command line, is an error that names the nearest key.
+"""
+import ast
+import dataclasses
+import difflib
+import dis
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+
+
+class ConfigError(ValueError):
+    """Something the user gave cannot be run. The message is one sentence: given, expected, what to type instead."""
+
+
+def resolve(schema, argv, aliases=None):
+    """Build `schema` (a dataclass type) from command-line arguments.
+
+    argv: config files (paths) and `--key=value` words; later ones win, and the command line wins over files.
+    aliases: {alias: function(value) -> {key: value}} for names that stand for other keys.
+    Returns (config, given): the instance, and {key: where it was set} for every key that the user set.
+    `--help` prints all keys and exits with 0. Raises ConfigError.
+    """
+    if any(word in ('--help', '-h') for word in argv):
+        print(help_text(schema))
+        sys.exit(0)
+    hints = typing.get_type_hints(schema)
+    aliases = aliases or {}
+    values, given = {field.name: field.default for field in dataclasses.fields(schema)}, {}
+
+    def assign(key, value, source):
+        if key in aliases:
+            for target, translated in aliases[key](value).items():
+                assign(target, translated, source)
+            return
+        if key not in hints:
+            raise ConfigError(f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help` lists all keys')
+        values[key] = checked(key, value, hints[key], source)
+        given[key] = source
+
+    files = [word for word in argv if not word.startswith('-')]
+    for path in files:
+        for key, value in read_file(path, values).items():
+            assign(key, value, path)
+    for word in argv:
+        if not word.startswith('-'):
+            continue
+        match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
+        if not match:
+            raise ConfigError(f'command line: cannot read {word!r}, expected --key=value, such as --max_iters=10')
+        assign(match[1], parse(match[2]), 'command line')
+    return schema(**values), given
+
+
+def read_file(path, defaults):
+    """Run the config file `path` and return {key: value} for the names it assigns, in order. Raises ConfigError.
+
+    The file sees `defaults` (and what earlier files set) as variables, as nanoGPT's config files do.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f'cannot read the config file {path!r}: no such file (options are written --key=value)')
+    try:
+        with open(path, encoding='utf-8') as f:
+            code = compile(f.read(), path, 'exec')
+        names = {**defaults, '__file__': path, '__name__': 'config'}
+        exec(code, names)
+    except Exception as error:  # whatever a user's file may raise
+        raise ConfigError(f'cannot read the config file {path!r}: {type(error).__name__}: {error}') from None
+    assigned = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL'))
+    private = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {name: names[name] for name in assigned
+            if name in names and not name.startswith('_') and not isinstance(names[name], private)}
+
+
+def parse(text):
+    """A command-line value: a Python literal where it is one, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+
+
+def checked(key, value, hint, source):
+    """`value` as the type that `hint` asks for; an int serves as a float. Raises ConfigError."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    choices = [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
+    if value is None and type(None) in options:
+        return None
+    if bool in options and isinstance(value, bool):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if int in options:
+            return value
+        if float in options:
+            return float(value)
+    if float in options and isinstance(value, float):
+        return value
+    if str in options and value is not None:
+        return str(value)
+    if value in choices:
+        return value
+    words = [repr(c) for c in choices] + [option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
+    expected = ' | '.join(words + (['None'] if type(None) in options else []))
+    hint_text = nearest(str(value), [str(c) for c in choices]) if choices else ''
+    raise ConfigError(f'{source}: {key}={value!r} is {a_type(value)}, expected {expected}{hint_text}' if not choices else
+                      f'{source}: {key}={value!r} is not one of {expected}{hint_text}')
+
+
+def a_type(value):
+    return 'None' if value is None else f'a {type(value).__name__}' if type(value).__name__ != 'int' else 'an int'
+
+
+def nearest(word, known):
+    """', did you mean X?' for the known word that is closest to `word`, or ''."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f', did you mean {close[0]!r}?' if close else ''
+
+
+def help_text(schema):
+    """Every key with its default and its comment, in the sections of the schema's source."""
+    lines = ['usage: python train.py [config/file.py ...] [--key=value ...]', '']
+    for line in inspect.getsource(schema).splitlines():
+        section = re.fullmatch(r'    # (.+)', line)
+        field = re.fullmatch(r'    (\w+): ?(.+?) = (.+?)(?:  # (.*))?', line)
+        comment = re.fullmatch(r' {5,}# (.*)', line)
+        if section:
+            lines += ['', section[1]]
+        elif field:
+            lines.append(f'  --{field[1]}={field[3]:<{max(1, 40 - len(field[1]))}} {field[4] or ""}'.rstrip())
+        elif comment:
+            lines.append(' ' * 46 + comment[1])
+    return '\n'.join(lines)

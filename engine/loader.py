@@ -1,0 +1,264 @@
+"""Token files to batches.
+
+The training stream is a fixed sequence of windows of block_size + 1 tokens. Position p, counted in sequences since the
+start of training, names a window as a pure function of (seed, p): epoch p // n, and within it a keyed permutation of
+the n windows that do not overlap, all shifted by an offset of that epoch. Nothing is stored and nothing is drawn, so
+resume is one integer, an epoch shows every token once (but for less than two windows at the ends), and what a step
+sees does not depend on the number of ranks, the micro-batch, evaluation or logging.
+"""
+import os
+import queue
+import signal
+import threading
+import time
+
+import numpy as np
+import torch
+
+from data.tokenfile import fingerprint, read_meta, token_dtype
+from engine.configurator import ConfigError, nearest
+
+_MASK = 2**64 - 1
+
+
+def mix(*numbers):
+    """A 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in, Python int out."""
+    h = 0
+    for number in numbers:
+        h = (h + number + 0x9E3779B97F4A7C15) & _MASK
+        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & _MASK
+        h ^= h >> 31
+    return h
+
+
+def _mix_array(x, key):
+    """The same hash for a uint64 array `x` under one key."""
+    x = x + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(index, n, key):
+    """Keyed permutation of 0..n-1, elementwise and in O(1) memory.
+
+    index: (k,) int64 array of values in [0, n). Returns a (k,) int64 array; over all of 0..n-1 it is a bijection.
+    A Feistel network over a grid of a x b >= n cells (a, b close to sqrt(n)); what lands on one of the few cells
+    beyond n walks on along its cycle (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    """
+    a = int(np.ceil(np.sqrt(n)))
+    b = -(-n // a)
+    keys = [mix(key, r) for r in range(8)]
+
+    def feistel(x):
+        left, right = x // np.uint64(b), x % np.uint64(b)
+        for r, round_key in enumerate(keys):
+            if r % 2 == 0:
+                left = (left + _mix_array(right, round_key) % np.uint64(a)) % np.uint64(a)
+            else:
+                right = (right + _mix_array(left, round_key) % np.uint64(b)) % np.uint64(b)
+        return left * np.uint64(b) + right
+
+    x = feistel(np.asarray(index).astype(np.uint64))
+    while (beyond := x >= n).any():
+        x[beyond] = feistel(x[beyond])
+    return x.astype(np.int64)
+
+
+class WindowOrder:
+    """Where the window at each position of the training stream starts.
+
+    n_tokens: tokens in the split; block_size: T, a window is T + 1 tokens and windows start T apart.
+    """
+
+    def __init__(self, n_tokens, block_size, seed):
+        self.block_size, self.seed = block_size, seed
+        self.max_offset = min(block_size - 1, n_tokens - 1 - block_size)
+        self.per_epoch = (n_tokens - 1 - self.max_offset) // block_size
+
+    def starts(self, position, count):
+        """First token of the windows at positions position .. position + count - 1: (count,) int64 array."""
+        positions = np.arange(position, position + count, dtype=np.int64)
+        epochs = positions // self.per_epoch
+        starts = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            key = mix(self.seed, int(epoch))
+            order = permute(positions[here] % self.per_epoch, self.per_epoch, key)
+            starts[here] = order * self.block_size + mix(key, 0x0FF5E7) % (self.max_offset + 1)
+        return starts
+
+
+class TokenFile:
+    """One split of a data set, memory-mapped and checked.
+
+    path: the .bin file; meta: the dict of meta.pkl ({} when there is none). `len()` is the number of tokens.
+    Raises ConfigError for a file that cannot be what meta says.
+    """
+
+    def __init__(self, path, split, meta):
+        self.path, self.split, self.dtype = path, split, token_dtype(meta)
+        size = os.path.getsize(path)
+        if size == 0 or size % self.dtype.itemsize:
+            raise ConfigError(f'{path} has {size} bytes, which is not a whole number of {self.dtype.name} tokens: '
+                              f'the file is damaged or its dtype is another; run the prepare.py of this data set again')
+        self.tokens = np.asarray(np.memmap(path, dtype=self.dtype, mode='r'))
+        self.fingerprint = fingerprint(path)
+        stated = meta.get('fingerprint', {}).get(split)
+        if stated and stated != self.fingerprint:
+            raise ConfigError(f'{path} is not the file that its meta.pkl describes (fingerprint {self.fingerprint[:12]}, '
+                              f'expected {stated[:12]}): run the prepare.py of this data set again')
+        if 'dtype' not in meta and self._looks_like_uint32():
+            raise ConfigError(f'{path} looks like uint32 tokens (every second 16-bit number is tiny), but no meta.pkl says so, '
+                              f"which means uint16: write a meta.pkl with dtype 'uint32', or prepare the data set again")
+        # a file of many GB that its fingerprint vouches for is not read through at every start
+        known = meta.get('max_id', {}).get(split) if stated and size > 2**30 else None
+        self.max_id = int(self.tokens.max()) if known is None else known
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def _looks_like_uint32(self):
+        head = self.tokens[:65536]
+        return len(head) >= 64 and int(head[1::2].max()) <= 4 < int(head[0::2].max())
+
+    def windows(self, starts, block_size):
+        """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor."""
+        view = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)
+        return torch.from_numpy(view[starts].astype(np.int64))
+
+
+def open_dataset(name, root):
+    """(train, val, meta) of the data set `name` under `root`/data. Raises ConfigError, naming the command that prepares it."""
+    folder = os.path.join(root, 'data', name)
+    missing = [split for split in ('train', 'val') if not os.path.isfile(os.path.join(folder, f'{split}.bin'))]
+    if missing:
+        if os.path.isfile(os.path.join(folder, 'prepare.py')):
+            raise ConfigError(f"data set {name!r} is not prepared ({folder} has no {' and no '.join(f'{s}.bin' for s in missing)}): "
+                              f"run `python data/{name}/prepare.py` first")
+        known = sorted(d for d in os.listdir(os.path.join(root, 'data')) if os.path.isfile(os.path.join(root, 'data', d, 'prepare.py')))
+        raise ConfigError(f"no data set {name!r} in {os.path.join(root, 'data')}{nearest(name, known)}; known are {', '.join(known)}; for text of your "
+                          f"own run `python data/own_text/prepare.py --input FILE --output data/{name}`")
+    try:
+        meta = read_meta(folder)
+        return *(TokenFile(os.path.join(folder, f'{split}.bin'), split, meta) for split in ('train', 'val')), meta
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_fit(file, vocab_size, block_size):
+    """Raise ConfigError unless `file` has ids for this vocabulary and tokens for one block."""
+    if file.max_id >= vocab_size:
+        raise ConfigError(f'{file.path} holds token id {file.max_id}, beyond vocab_size={vocab_size}: '
+                          f'type --vocab_size={file.max_id + 1} or more, or prepare the data with the tokenizer of this model')
+    if len(file) < block_size + 1:
+        raise ConfigError(f'{file.path} has {len(file)} tokens, too few for one block of block_size={block_size} and its target: '
+                          f'type --block_size={max(1, len(file) - 1)} or less, or prepare more text')
+
+
+def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1):
+    """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (<= batch_size, block_size).
+
+    n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping: the same at every
+    evaluation and for every number of ranks; rank r takes each world_size-th batch.
+    """
+    available = (len(file) - 1) // block_size
+    count = min(n_batches * batch_size, available)
+    starts = np.arange(count) * available // count * block_size
+    for first in range(rank * batch_size, count, world_size * batch_size):
+        window = file.windows(starts[first:first + batch_size], block_size)
+        yield window[:, :-1], window[:, 1:]
+
+
+class TrainLoader:
+    """Micro-batches of this rank, from `position` on, without end.
+
+    Micro-step m of a step that starts at position p gets, on rank r of w, the sequences from p + (m * w + r) * batch_size:
+    one process with accumulation 4 and two with accumulation 2 see the same steps. `next()` returns
+    (x, y, position of its first sequence); x and y are (batch_size, block_size) int64 on `device`.
+
+    On CUDA the windows are gathered into pinned memory by a thread that runs ahead and copied without waiting. With
+    `num_workers` > 0 torch's DataLoader gathers in that many processes, `prefetch_factor` batches ahead each.
+    `wait_s` adds up the seconds that next() spent waiting.
+    """
+
+    def __init__(self, file, order, *, batch_size, rank, world_size, position, device, num_workers=0, prefetch_factor=2):
+        self.file, self.order, self.batch_size = file, order, batch_size
+        self.rank, self.world_size, self.first = rank, world_size, position
+        self.device, self.pin = device, device.type == 'cuda'
+        self.wait_s, self.micro = 0.0, 0
+        self._stop = threading.Event()
+        if num_workers:
+            self.source = iter(torch.utils.data.DataLoader(
+                self, sampler=_Count(), batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor,
+                pin_memory=self.pin, worker_init_fn=_ignore_interrupts))
+        elif self.pin:
+            self.source = self._run_ahead(depth=4)
+        else:
+            self.source = (self[micro] for micro in _Count())
+
+    def position_of(self, micro):
+        """Position in the stream of the first sequence of this rank's micro-step `micro`, counted from the first step."""
+        return self.first + (micro * self.world_size + self.rank) * self.batch_size
+
+    def __getitem__(self, micro):
+        starts = self.order.starts(self.position_of(micro), self.batch_size)
+        return self.file.windows(starts, self.order.block_size)
+
+    def next(self):
+        started = time.perf_counter()
+        window = next(self.source)
+        self.wait_s += time.perf_counter() - started
+        position = self.position_of(self.micro)
+        self.micro += 1
+        window = window.to(self.device, non_blocking=self.pin)
+        return window[:, :-1], window[:, 1:], position
+
+    def _run_ahead(self, depth):
+        ready = queue.Queue(maxsize=depth)
+
+        def gather():
+            try:
+                for micro in _Count():
+                    item = self[micro].pin_memory()
+                    while not self._stop.is_set():
+                        try:
+                            ready.put(item, timeout=0.5)
+                            break
+                        except queue.Full:
+                            continue
+                    if self._stop.is_set():
+                        return
+            except Exception as error:  # raised again where the batch is asked for
+                ready.put(error)
+
+        threading.Thread(target=gather, daemon=True, name='batches').start()
+        while True:
+            item = ready.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def close(self):
+        """Stop the thread or the worker processes."""
+        self._stop.set()
+        self.source = None
+
+
+class _Count:
+    """0, 1, 2, ... as a sampler."""
+
+    def __iter__(self):
+        k = 0
+        while True:
+            yield k
+            k += 1
+
+
+def _ignore_interrupts(worker_id):
+    # Ctrl-C goes to the whole process group; the trainer finishes its step and closes the workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

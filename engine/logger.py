@@ -1,0 +1,210 @@
+"""What a run writes about itself.
+
+    out_dir/run_YYYYMMDD_HHMMSS.jsonl   the truth: one JSON object per line, the header first, appended and flushed
+    out_dir/run_YYYYMMDD_HHMMSS.json    the same as one object, always valid: written aside and renamed
+    out_dir/run_YYYYMMDD_HHMMSS.log     the console text
+
+and, where asked for, Weights & Biases and TensorBoard. A resumed run continues its files after dropping what lies beyond
+the step it resumed from, so that curves never fork. A number that is not finite is written as null: JSON has no NaN.
+"""
+import datetime
+import json
+import math
+import os
+import time
+
+from tqdm import tqdm
+
+FORMAT = 1
+_SECTIONS = {'iter': 'training_iterations', 'eval': 'eval_steps', 'checkpoint': 'checkpoints'}
+
+
+def now():
+    """Local time with its zone, ISO 8601."""
+    return datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+
+
+def new_run_name(out_dir):
+    """run_YYYYMMDD_HHMMSS, the first second from now on that has no log in out_dir."""
+    moment = datetime.datetime.now()
+    while True:
+        name = moment.strftime('run_%Y%m%d_%H%M%S')
+        if not os.path.exists(os.path.join(out_dir, f'{name}.jsonl')):
+            return name
+        moment += datetime.timedelta(seconds=1)
+
+
+class RunLog:
+    """Log of one run. Only the main rank has an `active` one; with write=False it only shows text on the terminal.
+
+    header: {'config', 'startup_info', 'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there.
+    """
+
+    def __init__(self, out_dir, run_name, header, *, active=True, write=True, resume_step=None, save_json=True, save_interval=100, total=None, first=0):
+        self.active, self.write = active, active and write
+        self.save_json, self.save_interval = save_json, save_interval
+        self.path = os.path.join(out_dir, run_name or '')
+        self.run = {'run_name': run_name, 'start_time': now(), 'end_time': None, **header,
+                    **{section: [] for section in _SECTIONS.values()}}
+        self.wall_before, self.started, self.last_saved = 0.0, time.perf_counter(), first
+        self.sinks, self.bar, self.text, self.lines = [], None, None, None
+        if not self.write:
+            return
+        os.makedirs(out_dir, exist_ok=True)
+        kept = self._keep_until(resume_step) if resume_step is not None else []
+        self.text = open(f'{self.path}.log', 'a', encoding='utf-8')
+        self.lines = open(f'{self.path}.jsonl', 'a', encoding='utf-8')
+        if kept:
+            self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
+        else:
+            self._append({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header})
+        self.bar = tqdm(total=total, initial=first, unit='it', disable=None, dynamic_ncols=True, leave=False)
+
+    def _keep_until(self, step):
+        """Rewrite the JSONL without what lies beyond `step`; the records that stay."""
+        kept = []
+        if not os.path.exists(f'{self.path}.jsonl'):
+            return kept
+        with open(f'{self.path}.jsonl', encoding='utf-8') as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the last line of a killed run may be cut
+                    continue
+                # the evaluation at the resumed step comes after the save, so it will be made again
+                beyond = record['type'] == 'end' or record.get('iter', 0) > step or (record['type'] == 'eval' and record['iter'] == step)
+                if not beyond:
+                    kept.append(record)
+        with open(f'{self.path}.jsonl.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(record) + '\n' for record in kept)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f'{self.path}.jsonl.tmp', f'{self.path}.jsonl')
+        for record in kept:
+            self._remember(record)
+            self.wall_before = record.get('wall_s', self.wall_before)
+            if record['type'] == 'header':
+                self.run['start_time'] = record['start_time']
+        return kept
+
+    def wall_s(self):
+        """Seconds that this run has been going, over all its resumptions."""
+        return self.wall_before + time.perf_counter() - self.started
+
+    def say(self, text=''):
+        """Show `text` on the terminal and keep it in the .log file."""
+        if not self.active:
+            return
+        tqdm.write(text)
+        if self.write:
+            self.text.write(text + '\n')
+            self.text.flush()
+
+    def event(self, kind, **fields):
+        """Append one record: 'iter' | 'eval' | 'checkpoint' | 'resume' | 'end'."""
+        if not self.write:
+            return
+        record = finite({'type': kind, **fields})
+        self._append(record)
+        self._remember(record)
+        for sink in self.sinks:
+            sink(kind, record)
+        if self.save_json and kind != 'resume' and (kind != 'iter' or record['iter'] - self.last_saved >= self.save_interval):
+            self.last_saved = record.get('iter', self.last_saved)
+            self.write_json()
+
+    def _append(self, record):
+        self.lines.write(json.dumps(finite(record)) + '\n')
+        self.lines.flush()
+
+    def _remember(self, record):
+        if record['type'] in _SECTIONS:
+            self.run[_SECTIONS[record['type']]].append({key: value for key, value in record.items() if key != 'type'})
+        saved = self.run['checkpoints']
+        if record['type'] == 'eval' and saved and saved[-1]['iter'] == record['iter']:  # saved first, evaluated then
+            saved[-1]['val_loss'] = record['val_loss']
+
+    def progress(self, step, loss=None):
+        """Move the progress bar, which stays out of the files."""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.update(step - self.bar.n)
+            if loss is not None:
+                self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+
+    def summary(self):
+        iterations, evaluations = self.run['training_iterations'], self.run['eval_steps']
+        known = [r['mfu']['mfu'] for r in iterations if isinstance(r['mfu'], dict) and r['mfu']['mfu'] is not None]
+        times = [r['time_ms'] for r in iterations[1:]] or [r['time_ms'] for r in iterations]  # the first includes warm-up
+        best = [r['val_loss'] for r in evaluations if r['val_loss'] is not None]
+        return {'total_iterations': iterations[-1]['iter'] if iterations else 0, 'final_iter': iterations[-1]['iter'] if iterations else 0,
+                'final_train_loss': iterations[-1]['loss'] if iterations else None, 'best_val_loss': min(best, default=None),
+                'avg_time_ms': sum(times) / len(times) if times else None, 'avg_mfu': sum(known) / len(known) if known else None,
+                'total_eval_steps': len(evaluations), 'total_checkpoints': len(self.run['checkpoints'])}
+
+    def write_json(self):
+        progress = [{'iter': r['iter'], 'loss': r['loss'], 'mfu': r['mfu']['mfu'] if isinstance(r['mfu'], dict) else None,
+                     'tokens_per_sec': r['tokens_per_sec'], 'memory_allocated_gb': r['memory']['allocated_gb'], 'dt_ms': r['time_ms']}
+                    for r in self.run['training_iterations']]
+        with open(f'{self.path}.json.tmp', 'w', encoding='utf-8') as f:
+            json.dump(finite({**self.run, 'training_progress': progress, 'summary': self.summary()}), f)
+        os.replace(f'{self.path}.json.tmp', f'{self.path}.json')
+
+    def close(self):
+        """Write the summary and close the files."""
+        if not self.write:
+            return
+        self.run['end_time'] = now()
+        self.bar.close()
+        self.event('end', end_time=self.run['end_time'], summary=self.summary())
+        for sink in self.sinks:
+            sink('close', {})
+        self.text.close()
+        self.lines.close()
+
+    def to_wandb(self, project, name):
+        """Send records to Weights & Biases as well (the package `wandb`)."""
+        import wandb
+        run = wandb.init(project=project, name=name, id=self.run['run_name'], resume='allow', config=self.run['config'],
+                         dir=os.path.dirname(self.path))
+        self.sinks.append(lambda kind, record: run.finish() if kind == 'close' else run.log(scalars(kind, record), step=record['iter'])
+                          if kind in ('iter', 'eval') else None)
+
+    def to_tensorboard(self):
+        """Write records as TensorBoard events into out_dir/tensorboard/<run name> as well (the package `tensorboard`)."""
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(os.path.join(os.path.dirname(self.path), 'tensorboard', self.run['run_name']))
+
+        def sink(kind, record):
+            if kind == 'close':
+                writer.close()
+            elif kind in ('iter', 'eval'):
+                for key, value in scalars(kind, record).items():
+                    writer.add_scalar(key, value, record['iter'])
+        self.sinks.append(sink)
+
+
+def scalars(kind, record):
+    """The numbers of a record as one flat dict with names such as train/loss, for dashboards."""
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f'{prefix}/{key}', inner)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[prefix] = value
+    for key, value in record.items():
+        if key not in ('type', 'timestamp') and not (key == 'mfu' and not isinstance(value, dict)):
+            walk(f"{'train' if kind == 'iter' else 'eval'}/{key}", value)
+    return flat
+
+
+def finite(value):
+    """`value` with every float that is not finite replaced by None."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,291 @@
+"""Draw one run: loss, learning rate, tokens, gradient norm, throughput and MFU, memory.
+
+    python plots/plot_single_run.py out-llama-1.36b
+    cd plots && python plot_single_run.py ../out-llama-1.36b/run_*.json
+
+The picture is saved beside the newest log that was read (run_X.png), and its path is printed.
+A new panel is a function (axes, run, window) that draws it, and a line in PANELS with the columns it needs.
+"""
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from run_log import LogError, load_run
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
+STYLE = {
+    'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 10,
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#666666', 'axes.grid': True, 'axes.axisbelow': True,
+    'grid.color': '#e4e4e4', 'grid.linewidth': 0.7, 'lines.linewidth': 1.5, 'legend.fontsize': 9, 'legend.frameon': True,
+    'legend.framealpha': 0.85, 'legend.edgecolor': 'none', 'text.parse_math': False,
+}
+
+
+def smooth(values, window):
+    """Centred moving average over `window` entries, fewer at both ends; entries that are not finite count for nothing."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    first = np.maximum(np.arange(len(values)) - window // 2, 0)
+    last = np.minimum(np.arange(len(values)) + (window + 1) // 2, len(values))
+    counts = count[last] - count[first]
+    return np.where(finite, (total[last] - total[first]) / np.maximum(counts, 1), np.nan)
+
+
+def default_window(run):
+    """Records to average over when the user does not say: one fortieth of the run, an odd number, at most 201."""
+    return 1 + 2 * min(len(run.iters) // 80, 100)
+
+
+def set_limits(axes, *curves):
+    """y-limits that show every curve and where it ends, but not rare high values: the first losses would flatten the rest."""
+    curves = [curve[np.isfinite(curve)] for curve in curves]
+    curves = [curve for curve in curves if len(curve)]
+    if not curves:
+        return
+    low = min(curve.min() for curve in curves)
+    high = max(max(usual_top(curve), curve[-1]) for curve in curves)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def usual_top(curve):
+    """The highest value but for outliers: 2.5 sigma above the median for plain noise, the late part of the descent for a loss."""
+    if len(curve) < 20:
+        return curve.max()
+    median, high = np.percentile(curve, (50, 95))
+    return min(curve.max(), high + 0.5 * (high - median))
+
+
+def trained(eval_loss):
+    """The evaluations without the first, which may be that of the untrained model; all of them if they are few."""
+    return eval_loss[1:] if len(eval_loss) > 3 else eval_loss
+
+
+def scaled(values):
+    """Divisor and word that keep the ticks of large counts short, such as (1e9, ' (billions)')."""
+    largest = np.nanmax(values)
+    for divisor, word in ((1e12, 'trillions'), (1e9, 'billions'), (1e6, 'millions'), (1e3, 'thousands')):
+        if largest >= divisor:
+            return divisor, f' ({word})'
+    return 1, ''
+
+
+def plot_line(axes, x, y, **style):
+    """A line through the finite values only: with a marker where there are too few points for a line to be seen."""
+    finite = np.isfinite(y)
+    marker = 'o' if finite.sum() < 12 else None
+    axes.plot(x[finite], y[finite], marker=marker, markersize=4, **style)
+
+
+def plot_smoothed(axes, run, name, window, **style):
+    """A column as a faint raw line under its moving average."""
+    values = run.column(name)
+    if window > 1:
+        axes.plot(run.iters, values, color=style['color'], alpha=0.3, linewidth=0.8)
+    plot_line(axes, run.iters, smooth(values, window), **style)
+
+
+def draw_marks(axes, run, resume=None, checkpoint=None):
+    """Resumes as dashed lines, checkpoints as short strokes at the foot of the panel; with these labels in its legend."""
+    foot = axes.get_xaxis_transform()
+    if len(run.resumes):
+        axes.vlines(run.resumes, 0, 1, transform=foot, color=PURPLE, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label=resume)
+    if len(run.checkpoints):
+        axes.vlines(run.checkpoints, 0, 0.06, transform=foot, color='#333333', linewidth=1.3, label=checkpoint)
+
+
+def draw_loss(axes, run, window):
+    plot_smoothed(axes, run, 'loss', window, color=BLUE, label='train' if window == 1 else f'train (mean of {window} records)')
+    if len(run.eval_iters):
+        axes.plot(run.eval_iters, run.eval_val_loss, 'o-', color=ORANGE, markersize=4, label='validation')
+    draw_marks(axes, run, resume='resume', checkpoint='checkpoint')
+    set_limits(axes, run.column('loss'), trained(run.eval_val_loss))
+    axes.set(title='Loss', ylabel='loss (nats per token)')
+    add_perplexity(axes)
+    axes.legend(loc='upper right')
+
+
+def add_perplexity(axes):
+    """A right-hand axis with exp(loss), its ticks at round perplexities."""
+    low, high = axes.get_ylim()
+    if high > 50:
+        return      # a perplexity of e^50 tells nobody anything
+    if high - low > 1.6:
+        steps = (1, 2, 5) if high - low < 8 else (1,)
+        ticks = np.array([step * 10.0 ** power for power in range(-1, 23) for step in steps])
+    else:
+        ticks = MaxNLocator(6).tick_values(np.exp(low), np.exp(high))
+    ticks = ticks[(ticks >= np.exp(low)) & (ticks <= np.exp(high))]
+    right = axes.secondary_yaxis('right')
+    right.set_yticks(np.log(ticks), labels=[f'{tick:,.0f}' if tick >= 1000 else f'{tick:.4g}' for tick in ticks])
+    right.set_ylabel('perplexity')
+    right.spines['right'].set_visible(True)
+
+
+def draw_lr(axes, run, window):
+    plot_line(axes, run.iters, run.column('lr'), color=BLUE)
+    axes.set(title='Learning rate', ylabel='learning rate')
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.3g}'))
+
+
+def draw_tokens(axes, run, window):
+    divisor, word = scaled(run.column('tokens_seen'))
+    plot_line(axes, run.iters, run.column('tokens_seen') / divisor, color=BLUE)
+    axes.set(title='Tokens seen', ylabel=f'tokens{word}')
+    axes.set_ylim(bottom=0)
+
+
+def draw_grad_norm(axes, run, window):
+    plot_smoothed(axes, run, 'gradients.global_norm', window, color=BLUE, label='all parameters')
+    mean, low, high = (run.column(f'gradients.{kind}_layer_norm') for kind in ('mean', 'min', 'max'))
+    if np.isfinite(mean).any():
+        plot_line(axes, run.iters, mean, color=ORANGE, label='layers: mean')
+    both = np.isfinite(low) & np.isfinite(high)
+    if both.any():
+        axes.fill_between(run.iters[both], low[both], high[both], color=ORANGE, alpha=0.2, linewidth=0, label='layers: min to max')
+    norms = np.concatenate([run.column('gradients.global_norm'), mean, low, high])
+    norms = norms[np.isfinite(norms) & (norms > 0)]
+    axes.set(title='Gradient norm', ylabel='gradient norm, before clipping')
+    if len(norms) and np.percentile(norms, 99) > 30 * np.percentile(norms, 1):
+        axes.set(yscale='log', ylabel='gradient norm, before clipping (log)')
+        axes.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        set_limits(axes, run.column('gradients.global_norm'), high, low)
+    if np.isfinite(mean).any() or both.any():
+        axes.legend(loc='upper right')
+
+
+def draw_throughput(axes, run, window):
+    speed, mfu = run.column('tokens_per_sec'), run.column('mfu_percent')
+    title = 'Throughput'
+    if run.has('tokens_per_sec'):
+        divisor, word = scaled(speed)
+        plot_line(axes, run.iters, speed / divisor, color=BLUE)
+        axes.set_ylabel(f'tokens per second{word}', color=BLUE)
+        axes.set_ylim(0, 1.15 * np.nanpercentile(speed, 99) / divisor)
+    if run.has('mfu_percent'):
+        right = axes
+        if run.has('tokens_per_sec'):
+            right = axes.twinx()
+            right.spines['right'].set_visible(True)
+            right.grid(False)
+        plot_line(right, run.iters, mfu, color=ORANGE)
+        right.set_ylabel('MFU (%)', color=ORANGE)
+        # MFU is proportional to the speed: another headroom keeps the two lines apart
+        right.set_ylim(0, 1.6 * np.nanpercentile(mfu, 99))
+        title += ' and MFU'
+    elif run.mfu_unknown:
+        title += ' (MFU unknown for this device)'
+    axes.set_title(title)
+
+
+def draw_memory(axes, run, window):
+    for name, label, color, line in (('allocated', 'allocated', BLUE, '-'), ('max_allocated', 'allocated, peak', BLUE, '--'),
+                                     ('reserved', 'reserved', GREEN, '-'), ('max_reserved', 'reserved, peak', GREEN, '--')):
+        if run.has(f'memory.{name}_gb'):
+            plot_line(axes, run.iters, run.column(f'memory.{name}_gb'), color=color, linestyle=line, label=label)
+    axes.set(title='Memory', ylabel='memory (GB)')
+    axes.set_ylim(bottom=0)
+    axes.legend(loc='lower right', ncols=2)
+
+
+# columns of which one must hold data, and the function that draws them
+PANELS = [
+    (('loss',), draw_loss),
+    (('lr',), draw_lr),
+    (('gradients.global_norm',), draw_grad_norm),
+    (('tokens_per_sec', 'mfu_percent'), draw_throughput),
+    (('tokens_seen',), draw_tokens),
+    (('memory.allocated_gb', 'memory.reserved_gb', 'memory.max_allocated_gb', 'memory.max_reserved_gb'), draw_memory),
+]
+
+
+def describe(run):
+    """What was run, in up to two lines, from as much as config and startup_info know."""
+    config, hardware = run.config, run.startup_info.get('hardware') or {}
+    sizes = '-'.join(f'{config[key]}{letter}' for key, letter in (('n_layer', 'L'), ('n_head', 'H'), ('n_embd', 'D'), ('d_ff', 'ff'))
+                     if config.get(key))
+    params = (run.startup_info.get('model') or {}).get('total_params')
+    gpus = hardware.get('num_gpus') or 0
+    device = hardware.get('gpu_name') or run.metadata.get('device')
+    what = [config.get('arch_preset'), sizes, params and f'{count(params)} parameters', config.get('dataset'),
+            config.get('block_size') and f"context {config['block_size']}"]
+    where = [f'{gpus} × {device}' if gpus > 1 and device else device, hardware.get('precision') or run.metadata.get('dtype'),
+             hardware.get('parallelism')]
+    return '\n'.join(' · '.join(str(part) for part in line if part) for line in (what, where) if any(line))
+
+
+def count(number):
+    """A large count in three digits: 1.29 B."""
+    for divisor, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+        if number >= divisor:
+            return f'{number / divisor:.3g} {letter}'
+    return f'{number:.0f}'
+
+
+def grid(figure, panels):
+    """Axes for this many panels in two columns; the first panel is as wide as both where the number is odd."""
+    rows = (panels + 1) // 2
+    spec = figure.add_gridspec(rows, 2 if panels > 1 else 1)
+    if panels % 2 == 0:
+        return [figure.add_subplot(spec[i // 2, i % 2]) for i in range(panels)]
+    return [figure.add_subplot(spec[0, :])] + [figure.add_subplot(spec[1 + i // 2, i % 2]) for i in range(panels - 1)]
+
+
+def draw_run(run, window=None):
+    """The figure of one run, a panel for each thing it logged; `window` is the number of records averaged for smooth lines."""
+    window = window or default_window(run)
+    panels = [draw for columns, draw in PANELS if run.has(*columns)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 1.2 + 3.3 * ((len(panels) + 1) // 2)), layout='constrained')
+        for axes, draw in zip(grid(figure, len(panels)), panels):
+            draw(axes, run, window)
+            if draw is not draw_loss:       # which has them in its legend
+                draw_marks(axes, run)
+            axes.set_xlabel('iteration')
+            if len(run.iters) == 1:
+                axes.set_xlim(run.iters[0] - 1, run.iters[0] + 1)
+            axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+            axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
+        figure.suptitle(f'{run.label} · {run.name}\n{describe(run)}', fontsize=12)
+    return figure
+
+
+def save(figure, path, parser):
+    """Write the picture and print where; a path that cannot be one ends the command."""
+    if path.suffix not in ('.png', '.pdf', '.svg'):
+        parser.exit(2, f'{parser.prog}: --output must end in .png, .pdf or .svg, got {path}\n')
+    if not path.parent.is_dir():
+        parser.exit(2, f'{parser.prog}: no such folder for the picture: {path.parent}\n')
+    with matplotlib.rc_context(STYLE):      # ticks are made while drawing
+        figure.savefig(path, dpi=130)
+    print(path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Draw one run from its log.')
+    parser.add_argument('path', nargs='+', help='out_dir, run_*.jsonl or run_*.json; several belong to one run and are joined')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='where to save the picture (default: beside the newest log)')
+    parser.add_argument('--smooth', type=int, metavar='N',
+                        help='average over N records, 1 for none (default: a fortieth of the run, at most 201)')
+    args = parser.parse_args(argv)
+    if args.smooth is not None and args.smooth < 1:
+        parser.exit(2, f'{parser.prog}: --smooth must be at least 1, got {args.smooth}\n')
+    try:
+        run = load_run(args.path)
+    except LogError as error:
+        parser.exit(2, f'{parser.prog}: {error}\n')
+    for note in run.notes:
+        print('note:', note)
+    save(draw_run(run, args.smooth), args.output or run.path.with_suffix('.png'), parser)
+
+
+if __name__ == '__main__':
+    main()

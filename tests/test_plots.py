@@ -1,0 +1,321 @@
+"""Proves that plots/ reads every kind of log (old, cut, resumed), draws its true numbers, and refuses bad input with exit code 2."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+matplotlib = pytest.importorskip('matplotlib')
+from matplotlib.image import imread     # noqa: E402
+
+PLOTS = Path(__file__).resolve().parent.parent / 'plots'
+sys.path.insert(0, str(PLOTS))
+import compare_runs     # noqa: E402
+import plot_single_run  # noqa: E402
+from run_log import LogError, load_run  # noqa: E402
+
+CONFIG = {'arch_preset': 'llama', 'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'd_ff': 256, 'dataset': 'shakespeare', 'block_size': 32,
+          'batch_size': 4, 'gradient_accumulation_steps': 2}
+BATCH = 4 * 32 * 2 * 2      # of CONFIG on two ranks
+
+
+def header(name='run_20261121_021500', **more):
+    start = f'{name[4:8]}-{name[8:10]}-{name[10:12]}T{name[13:15]}:{name[15:17]}:{name[17:19]}'
+    return {'type': 'header', 'format': 1, 'run_name': name, 'start_time': start, 'config': CONFIG, 'metadata': {'world_size': 2},
+            'startup_info': {'model': {'total_params': 1_294_159_104}, 'hardware': {'gpu_name': 'H100', 'num_gpus': 2}}, **more}
+
+
+def record(it, loss=None, **more):
+    return {'type': 'iter', 'iter': it, 'loss': 3 + 8 / it if loss is None else loss, 'lr': 1e-3 / it, 'tokens_seen': it * BATCH,
+            'time_ms': 500.0, 'tokens_per_sec': 2.0 * BATCH, 'data_wait_ms': 1.0, 'wall_s': 0.5 * it,
+            'mfu': {'mfu': 0.41, 'mfu_percent': 41.0}, 'gradients': {'global_norm': 1.0 + 1 / it},
+            'memory': {'allocated_gb': 2.0, 'reserved_gb': 3.0, 'max_allocated_gb': 4.0, 'max_reserved_gb': 5.0}, **more}
+
+
+def evaluation(it, val_loss):
+    return {'type': 'eval', 'iter': it, 'train_loss': val_loss, 'val_loss': val_loss}
+
+
+def write_jsonl(folder, records, name='run_20261121_021500', tail=''):
+    folder.mkdir(exist_ok=True)
+    path = folder / f'{name}.jsonl'
+    path.write_text(''.join(json.dumps(entry) + '\n' for entry in [header(name), *records]) + tail)
+    return path
+
+
+def write_json(folder, iterations, name='run_20261121_021500', **sections):
+    folder.mkdir(exist_ok=True)
+    path = folder / f'{name}.json'
+    path.write_text(json.dumps({'run_name': name, 'training_iterations': iterations, **sections}))
+    return path
+
+
+def axes_named(figure, title):
+    return next(axes for axes in figure.axes if axes.get_title(loc='left').startswith(title))
+
+
+def line(axes, label):
+    return next(drawn for drawn in axes.lines if drawn.get_label().startswith(label))
+
+
+def exit_message(command, argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(arg) for arg in argv])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count('\n') == 1, message
+    return message
+
+
+def test_jsonl_json_and_folder_give_the_same_run(tmp_path):
+    records = [record(it) for it in range(1, 31)]
+    evals = [evaluation(10, 4.5), evaluation(20, 4.0)]
+    jsonl = write_jsonl(tmp_path / 'a', [*records, *evals, {'type': 'checkpoint', 'iter': 20}, {'type': 'unheard of', 'iter': 5}])
+    sections = {key: header()[key] for key in ('config', 'metadata', 'startup_info')}
+    whole = write_json(tmp_path / 'b', records, eval_steps=evals, checkpoints=[{'iter': 20}], **sections)
+    for path in (jsonl, whole, tmp_path / 'a', tmp_path / 'b'):
+        run = load_run([path])
+        assert run.iters.tolist() == list(range(1, 31))
+        assert run.column('gradients.global_norm')[1] == 1.5
+        assert (run.column('mfu_percent') == 41).all() and not run.mfu_unknown
+        assert run.eval_iters.tolist() == [10, 20] and run.eval_val_loss.tolist() == [4.5, 4.0]
+        assert run.checkpoints.tolist() == [20]
+        assert run.label in ('a', 'b') and run.name == 'run_20261121_021500'
+        assert np.isnan(run.column('never.logged')).all() and len(run.column('never.logged')) == 30
+
+
+def test_jsonl_is_preferred_where_both_exist(tmp_path):
+    write_json(tmp_path, [record(1, loss=9.0)])
+    write_jsonl(tmp_path, [record(1, loss=5.0), record(2, loss=4.0)])
+    for paths in ([tmp_path], sorted(tmp_path.glob('run_*')), sorted(tmp_path.glob('run_*'), reverse=True)):
+        assert load_run(paths).column('loss').tolist() == [5.0, 4.0]
+
+
+def test_a_cut_last_line_is_ignored_and_a_broken_middle_line_is_not(tmp_path):
+    path = write_jsonl(tmp_path, [record(1), record(2)], tail='{"type": "iter", "iter": 3, "lo')
+    assert load_run([path]).iters.tolist() == [1, 2]
+    with path.open('a') as log:
+        log.write('\n' + json.dumps(record(4)) + '\n')
+    with pytest.raises(LogError, match='line 4 is not valid JSON'):
+        load_run([path])
+
+
+def test_resume_within_a_log_drops_what_did_not_go_on(tmp_path):
+    records = [*(record(it, loss=5.0) for it in range(1, 9)), evaluation(8, 5.0), {'type': 'resume', 'iter': 4}, record(5, loss=4.0)]
+    run = load_run([write_jsonl(tmp_path, records)])
+    assert run.iters.tolist() == [1, 2, 3, 4, 5]
+    assert run.column('loss').tolist() == [5.0] * 4 + [4.0]
+    assert len(run.eval_iters) == 0 and run.resumes.tolist() == [4]
+
+
+def test_resumed_runs_are_joined_without_a_fork(tmp_path):
+    # the later run's file name sorts first: start_time decides
+    write_jsonl(tmp_path, [*(record(it, loss=5.0) for it in range(10, 101, 10)), evaluation(50, 5.0), evaluation(100, 5.0)])
+    later = [record(it, loss=4.0, wall_s=it - 60) for it in range(70, 131, 10)]
+    named = write_jsonl(tmp_path, [*later, evaluation(100, 4.0)], name='run_20261122_000000').rename(tmp_path / 'run_0.jsonl')
+    run = load_run([tmp_path])
+    assert run.path == named and run.name == 'run_20261122_000000'
+    assert run.iters.tolist() == list(range(10, 131, 10))
+    assert run.column('loss').tolist() == [5.0] * 6 + [4.0] * 7
+    assert run.eval_iters.tolist() == [50, 100] and run.eval_val_loss.tolist() == [5.0, 4.0]
+    assert run.resumes.tolist() == [60]
+    assert run.column('wall_s')[5:8].tolist() == [30.0, 40.0, 50.0]     # the second clock began at 0
+    assert run.notes == []
+
+
+def test_a_restart_from_scratch_replaces_the_earlier_run(tmp_path, capsys):
+    write_json(tmp_path, [{'iter': it, 'loss': 5.0} for it in (0, 10, 20)], eval_steps=[evaluation(0, 11.0)])    # counted from 0
+    write_jsonl(tmp_path, [record(it, loss=4.0) for it in (1, 10)], name='run_20261122_000000')
+    write_jsonl(tmp_path, [], name='run_20261123_000000')
+    plot_single_run.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert 'note: run_20261122_000000.jsonl starts from scratch and replaces run_20261121_021500.json' in printed
+    assert 'note: run_20261123_000000.jsonl holds no iterations' in printed
+    run = load_run([tmp_path])
+    assert run.column('loss').tolist() == [4.0, 4.0] and len(run.eval_iters) == 0
+
+
+@pytest.mark.parametrize('as_object', [False, True])
+def test_old_logs_plot_and_lacking_columns_are_computed(tmp_path, as_object):
+    def old(it, mfu):
+        return {'iter': it, 'loss': 5.0, 'time_ms': 100.0, 'mfu': {'mfu': mfu, 'mfu_percent': 100 * mfu} if as_object and mfu > 0 else mfu}
+
+    path = write_json(tmp_path, [old(0, -100.0), old(10, 0.4), old(20, 0.42)], config=CONFIG, metadata={'world_size': 2})
+    run = load_run([path])
+    np.testing.assert_allclose(run.column('mfu_percent'), [np.nan, 40, 42])
+    assert run.column('tokens_seen').tolist() == [BATCH, 11 * BATCH, 21 * BATCH]
+    np.testing.assert_allclose(run.column('wall_s'), [0.1, 1.1, 2.1])
+    np.testing.assert_allclose(run.column('tokens_per_sec'), 10 * BATCH)
+    figure = plot_single_run.draw_run(run)
+    titles = [axes.get_title(loc='left') for axes in figure.axes if axes.get_title(loc='left')]
+    assert titles == ['Loss', 'Throughput and MFU', 'Tokens seen']      # no empty panel
+
+    run = load_run([write_json(tmp_path, [old(0, -100.0), old(10, 0.4)])])     # every other section is missing
+    assert np.isnan(run.column('tokens_seen')).all() and np.isnan(run.column('tokens_per_sec')).all()
+    figure = plot_single_run.draw_run(run)
+    assert [axes.get_ylabel() for axes in figure.axes] == ['loss (nats per token)', 'MFU (%)']
+
+
+def test_null_mfu_has_no_curve_and_the_title_says_so(tmp_path):
+    unknown = [record(it, mfu={'mfu': None, 'mfu_percent': None}) for it in (1, 2)]
+    figure = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, unknown)]))
+    assert axes_named(figure, 'Throughput').get_title(loc='left') == 'Throughput (MFU unknown for this device)'
+    assert not any('MFU' in axes.get_ylabel() for axes in figure.axes)
+
+
+def test_panels_show_the_logged_numbers_with_units(tmp_path):
+    norms = {'global_norm': 2.0, 'mean_layer_norm': 1.0, 'min_layer_norm': 0.5, 'max_layer_norm': 1.5}
+    records = [record(it, **({'gradients': norms} if it % 50 == 0 else {})) for it in range(1, 201)]
+    extra = [evaluation(0, 11.0), *(evaluation(it, 3 + 9 / it) for it in range(40, 201, 40)), {'type': 'checkpoint', 'iter': 80}]
+    resumed = [*records[:120], {'type': 'resume', 'iter': 120}, *records[120:]]
+    figure = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, [*resumed, *extra])]), window=5)
+    loss = axes_named(figure, 'Loss')
+    smoothed = line(loss, 'train (mean of 5').get_ydata()
+    expected = np.array([3 + 8 / it for it in range(1, 201)])
+    np.testing.assert_allclose(smoothed[100], expected[98:103].mean())
+    np.testing.assert_allclose(smoothed[0], expected[:3].mean())
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), expected)
+    assert line(loss, 'validation').get_ydata()[0] == 11.0
+    assert loss.get_ylim()[1] < 5 and loss.get_ylim()[0] < expected.min()       # the first loss is 11
+
+    perplexity = loss.child_axes[0]
+    assert perplexity.get_ylabel() == 'perplexity' and len(perplexity.get_yticks()) >= 3
+    for at, label in zip(perplexity.get_yticks(), perplexity.get_yticklabels()):
+        assert np.exp(at) == pytest.approx(float(label.get_text().replace(',', '')))
+    assert {text.get_text() for text in loss.get_legend().get_texts()} >= {'validation', 'resume', 'checkpoint'}
+    for panel in ('Loss', 'Learning rate', 'Memory'):
+        marks = [tuple(segment[:, 0]) for lines in axes_named(figure, panel).collections for segment in lines.get_segments()]
+        assert (120, 120) in marks and (80, 80) in marks
+
+    np.testing.assert_allclose(axes_named(figure, 'Learning rate').lines[0].get_ydata()[9], 1e-4)
+    tokens = axes_named(figure, 'Tokens')
+    assert tokens.get_ylabel() == 'tokens (thousands)' and tokens.lines[0].get_ydata()[-1] == pytest.approx(200 * BATCH / 1000)
+    grad_norm = axes_named(figure, 'Gradient norm')
+    assert line(grad_norm, 'layers: mean').get_xdata().tolist() == [50, 100, 150, 200]
+    assert line(axes_named(figure, 'Memory'), 'reserved, peak').get_ydata()[0] == 5.0
+    assert next(axes for axes in figure.axes if axes.get_ylabel() == 'MFU (%)').lines[0].get_ydata()[0] == 41
+    title = figure.get_suptitle()
+    assert all(part in title for part in ('llama', '2L-4H-64D-256ff', '1.29 B parameters', 'shakespeare', '2 × H100'))
+
+
+def test_smooth_averages_exactly_the_window_and_skips_what_is_not_finite():
+    values = np.arange(10.0)
+    assert plot_single_run.smooth(values, 4)[5] == values[3:7].mean()
+    values[6] = np.inf
+    smoothed = plot_single_run.smooth(values, 5)
+    assert np.isnan(smoothed[6]) and smoothed[5] == np.mean([3, 4, 5, 7])
+
+
+def test_a_steep_gradient_norm_is_drawn_on_a_log_axis_only_then(tmp_path):
+    flat = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, [record(it) for it in range(1, 101)])]))
+    steep = [record(it, gradients={'global_norm': 100.0 / it}) for it in range(1, 101)]
+    steep = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, steep)]))
+    assert [axes_named(figure, 'Gradient norm').get_yscale() for figure in (flat, steep)] == ['linear', 'log']
+
+
+def test_zero_memory_and_a_diverged_loss(tmp_path):
+    records = [record(it, loss=float('nan') if it > 20 else 5.0, memory={'allocated_gb': 0.0}) for it in range(1, 31)]
+    figure = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, records)]))
+    assert not any(axes.get_ylabel() == 'memory (GB)' for axes in figure.axes)
+    low, high = axes_named(figure, 'Loss').get_ylim()
+    assert low < 5 < high
+
+
+@pytest.mark.parametrize('records', [1, 60])
+def test_the_picture_is_drawn(tmp_path, capsys, records):
+    path = write_jsonl(tmp_path, [record(it) for it in range(1, records + 1)])
+    plot_single_run.main([str(path)])
+    picture = tmp_path / 'run_20261121_021500.png'
+    assert capsys.readouterr().out.strip() == str(picture)
+    pixels = imread(picture)[..., :3]
+    height, width, _ = pixels.shape
+    assert height > 600 and width > 1200
+    within_loss = pixels[height // 10:height * 3 // 10, width // 20:width // 3]     # left of the legend
+    blue = np.abs(within_loss - matplotlib.colors.to_rgb(plot_single_run.BLUE)).max(axis=-1) < 0.02
+    assert blue.sum() > (20 if records == 1 else 400)
+
+
+def test_compare_draws_every_run_over_each_axis(tmp_path):
+    paths = [write_jsonl(tmp_path / name, [*(record(it, loss=loss) for it in range(1, 41)), evaluation(20, loss)])
+             for name, loss in (('out-a', 5.0), ('out-b', 4.0))]
+    runs = [load_run([path]) for path in paths]
+    for x, label, last in (('iters', 'iteration', 40), ('tokens', 'tokens seen (thousands)', 40 * BATCH / 1000),
+                           ('time', 'wall time (seconds)', 20.0)):
+        figure = compare_runs.draw_comparison(runs, ['a', 'b'], x)
+        assert [axes.get_xlabel() for axes in figure.axes] == [label] * 4
+        for axes in figure.axes:
+            assert [drawn.get_label() for drawn in axes.lines] == ['a', 'b']
+        for drawn, loss in zip(axes_named(figure, 'Train loss').lines, (5.0, 4.0)):
+            assert drawn.get_xdata()[-1] == pytest.approx(last) and drawn.get_ydata()[-1] == loss
+        assert axes_named(figure, 'Validation').lines[1].get_xdata().tolist() == pytest.approx([last / 2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['a', 'b']
+
+
+def test_compare_prints_the_table_and_leaves_out_what_has_no_axis(tmp_path, capsys):
+    good = write_jsonl(tmp_path / 'out-a', [*(record(it) for it in range(1, 5)), evaluation(2, 4.25), evaluation(4, 4.5)])
+    old = write_json(tmp_path / 'old', [{'iter': 1, 'loss': 5.0}])
+    output = tmp_path / 'both.png'
+    compare_runs.main([str(good), str(old), '--x', 'tokens', '--output', str(output)])
+    head, first, second, note, saved = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == 'run'
+    assert first.split() == ['out-a', '1.29', 'B', '4', '2.05', 'k', '5.0000', '4.2500', '(2)', '1,024', '41.0', '%', '0.00']
+    assert second.split() == ['old', '-', '1', '-', '5.0000', '-', '-', '-', '-']
+    assert note == 'note: old did not log tokens_seen, nor what it can be computed from; left out of the picture'
+    assert saved == str(output) and imread(output).shape[1] > 1200
+
+
+@pytest.mark.parametrize('files, labels', [
+    (['x/out-a/run_1', 'x/out-b/run_1'], ['out-a', 'out-b']),
+    (['x/out/run_1', 'y/out/run_1'], ['x/out', 'y/out']),
+    (['x/out/run_1', 'x/out/run_2'], ['run_1', 'run_2']),
+    (['x/out/run_1', 'x/out/run_2', 'x/new/run_1'], ['out/run_1', 'out/run_2', 'new/run_1']),
+    (['x/out/run_1', 'x/out/run_1'], ['1 run_1', '2 run_1']),
+])
+def test_labels_are_the_shortest_that_differ(tmp_path, files, labels):
+    runs = []
+    for file in files:
+        folder = tmp_path / Path(file).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.append(load_run([write_json(folder, [record(1)], name=Path(file).name)]))
+    assert compare_runs.name_runs(runs) == labels
+
+
+@pytest.mark.parametrize('command', [plot_single_run, compare_runs])
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, command):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'broken.json').write_text('{"training_iterations": [')
+    (tmp_path / 'list.json').write_text('[]')
+    (tmp_path / 'run.log').write_text('iter 1')
+    write_jsonl(tmp_path / 'header_only', [])
+    good = write_jsonl(tmp_path / 'good', [record(1)])
+    for name, message in (('nowhere', 'no such file or folder'), ('empty', 'no run in'), ('broken.json', 'is not valid JSON'),
+                          ('list.json', 'expected one JSON object'), ('run.log', 'is not a log'), ('header_only', 'no iterations logged')):
+        assert message in exit_message(command, [tmp_path / name], capsys)
+    assert 'no such folder' in exit_message(command, [good, '--output', tmp_path / 'no' / 'x.png'], capsys)
+    assert '.png' in exit_message(command, [good, '--output', tmp_path / 'x.jpeg'], capsys)
+
+
+def test_bad_options_exit_with_code_2(tmp_path, capsys):
+    good = write_jsonl(tmp_path, [record(1)])
+    old = write_json(tmp_path / 'old', [{'iter': 1, 'loss': 5.0}])
+    assert '--smooth' in exit_message(plot_single_run, [good, '--smooth', 0], capsys)
+    assert '--labels names 2 runs, but 1' in exit_message(compare_runs, [good, '--labels', 'a,b'], capsys)
+    assert 'try --x iters' in exit_message(compare_runs, [old, '--x', 'time', '--labels', 'old'], capsys)
+
+
+@pytest.mark.parametrize('folder, script', [
+    (PLOTS.parent, 'plots/plot_single_run.py'), (PLOTS, 'plot_single_run.py'), (PLOTS, 'compare_runs.py'),
+])
+def test_commands_run_from_the_repository_and_from_plots(tmp_path, folder, script):
+    path = write_jsonl(tmp_path, [record(1), record(2)])
+    output = tmp_path / 'x.png'
+    subprocess.run([sys.executable, script, path, '--output', output], cwd=folder, check=True)
+    assert output.stat().st_size > 10_000
+
+
+def test_plots_import_neither_the_trainer_nor_torch():
+    code = ('import sys, plot_single_run, compare_runs; '
+            'print([name for name in ("torch", "engine", "train", "model", "matplotlib.pyplot") if name in sys.modules])')
+    assert subprocess.run([sys.executable, '-c', code], cwd=PLOTS, check=True, capture_output=True, text=True).stdout == '[]\n'

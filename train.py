@@ -25,7 +25,7 @@ from typing import Literal
 
 import torch
 
-tokenizer_of = None
+from data.tokenizer import tokenizer_of
 from engine import checkpoint, flops, optim, parallel
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve

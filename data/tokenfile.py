@@ -81,10 +81,11 @@ class TokenFileWriter:
 
         with TokenFileWriter(folder, vocab_size=50257, eot_id=50256, tokenizer={'kind': 'tiktoken', 'name': 'gpt2'},
                              split='every 2000th document is val') as writer:
-            writer.write('train', ids)     # ids of one document (or any piece): a list or integer array
+            writer.write('train', ids)     # ids of one document: a list or integer array
 
-    `vocab_size` is the size of the whole id space (added tokens too): it decides the dtype. `extra` holds further
-    plain-builtin entries for meta.pkl (nanoGPT's stoi and itos, for instance).
+    `vocab_size` is the size of the whole id space (added tokens too): it decides the dtype. `tokenizer` is the dict for
+    meta.pkl, or a tokenizer of tokenizer.py, which then writes its files into the folder when the data set is published.
+    `extra` holds further plain-builtin entries for meta.pkl (nanoGPT's stoi and itos, for instance).
     Raises ValueError for an id outside [0, vocab_size), and when a split stayed empty.
     """
 
@@ -101,8 +102,11 @@ class TokenFileWriter:
         self.files = {split: open(self._tmp(f'{split}.bin'), 'wb') for split in SPLITS}
         return self
 
-    def write(self, split, ids):
-        """Append one document's `ids` (1-D, any integer type) to `split`; an empty list counts as no document."""
+    def write(self, split, ids, ends_document=True):
+        """Append the `ids` (1-D, any integer type) of a document to `split`; an empty list counts as no document.
+
+        A document may come in pieces: `ends_document` is True for its last one.
+        """
         ids = np.asarray(ids)
         if ids.size == 0:
             return
@@ -111,7 +115,7 @@ class TokenFileWriter:
             raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.meta['vocab_size']}")
         self.files[split].write(ids.astype(self.dtype).tobytes())
         self.meta['tokens'][split] += int(ids.size)
-        self.meta['documents'][split] += 1
+        self.meta['documents'][split] += bool(ends_document)
         self.meta['max_id'][split] = max(self.meta['max_id'][split], high)
 
     def __exit__(self, error_type, error, traceback):
@@ -132,13 +136,15 @@ class TokenFileWriter:
         if empty:
             raise ValueError(f"no tokens for {' and '.join(empty)}: the input is too small for this split ({self.meta['split']})")
         self.meta['fingerprint'] = {split: fingerprint(self._tmp(f'{split}.bin')) for split in SPLITS}
+        # train.bin goes first and comes last: a folder with a train.bin is whole, whenever this is interrupted
+        if os.path.exists(self._final('train.bin')):
+            os.remove(self._final('train.bin'))
+        if not isinstance(self.meta['tokenizer'], dict):
+            self.meta['tokenizer'] = self.meta['tokenizer'].describe(self.folder)
         with open(self._tmp('meta.pkl'), 'wb') as f:
             pickle.dump(self.meta, f)
             f.flush()
             os.fsync(f.fileno())
-        # train.bin goes first and comes last: a folder with a train.bin is whole, whenever this is interrupted
-        if os.path.exists(self._final('train.bin')):
-            os.remove(self._final('train.bin'))
         for name in ('meta.pkl', 'val.bin', 'train.bin'):
             os.replace(self._tmp(name), self._final(name))
 

@@ -1,0 +1,77 @@
+"""
+OpenWebText in GPT-2's tokens, as nanoGPT prepares it: about 9.04 B tokens for train (17 GB) and 4.4 M for val.
+
+    python data/openwebtext/prepare.py                          # from the Hugging Face hub: 54 GB in its cache, needs `datasets`
+    python data/openwebtext/prepare.py --input FOLDER           # from local .parquet, .jsonl or .txt files
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+From the hub, `train_test_split(test_size=0.0005, seed=2357, shuffle=True)` makes val, so train.bin and val.bin are nanoGPT's.
+From local files every 2000th document is val, and the order is that of the files. Each document is closed by <|endoftext|>.
+"""
+import os
+import sys
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
+
+from data import command
+from data.documents import DocumentReader, find_files, write_pieces
+from data.tokenfile import TokenFileWriter
+from data.tokenizer import load_tokenizer
+
+VAL_EVERY = 2000
+
+
+def write_hub(writer, tokenizer, revision, num_proc):
+    """Tokenize the hub's data set in `num_proc` processes and write it."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError('the library datasets, which fetches OpenWebText, is not installed: type `pip install datasets`, '
+                         'or name local files with --input') from None
+    try:
+        dataset = datasets.load_dataset('openwebtext', revision=revision, num_proc=num_proc)
+    except RuntimeError as error:
+        raise ValueError(f'this version of datasets refused OpenWebText ({error}): type --revision=refs/convert/parquet, '
+                         f'or name local files with --input') from None
+    splits = dataset['train'].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    splits['val'] = splits.pop('test')
+
+    def tokenize(row):
+        return {'ids': [*tokenizer.encode(row['text']).tolist(), *([] if tokenizer.eot_id is None else [tokenizer.eot_id])]}
+
+    for split, rows in splits.items():
+        tokenized = rows.map(tokenize, remove_columns=['text'], num_proc=num_proc, desc=f'tokenizing {split}')
+        for batch in tokenized.iter(batch_size=1000):
+            for ids in batch['ids']:
+                writer.write(split, ids)
+
+
+def main(argv=None):
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    parser = command.argument_parser(__doc__, FOLDER)
+    parser.add_argument('--input', nargs='+', metavar='PATH', help='local files, folders or patterns, instead of the hub')
+    parser.add_argument('--text_field', help='where local .jsonl and .parquet have the text, default: text')
+    parser.add_argument('--num_proc', type=int, help='processes that fetch and tokenize from the hub, default: 8')
+    parser.add_argument('--revision', help="of the hub's data set; refs/convert/parquet for versions of datasets that run no scripts")
+    parser.add_argument('--tokenizer', default='gpt2', help='gpt2 unless given; see data/tokenizer.py')
+    args = parser.parse_args(argv)
+    for option in ('num_proc', 'revision') if args.input else ('text_field',):
+        if getattr(args, option) is not None:
+            raise ValueError(f'--{option} has no meaning {"with" if args.input else "without"} --input: leave it out')
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    split = f'every {VAL_EVERY}th document is val' if args.input else 'train_test_split(test_size=0.0005, seed=2357, shuffle=True)'
+    reader = args.input and DocumentReader(find_files(args.input), val_every=VAL_EVERY, text_field=args.text_field or 'text')
+    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split=split) as writer:
+        if reader:
+            write_pieces(writer, reader, tokenizer)
+        else:
+            write_hub(writer, tokenizer, args.revision, args.num_proc or 8)
+    if reader and reader.broken:
+        print(reader.left_out())
+    command.report(writer, FOLDER, 'config/train_gpt2.py')
+
+
+if __name__ == '__main__':
+    command.run(main)

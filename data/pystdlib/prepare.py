@@ -1,0 +1,87 @@
+"""
+The source of Python's standard library, as installed on this machine: a data set that needs no network.
+
+A byte-level BPE is trained on it on the spot and kept in tokenizer/. Every file is a document, in the order of the paths,
+and every 20th goes to val. Tests, tables and installers are left out; about 10 MB of source are left.
+
+    python data/pystdlib/prepare.py
+    python train.py config/demo_pystdlib.py
+"""
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
+
+from data import command
+from data.documents import Piece, write_pieces
+from data.tokenfile import TokenFileWriter
+from data.tokenizer import EOT, HuggingFaceTokenizer
+
+VAL_EVERY = 20
+# tests, data in the shape of source, other projects' code that is bundled, and what belongs to this installation
+LEFT_OUT_FOLDERS = {'__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'idlelib', 'lib2to3', 'encodings',
+                    'ensurepip', '_bundled', 'pydoc_data', 'turtledemo', 'lib-dynload', '__phello__'}
+LEFT_OUT_FILES = ('_sysconfigdata', '_sysconfig_vars', '__phello__')
+
+
+def source_files(root):
+    """Paths of the .py files below `root` that are read, relative to it, sorted."""
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT_FOLDERS and not name.startswith('config-')]
+        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names
+                  if name.endswith('.py') and not name.startswith(LEFT_OUT_FILES)]
+    return sorted(paths)
+
+
+def read_documents(root):
+    """A Piece for every source file that is not empty."""
+    documents = []
+    for path in source_files(root):
+        with tokenize.open(os.path.join(root, path)) as f:  # obeys the coding cookie
+            text = f.read()
+        if text:
+            documents.append(Piece('val' if len(documents) % VAL_EVERY == VAL_EVERY - 1 else 'train', text, True))
+    return documents
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE as GPT-2's, with `vocab_size` ids, of which 0 ends a text. Raises ValueError for a size below 257."""
+    if vocab_size < 257:
+        raise ValueError(f'--vocab_size {vocab_size} is too small for 256 bytes and the end of text: type 257 or more')
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ValueError('this data set trains its tokenizer with the library tokenizers, which is not installed: '
+                         'type `pip install tokenizers`') from None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'clean_up_tokenization_spaces': False}
+    return HuggingFaceTokenizer({'tokenizer.json': tokenizer.to_str(pretty=True).encode(),
+                                 'tokenizer_config.json': json.dumps(config, indent=2).encode()}, 'the standard library')
+
+
+def main(argv=None):
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    parser = command.argument_parser(__doc__, FOLDER)
+    parser.add_argument('--vocab_size', type=int, default=2048, help='of the tokenizer that is trained, default: 2048')
+    args = parser.parse_args(argv)
+
+    documents = read_documents(sysconfig.get_paths()['stdlib'])
+    tokenizer = train_tokenizer([piece.text for piece in documents if piece.split == 'train'], args.vocab_size)
+    version = '.'.join(map(str, sys.version_info[:3]))
+    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
+                         split=f'every {VAL_EVERY}th file is val', extra={'source': f'standard library of Python {version}'}) as writer:
+        write_pieces(writer, documents, tokenizer)
+    command.report(writer, FOLDER, 'config/demo_pystdlib.py')
+
+
+if __name__ == '__main__':
+    command.run(main)

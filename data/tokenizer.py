@@ -1,0 +1,277 @@
+"""One interface over every tokenizer: text to ids in the prepare.py scripts, ids to text when sampling.
+
+    --tokenizer               kind            end of text        kept in the data set's folder
+    bytes                     bytes           256                nothing
+    char                      char            none               stoi and itos in meta.pkl, as nanoGPT
+    gpt2, cl100k_base, ...    tiktoken        <|endoftext|>      the name
+    FOLDER                    hf              its eos_token      tokenizer/tokenizer.json and what names its eos
+    FILE.model                sentencepiece   its eos piece      tokenizer.model
+
+Each class below has
+    vocab_size          number of ids, added tokens included
+    eot_id              id that ends a document, or None
+    encode(text)        1-D uint32 array. No special token is added, and one spelled out in the text is ordinary text:
+                        a document that contains "<|endoftext|>" cannot end itself
+    decode(ids)         str, from any iterable of ints. Bytes that are no UTF-8 give U+FFFD; an id without a token, which a
+                        model with a padded vocabulary can sample, gives U+FFFD or nothing, never an error
+    describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that tokenizer_of() needs to `folder`
+"""
+import difflib
+import importlib
+import json
+import os
+
+import numpy as np
+
+HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
+EOT = '<|endoftext|>'
+UNKNOWN = '\N{REPLACEMENT CHARACTER}'
+
+
+def load_tokenizer(spec, texts=None):
+    """The tokenizer that a user names with --tokenizer; see the table above.
+
+    texts: iterable of str, read only by 'char', whose vocabulary is the sorted set of their characters.
+    Raises ValueError, in one sentence, for a name, file or library that is not there.
+    """
+    if spec == 'bytes':
+        return BytesTokenizer()
+    if spec == 'char':
+        if texts is None:
+            raise ValueError("the tokenizer 'char' is made from a text, and there is none here: name another, such as bytes")
+        return CharTokenizer.of_texts(texts)
+    if spec.endswith('.model'):
+        return SentencePieceTokenizer.of_file(spec)
+    folder = os.path.dirname(spec) or '.' if os.path.basename(spec) == 'tokenizer.json' else spec
+    if os.path.isfile(os.path.join(folder, 'tokenizer.json')):
+        return HuggingFaceTokenizer.of_folder(folder)
+    if os.path.isdir(spec):
+        if os.path.isfile(os.path.join(spec, 'tokenizer.model')):
+            raise ValueError(f'the folder {spec} has no tokenizer.json: type --tokenizer {os.path.join(spec, "tokenizer.model")}')
+        raise ValueError(f'the folder {spec} has no tokenizer.json: write one with '
+                         f"`transformers.AutoTokenizer.from_pretrained('{spec}').save_pretrained('{spec}')`")
+    return TiktokenTokenizer(spec)
+
+
+def tokenizer_of(folder, meta):
+    """The tokenizer of the data set in `folder`, whose meta.pkl is the dict `meta` ({} where there is none).
+
+    nanoGPT's data sets are read as its sample.py does: stoi and itos where meta has them, gpt2 where there is no meta.
+    Raises ValueError when meta names no tokenizer, or one whose files or library are missing.
+    """
+    stated = meta.get('tokenizer')
+    kind = stated.get('kind') if isinstance(stated, dict) else None
+    if 'stoi' in meta and (kind == 'char' or stated is None):
+        return CharTokenizer(meta['stoi'], meta['itos'])
+    if not meta:
+        return TiktokenTokenizer('gpt2')
+    if kind == 'bytes':
+        return BytesTokenizer()
+    if kind == 'tiktoken':
+        return TiktokenTokenizer(stated['name'])
+    if kind == 'hf':
+        return HuggingFaceTokenizer.of_folder(os.path.join(folder, stated['path']))
+    if kind == 'sentencepiece':
+        return SentencePieceTokenizer.of_file(os.path.join(folder, stated['path']))
+    raise ValueError(f"{os.path.join(folder, 'meta.pkl')} names the tokenizer {stated!r}, expected a dict whose 'kind' is bytes, char, "
+                     f'tiktoken, hf or sentencepiece: run the prepare.py of this data set again')
+
+
+class BytesTokenizer:
+    """UTF-8 bytes, and 256 for the end of a text."""
+    vocab_size, eot_id = 257, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids):
+        return _join(_byte(int(i)) for i in ids)
+
+    def describe(self, folder):
+        return {'kind': 'bytes'}
+
+
+class CharTokenizer:
+    """One id per character. stoi: {character: id}, itos: {id: character}, as in nanoGPT's meta.pkl."""
+    eot_id = None
+
+    def __init__(self, stoi, itos):
+        self.stoi, self.itos, self.vocab_size = stoi, itos, len(itos)
+
+    @classmethod
+    def of_texts(cls, texts):
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        itos = dict(enumerate(sorted(characters)))
+        return cls({character: i for i, character in itos.items()}, itos)
+
+    def encode(self, text):
+        """Raises ValueError for a character that the data set does not have."""
+        try:
+            return np.fromiter(map(self.stoi.__getitem__, text), dtype=np.uint32, count=len(text))
+        except KeyError as error:
+            raise ValueError(f'the character {error.args[0]!r} is not among the {self.vocab_size} of this data set: leave it out') from None
+
+    def decode(self, ids):
+        return ''.join(self.itos.get(int(i), UNKNOWN) for i in ids)
+
+    def describe(self, folder):
+        return {'kind': 'char'}
+
+
+class TiktokenTokenizer:
+    """An encoding of tiktoken by its name; one that is not in tiktoken's cache is downloaded by it."""
+
+    def __init__(self, name):
+        tiktoken = _library('tiktoken', name)
+        names = tiktoken.list_encoding_names()
+        if name not in names:
+            near = difflib.get_close_matches(name, ['bytes', 'char', *names], n=1)
+            raise ValueError(f'unknown tokenizer {name!r}{f", did you mean {near[0]!r}" if near else ""}: type bytes, char, a tiktoken encoding '
+                             f"({', '.join(names)}), a folder with a tokenizer.json or a sentencepiece .model file, and both must exist")
+        try:
+            self.encoding = tiktoken.get_encoding(name)
+        except OSError as error:  # what requests raises too
+            raise ValueError(f'tiktoken could not download the encoding {name!r} ({type(error).__name__}): connect this machine once, set '
+                             f'TIKTOKEN_CACHE_DIR to a folder that has it, or name another tokenizer, such as bytes') from None
+        self.name, self.vocab_size = name, self.encoding.n_vocab
+        self.eot_id = self.encoding.eot_token if EOT in self.encoding.special_tokens_set else None
+
+    def encode(self, text):
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        return _join(self._token(int(i)) for i in ids)
+
+    def _token(self, i):
+        # a model's vocabulary may be padded beyond n_vocab, and some encodings have gaps
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return UNKNOWN.encode()
+
+    def describe(self, folder):
+        return {'kind': 'tiktoken', 'name': self.name}
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json of Hugging Face, read by the `tokenizers` library.
+
+    files: {name: bytes} of those of HF_FILES that exist; source: where they are from, for messages.
+    The files are kept, so that describe() can write them even when their folder is gone, or is the one written to.
+    """
+
+    def __init__(self, files, source):
+        tokenizers = _library('tokenizers', source)
+        self.files, self.source = files, source
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode('utf-8'))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f'{os.path.join(source, "tokenizer.json")} cannot be read as a tokenizer ({error}): fetch it again') from None
+        self.tokenizer.encode_special_tokens = True  # that is: encode their text, do not look for them in it
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(max(ids) + 1, self.tokenizer.get_vocab_size(with_added_tokens=True))
+        self.eot_id = self._eos()
+
+    @classmethod
+    def of_folder(cls, folder):
+        if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
+            raise ValueError(f'the folder {folder} has no tokenizer.json: name one that has, or run the prepare.py of this data set again')
+        return cls({name: _read(os.path.join(folder, name)) for name in HF_FILES if os.path.isfile(os.path.join(folder, name))}, folder)
+
+    def __reduce__(self):
+        # a pickled tokenizers.Tokenizer forgets encode_special_tokens
+        return HuggingFaceTokenizer, (self.files, self.source)
+
+    def _eos(self):
+        for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+            token = json.loads(self.files.get(name, b'{}')).get('eos_token')
+            token = token['content'] if isinstance(token, dict) else token
+            if token is not None:
+                eos = self.tokenizer.token_to_id(token)
+                break
+        else:
+            token = eos = json.loads(self.files.get('config.json', b'{}')).get('eos_token_id')
+            token = eos = eos[0] if isinstance(eos, list) else eos
+        if token is not None and (eos is None or eos >= self.vocab_size):
+            raise ValueError(f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: correct eos_token in tokenizer_config.json')
+        return eos
+
+    def encode(self, text):
+        # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
+        return np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+
+    def decode(self, ids):
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def describe(self, folder):
+        os.makedirs(os.path.join(folder, 'tokenizer'), exist_ok=True)
+        for name in HF_FILES:
+            path = os.path.join(folder, 'tokenizer', name)
+            if name in self.files:
+                _write(path, self.files[name])
+            elif os.path.exists(path):
+                os.remove(path)  # of the tokenizer that was here before
+        return {'kind': 'hf', 'path': 'tokenizer'}
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. model: the bytes of the .model file; source: where they are from, for messages."""
+
+    def __init__(self, model, source):
+        sentencepiece = _library('sentencepiece', source)
+        self.model, self.source = model, source
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError(f'{source} is no sentencepiece model: fetch it again, or name another tokenizer') from None
+        self.vocab_size = self.processor.get_piece_size()
+        self.eot_id = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
+
+    @classmethod
+    def of_file(cls, path):
+        if not os.path.isfile(path):
+            raise ValueError(f'there is no sentencepiece model {path}: type the path of an existing .model file')
+        return cls(_read(path), path)
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self.model, self.source)
+
+    def encode(self, text):
+        return np.array(self.processor.encode(text, add_bos=False, add_eos=False), dtype=np.uint32)
+
+    def decode(self, ids):
+        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def describe(self, folder):
+        _write(os.path.join(folder, 'tokenizer.model'), self.model)
+        return {'kind': 'sentencepiece', 'path': 'tokenizer.model'}
+
+
+def _library(name, spec):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f'the tokenizer {spec!r} needs the library {name}, which is not installed: type `pip install {name}`, '
+                         f'or name another tokenizer, such as bytes') from None
+
+
+def _byte(i):
+    return bytes([i]) if 0 <= i < 256 else (EOT if i == 256 else UNKNOWN).encode()
+
+
+def _join(pieces):
+    return b''.join(pieces).decode('utf-8', errors='replace')
+
+
+def _read(path):
+    with open(path, 'rb') as f:
+        return f.read()
+
+
+def _write(path, content):
+    with open(path, 'wb') as f:
+        f.write(content)

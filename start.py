@@ -1,0 +1,82 @@
+"""
+One command each for the two things a new user wants, on a machine with nothing but Python 3.10 to 3.13 and a package index:
+
+    python3 start.py demo     set up, train a small model on the source of Python's standard library, let it write, plot its loss
+    python3 start.py test     set up, run the tests
+    python3 start.py setup    only set up: .venv with requirements.txt
+
+Uses the standard library alone. The environment is made in .venv; an interrupted demo goes on where it stopped.
+"""
+import hashlib
+import os
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+VENV = os.path.join(ROOT, '.venv')
+PYTHON = os.path.join(VENV, 'bin', 'python')
+OUT = 'out-demo'
+
+
+def call(title, *command):
+    """Run a command of the project in .venv, shown as a user would type it; leave with its exit code if it fails."""
+    print(f"\n==> {title}\n    python {' '.join(command)}\n", flush=True)
+    code = subprocess.run([PYTHON, *command], cwd=ROOT).returncode
+    if code != 0:
+        sys.exit(code)
+
+
+def set_up():
+    """Make .venv and install requirements.txt into it, unless that was done for this requirements.txt already."""
+    with open(os.path.join(ROOT, 'requirements.txt'), 'rb') as f:
+        wanted = hashlib.sha256(f.read()).hexdigest()
+    stamp = os.path.join(VENV, 'installed')
+    if os.path.exists(stamp) and open(stamp).read() == wanted:
+        return
+    print('==> making .venv and installing requirements.txt into it (once; some minutes on a slow connection)', flush=True)
+    if subprocess.run([sys.executable, '-m', 'venv', VENV]).returncode != 0:
+        sys.exit('error: python3 -m venv failed; on Debian and Ubuntu type: apt-get install python3-venv')
+    if subprocess.run([PYTHON, '-m', 'pip', 'install', '--quiet', '-r', os.path.join(ROOT, 'requirements.txt')]).returncode != 0:
+        sys.exit('error: pip could not install requirements.txt; is a package index reachable?')
+    with open(stamp, 'w') as f:
+        f.write(wanted)
+
+
+def demo():
+    set_up()
+    if not os.path.exists(os.path.join(ROOT, 'data', 'pystdlib', 'train.bin')):
+        call("tokenise the source of Python's standard library", 'data/pystdlib/prepare.py')
+    begun = os.path.isdir(os.path.join(ROOT, OUT, 'checkpoints'))
+    call('train', 'train.py', 'config/demo_pystdlib.py', *(['--init_from=resume'] if begun else []))
+    call('let it write', 'sample.py', f'--out_dir={OUT}', '--start=def ', '--num_samples=3', '--top_k=50')
+    call('draw its loss', 'plots/plot_single_run.py', OUT)
+    print(f"""
+==> done
+    picture      {OUT}/run_*.png
+    logs         {OUT}/run_*.jsonl (every number), run_*.json, run_*.log (this text)
+    checkpoints  {OUT}/checkpoints
+
+    what to type next, after `source .venv/bin/activate`:
+    python sample.py --out_dir={OUT} --start="class Parser"          more text
+    python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000     train on
+    python data/own_text/prepare.py --input my.txt --tokenizer char  your own text, then: python train.py --dataset=own_text
+    python train.py --help                                            every key
+    TRAINING_GUIDE.md                                                 models of a billion parameters""")
+
+
+def test():
+    set_up()
+    call('test', '-m', 'pytest', '-q', *sys.argv[2:])
+
+
+def main():
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        sys.exit(f'error: this is Python {sys.version.split()[0]}; onetrain needs 3.10 to 3.13')
+    commands = {'demo': demo, 'test': test, 'setup': set_up}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(__doc__.strip())
+    commands[sys.argv[1]]()
+
+
+if __name__ == '__main__':
+    main()

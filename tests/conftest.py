@@ -1,0 +1,97 @@
+"""What the tests share: a small data set made on the spot, tiny settings, and ways to run the trainer."""
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from data.tokenfile import TokenFileWriter  # noqa: E402
+
+torch.set_num_threads(2)
+TEXT = 'the quick brown fox jumps over the lazy dog; 0123456789 sphinx of black quartz, judge my vow!\n'
+
+
+def write_dataset(folder, train, val, vocab_size=64, **changes):
+    """A data set of the given ids, char-like unless `changes` say otherwise."""
+    chars = sorted(set(TEXT))
+    settings = dict(vocab_size=vocab_size, eot_id=None, tokenizer={'kind': 'char'}, split='as given',
+                    extra={'stoi': {c: i for i, c in enumerate(chars)}, 'itos': dict(enumerate(chars))})
+    with TokenFileWriter(folder, **{**settings, **changes}) as writer:
+        writer.write('train', train)
+        writer.write('val', val)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """Absolute path of a data set of 20,000 + 4,000 characters of repetitive text; give it to --dataset."""
+    chars = sorted(set(TEXT))
+    generator = np.random.default_rng(0)
+    words = TEXT.split(' ')
+    text = ' '.join(generator.choice(words, 6000))
+    ids = np.array([chars.index(c) for c in text])
+    return write_dataset(str(tmp_path_factory.mktemp('data') / 'tiny'), ids[:20000], ids[20000:24000], vocab_size=len(chars))
+
+
+TINY = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
+        '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2', '--eval_iters=2', '--log_interval=1']
+
+
+@pytest.fixture
+def train(dataset):
+    """train(out_dir, *args) runs train.py in this process with tiny settings; returns its exit code."""
+    import train as trainer
+
+    def call(out_dir, *args):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        code = trainer.main([f'--dataset={dataset}', f'--out_dir={out_dir}', *TINY, *args])
+        torch.use_deterministic_algorithms(deterministic)
+        return code
+    return call
+
+
+def start_process(*command, env=None, **options):
+    """A command of the project as a user would start it, output captured as text."""
+    environment = {**os.environ, 'PYTHONUNBUFFERED': '1', **(env or {})}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def run_process(*command, timeout=240, env=None):
+    """(exit code, output) of a command."""
+    process = start_process(*command, env=env)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f'{command} took more than {timeout} s:\n{output}') from None
+    return process.returncode, output
+
+
+def torchrun(processes, *args, timeout=240):
+    """(exit code, output) of train.py under torchrun with gloo on this machine."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    return run_process('-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr', '127.0.0.1', '--master_port', str(port),
+                       'train.py', *args, timeout=timeout, env={'OMP_NUM_THREADS': '1'})
+
+
+def records(out_dir, kind='iter'):
+    """The records of one type in the only JSONL of out_dir."""
+    logs = [name for name in os.listdir(out_dir) if name.endswith('.jsonl')]
+    assert len(logs) == 1, logs
+    with open(os.path.join(out_dir, logs[0])) as f:
+        lines = [json.loads(line) for line in f]
+    return [record for record in lines if record['type'] == kind]
+
+
+def losses(out_dir):
+    return {record['iter']: record['loss'] for record in records(out_dir)}

@@ -1,0 +1,155 @@
+"""Logits and gradients equal those of transformers for every family, in fp32; weights survive the way in and out to the last bit."""
+import json
+import os
+
+import pytest
+import torch
+from conftest import ROOT
+
+import huggingface
+from engine.configurator import ConfigError
+from model import Model, resolve_shape
+
+transformers = pytest.importorskip('transformers')
+SIZES = dict(num_hidden_layers=2, vocab_size=97, max_position_embeddings=32, bos_token_id=0, eos_token_id=0)
+VARIANTS = {
+    'gpt2': ('GPT2', dict(n_layer=2, n_head=4, n_embd=32, n_positions=32, vocab_size=97, bos_token_id=0, eos_token_id=0)),
+    'gpt2-odd-head': ('GPT2', dict(n_layer=2, n_head=3, n_embd=15, n_positions=32, vocab_size=97, bos_token_id=0, eos_token_id=0)),
+    'gpt2-untied-exact-gelu': ('GPT2', dict(n_layer=2, n_head=2, n_embd=24, n_inner=40, n_positions=32, vocab_size=97, tie_word_embeddings=False,
+                                            activation_function='gelu', bos_token_id=0, eos_token_id=0)),
+    'llama2': ('Llama', dict(SIZES, num_attention_heads=4, hidden_size=32, intermediate_size=56)),
+    'llama2-biases': ('Llama', dict(SIZES, num_attention_heads=4, hidden_size=32, intermediate_size=56, attention_bias=True, mlp_bias=True)),
+    'llama3-gqa': ('Llama', dict(SIZES, num_attention_heads=4, num_key_value_heads=2, hidden_size=40, intermediate_size=64,
+                                 rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0})),
+    'llama3-tied-mqa-wide-head': ('Llama', dict(SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=18, hidden_size=40, intermediate_size=64,
+                                                tie_word_embeddings=True, rope_parameters={'rope_type': 'default', 'rope_theta': 500000.0})),
+    'qwen3': ('Qwen3', dict(SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=14, hidden_size=40, intermediate_size=64)),
+    'qwen3-tied-mha': ('Qwen3', dict(SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=6, hidden_size=24, intermediate_size=64,
+                                     tie_word_embeddings=True)),
+    'neox': ('GPTNeoX', dict(SIZES, num_attention_heads=4, hidden_size=64, intermediate_size=96)),
+    'neox-sequential-tied': ('GPTNeoX', dict(SIZES, num_attention_heads=2, hidden_size=32, intermediate_size=96, tie_word_embeddings=True,
+                                             use_parallel_residual=False, rotary_pct=0.5)),
+}
+CLASSES = {'GPT2': 'GPT2LMHeadModel', 'Llama': 'LlamaForCausalLM', 'Qwen3': 'Qwen3ForCausalLM', 'GPTNeoX': 'GPTNeoXForCausalLM'}
+
+
+@pytest.fixture(params=VARIANTS, scope='module')
+def pair(request, tmp_path_factory):
+    """(reference model, the folder it was saved to)"""
+    family, settings = VARIANTS[request.param]
+    torch.manual_seed(0)
+    reference = getattr(transformers, CLASSES[family])(getattr(transformers, f'{family}Config')(**settings)).float().eval()
+    with torch.no_grad():
+        for p in reference.parameters():  # weights large enough, and norms and biases random, so that each one matters
+            p.add_(torch.randn_like(p) * (0.1 if p.dim() > 1 else 0.3))
+    folder = str(tmp_path_factory.mktemp(request.param))
+    reference.save_pretrained(folder)
+    return reference, folder
+
+
+def load(folder, backend='sdpa'):
+    config = resolve_shape(huggingface.read_settings(folder))
+    model = Model(config, backend)
+    model.load_state_dict(huggingface.read_weights(folder, config))
+    return model
+
+
+@pytest.mark.parametrize('backend', ['sdpa', 'manual'])
+def test_logits_and_gradients(pair, backend):
+    reference, folder = pair
+    model = load(folder, backend)
+    idx = torch.randint(97, (2, 32), generator=torch.Generator().manual_seed(1))
+    logits = reference(idx).logits
+    assert (model(idx) - logits).abs().max() <= 1e-5 and logits.abs().max() > 0.5
+    reference.zero_grad()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()).backward()
+    targets = torch.cat([idx[:, 1:], torch.full((2, 1), -1)], dim=1)
+    model(idx, targets).backward()
+    gradients = dict(model.named_parameters())
+    theirs = dict(reference.named_parameters())
+    for name, sources, transpose in huggingface.name_map(huggingface.family(model.config), model.config):
+        if not all(s in theirs for s in sources):
+            continue
+        expected = torch.cat([theirs[s].grad.t() if transpose else theirs[s].grad for s in sources])
+        if '.c_attn.' in name and 'gpt_neox' in sources[0]:
+            expected = huggingface._interleave_heads(expected, model.config)
+        assert torch.allclose(gradients[name].grad, expected, atol=1e-5), name
+
+
+def test_round_trip_is_bitwise(pair, tmp_path):
+    reference, folder = pair
+    model = load(folder)
+    huggingface.write(str(tmp_path), model.config, model.state_dict(), eot_id=0)
+    again = type(reference).from_pretrained(str(tmp_path), dtype=torch.float32)
+    states = reference.state_dict(), again.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    ours = load(str(tmp_path)).state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in model.state_dict().items())
+    assert resolve_shape(huggingface.read_settings(str(tmp_path))) == model.config
+
+
+def test_gpt2_without_biases_is_written_with_zeros(tmp_path):
+    model = Model(resolve_shape(dict(arch_preset='gpt2', n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=50)))
+    model.init_weights(0)
+    huggingface.write(str(tmp_path), model.config, model.state_dict(), eot_id=0)
+    reference = transformers.GPT2LMHeadModel.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
+    idx = torch.randint(50, (1, 8))
+    assert (reference(idx).logits - model(idx)).abs().max() <= 1e-5
+
+
+def test_shorter_block_keeps_the_first_positions(tmp_path):
+    model = Model(resolve_shape(dict(arch_preset='gpt2', n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=50, bias=True)))
+    model.init_weights(0)
+    huggingface.write(str(tmp_path), model.config, model.state_dict())
+    short = resolve_shape({**huggingface.read_settings(str(tmp_path)), 'block_size': 4})
+    assert torch.equal(huggingface.read_weights(str(tmp_path), short)['transformer.wpe.weight'], model.transformer.wpe.weight[:4])
+
+
+def test_what_cannot_be_computed_is_refused(pair, tmp_path):
+    _, folder = pair
+    with open(os.path.join(folder, 'config.json')) as f:
+        config = json.load(f)
+
+    def settings(**changes):
+        (tmp_path / 'config.json').write_text(json.dumps({**config, **changes}))
+        return huggingface.read_settings(str(tmp_path))
+    with pytest.raises(ConfigError, match="model_type 'mamba' is not one of"):
+        settings(model_type='mamba')
+    with pytest.raises(ConfigError, match='activation'):
+        settings(activation_function='swish7', hidden_act='swish7')
+    if config['model_type'] != 'gpt2':
+        with pytest.raises(ConfigError, match="RoPE scaling 'yarn'"):
+            settings(rope_parameters={'rope_type': 'yarn', 'factor': 4})
+    post = resolve_shape(dict(arch_preset='llama', n_layer=1, n_head=2, n_embd=16, block_size=8, norm_position='post'))
+    with pytest.raises(ConfigError, match="in the way are norm_position='post'"):
+        huggingface.write(str(tmp_path), post, {})
+
+
+def test_missing_and_left_over_weights_are_named(pair, tmp_path):
+    from safetensors.torch import load_file, save_file
+    _, folder = pair
+    tensors = load_file(os.path.join(folder, 'model.safetensors'))
+    config = resolve_shape(huggingface.read_settings(folder))
+    name = next(n for n in tensors if 'norm' in n or 'ln_' in n)
+    save_file({**{n: t for n, t in tensors.items() if n != name}, 'extra.weight': torch.zeros(1)}, str(tmp_path / 'model.safetensors'))
+    with pytest.raises(ConfigError, match='missing .*left over .*extra.weight'):
+        huggingface.read_weights(str(tmp_path), config)
+
+
+def test_gpt2_is_found_in_the_hubs_cache(tmp_path, monkeypatch, dataset):
+    """init_from=gpt2 goes through huggingface_hub; here its cache holds a small model under that name."""
+    snapshot = tmp_path / 'hub' / 'models--gpt2' / 'snapshots' / 'abc'
+    snapshot.mkdir(parents=True)
+    (tmp_path / 'hub' / 'models--gpt2' / 'refs').mkdir()
+    (tmp_path / 'hub' / 'models--gpt2' / 'refs' / 'main').write_text('abc')
+    model = Model(resolve_shape(dict(arch_preset='gpt2', n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=80, bias=True)))
+    model.init_weights(0)
+    huggingface.write(str(snapshot), model.config, model.state_dict())
+    from conftest import run_process
+    env = {'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'}
+    common = ('--device=cpu', '--compile=False', '--eval_iters=2', '--batch_size=2', '--gradient_accumulation_steps=1', f'--dataset={dataset}')
+    code, output = run_process('train.py', '--init_from=gpt2', f'--out_dir={tmp_path}/out', '--max_iters=2', '--block_size=32', *common, env=env)
+    assert code == 0 and 'Architecture: 1L-2H-16D-64ff' in output and 'iter 2: loss' in output, output
+    code, output = run_process('train.py', '--init_from=gpt2-xl', f'--out_dir={tmp_path}/out2', *common, env=env)
+    assert code == 2 and 'could not be fetched' in output, output

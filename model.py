@@ -277,16 +277,19 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """GPT-2's initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer), norms 1, biases 0.
+        """Normal with std 0.02 for the token and position tables and the head, sqrt(2 / (5 n_embd)) for the other matrices
+        (Nguyen and Salazar, "Transformers without Tears", 2019; GPT-2's 0.02 at n_embd = 1000), residual projections scaled
+        by 1/sqrt(2 n_layer) on top (GPT-2); norms 1, biases 0.
 
         Every parameter draws from a generator of its own, keyed by (seed, its name): its values do not depend on which
         others exist, nor on how the model is spread over processes.
         """
+        inner = math.sqrt(2 / (5 * self.config.n_embd))
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith('bias') else 1.0)
                 continue
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 0.02
+            std = 0.02 if '.h.' not in name else inner / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else inner
             generator = torch.Generator(parameter.device)
             generator.manual_seed(mix(seed, *name.encode()) % 2**63)
             parameter.normal_(0.0, std, generator=generator)

@@ -44,17 +44,19 @@ TINY = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_emb
         '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2', '--eval_iters=2', '--log_interval=1']
 
 
+def run_train(dataset, out_dir, *args):
+    """train.py in this process with tiny settings; returns its exit code."""
+    import train
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    code = train.main([f'--dataset={dataset}', f'--out_dir={out_dir}', *TINY, *args])
+    torch.use_deterministic_algorithms(deterministic)
+    return code
+
+
 @pytest.fixture
 def train(dataset):
-    """train(out_dir, *args) runs train.py in this process with tiny settings; returns its exit code."""
-    import train as trainer
-
-    def call(out_dir, *args):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        code = trainer.main([f'--dataset={dataset}', f'--out_dir={out_dir}', *TINY, *args])
-        torch.use_deterministic_algorithms(deterministic)
-        return code
-    return call
+    """train(out_dir, *args): run_train on the small data set."""
+    return lambda out_dir, *args: run_train(dataset, out_dir, *args)
 
 
 def start_process(*command, env=None, **options):

@@ -1,0 +1,203 @@
+"""A run that was killed or stopped continues to the same bits, whatever evaluation and logging do beside it."""
+import json
+import os
+import signal
+
+import pytest
+import torch
+from conftest import TINY, losses, records, run_train, start_process
+
+from engine import checkpoint
+from model import Model, resolve_shape
+
+STEPS = 60
+
+
+def weights(out_dir, step):
+    """All tensors of a checkpoint."""
+    path = checkpoint.path_of(str(out_dir), step)
+    config = checkpoint.read_state(path)['config']
+    model = Model(resolve_shape(config))
+    tensors = {f'model.{n}': p.detach() for n, p in model.named_parameters()}
+    tensors.update({f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in model.named_parameters() for key in ('exp_avg', 'exp_avg_sq')})
+    checkpoint.load(path, tensors)
+    return tensors
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope='module')
+def reference(dataset, tmp_path_factory):
+    """A run of STEPS iterations that nobody disturbed."""
+    out = tmp_path_factory.mktemp('reference')
+    assert run_train(dataset, out, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1') == 0
+    return out
+
+
+def kill_at(text, number, dataset, out, *args):
+    """Start train.py, send it signal `number` when it prints `text`; returns (exit code, output)."""
+    process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={out}', *TINY, *args)
+    output = ''
+    for line in process.stdout:
+        output += line
+        if text in line:
+            process.send_signal(number)
+    return process.wait(60), output
+
+
+def test_two_runs_are_bitwise_equal(reference, train, tmp_path):
+    assert train(tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1') == 0
+    assert losses(tmp_path) == losses(reference) and len(losses(reference)) == STEPS
+    assert equal(weights(tmp_path, STEPS), weights(reference, STEPS))
+
+
+def test_sigkill_and_resume_is_bitwise(reference, dataset, train, tmp_path):
+    code, output = kill_at('iter 33:', signal.SIGKILL, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
+    assert code == -signal.SIGKILL and 'iter 33:' in output
+    assert train(tmp_path, '--init_from=resume') == 0
+    assert losses(tmp_path) == losses(reference)
+    assert equal(weights(tmp_path, STEPS), weights(reference, STEPS))
+    iterations = [r['iter'] for r in records(tmp_path)]
+    assert iterations == list(range(1, STEPS + 1))  # none lost, none doubled
+    assert [r['iter'] for r in records(tmp_path, 'eval')] == [0, 20, 40, 60]
+    assert [r['iter'] for r in records(tmp_path, 'resume')] == [20]
+    walls = [r['wall_s'] for r in records(tmp_path)]
+    assert walls == sorted(walls)
+
+
+@pytest.mark.parametrize('number, expected', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_it_saves_and_goes_on(reference, dataset, train, tmp_path, number, expected):
+    code, output = kill_at('iter 33:', number, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
+    assert code == expected and '--init_from=resume continues' in output, output
+    stopped = checkpoint.steps(str(tmp_path))[-1]
+    assert 33 <= stopped < STEPS
+    assert train(tmp_path, '--init_from=resume') == 0
+    assert losses(tmp_path) == losses(reference)
+    assert equal(weights(tmp_path, STEPS), weights(reference, STEPS))
+
+
+def test_evaluation_logging_and_workers_change_nothing(reference, train, tmp_path):
+    assert train(tmp_path / 'a', f'--max_iters={STEPS}', '--eval_interval=10', '--eval_iters=5', '--dropout=0.1') == 0
+    assert losses(tmp_path / 'a') == losses(reference)
+    assert train(tmp_path / 'b', f'--max_iters={STEPS}', '--eval_interval=1000', '--dropout=0.1', '--log_interval=7', '--eval_at_start=False',
+                 '--use_dataloader=True', '--dataloader_num_workers=2', '--gradient_log_interval=5', '--sample_interval=20', '--sample_start=the') == 0
+    sparse = losses(tmp_path / 'b')
+    assert set(sparse) == {1, *range(7, STEPS, 7), *range(5, STEPS + 1, 5)}
+    assert sparse == {k: v for k, v in losses(reference).items() if k in sparse}
+
+
+def test_resume_falls_back_to_the_newest_whole_checkpoint(reference, train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=40', '--eval_interval=20', '--dropout=0.1') == 0
+    with open(os.path.join(checkpoint.path_of(str(tmp_path), 40), '__0_0.distcp'), 'r+b') as f:
+        f.seek(1000)
+        f.write(b'!')
+    capsys.readouterr()
+    assert train(tmp_path, '--init_from=resume', f'--max_iters={STEPS}') == 0
+    output = capsys.readouterr().out
+    assert 'rejected' in output and 'step_00000040: __0_0.distcp does not have the checksum' in output and 'continuing at iter 20' in output
+    assert losses(tmp_path) == losses(reference)
+
+
+def test_resume_may_change_what_is_safe_and_says_so(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=10', '--eval_interval=100') == 0
+    assert train(tmp_path, '--init_from=resume', '--max_iters=12', '--learning_rate=5e-4', '--batch_size=2') == 0
+    output = capsys.readouterr().out
+    for note in ('max_iters=12 from now on', 'learning_rate=0.0005 from now on', 'batch_size=2 from now on (command line; it was 4)'):
+        assert note in output
+    assert [r['tokens_seen'] for r in records(tmp_path)][-3:] == [640, 672, 704]
+
+
+@pytest.mark.parametrize('change', ['--n_layer=3', '--n_embd=64', '--block_size=8', '--arch_preset=llama', '--seed=1', '--bias=True'])
+def test_resume_refuses_another_model(train, tmp_path, capsys, change):
+    assert train(tmp_path, '--max_iters=2', '--eval_interval=100') == 0
+    assert train(tmp_path, '--init_from=resume', change) == 2
+    assert change[2:].split('=')[0] + '=' in capsys.readouterr().err
+
+
+def test_resume_needs_only_the_folder(dataset, train, tmp_path, capsys):
+    import train as trainer
+    assert train(tmp_path, '--max_iters=10', '--eval_interval=100', '--arch_preset=qwen3', '--num_key_value_heads=1') == 0
+    assert trainer.main([f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=12', '--device=cpu']) == 0
+    assert sorted(losses(tmp_path)) == list(range(1, 13))
+
+
+def test_eval_only_evaluates_and_exits(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=20', '--eval_interval=20') == 0
+    before = {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
+    trained = records(tmp_path, 'eval')[-1]
+    capsys.readouterr()
+    assert train(tmp_path, '--init_from=resume', '--eval_only=True') == 0
+    output = capsys.readouterr().out
+    assert f"iter 20: train loss {trained['train_loss']:.4f}, val loss {trained['val_loss']:.4f}" in output and 'iter 21' not in output
+    assert before == {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
+
+
+def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
+    code, _ = kill_at('iter 25:', signal.SIGKILL, dataset, tmp_path, '--max_iters=60', '--eval_interval=20')
+    unfinished = weights(tmp_path, 20)
+    assert train(tmp_path, '--max_iters=60') == 2
+    error = capsys.readouterr().err
+    assert 'holds an unfinished run' in error and '--init_from=resume' in error and '--out_dir' in error
+    assert equal(weights(tmp_path, 20), unfinished)
+    # a finished one has nothing to continue: its checkpoints are kept under another name
+    assert train(tmp_path, '--init_from=resume', '--max_iters=25') == 0
+    assert train(tmp_path, '--max_iters=3') == 0
+    output = capsys.readouterr().out
+    aside = [name for name in os.listdir(tmp_path) if name.startswith('checkpoints_run_')]
+    assert len(aside) == 1 and f'its checkpoints are now in {tmp_path}/{aside[0]}' in output
+    assert checkpoint.why_broken(tmp_path / aside[0] / 'step_00000025') is None
+    assert checkpoint.steps(str(tmp_path)) == [3]
+
+
+def test_best_only_saving(train, tmp_path):
+    assert train(tmp_path, '--max_iters=30', '--eval_interval=10', '--always_save_checkpoint=False', '--learning_rate=1.0', '--decay_lr=False') == 0
+    saved, evaluated = records(tmp_path, 'checkpoint'), records(tmp_path, 'eval')
+    best, expected = evaluated[0]['val_loss'], []
+    for record in evaluated[1:]:
+        if record['val_loss'] < best:
+            best, expected = record['val_loss'], expected + [record['iter']]
+    assert [r['iter'] for r in saved] == sorted({*expected, 30})
+
+
+def test_ckpt_of_nanogpt_is_imported_and_continued(train, tmp_path, dataset):
+    """nanoGPT's file is rebuilt with its own layout: parameters numbered decayed first, _orig_mod. prefix, exact GELU."""
+    shape = resolve_shape(dict(arch_preset='gpt2', activation='gelu', n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=48, bias=False))
+    model = Model(shape)
+    model.init_weights(3)
+    named = dict(model.named_parameters())
+    groups = [{'params': [p for p in named.values() if p.dim() >= 2], 'weight_decay': 0.1}, {'params': [p for p in named.values() if p.dim() < 2], 'weight_decay': 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    for _ in range(3):
+        idx = torch.randint(48, (4, 16))
+        model(idx, idx).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save({'model': {f'_orig_mod.{n}': t for n, t in model.state_dict().items()}, 'optimizer': optimizer.state_dict(),
+                'model_args': dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=48, dropout=0.0), 'iter_num': 3,
+                'best_val_loss': torch.tensor(3.5), 'config': {'learning_rate': 1e-3, 'dtype': 'float16', 'batch_size': 4, 'device': 'cuda'}}, tmp_path / 'ckpt.pt')
+    assert train(tmp_path, '--init_from=resume', '--max_iters=4', '--warmup_iters=0', '--decay_lr=False', '--weight_decay=0.1') == 0
+    # one step by hand from the same state
+    from engine.loader import WindowOrder, open_dataset
+    file = open_dataset(dataset, '/')[0]
+    window = file.windows(WindowOrder(len(file), 16, 1337).starts(3 * 4, 4), 16)
+    loss = model(window[:, :-1], window[:, 1:])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert losses(tmp_path)[4] == pytest.approx(loss.item(), abs=1e-6)
+    continued = weights(tmp_path, 4)
+    for name, p in model.named_parameters():
+        assert torch.allclose(continued[f'model.{name}'], p, atol=1e-6), name
+        assert torch.allclose(continued[f'optimizer.exp_avg_sq.{name}'], optimizer.state[p]['exp_avg_sq'], atol=1e-9), name
+    assert os.path.exists(tmp_path / 'ckpt.pt')
+
+
+def test_scheduled_state_is_in_the_checkpoint(train, tmp_path):
+    assert train(tmp_path, '--max_iters=20', '--eval_interval=10') == 0
+    with open(tmp_path / 'checkpoints' / 'step_00000020' / 'state.json') as f:
+        state = json.load(f)
+    assert state['step'] == 20 and state['position'] == 80 and state['tokens'] == 1280 and state['world_size'] == 1
+    assert state['best_val_loss'] == min(r['val_loss'] for r in records(tmp_path, 'eval')[:2]) and state['versions']['torch'] == torch.__version__
+    assert state['config']['vocab_size'] and state['config']['d_ff'] == 128

@@ -197,7 +197,8 @@ class HuggingFaceTokenizer:
             token = eos = json.loads(self.files.get('config.json', b'{}')).get('eos_token_id')
             token = eos = eos[0] if isinstance(eos, list) else eos
         if token is not None and (eos is None or eos >= self.vocab_size):
-            raise ValueError(f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: correct eos_token in tokenizer_config.json')
+            raise ValueError(f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: '
+                             f'correct eos_token in its tokenizer_config.json')
         return eos
 
     def encode(self, text):
@@ -236,9 +237,6 @@ class SentencePieceTokenizer:
         if not os.path.isfile(path):
             raise ValueError(f'there is no sentencepiece model {path}: type the path of an existing .model file')
         return cls(_read(path), path)
-
-    def __reduce__(self):
-        return SentencePieceTokenizer, (self.model, self.source)
 
     def encode(self, text):
         return np.array(self.processor.encode(text, add_bos=False, add_eos=False), dtype=np.uint32)

@@ -1,4 +1,5 @@
-"""Proves the token file format: the dtype holds every id, nothing half-written looks finished, meta.pkl runs no code, fingerprints tell files apart."""
+"""Proves the token file format: the dtype holds every id, nothing half-written looks finished, meta.pkl runs no code,
+and fingerprints tell files apart."""
 import os
 import pickle
 import signal
@@ -41,9 +42,9 @@ def test_dtype_is_the_smallest_that_holds_every_id(tmp_path, vocab_size, dtype):
 def test_meta_says_what_the_files_hold(tmp_path):
     with writer(tmp_path, eot_id=9, extra={'note': 'x'}) as w:
         w.write('train', np.array([5, 6], dtype=np.int64), ends_document=False)
-        w.write('train', [7])
+        w.write('train', [250])
         w.write('train', [])
-        w.write('train', [8, 250])
+        w.write('train', [8, 7])
         w.write('val', [3])
     meta = read_meta(tmp_path)
     assert meta['tokens'] == {'train': 5, 'val': 1} and meta['documents'] == {'train': 2, 'val': 1} and meta['max_id'] == {'train': 250, 'val': 3}
@@ -170,4 +171,4 @@ def test_fingerprint_tells_bytes_order_and_length_apart(tmp_path):
     large = np.random.default_rng(1).integers(0, 256, 6_000_000, dtype=np.uint8).tobytes()
     assert of(large) == of(large)
     assert len({of(large), of(large[3_000_000:] + large[:3_000_000]), of(large[:-2]), of(large + b'\0\0'), of(large[:-1] + b'?')}) == 5
-    assert of(b'') != of(b'\0')
+    assert of(b'') != of(b'\0') and of(bytes(3_000_000)) != of(bytes(3_000_002))

@@ -1,4 +1,5 @@
-"""Proves that every tokenizer gives the ids of its reference library, decodes to the same text, keeps special tokens out, and travels with its data set."""
+"""Proves that every tokenizer gives the ids of its reference library, decodes to the same text, keeps special tokens out,
+and travels with its data set."""
 import io
 import json
 import pickle
@@ -14,7 +15,8 @@ from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
 from data.tokenizer import load_tokenizer, tokenizer_of  # noqa: E402
 
 EOT = '<|endoftext|>'
-TEXTS = ['hello there, hello world\n', 'Grüße, 日本語 \N{GRINNING FACE} \u0301\n\n\tif x:\n        return "1234"\n', '', ' ', f'a{EOT}b</s>[PAD]<|endoftext|>']
+TEXTS = ['hello there, hello world\n', '', ' ', f'a{EOT}b</s>[PAD]{EOT}',
+         'Grüße, 日本語 \N{GRINNING FACE} \u0301\n\n\tif x:\n        return "1234"\n']
 CORPUS = [text for text in TEXTS if text] * 4 + [f'the cat sat on mat number {i}, then the hat fell\n' for i in range(60)]
 
 # an encoding that tiktoken finds by itself, as it finds gpt2, but without the network; 300 is a gap
@@ -51,7 +53,8 @@ def hf_folder(tmp_path):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens([EOT, '[PAD]'])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f'{EOT} $A', special_tokens=[(EOT, tokenizer.token_to_id(EOT))])
@@ -82,7 +85,8 @@ def sentencepiece_model(tmp_path):
 def through_a_data_set(tokenizer, folder):
     """What a reader of a data set made with `tokenizer` gets."""
     extra = {'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if hasattr(tokenizer, 'stoi') else None
-    with TokenFileWriter(str(folder), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split='x', extra=extra) as writer:
+    with TokenFileWriter(str(folder), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split='x',
+                         extra=extra) as writer:
         writer.write('train', tokenizer.encode('hello'))
         writer.write('val', tokenizer.encode('hello'))
     return tokenizer_of(str(folder), read_meta(folder))
@@ -154,6 +158,7 @@ def test_hugging_face(tmp_path, hf_folder):
     assert tokenizer.vocab_size == 1000 > tokenizer.tokenizer.get_vocab_size(with_added_tokens=True) > 401
     assert tokenizer.eot_id == theirs.eos_token_id == tokenizer.tokenizer.token_to_id(EOT)
     check(tokenizer, reference)
+    assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode('é'), 999]) == f'{EOT}é[PAD]'
     assert len(tokenizer.encode('hello world ' * 50)) > 64  # neither truncated nor padded
     assert load_tokenizer(str(hf_folder / 'tokenizer.json')).vocab_size == 1000
 

@@ -1,0 +1,97 @@
+"""What a user gets wrong ends with one clear sentence and exit code 2, before any model is built and before any file is written."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, run_process, write_dataset
+
+import train as trainer
+
+
+@pytest.fixture
+def refused(dataset, tmp_path, monkeypatch, capsys):
+    """refused(*args): the error line of a run that must fail before a model is built."""
+    def no_model(*args, **kwargs):
+        raise AssertionError('a model was built')
+
+    def call(*args):
+        monkeypatch.setattr(trainer, 'Model', no_model)
+        out = tmp_path / 'out'
+        code = trainer.main([f'--dataset={dataset}', f'--out_dir={out}', *TINY, *args])
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith('error: ') and error.count('\n') == 1, (code, error)
+        assert not out.exists()
+        return error
+    return call
+
+
+CASES = {
+    'unknown key': (['--n_layrs=2'], "unknown key 'n_layrs', did you mean 'n_layer'"),
+    'wrong type': (['--max_iters=many'], "max_iters='many' is a str, expected int"),
+    'unreadable config file': (['config/none.py'], "cannot read the config file 'config/none.py'"),
+    'not an option': (['-x'], "cannot read '-x', expected --key=value"),
+    'n_embd not divisible': (['--n_embd=33'], 'n_embd=33 is not divisible by n_head=2: type --n_head='),
+    'block_size larger than the data': (['--block_size=30000'], 'too few for one block of block_size=30000'),
+    'id beyond the vocabulary': (['--vocab_size=10'], 'beyond vocab_size=10: type --vocab_size='),
+    'resume without a checkpoint': (['--init_from=resume'], 'has no checkpoint that can be used: type --init_from=scratch'),
+    'unknown start': (['--init_from=nowhere'], "init_from='nowhere' is not 'scratch', 'resume'"),
+    'unknown preset': (['--arch_preset=lama'], "did you mean 'llama'"),
+    'unknown device': (['--device=tpu'], "device='tpu' is not one of"),
+    'total_batch_size': (['--total_batch_size=1000'], 'type --total_batch_size=960 or 1024'),
+    'fsdp': (['--use_fsdp=True'], 'use_fsdp=True is not in this version'),
+    'zero': (['--eval_interval=0'], 'eval_interval=0 must be at least 1'),
+    'dropout': (['--dropout=1.0'], 'dropout=1.0 must be at least 0 and below 1'),
+    'negative': (['--learning_rate=-1'], 'learning_rate=-1.0 must not be negative'),
+    'half precision': (['--dtype=float16'], 'dtype=float16 needs a GPU'),
+    'missing data set': (['--dataset=nowhere'], "no data set 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_refused(refused, case):
+    args, message = CASES[case]
+    assert message in refused(*args)
+
+
+def test_missing_data_set_names_its_prepare_command(refused):
+    from conftest import ROOT
+    name = next(n for n in ('openwebtext', 'shakespeare') if not os.path.exists(os.path.join(ROOT, 'data', n, 'train.bin')))
+    assert f'run `python data/{name}/prepare.py` first' in refused(f'--dataset={name}')
+
+
+def test_token_file_of_odd_size(refused, tmp_path):
+    folder = write_dataset(str(tmp_path / 'odd'), np.arange(64), np.arange(64))
+    os.remove(os.path.join(folder, 'meta.pkl'))
+    with open(os.path.join(folder, 'val.bin'), 'ab') as f:
+        f.write(b'x')
+    assert 'val.bin has 129 bytes, which is not a whole number of uint16 tokens' in refused(f'--dataset={folder}')
+
+
+def test_meta_that_is_no_plain_pickle(refused, tmp_path):
+    folder = write_dataset(str(tmp_path / 'evil'), np.arange(64), np.arange(64))
+    with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
+        f.write(b'cos\nsystem\n(S"true"\ntR.')
+    assert 'only builtin containers, strings and numbers are admitted' in refused(f'--dataset={folder}')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU here')
+def test_cuda_without_a_gpu(refused):
+    assert 'sees no GPU here: type --device=cpu' in refused('--device=cuda')
+
+
+def test_as_a_command():
+    code, output = run_process('train.py', '--n_layrs=2')
+    assert code == 2 and output == "error: command line: unknown key 'n_layrs', did you mean 'n_layer'?; `--help` lists all keys\n"
+    code, output = run_process('train.py', '--help')
+    assert code == 0 and '--learning_rate=0.0006' in output.replace('6e-4', '0.0006')
+
+
+def test_options_that_do_nothing_yet_are_announced(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=1', '--use_zero1=True', '--use_cuda_graphs=True', '--attention_backend=flash_attn_3', '--fsdp_min_num_params=5',
+                 '--dataloader_num_workers=3') == 0
+    output = capsys.readouterr().out
+    for text in ('Note: use_zero1=True is not in this version', 'Note: use_cuda_graphs=True is not in this version', 'CUDA Graphs: off',
+                 'falls back to sdpa (flash_attn_3: needs an NVIDIA GPU; flash_attn_2: needs an NVIDIA GPU)', 'fsdp_min_num_params has no effect',
+                 'dataloader_num_workers has no effect without use_dataloader=True', 'lr_decay_iters=600000 lies beyond max_iters=1'):
+        assert output.count(text) == 1, text

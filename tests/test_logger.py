@@ -1,0 +1,169 @@
+"""The log is true and complete: JSONL survives any kill, the JSON has the documented keys and is always valid, numbers are what they say."""
+import glob
+import json
+import math
+import os
+
+import pytest
+from conftest import losses, records, run_process
+
+from engine.logger import RunLog, finite, new_run_name, scalars
+
+HEADER = {'config': {'a': 1}, 'startup_info': {}, 'metadata': {}}
+ITERATION = dict(lr=0.1, tokens_seen=10, time_ms=5.0, tokens_per_sec=100.0, data_wait_ms=0.0, wall_s=1.0, mfu=-100.0, memory={'allocated_gb': 1.0},
+                 gradients={'global_norm': 1.0})
+
+
+@pytest.fixture(scope='module')
+def run(dataset, tmp_path_factory):
+    """Folder of a run with everything logged."""
+    from conftest import run_train
+    out = tmp_path_factory.mktemp('run')
+    assert run_train(dataset, out, '--max_iters=30', '--eval_interval=10', '--gradient_log_interval=10', '--gradient_accumulation_steps=2',
+                     '--arch_preset=llama3', '--num_key_value_heads=1', '--log_save_interval=1') == 0
+    return out
+
+
+def read_json(out):
+    with open(glob.glob(os.path.join(out, 'run_*.json'))[0]) as f:
+        return json.load(f, parse_constant=lambda word: pytest.fail(f'{word} is not JSON'))
+
+
+def test_schema(run):
+    log = read_json(run)
+    assert {'run_name', 'start_time', 'end_time', 'config', 'startup_info', 'training_iterations', 'training_progress', 'eval_steps', 'checkpoints',
+            'metadata', 'summary'} <= log.keys()
+    info = log['startup_info']
+    assert {'timestamp', 'model', 'optimizer', 'config', 'hardware'} <= info.keys()
+    assert {'total_params', 'trainable_params', 'non_embedding_params'} <= info['model'].keys()
+    assert {'type', 'param_groups'} <= info['optimizer'].keys() and info['optimizer']['fused'] is True
+    assert {'gpu_name', 'num_gpus', 'gpu_memory_gb', 'precision', 'parallelism'} <= info['hardware'].keys()
+    iteration = log['training_iterations'][20]
+    assert {'iter', 'loss', 'time_ms', 'mfu', 'memory', 'gradients', 'lr', 'tokens_seen', 'wall_s', 'data_wait_ms'} <= iteration.keys()
+    assert {'mfu', 'mfu_percent', 'flops_achieved', 'flops_per_token', 'tokens_per_sec', 'hardware_peak_flops', 'hardware_peak_tflops', 'achieved_tflops',
+            'gpu_name', 'precision', 'num_gpus', 'attention_flops_per_layer', 'ffn_flops_per_layer', 'attention_to_ffn_ratio', 'architecture'} <= iteration['mfu'].keys()
+    assert iteration['mfu']['architecture'] == '2L-2H-32D-GQA1-RoPE-RMS-SwiGLU-PreNorm' and log['training_iterations'][0]['mfu'] == -100.0
+    assert {'allocated_gb', 'reserved_gb', 'max_allocated_gb', 'max_reserved_gb'} == iteration['memory'].keys()
+    measured = log['training_iterations'][19]['gradients']
+    assert {'global_norm', 'mean_layer_norm', 'max_layer_norm', 'min_layer_norm', 'grad_mean', 'grad_std', 'grad_min', 'grad_max'} == measured.keys()
+    assert {'iter', 'loss', 'mfu', 'tokens_per_sec', 'memory_allocated_gb', 'dt_ms'} == log['training_progress'][3].keys()
+    assert {'iter', 'train_loss', 'val_loss', 'timestamp', 'lr'} <= log['eval_steps'][0].keys()
+    assert {'iter', 'val_loss', 'path', 'timestamp', 'stall_ms'} <= log['checkpoints'][0].keys() and log['checkpoints'][0]['val_loss'] == log['eval_steps'][1]['val_loss']
+    assert {'world_size', 'device', 'dtype', 'compile', 'use_zero1', 'use_fsdp'} <= log['metadata'].keys()
+    assert {'total_iterations', 'final_iter', 'final_train_loss', 'best_val_loss', 'avg_time_ms', 'avg_mfu', 'total_eval_steps', 'total_checkpoints'} <= log['summary'].keys()
+    assert log['summary']['final_iter'] == 30 and log['summary']['total_eval_steps'] == 4 and log['summary']['total_checkpoints'] == 3
+
+
+def test_the_effective_values_are_logged(run):
+    config = read_json(run)['config']
+    assert config['d_ff'] == 112 and config['rope_theta'] == 500000.0 and config['normalization'] == 'rmsnorm' and config['head_dim'] == 16
+    assert config['dtype'] == 'float32' and config['device'] == 'cpu' and config['vocab_size'] is not None
+    assert records(run, 'header')[0]['config'] == config
+
+
+def test_jsonl_and_json_say_the_same(run):
+    log = read_json(run)
+    assert [{k: v for k, v in r.items() if k != 'type'} for r in records(run)] == log['training_iterations']
+    assert records(run, 'end')[0]['summary'] == log['summary']
+
+
+def test_logged_numbers_are_what_they_say(run, train, tmp_path):
+    """Loss is the mean over the micro-steps, the norm is that before clipping, tokens and rates fit the batch."""
+    for r in records(run)[1:]:
+        assert r['tokens_seen'] == r['iter'] * 2 * 4 * 16
+        assert r['tokens_per_sec'] == pytest.approx(128 / (r['time_ms'] / 1000))
+    assert train(tmp_path / 'unclipped', '--max_iters=1', '--grad_clip=0') == 0
+    assert train(tmp_path / 'clipped', '--max_iters=1', '--grad_clip=0.01') == 0
+    norms = [records(tmp_path / name)[0]['gradients']['global_norm'] for name in ('unclipped', 'clipped')]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.1
+    measured = records(run)[9]['gradients']
+    assert measured['min_layer_norm'] <= measured['mean_layer_norm'] <= measured['max_layer_norm'] <= measured['global_norm']
+    count = read_json(run)['startup_info']['model']['total_params']
+    assert measured['global_norm'] == pytest.approx(math.sqrt((measured['grad_std'] ** 2 + measured['grad_mean'] ** 2) * count), rel=1e-3)
+
+
+def test_time_leaves_out_evaluation_and_saving(train, tmp_path, monkeypatch):
+    import time
+
+    import train as trainer
+    real = trainer.evaluation_batches
+
+    def slow(*args):
+        time.sleep(0.5)
+        return real(*args)
+    monkeypatch.setattr(trainer, 'evaluation_batches', slow)
+    assert train(tmp_path, '--max_iters=12', '--eval_interval=4') == 0
+    assert max(r['time_ms'] for r in records(tmp_path)[1:]) < 500 and records(tmp_path)[-1]['wall_s'] > 2.0
+
+
+def test_the_learning_rate_is_the_one_used(run):
+    rates = [r['lr'] for r in records(run)]
+    assert rates[0] == pytest.approx(1e-3 / 3) and rates[2] == pytest.approx(1e-3)
+
+
+def test_a_killed_run_keeps_its_lines(tmp_path):
+    log = RunLog(str(tmp_path), 'run_1', HEADER)
+    log.event('iter', iter=1, loss=2.0, **ITERATION)
+    log.event('iter', iter=2, loss=1.5, **ITERATION)
+    assert [r['iter'] for r in records(tmp_path)] == [1, 2]  # nothing was closed
+    with open(tmp_path / 'run_1.jsonl', 'a') as f:
+        f.write('{"type": "iter", "iter": 3, "lo')
+    again = RunLog(str(tmp_path), 'run_1', HEADER, resume_step=1)
+    again.event('iter', iter=2, loss=1.25, **ITERATION)
+    again.close()
+    assert losses(tmp_path) == {1: 2.0, 2: 1.25} and len(records(tmp_path, 'header')) == 1
+    assert [r['loss'] for r in json.load(open(tmp_path / 'run_1.json'))['training_iterations']] == [2.0, 1.25]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    assert finite({'a': [math.nan, 1.0, (math.inf,)], 'b': 'nan'}) == {'a': [None, 1.0, [None]], 'b': 'nan'}
+    log = RunLog(str(tmp_path), 'run_1', HEADER)
+    log.event('iter', iter=1, loss=math.nan, **ITERATION)
+    log.close()
+    assert read_json(tmp_path)['training_iterations'][0]['loss'] is None
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=100', '--eval_interval=10', '--learning_rate=1e30', '--grad_clip=0') == 3
+    output = capsys.readouterr().out
+    assert 'the loss is not finite at iter' in output
+    from engine import checkpoint
+    assert checkpoint.steps(str(tmp_path)) == []
+
+
+def test_run_names_never_collide(tmp_path):
+    first = new_run_name(str(tmp_path))
+    (tmp_path / f'{first}.jsonl').write_text('')
+    assert new_run_name(str(tmp_path)) != first
+
+
+def test_console_text_is_kept_and_the_progress_bar_is_not(dataset, tmp_path):
+    from conftest import TINY
+    code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=3')
+    text = open(glob.glob(f'{tmp_path}/*.log')[0]).read()
+    assert code == 0 and text == output and '\r' not in text and 'it/s' not in text
+    for words in ('CUDA Graph', 'DataLoader', 'Attention backend', 'tokens per iteration', 'FLOPs per token', 'Hardware:'):
+        assert words in text
+
+
+def test_dashboards_get_flat_numbers():
+    record = {'type': 'iter', 'iter': 3, 'loss': 1.0, 'mfu': -100.0, 'memory': {'allocated_gb': 2.0}, 'timestamp': 'x'}
+    assert scalars('iter', record) == {'train/iter': 3, 'train/loss': 1.0, 'train/memory/allocated_gb': 2.0}
+
+
+def test_wandb_receives_the_records(train, tmp_path, monkeypatch):
+    """Through a module that stands in for the package, which is optional."""
+    import sys
+    import types
+    logged = []
+    fake = types.ModuleType('wandb')
+    fake.init = lambda **options: types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append('finished'))
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    assert train(tmp_path, '--max_iters=3', '--eval_interval=3', '--wandb_log=True') == 0
+    assert [entry[0] for entry in logged[:-1]] == [0, 1, 2, 3, 3] and logged[-1] == 'finished'
+    assert logged[1][1]['train/loss'] == losses(tmp_path)[1] and 'eval/val_loss' in logged[0][1]
+
+
+def test_memory_is_measured(run):
+    memory = [r['memory'] for r in records(run)]
+    assert all(0.05 < m['allocated_gb'] <= m['max_allocated_gb'] < 100 for m in memory)

@@ -5,6 +5,7 @@
 #
 # Batch: 1 sequence x 1024 tokens x 32 micro-steps = 32,768 tokens per iteration; the text is 301,966 tokens, 9.2 iterations.
 # Memory: 16 bytes for each of 1.56 B parameters = 24.9 GB and activations; with gpt2, 2.0 GB.
+# Expect the validation loss to fall from the first evaluation on; this recipe has not been run here with the real weights yet.
 
 out_dir = 'out-shakespeare'
 init_from = 'gpt2-xl'

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-WHOLE_BYTES = 64 * 2**20
+WHOLE_BYTES = 16 * 2**20
 PIECE_BYTES = 16 * 2**20
 LINE_BYTES = 2**20  # how far beyond that a piece reaches for its line end
 
@@ -121,8 +121,6 @@ class DocumentReader:
         size = os.path.getsize(path)
         with open(path, 'rb') as f:
             start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
-            if start == size:
-                return
             if self.txt_val_fraction is None:
                 parts = [(self._next_split(), start, size)]
             else:

@@ -10,7 +10,7 @@ sentencepiece .model file. The data set keeps what it needs of it.
 
 A JSON line or a parquet row is a document, and every k-th, k = round(1 / val_fraction), goes to val. A .txt is one document
 whose last val_fraction goes to val, cut at a line end where one is near. Documents are closed by the tokenizer's end of text
-where it has one. A .txt of up to 64 MB is tokenized whole; a larger one in pieces that end at line ends. Nothing is held in
+where it has one. A .txt of up to 16 MB is tokenized whole; a larger one in pieces that end at line ends. Nothing is held in
 memory but the piece at hand. Rows without a text are left out and counted; more than 1 % of them stop the run.
 """
 import os

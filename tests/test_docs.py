@@ -1,0 +1,118 @@
+"""Every command in README.md and TRAINING_GUIDE.md runs, shrunk, in the order in which a user types them."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEXT, write_dataset
+
+SHRUNK = ['--device=cpu', '--compile=False', '--max_iters=4', '--eval_interval=2', '--eval_iters=1', '--batch_size=1', '--block_size=16',
+          '--gradient_accumulation_steps=1', '--n_layer=1']
+NOT_RUN = ('python3 start.py', 'source ')  # the first installs packages and runs these tests; CI types it
+
+
+def commands(document):
+    """The commands of the document's sh blocks, continued lines joined, comments dropped."""
+    with open(os.path.join(ROOT, document)) as f:
+        blocks = re.findall(r'```sh\n(.*?)```', f.read(), re.DOTALL)
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    return [command for line in lines if (command := re.sub(r'\s{2,}', ' ', re.split(r'\s+# ', line)[0]).strip())]
+
+
+def shrink(command):
+    """The command at a size for a test: what is appended wins."""
+    command = command.replace('tail -f', 'tail -n 3')
+    if 'sample.py' in command:
+        return f'{command} --device=cpu --max_new_tokens=8 --num_samples=1'
+    if 'train.py' not in command or '--help' in command:
+        return command
+    extra = SHRUNK
+    if '--init_from=resume' in command:  # the shape comes from the checkpoint
+        extra = ['--device=cpu', '--eval_iters=1'] + ([] if 'eval_only' in command else ['--max_iters=6'])
+        command = command.replace('config/full_llama_1.36b.py', '--out_dir=out-llama-1.36b')
+    elif '--init_from=' in command:
+        extra = SHRUNK[:-1]
+    elif 'config/full_' in command:
+        extra = [*SHRUNK, '--n_embd=72', '--d_ff=64']
+    command = re.sub(r'--nproc_per_node=\d', '--nproc_per_node=2', command)
+    return f"{command} {' '.join(extra)}"
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    """A copy of the project beside small files that stand for what a user would have."""
+    folder = tmp_path_factory.mktemp('project') / 'onetrain'
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns('.git', '.venv', 'out*', '*.bin', 'meta.pkl', 'input.txt', '__pycache__', 'tests'))
+    generator = np.random.default_rng(0)
+    text = 'ROMEO:\n' + '\n'.join(' '.join(generator.choice(TEXT.split(), 10)) for _ in range(600))
+    (folder / 'data' / 'shakespeare_char' / 'input.txt').write_text(text)
+    (folder / 'book.txt').write_text(text)
+    (folder / 'more').mkdir()
+    (folder / 'more' / 'a.jsonl').write_text('\n'.join(json.dumps({'text': line}) for line in text.splitlines()))
+    import pyarrow
+    import pyarrow.parquet
+    (folder / 'FOLDER').mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({'text': text.splitlines()}), folder / 'FOLDER' / 'a.parquet')
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, special_tokens=['</s>'], show_progress=False,
+                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    sys.path.insert(0, ROOT)
+    import huggingface
+    from model import Model, resolve_shape
+    model = Model(resolve_shape(dict(arch_preset='llama', n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=300)))
+    model.init_weights(0)
+    for name in ('llama2_tokenizer', 'path/to/folder'):
+        huggingface.write(str(folder / name), model.config, model.state_dict())
+        tokenizer.save(str(folder / name / 'tokenizer.json'))
+        (folder / name / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+    for name in ('slimpajama_6b_llama', 'slimpajama_6b_gpt2', 'own_text'):
+        write_dataset(str(folder / 'data' / name), generator.integers(0, 60, 4000), generator.integers(0, 60, 400))
+    return folder
+
+
+@pytest.mark.parametrize('document', ['README.md', 'TRAINING_GUIDE.md'])
+def test_commands_run(document, project):
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'}
+    ran = 0
+    if document == 'TRAINING_GUIDE.md':  # the guide compares with a second run, which the reader makes the same way
+        script = shrink('python train.py config/full_gpt2_1.36b.py')
+        subprocess.run(script, shell=True, cwd=project, env=environment, check=True, capture_output=True)
+    for command in commands(document):
+        if command.startswith(NOT_RUN):
+            continue
+        done = subprocess.run(['bash', '-c', shrink(command)], cwd=project, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=240)
+        assert done.returncode == 0, f'{shrink(command)}\n{done.stdout}'
+        ran += 1
+    assert ran > 8
+
+
+def test_files_and_keys_that_the_documents_name_exist():
+    from train import ALIASES, Config
+    known = {*Config.__dataclass_fields__, *ALIASES}
+    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key'}
+    for document in ('README.md', 'TRAINING_GUIDE.md'):
+        with open(os.path.join(ROOT, document)) as f:
+            text = f.read()
+        assert set(re.findall(r'--(\w+)', text)) <= known | other_commands
+        for path in re.findall(r'\]\(([\w./-]+)\)|`((?:config|tests|engine|bench|data|plots)/[\w./-]+\.\w+)`', text):
+            path = path[0] or path[1]
+            assert os.path.exists(os.path.join(ROOT, path)), path
+        for test in re.findall(r'`(test_\w+\.py)`', text):
+            assert os.path.exists(os.path.join(ROOT, 'tests', test))
+        for key in re.findall(r'`(\w+)=\w+`', text):
+            assert key in known, key
+
+
+def test_every_recipe_says_how_to_start_it():
+    for name in os.listdir(os.path.join(ROOT, 'config')):
+        if name.endswith('.py'):
+            with open(os.path.join(ROOT, 'config', name)) as f:
+                head = f.read().split('\n\n')[0]
+            assert f'train.py config/{name}' in head and 'Memory' in head and ('Batch' in head or 'batches of' in head) and ('Expect' in head or 'eval' in name), name

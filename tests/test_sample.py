@@ -1,0 +1,88 @@
+"""sample.py writes with the model that was trained: every family, runs and Hugging Face folders, repeatable, with clear refusals."""
+import os
+
+import pytest
+import torch
+from conftest import TEXT
+
+import huggingface
+import sample
+from engine import checkpoint
+from model import PRESETS, Model, resolve_shape
+
+
+def write(capsys, *args):
+    code = sample.main(['--device=cpu', '--num_samples=1', '--max_new_tokens=20', *args])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_every_family(train, tmp_path, capsys, preset):
+    assert train(tmp_path, '--max_iters=2', '--eval_interval=2', f'--arch_preset={preset}') == 0
+    capsys.readouterr()
+    code, text = write(capsys, f'--out_dir={tmp_path}', '--start=the quick')
+    assert code == 0 and 'the quick' in text
+    written = text.split('the quick')[1].split('\n---')[0]
+    assert len(written) == 20 and set(written) <= set(TEXT)
+    assert write(capsys, f'--out_dir={tmp_path}', '--start=the quick')[1] == text
+    assert write(capsys, f'--out_dir={tmp_path}', '--start=the quick', '--seed=2')[1] != text
+
+
+def test_it_is_the_model_that_was_trained(train, tmp_path, capsys):
+    """After enough steps on a repetitive text, the most likely continuation is the text's."""
+    assert train(tmp_path, '--max_iters=400', '--eval_interval=200', '--learning_rate=5e-3', '--batch_size=16') == 0
+    capsys.readouterr()
+    words = set(TEXT.split())
+    _, text = write(capsys, f'--out_dir={tmp_path}', '--start=the ', '--temperature=0', '--max_new_tokens=60')
+    written = text.split('parameters\n')[1].split('\n---')[0].split()[:-1]
+    assert len(written) > 5 and sum(word in words for word in written) >= 0.8 * len(written), written
+
+
+def test_prompt_from_a_file_and_limits(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=2', '--eval_interval=2') == 0
+    (tmp_path / 'prompt.txt').write_text('lazy dog; ')
+    code, text = write(capsys, f'--out_dir={tmp_path}', f'--start=FILE:{tmp_path}/prompt.txt', '--top_k=3', '--top_p=0.9', '--num_samples=2')
+    assert code == 0 and text.count('lazy dog; ') == 2
+
+
+def test_best_checkpoint_or_the_step_asked_for(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=6', '--eval_interval=2', '--keep_all_checkpoints=True') == 0
+    checkpoint.record_evaluation(str(tmp_path), 4, {'train': 0.1, 'val': 0.1})
+    assert 'step_00000004' in write(capsys, f'--out_dir={tmp_path}', '--start=the')[1]
+    assert 'step_00000002' in write(capsys, f'--out_dir={tmp_path}', '--start=the', '--step=2')[1]
+    with open(os.path.join(checkpoint.path_of(str(tmp_path), 4), 'state.json'), 'a') as f:
+        f.write(' ')
+    assert 'step_00000006' in write(capsys, f'--out_dir={tmp_path}', '--start=the')[1]
+    code, text = write(capsys, f'--out_dir={tmp_path}', '--start=the', '--step=4')
+    assert code == 2 and 'cannot be used: state.json has' in text
+
+
+def test_from_a_hugging_face_folder(tmp_path, capsys):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator([TEXT * 20], trainers.BpeTrainer(vocab_size=280, special_tokens=['</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+    model = Model(resolve_shape(dict(arch_preset='qwen3', n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=280)))
+    model.init_weights(0)
+    huggingface.write(str(tmp_path), model.config, model.state_dict())
+    code, text = write(capsys, f'--hf={tmp_path}', '--start=the quick brown', '--temperature=0')
+    ids = torch.tensor(tokenizer.encode('the quick brown').ids)[None]
+    assert code == 0 and tokenizer.decode(model.generate(ids, 20, temperature=0)[0].tolist()) in text
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--out_dir=nowhere'], 'no checkpoint to sample from'), (['--hf=./nowhere'], 'no local folder and could not be fetched'),
+    (['--start=FILE:nowhere.txt'], 'no such file'), (['--top_p=2'], '--top_p above 0 and at most 1'), (['--temperature=-1'], '--temperature=-1.0 must be at least 0'),
+])
+def test_refusals(capsys, args, message):
+    code, text = write(capsys, *args)
+    assert code == 2 and message in text and text.startswith('error: ') and text.count('\n') == 1
+
+
+def test_samples_while_training(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=6', '--eval_interval=6', '--sample_interval=3', '--sample_start=fox') == 0
+    output = capsys.readouterr().out
+    assert '---- sample at iter 3\nfox' in output and '---- sample at iter 6\nfox' in output

@@ -8,7 +8,8 @@
 # Batch: total_batch_size = 1,048,576 tokens per iteration on any number of GPUs: 8 sequences x 2048 tokens x 64
 # micro-steps on one, x 8 micro-steps on each of eight. 100,000 iterations are 104.9 B tokens.
 # Data: own text with a tokenizer of at most 50000 ids, `python data/own_text/prepare.py --tokenizer FOLDER`.
-# Expect a first loss near ln(50000) = 10.8. No full run of this recipe has been made yet.
+# Expect a first loss of ln(50000) = 10.8 and up to half of one more.
+# No full run of this recipe has been made yet.
 
 out_dir = 'out-gpt2-1b'
 dataset = 'own_text'

@@ -10,7 +10,8 @@
 # 25,000 iterations on one GPU are 6.6 B tokens. total_batch_size fixes the batch for any number of GPUs.
 # Data: SlimPajama-6B with the LLaMA-3.1 tokenizer; `python data/own_text/prepare.py --input FOLDER/*.parquet --tokenizer ./llama3_tokenizer
 #   --output data/slimpajama_6b_llama3` prepares a downloaded copy.
-# Expect a first loss near ln(128256) = 11.8. No full run of this recipe has been made yet.
+# Expect a first loss of ln(128256) = 11.8 and up to half of one more.
+# No full run of this recipe has been made yet.
 
 out_dir = 'out-llama3-8b'
 dataset = 'slimpajama_6b_llama3'

@@ -9,7 +9,8 @@
 # Batch: 8 sequences x 2048 tokens x 16 micro-steps = 262,144 tokens per iteration on each GPU;
 # 25,000 iterations on one GPU are 6.6 B tokens. total_batch_size fixes the batch for any number of GPUs.
 # Data: OpenWebText with the GPT-2 tokenizer, `python data/openwebtext/prepare.py`.
-# Expect a first loss near ln(50257) = 10.8. No full run of this recipe has been made yet.
+# Expect a first loss of ln(50257) = 10.8 and up to half of one more.
+# No full run of this recipe has been made yet.
 
 out_dir = 'out-neox-1.2b'
 dataset = 'openwebtext'

@@ -10,7 +10,8 @@
 # 25,000 iterations on one GPU are 9.8 B tokens. total_batch_size fixes the batch for any number of GPUs.
 # Data: SlimPajama-6B with the Qwen3 tokenizer; `python data/own_text/prepare.py --input FOLDER/*.parquet --tokenizer ./qwen3_tokenizer
 #   --output data/slimpajama_6b_qwen3` prepares a downloaded copy.
-# Expect a first loss near ln(151936) = 11.9. No full run of this recipe has been made yet.
+# Expect a first loss of ln(151936) = 11.9 and up to half of one more (12.4 with one layer of it on a CPU).
+# No full run of this recipe has been made yet.
 
 out_dir = 'out-qwen3-1.8b-optimal'
 dataset = 'slimpajama_6b_qwen3'

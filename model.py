@@ -230,8 +230,7 @@ class Model(nn.Module):
     """A decoder-only language model.
 
     config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout: probability.
-    Parameters are uninitialised until init_weights() or a state dict fills them, so that it can be built on any device,
-    meta included.
+    Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
     def __init__(self, config, backend='sdpa', dropout=0.0):
@@ -248,11 +247,21 @@ class Model(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'
         if self.rope:
-            with torch.device('cpu'):
-                cos, sin = rope_table(config)
-            device = self.lm_head.weight.device
-            self.register_buffer('rope_cos', cos.to(device), persistent=False)
-            self.register_buffer('rope_sin', sin.to(device), persistent=False)
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_table(config)):
+                self.register_buffer(name, table, persistent=False)
+
+    @classmethod
+    def empty(cls, config, backend, dropout, device):
+        """A model on `device` whose parameters hold nothing yet: built without the work of torch's own initialisation."""
+        with torch.device('meta'):
+            model = cls(config, backend, dropout)
+        model.to_empty(device=device)
+        if config.weight_tying:  # to_empty gives every module a tensor of its own
+            model.lm_head.weight = model.transformer.wte.weight
+        if model.rope:
+            for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(config)):
+                buffer.copy_(table)
+        return model
 
     def forward(self, idx, targets=None, reduction='mean', last_only=False):
         """Loss of next-token prediction, or logits.

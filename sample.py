@@ -57,8 +57,7 @@ def load_huggingface(source, device, dtype):
 
 def build(shape, device, dtype, backend):
     backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim)
-    with device:
-        return Model(shape, backend).eval()
+    return Model.empty(shape, backend, 0.0, device).eval()
 
 
 def main(argv=None):

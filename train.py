@@ -196,8 +196,7 @@ def run(argv):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
     torch.manual_seed(c.seed)
-    with device:
-        model = Model(shape, attention_backend, c.dropout)
+    model = Model.empty(shape, attention_backend, c.dropout, device)
     if nanogpt:
         model.load_state_dict(nanogpt['model'])
     elif hf_folder:

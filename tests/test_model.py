@@ -134,6 +134,17 @@ def test_tied_head_shares_its_weight():
     assert tied.parameter_counts()['non_embedding'] == tied.parameter_counts()['total'] - 61 * 32 - 16 * 32
 
 
+@pytest.mark.parametrize('preset', PRESETS)
+def test_an_empty_model_needs_only_weights(preset):
+    """Built on the meta device and filled, it computes what the model built in place does: ties and RoPE tables are there."""
+    model = build(arch_preset=preset)
+    empty = Model.empty(model.config, 'sdpa', 0.0, 'cpu')
+    assert (empty.lm_head.weight is empty.transformer.wte.weight) == model.config.weight_tying
+    empty.init_weights(0)
+    idx = torch.randint(61, (1, 16))
+    assert torch.equal(empty(idx), model(idx))
+
+
 def test_generate():
     model = build(arch_preset='llama').eval()
     prompt = torch.randint(61, (2, 5))

@@ -38,8 +38,20 @@ def fetch(source):
 
 def read_settings(folder):
     """The trainer's model keys for the config.json in `folder`. Raises ConfigError for what model.py cannot compute."""
-    with open(os.path.join(folder, 'config.json')) as f:
-        hf = json.load(f)
+    path = os.path.join(folder, 'config.json')
+    try:
+        with open(path) as f:
+            return settings_of(json.load(f), folder)
+    except FileNotFoundError:
+        raise ConfigError(f'{path} is missing: give a folder with config.json and safetensors files') from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f'{path} is not the config.json of a model: {type(error).__name__} {error}') from None
+
+
+def settings_of(hf, folder):
+    """The same for the dict `hf` of a config.json; `folder` names it in errors."""
     kind = hf.get('model_type')
 
     def refuse(what):
@@ -178,15 +190,18 @@ def read_weights(folder, config):
     A config.block_size below the folder's keeps the first learned positions. Raises ConfigError for weights that are
     missing or left over.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
     if not files:
         raise ConfigError(f'{folder} has no .safetensors file (weights in other formats are not read)')
     theirs = {}
     for file in files:
-        with safe_open(os.path.join(folder, file), framework='pt') as f:
-            for name in f.keys():
-                theirs[name] = f.get_tensor(name)
+        try:
+            with safe_open(os.path.join(folder, file), framework='pt') as f:
+                for name in f.keys():
+                    theirs[name] = f.get_tensor(name)
+        except SafetensorError as error:
+            raise ConfigError(f'{os.path.join(folder, file)} is damaged: {error}') from None
     kind = family(config)
     if kind == 'gpt2' and 'wte.weight' in theirs:  # the hub's gpt2 was saved without its outer module
         theirs = {f'transformer.{name}': tensor for name, tensor in theirs.items()}

@@ -123,6 +123,9 @@ def resolve_shape(settings, vocab_size=None):
         multiple = preset['d_ff_multiple']
         shape['d_ff'] = math.ceil(preset['d_ff_ratio'] * n_embd / multiple) * multiple
     config = ModelConfig(**shape)
+    if not 0 < config.rotary_pct <= 1 or config.rope_theta <= 0 or config.norm_eps < 0:
+        raise ConfigError(f'rotary_pct={config.rotary_pct} must be above 0 and at most 1, rope_theta={config.rope_theta} above 0, '
+                          f'norm_eps={config.norm_eps} not negative')
     if config.position_encoding == 'rope' and (config.rotary_dims % 2 or config.rotary_dims < 2):
         raise ConfigError(f'RoPE turns pairs of dimensions, but head_dim={config.head_dim} with rotary_pct={config.rotary_pct} gives '
                           f'{config.rotary_dims} of them: choose an even number')

@@ -84,7 +84,7 @@ def main(argv=None):
 
 def run(args):
     for name, low in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0)):
-        if getattr(args, name) < low:
+        if not getattr(args, name) >= low:
             raise ConfigError(f'--{name}={getattr(args, name)} must be at least {low}')
     if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1:
         raise ConfigError('--top_k must be at least 1, --top_p above 0 and at most 1')

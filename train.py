@@ -6,13 +6,14 @@ Trains a language model on token files: one process, or many under torchrun.
     python train.py config/full_llama_1.36b.py --init_from=resume
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --batch_size=24
 
-`python train.py --help` lists every key. Exit codes: 0 done, 2 something given cannot be run, 3 the loss is not finite,
-130 and 143 stopped by Ctrl-C or SIGTERM after saving.
+`python train.py --help` lists every key. Exit codes: 0 done, 2 something given cannot be run, 3 loss or weights are not
+finite, 130 and 143 stopped by Ctrl-C or SIGTERM after saving (torchrun itself then exits with 1).
 """
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import platform
@@ -118,7 +119,7 @@ class Config:
 
 ALIASES = {
     'intermediate_size': lambda value: {'d_ff': value},
-    'flash_attn': lambda value: {'attention_backend': 'flash_attn_2' if value else 'sdpa'},
+    'flash_attn': lambda value: {'attention_backend': {True: 'flash_attn_2', False: 'sdpa'}.get(value, f'flash_attn={value}')},
 }
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
 # what a resumed run takes from its own command line, never from the checkpoint
@@ -174,6 +175,12 @@ def run(argv):
     sequences_per_step = c.batch_size * accumulation * world.size
     tokens_per_step = sequences_per_step * c.block_size
     position = start_step * sequences_per_step if nanogpt else resumed['position'] if resumed else 0
+    tokens = resumed.get('tokens', position * c.block_size) if resumed else 0
+    if resumed and not nanogpt and resumed['tokens_per_step'] != tokens_per_step:
+        notes.append(f"{tokens_per_step} tokens per iteration from now on (it was {resumed['tokens_per_step']}); --total_batch_size fixes them "
+                     f'for any number of processes')
+    if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
+        notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
     fingerprints = {'train': train_file.fingerprint, 'val': val_file.fingerprint}
     if resumed and resumed.get('data', fingerprints)['train'] != fingerprints['train']:
         notes.append(f'the training data is not that of the checkpoint: its stream starts at position 0 (it was at {position})')
@@ -183,9 +190,14 @@ def run(argv):
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
+    tokenizer = sample_ids = None
+    if c.sample_interval:
+        tokenizer, sample_ids = sample_prompt(c, meta)
+
     # ---- the run's folder
     run_name = None
     if not c.eval_only:
+        make_folder(c.out_dir)
         if not resumed:
             keep_finished_run(c, world, notes)
         run_name = parallel.share(resumed.get('run_name') if resumed else None, world)
@@ -222,23 +234,26 @@ def run(argv):
             checkpoint.load(resumed['path'], checkpoint_tensors(named, None if c.eval_only else optimizer), world.size)
             scaler.load_state_dict(resumed['scaler'])
 
-    # ---- loaders, log, report
+    # ---- log and report
     loader_workers = c.dataloader_num_workers if c.use_dataloader else 0
     order = WindowOrder(len(train_file), c.block_size, c.seed)
-    loader = TrainLoader(train_file, order, batch_size=c.batch_size, rank=world.rank, world_size=world.size, position=position,
-                         device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
     token_flops = flops.per_token(model.matmul_weights(), n_layer=c.n_layer, n_head=c.n_head, head_dim=c.head_dim, block_size=c.block_size)
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops)
     header = {'config': dataclasses.asdict(c), 'startup_info': startup,
               'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size}}
+    evaluated = checkpoint.read_evaluation(c.out_dir, start_step) if resumed and not nanogpt else None
+    if evaluated and evaluated['val'] < best_val_loss:
+        best_val_loss = evaluated['val']
     log = RunLog(c.out_dir, run_name, header, active=world.main, write=not c.eval_only, resume_step=start_step if resumed else None,
-                 save_json=c.save_log_to_json, save_interval=c.log_save_interval, total=c.max_iters, first=start_step)
+                 evaluated=evaluated is not None, save_json=c.save_log_to_json, save_interval=c.log_save_interval, total=c.max_iters, first=start_step)
     if world.main and not c.eval_only:
         if c.wandb_log:
             log.to_wandb(c.wandb_project, c.wandb_run_name)
         if c.tensorboard_log:
             log.to_tensorboard()
+    if resumed and not nanogpt and not log.has_checkpoint(start_step):
+        log.event('checkpoint', iter=start_step, val_loss=None, path=resumed['path'], timestamp=now(), stall_ms=None)
     for line in report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
         log.say(line)
 
@@ -258,10 +273,10 @@ def run(argv):
         step_model.train()
         return losses
 
-    def save(step, position):
+    def save():
         started = time.perf_counter()
-        state = {'run_name': run_name, 'position': position, 'tokens': position * c.block_size, 'config': dataclasses.asdict(c),
-                 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(), 'data': fingerprints,
+        state = {'run_name': run_name, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': dataclasses.asdict(c),
+                 'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(), 'data': fingerprints,
                  'world_size': world.size, 'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
         path = checkpoint.save(c.out_dir, step, checkpoint_tensors(named, optimizer), state, world, c.keep_checkpoints, c.keep_all_checkpoints)
         seconds = time.perf_counter() - started
@@ -269,10 +284,9 @@ def run(argv):
         log.say(f'saved {path} in {seconds:.1f} s')
 
     def sample():
-        ids = torch.from_numpy(tokenizer.encode(c.sample_start).astype('int64'))[None].to(device)
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without
         with autocast:
-            text = tokenizer.decode(model.generate(ids, 128, temperature=0.8, top_k=50, generator=generator)[0].tolist())
+            text = tokenizer.decode(model.generate(sample_ids.to(device), 128, temperature=0.8, top_k=50, generator=generator)[0].tolist())
         log.say(f'---- sample at iter {step}\n{text}\n----')
 
     if c.eval_only:
@@ -281,7 +295,8 @@ def run(argv):
         log.close()
         return 0
 
-    tokenizer = tokenizer_of(os.path.join(ROOT, 'data', c.dataset), meta) if c.sample_interval and world.main else None
+    loader = TrainLoader(train_file, order, batch_size=c.batch_size, rank=world.rank, world_size=world.size, position=position,
+                         device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
     stop = StopSignals(log)
     step, saved_step, exit_code = start_step, start_step if resumed and not nanogpt else -1, 0
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
@@ -289,22 +304,27 @@ def run(argv):
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     while True:
         stopping = parallel.any_rank(stop.signal is not None, world)
-        evaluating = step % c.eval_interval == 0 and (step > 0 or c.eval_at_start) and not stopping
+        evaluating = step % c.eval_interval == 0 and (step > 0 or c.eval_at_start) and not stopping and not (step == start_step and evaluated)
         sampling = c.sample_interval and step % c.sample_interval == 0 and step > start_step
         ending = step >= c.max_iters or stopping
         if evaluating or sampling or ending:
             pause = pause_started(device)
+            if not all_finite(parameters):  # never save them: the older checkpoints are worth more
+                log.say(f'the weights are not finite at iter {step}: stopping. Resume from {checkpoint.folder_of(c.out_dir)} with a lower --learning_rate')
+                exit_code = 3
+                break
             if (ending or evaluating and c.always_save_checkpoint) and step not in (saved_step, 0):
-                save(step, position)
+                save()
                 saved_step = step
             if evaluating:
                 losses = evaluate()
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
-                          tokens_seen=position * c.block_size)
+                          tokens_seen=tokens)
                 log.say(f"iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-                improved, best_val_loss = losses['val'] < best_val_loss, min(losses['val'], best_val_loss)
+                if improved := losses['val'] < best_val_loss:
+                    best_val_loss = losses['val']
                 if improved and not c.always_save_checkpoint and step not in (saved_step, 0):
-                    save(step, position)
+                    save()
                     saved_step = step
                 if world.main:
                     checkpoint.record_evaluation(c.out_dir, step, losses)
@@ -337,6 +357,7 @@ def run(argv):
         optimizer.zero_grad(set_to_none=True)
         step += 1
         position += sequences_per_step
+        tokens += tokens_per_step
         interval_steps += 1
 
         log.progress(step)
@@ -347,7 +368,7 @@ def run(argv):
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
                                                               architecture=shape.describe())
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
-            log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=position * c.block_size, time_ms=1000 * seconds, tokens_per_sec=rate,
+            log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
                       data_wait_ms=1000 * loader.wait_s / interval_steps, wall_s=log.wall_s(), mfu=mfu, memory=memory_gb(device), gradients=gradients)
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
             log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "
@@ -362,8 +383,9 @@ def run(argv):
     loader.close()
     stop.restore()
     if exit_code in (130, 143):
-        log.say(f'stopped at iter {step}; --init_from=resume continues')
+        log.say(f'stopped at iter {step}; --init_from=resume continues' if step else 'stopped before the first iteration, nothing was saved')
     log.close()
+    parallel.barrier(world)  # the main rank may still be writing, and torchrun ends all when one leaves with an error
     return exit_code
 
 
@@ -381,6 +403,15 @@ def refuse_impossible(c, given, notes):
     for key in ('beta1', 'beta2'):
         if not 0 <= getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
+    if not 0 <= c.seed < 2**63:
+        raise ConfigError(f'seed={c.seed} must be at least 0 and below 2**63')
+    for key, package in (('wandb_log', 'wandb'), ('tensorboard_log', 'tensorboard')):
+        if getattr(c, key) and package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ConfigError(f'{key}=True needs the package {package}: pip install {package}, or leave it out')
+    if c.warmup_iters >= c.max_iters and c.init_from != 'resume':
+        notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
+    if c.decay_lr and c.min_lr > c.learning_rate:
+        notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')
     if c.use_fsdp:
         raise ConfigError('use_fsdp=True is not in this version: type --use_fsdp=False, which trains with DDP under torchrun')
     if c.use_zero1:
@@ -400,7 +431,11 @@ def find_checkpoint(c, given, world, notes):
 
     Keys that the user did not set now are taken from the checkpoint. The shape of the model cannot be changed.
     """
+    if world.main and not c.eval_only:
+        checkpoint.tidy(c.out_dir)
     step, rejected = parallel.share(checkpoint.newest_whole(c.out_dir) if world.main else None, world)
+    if world.main and not c.eval_only and step is not None:
+        checkpoint.set_aside_rejected(path for path, _ in rejected)
     notes += [f'rejected {path}: {reason}' for path, reason in rejected]
     nanogpt = None
     if step is not None:
@@ -418,14 +453,17 @@ def find_checkpoint(c, given, world, notes):
     saved = {key: value for key, value in state['config'].items() if key in known and key not in NOT_INHERITED}
     for key, source in given.items():
         now_value = getattr(c, key)
-        if key not in saved or now_value is None or now_value == saved[key]:
+        if key not in saved or now_value == saved[key] or now_value is None and key in SHAPE_KEYS:
             continue
+        if key == 'gradient_accumulation_steps' and saved['total_batch_size'] and source != 'command line':
+            continue  # a recipe's value, which total_batch_size overruled when the run began
         if key in SHAPE_KEYS or key == 'seed':
             raise ConfigError(f'{source}: {key}={now_value!r}, but the checkpoint in {c.out_dir} has {key}={saved[key]!r}, which cannot change: '
                               f'leave --{key} out, or start in another --out_dir')
         del saved[key]
         notes.append(f"{key}={now_value} from now on ({source}; it was {state['config'][key]})")
-    if given.get('gradient_accumulation_steps') and not given.get('total_batch_size'):
+    if given.get('gradient_accumulation_steps') == 'command line' and not given.get('total_batch_size') and saved.get('total_batch_size'):
+        notes.append(f"total_batch_size={saved['total_batch_size']} of the checkpoint gives way to gradient_accumulation_steps={c.gradient_accumulation_steps}")
         saved['total_batch_size'] = 0
     return dataclasses.replace(c, **saved), state, nanogpt
 
@@ -436,6 +474,8 @@ def find_huggingface(c, given):
         raise ConfigError(f"init_from={c.init_from!r} is not 'scratch', 'resume', 'gpt2...', a Hugging Face folder (with config.json) or a hub id (org/name)")
     folder = huggingface.fetch(c.init_from)
     settings = huggingface.read_settings(folder)
+    if given.get('arch_preset') and {c.arch_preset, settings['arch_preset']} not in ({settings['arch_preset']}, {'llama', 'llama3'}):
+        raise ConfigError(f"{given['arch_preset']}: arch_preset={c.arch_preset!r}, but {c.init_from} is {settings['arch_preset']!r}: leave --arch_preset out")
     if c.block_size > settings['block_size'] and given.get('block_size'):
         raise ConfigError(f"block_size={c.block_size} is beyond the {settings['block_size']} positions of {c.init_from}: "
                           f"type --block_size={settings['block_size']} or less")
@@ -475,6 +515,33 @@ def keep_finished_run(c, world, notes):
     parallel.barrier(world)  # every rank has looked before the folder is renamed
     moved = parallel.share(checkpoint.set_aside(c.out_dir, name) if world.main else None, world)
     notes.append(f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}')
+
+
+def make_folder(path):
+    """Make the run's folder. Raises ConfigError where nothing can be written."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError as error:
+        raise ConfigError(f'out_dir={path!r} cannot be made ({error.strerror}): give another --out_dir') from None
+    if not writable:
+        raise ConfigError(f'out_dir={path!r} is not writable: give another --out_dir')
+
+
+def sample_prompt(c, meta):
+    """(tokenizer of the data set, ids of c.sample_start as a (1, n) int64 tensor)."""
+    try:
+        tokenizer = tokenizer_of(os.path.join(ROOT, 'data', c.dataset), meta)
+        ids = torch.from_numpy(tokenizer.encode(c.sample_start).astype('int64'))[None]
+    except ValueError as error:
+        raise ConfigError(f'sample_start={c.sample_start!r}: {error}') from None
+    if ids.size(1) == 0:
+        raise ConfigError('sample_start is empty: give the text that samples begin with, or --sample_interval=0')
+    return tokenizer, ids
+
+
+def all_finite(parameters):
+    return bool(torch.stack([p.detach().isfinite().all() for p in parameters]).all())
 
 
 def checkpoint_tensors(named_parameters, optimizer):

@@ -51,7 +51,7 @@ def save(out_dir, step, tensors, state, world, keep=2, keep_all=False):
     final = path_of(out_dir, step)
     temporary = os.path.join(folder_of(out_dir), f'.writing_step_{step:08d}')
     if world.main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        tidy(out_dir)
         os.makedirs(temporary)
     parallel.barrier(world)
     with warnings.catch_warnings():
@@ -72,16 +72,34 @@ def save(out_dir, step, tensors, state, world, keep=2, keep_all=False):
         sync_folder(folder_of(out_dir))
         shutil.rmtree(replaced, ignore_errors=True)
         if not keep_all:
-            remove_old(out_dir, keep)
+            remove_old(out_dir, step, keep)
     parallel.barrier(world)
     return final
 
 
-def remove_old(out_dir, keep):
-    """Delete all checkpoints but the `keep` newest and the one with the best validation loss."""
-    found = steps(out_dir)
-    for step in set(found[:-keep]) - {best_step(out_dir)}:
+def remove_old(out_dir, newest, keep):
+    """Delete all checkpoints before `newest`, which was just written, but `keep` - 1 and the one with the best validation loss."""
+    before = [step for step in steps(out_dir) if step < newest]
+    for step in set(before[:len(before) - (keep - 1)]) - {best_step(out_dir)}:
         shutil.rmtree(path_of(out_dir, step), ignore_errors=True)
+
+
+def tidy(out_dir):
+    """Remove what an interrupted save left behind, and put back what it was about to replace."""
+    folder = folder_of(out_dir)
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        if name.startswith('.replaced_') and not os.path.exists(final := os.path.join(folder, name.removeprefix('.replaced_'))):
+            os.rename(path, final)
+        elif name.startswith(('.replaced_', '.writing_')):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_rejected(paths):
+    """Rename checkpoints that do not verify to rejected_step_..., so that later ones of the same steps do not meet them."""
+    for path in paths:
+        folder, name = os.path.split(path)
+        os.rename(path, free_name(os.path.join(folder, f'rejected_{name}')))
 
 
 def record_evaluation(out_dir, step, losses):
@@ -90,14 +108,18 @@ def record_evaluation(out_dir, step, losses):
         write_json(os.path.join(path_of(out_dir, step), 'evaluation.json'), losses)
 
 
+def read_evaluation(out_dir, step):
+    """The losses noted beside checkpoint `step`, or None."""
+    path = os.path.join(path_of(out_dir, step), 'evaluation.json')
+    if not os.path.exists(path):
+        return None
+    with open(path) as f:
+        return json.load(f)
+
+
 def best_step(out_dir):
     """Step of the checkpoint with the lowest recorded validation loss, the newest of equals; None where none is recorded."""
-    losses = {}
-    for step in steps(out_dir):
-        path = os.path.join(path_of(out_dir, step), 'evaluation.json')
-        if os.path.exists(path):
-            with open(path) as f:
-                losses[step] = json.load(f)['val']
+    losses = {step: evaluation['val'] for step in steps(out_dir) if (evaluation := read_evaluation(out_dir, step))}
     return min(losses, key=lambda step: (losses[step], -step)) if losses else None
 
 
@@ -172,19 +194,26 @@ def read_nanogpt(path):
     shape = {key: sizes[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')}
     # nanoGPT computes the exact GELU, unlike GPT-2
     trained = {key: value for key, value in trained.items() if key not in ('dtype', 'compile')}  # of the machine it ran on
+    if trained.keys() >= {'gradient_accumulation_steps', 'batch_size'}:  # nanoGPT counts the micro-steps of all its processes
+        trained['total_batch_size'] = trained['gradient_accumulation_steps'] * trained['batch_size'] * shape['block_size']
     config = {**trained, **shape, 'bias': sizes.get('bias', True), 'arch_preset': 'gpt2', 'activation': 'gelu'}
     return {'model': model, 'optimizer': optimizer, 'config': config, 'step': step, 'best_val_loss': best}
 
 
 def set_aside(out_dir, name):
     """Rename out_dir/checkpoints to out_dir/checkpoints_<name> and return the new path."""
-    target = os.path.join(out_dir, f'checkpoints_{name}')
-    number = 1
-    while os.path.exists(target):
-        number += 1
-        target = os.path.join(out_dir, f'checkpoints_{name}_{number}')
+    target = free_name(os.path.join(out_dir, f'checkpoints_{name}'))
     os.rename(folder_of(out_dir), target)
     return target
+
+
+def free_name(path):
+    """`path`, or path_2, path_3, ... where it is taken."""
+    number, free = 1, path
+    while os.path.exists(free):
+        number += 1
+        free = f'{path}_{number}'
+    return free
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import dis
 import inspect
+import math
 import os
 import re
 import sys
@@ -55,7 +56,7 @@ def resolve(schema, argv, aliases=None):
         match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
         if not match:
             raise ConfigError(f'command line: cannot read {word!r}, expected --key=value, such as --max_iters=10')
-        assign(match[1], parse(match[2]), 'command line')
+        assign(match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line')
     return schema(**values), given
 
 
@@ -67,16 +68,18 @@ def read_file(path, defaults):
     if not os.path.isfile(path):
         raise ConfigError(f'cannot read the config file {path!r}: no such file (options are written --key=value)')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             code = compile(f.read(), path, 'exec')
         names = {**defaults, '__file__': path, '__name__': 'config'}
         exec(code, names)
-    except Exception as error:  # whatever a user's file may raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
         raise ConfigError(f'cannot read the config file {path!r}: {type(error).__name__}: {error}') from None
     assigned = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL'))
+    # import *, exec() and globals() set keys too
+    assigned.update(dict.fromkeys(key for key in defaults if names.get(key) is not defaults[key]))
     private = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {name: names[name] for name in assigned
-            if name in names and not name.startswith('_') and not isinstance(names[name], private)}
+            if name in names and not name.startswith('_') and (name in defaults or not isinstance(names[name], private))}
 
 
 def parse(text):
@@ -93,6 +96,8 @@ def checked(key, value, hint, source):
     choices = [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
     if value is None and type(None) in options:
         return None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f'{source}: {key}={value!r} is not a finite number')
     if bool in options and isinstance(value, bool):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -102,7 +107,9 @@ def checked(key, value, hint, source):
             return float(value)
     if float in options and isinstance(value, float):
         return value
-    if str in options and value is not None:
+    if int in options and isinstance(value, float) and value.is_integer():  # 1e3
+        return int(value)
+    if str in options and isinstance(value, (str, int, float)):
         return str(value)
     if value in choices:
         return value

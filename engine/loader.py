@@ -6,6 +6,7 @@ the n windows that do not overlap, all shifted by an offset of that epoch. Nothi
 resume is one integer, an epoch shows every token once (but for less than two windows at the ends), and what a step
 sees does not depend on the number of ranks, the micro-batch, evaluation or logging.
 """
+import atexit
 import os
 import queue
 import signal
@@ -195,6 +196,7 @@ class TrainLoader:
             self.source = iter(torch.utils.data.DataLoader(
                 self, sampler=_Count(), batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor,
                 pin_memory=self.pin, worker_init_fn=_ignore_interrupts))
+            atexit.register(self.close)  # before multiprocessing waits for workers that ignore its SIGTERM
         elif self.pin:
             self.source = self._run_ahead(depth=4)
         else:
@@ -245,7 +247,10 @@ class TrainLoader:
     def close(self):
         """Stop the thread or the worker processes."""
         self._stop.set()
+        if hasattr(self.source, '_shutdown_workers'):  # not left to the garbage collector: a traceback may hold the iterator
+            self.source._shutdown_workers()
         self.source = None
+        atexit.unregister(self.close)
 
 
 class _Count:
@@ -259,6 +264,6 @@ class _Count:
 
 
 def _ignore_interrupts(worker_id):
-    # Ctrl-C goes to the whole process group; the trainer finishes its step and closes the workers itself
+    # signals go to the whole process group; the trainer finishes its step, saves, and closes the workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -37,10 +37,11 @@ def new_run_name(out_dir):
 class RunLog:
     """Log of one run. Only the main rank has an `active` one; with write=False it only shows text on the terminal.
 
-    header: {'config', 'startup_info', 'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there.
+    header: {'config', 'startup_info', 'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there;
+    evaluated: the evaluation at that step was finished, so its record stays.
     """
 
-    def __init__(self, out_dir, run_name, header, *, active=True, write=True, resume_step=None, save_json=True, save_interval=100, total=None, first=0):
+    def __init__(self, out_dir, run_name, header, *, active=True, write=True, resume_step=None, evaluated=False, save_json=True, save_interval=100, total=None, first=0):
         self.active, self.write = active, active and write
         self.save_json, self.save_interval = save_json, save_interval
         self.path = os.path.join(out_dir, run_name or '')
@@ -51,7 +52,7 @@ class RunLog:
         if not self.write:
             return
         os.makedirs(out_dir, exist_ok=True)
-        kept = self._keep_until(resume_step) if resume_step is not None else []
+        kept = self._keep_until(resume_step, evaluated) if resume_step is not None else []
         self.text = open(f'{self.path}.log', 'a', encoding='utf-8')
         self.lines = open(f'{self.path}.jsonl', 'a', encoding='utf-8')
         if kept:
@@ -60,19 +61,20 @@ class RunLog:
             self._append({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header})
         self.bar = tqdm(total=total, initial=first, unit='it', disable=None, dynamic_ncols=True, leave=False)
 
-    def _keep_until(self, step):
+    def _keep_until(self, step, evaluated):
         """Rewrite the JSONL without what lies beyond `step`; the records that stay."""
         kept = []
         if not os.path.exists(f'{self.path}.jsonl'):
             return kept
-        with open(f'{self.path}.jsonl', encoding='utf-8') as f:
+        with open(f'{self.path}.jsonl', encoding='utf-8', errors='replace') as f:
             for line in f:
                 try:
                     record = json.loads(line)
                 except ValueError:  # the last line of a killed run may be cut
                     continue
-                # the evaluation at the resumed step comes after the save, so it will be made again
-                beyond = record['type'] == 'end' or record.get('iter', 0) > step or (record['type'] == 'eval' and record['iter'] == step)
+                # a save comes before the evaluation at its step, which may have been cut short and will then be made again
+                again = record['type'] == 'eval' and record['iter'] == step and not evaluated
+                beyond = record['type'] == 'end' or record.get('iter', 0) > step or again
                 if not beyond:
                     kept.append(record)
         with open(f'{self.path}.jsonl.tmp', 'w', encoding='utf-8') as f:
@@ -130,6 +132,10 @@ class RunLog:
             self.bar.update(step - self.bar.n)
             if loss is not None:
                 self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+
+    def has_checkpoint(self, step):
+        """Whether the checkpoint of `step` is recorded: a kill can come between writing it and noting so."""
+        return any(record['iter'] == step for record in self.run['checkpoints'])
 
     def summary(self):
         iterations, evaluations = self.run['training_iterations'], self.run['eval_steps']

@@ -61,7 +61,8 @@ def train(dataset):
 
 def start_process(*command, env=None, **options):
     """A command of the project as a user would start it, output captured as text."""
-    environment = {**os.environ, 'PYTHONUNBUFFERED': '1', **(env or {})}
+    # as many threads as in this process: sums over another number of them round differently
+    environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '2', **(env or {})}
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 

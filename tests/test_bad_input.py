@@ -44,6 +44,12 @@ CASES = {
     'dropout': (['--dropout=1.0'], 'dropout=1.0 must be at least 0 and below 1'),
     'negative': (['--learning_rate=-1'], 'learning_rate=-1.0 must not be negative'),
     'half precision': (['--dtype=float16'], 'dtype=float16 needs a GPU'),
+    'seed': (['--seed=-1'], 'seed=-1 must be at least 0'),
+    'share of RoPE': (['--arch_preset=neox', '--rotary_pct=1.5'], 'rotary_pct=1.5 must be above 0 and at most 1'),
+    'base of RoPE': (['--arch_preset=llama', '--rope_theta=0'], 'rope_theta=0.0 above 0'),
+    'missing package': (['--wandb_log=True'], 'needs the package wandb: pip install wandb'),
+    'prompt outside the vocabulary': (['--sample_interval=1', '--sample_start=\u00e9'], "sample_start='\u00e9': "),
+    'empty prompt': (['--sample_interval=1', '--sample_start='], 'sample_start is empty'),
     'missing data set': (['--dataset=nowhere'], "no data set 'nowhere'"),
 }
 
@@ -52,6 +58,22 @@ CASES = {
 def test_refused(refused, case):
     args, message = CASES[case]
     assert message in refused(*args)
+
+
+def test_out_dir_that_cannot_be_a_folder(dataset, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    for out in (tmp_path / 'file', tmp_path / 'file' / 'below', ''):
+        assert trainer.main([f'--dataset={dataset}', f'--out_dir={out}', *TINY]) == 2
+        assert 'cannot be made' in capsys.readouterr().err
+
+
+def test_preset_that_contradicts_the_weights(dataset, tmp_path, capsys):
+    import huggingface
+    from model import Model, resolve_shape
+    model = Model(resolve_shape(dict(arch_preset='gpt2', n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=80, bias=True)))
+    huggingface.write(str(tmp_path / 'hf'), model.config, model.state_dict())
+    code = trainer.main([f"--init_from={tmp_path / 'hf'}", '--arch_preset=llama', f'--dataset={dataset}', f"--out_dir={tmp_path / 'out'}", '--device=cpu'])
+    assert code == 2 and "arch_preset='llama', but" in capsys.readouterr().err
 
 
 def test_missing_data_set_names_its_prepare_command(refused):

@@ -92,6 +92,26 @@ def test_newest_and_best_stay(tmp_path):
     assert checkpoint.steps(out) == [2, 4, 5, 6]
 
 
+def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path):
+    out = str(tmp_path)
+    for step in (1, 8, 9):
+        save(tmp_path, step, keep_all=True)
+    for step in (8, 9):
+        (tmp_path / 'checkpoints' / f'step_{step:08d}' / 'state.json').write_text('{')
+    save(tmp_path, 2, keep=1)
+    assert checkpoint.newest_whole(out)[0] == 2
+    checkpoint.set_aside_rejected(path for path, _ in checkpoint.newest_whole(out)[1])
+    assert checkpoint.steps(out) == [2] and 'rejected_step_00000009' in os.listdir(tmp_path / 'checkpoints')
+
+
+def test_what_interrupted_saves_left_is_tidied(tmp_path):
+    path = save(tmp_path, 1)
+    os.rename(path, tmp_path / 'checkpoints' / '.replaced_step_00000001')  # killed between the two renames
+    os.makedirs(tmp_path / 'checkpoints' / '.writing_step_00000002')
+    checkpoint.tidy(str(tmp_path))
+    assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and checkpoint.why_broken(path) is None
+
+
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     path = save(tmp_path, 1)
 

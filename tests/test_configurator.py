@@ -37,7 +37,8 @@ def test_order_of_precedence(tmp_path):
 def test_types(tmp_path):
     config, _ = resolve(Schema, ['--rate=1', '--d_ff=None', '--kind=b', '--name=123', '--fast=false'])
     assert config.rate == 1.0 and isinstance(config.rate, float) and config.name == '123' and config.kind == 'b' and config.fast is False
-    for word, message in (('--n_layer=1.5', "n_layer=1.5 is a float, expected int"), ('--n_layer=True', 'is a bool, expected int'),
+    assert resolve(Schema, ['--name=2024_01_05'])[0].name == '2024_01_05' and resolve(Schema, ['--n_layer=1e1'])[0].n_layer == 10
+    for word, message in (('--rate=1e999', 'is not a finite number'), ('--n_layer=1.5', "n_layer=1.5 is a float, expected int"), ('--n_layer=True', 'is a bool, expected int'),
                           ('--n_layer=None', 'is None, expected int'), ('--fast=1', 'is an int, expected bool'),
                           ('--rate=abc', "is a str, expected float"), ('--d_ff=x', r'expected int \| None'),
                           ('--kind=aa', "not one of 'a' | 'b' | None, did you mean 'a'"), ('--n_layer', 'expected --key=value')):
@@ -56,11 +57,16 @@ def test_a_file_may_compute(tmp_path):
     text = 'import time\nfrom math import sqrt\n_half = 3\ndef _f(): return 2\nn_layer = _half * _f()\nname = str(sqrt(4)) + str(rate)\n'
     config, _ = given(tmp_path, text)
     assert config.n_layer == 6 and config.name == '2.00.001'
+    (tmp_path / 'base.py').write_text('n_layer = 7\n')
+    for line in (f"exec(open({str(tmp_path / 'base.py')!r}).read())", "globals()['n_layer'] = 7", "def _f():\n    global n_layer\n    n_layer = 7\n_f()"):
+        assert given(tmp_path, line)[0].n_layer == 7
+    with pytest.raises(ConfigError, match='n_layer=.* expected int'):
+        given(tmp_path, 'n_layer = int')
     # a file may assign to a key what the key holds already
     assert given(tmp_path, 'n_layer = 12\n')[1] == {'n_layer': str(tmp_path / 'c.py')}
 
 
-@pytest.mark.parametrize('text', ['n_layer = = 2', 'n_layer = 1 / 0', 'raise SystemError("no")', 'import no_such_module'])
+@pytest.mark.parametrize('text', ['n_layer = = 2', 'n_layer = 1 / 0', 'raise SystemError("no")', 'import no_such_module', 'import sys; sys.exit()'])
 def test_broken_files(tmp_path, text):
     with pytest.raises(ConfigError, match='cannot read the config file'):
         given(tmp_path, text)
@@ -71,8 +77,9 @@ def test_broken_files(tmp_path, text):
 def test_aliases():
     assert resolve(Config, ['--intermediate_size=99', '--flash_attn=True'], ALIASES)[0].d_ff == 99
     assert resolve(Config, ['--flash_attn=True'], ALIASES)[0].attention_backend == 'flash_attn_2'
-    with pytest.raises(ConfigError, match='expected int'):
-        resolve(Config, ['--intermediate_size=wide'], ALIASES)
+    for word in ('--intermediate_size=wide', '--flash_attn=maybe'):
+        with pytest.raises(ConfigError, match='expected int|is not one of'):
+            resolve(Config, [word], ALIASES)
 
 
 def test_help_lists_every_key(capsys):

@@ -65,17 +65,6 @@ def test_bad_input_stops_all_processes_with_code_2_and_one_message(dataset, tmp_
     assert 'exitcode  : 2' in output
 
 
-def test_one_process_is_the_same_at_any_number_of_threads(train, tmp_path):
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            assert train(tmp_path / str(count), '--max_iters=10', '--eval_interval=100', '--n_embd=64') == 0
-    finally:
-        torch.set_num_threads(threads)
-    assert losses(tmp_path / '1') == losses(tmp_path / '2')
-
-
 def test_compiled_equals_eager(dataset, train, tmp_path):
     assert train(tmp_path / 'eager', '--max_iters=8', '--eval_interval=8', '--arch_preset=llama3', '--num_key_value_heads=1') == 0
     code, output = run_process('train.py', *arguments(dataset, tmp_path / 'compiled', '--arch_preset=llama3', '--num_key_value_heads=1', '--max_iters=8',

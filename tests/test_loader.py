@@ -112,6 +112,10 @@ def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting
     assert len(flat) == 20 and min(np.diff(flat)) >= 32 and flat[-1] > 800
     ranks = [[x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5, rank, 2)] for rank in range(2)]
     assert [ranks[i % 2][i // 2] for i in range(5)] == rows
+    for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
+        file.tokens = file.tokens[:n_tokens] if len(file.tokens) > n_tokens else np.arange(n_tokens, dtype=np.uint16)
+        assert sum(len(x) for x, _ in evaluation_batches(file, 32, 4, 10**6)) == (n_tokens - 1) // 32
+    file = open_split(counting, 'val')
     everything = [x for x, _ in evaluation_batches(file, 32, 4, 10**6)]
     assert sum(len(x) for x in everything) == (1000 - 1) // 32  # more asked for than there is
 

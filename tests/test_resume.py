@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TINY, losses, records, run_train, start_process
+from conftest import ROOT, TINY, losses, records, run_process, run_train, start_process
 
 from engine import checkpoint
 from model import Model, resolve_shape
@@ -100,6 +100,69 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(reference, train, tmp_
     assert losses(tmp_path) == losses(reference)
 
 
+def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=15', '--eval_interval=5') == 0
+    with open(os.path.join(checkpoint.path_of(str(tmp_path), 15), 'state.json'), 'a') as f:
+        f.write(' ')
+    assert train(tmp_path, '--init_from=resume', '--max_iters=12', '--keep_checkpoints=1') == 0
+    assert checkpoint.newest_whole(str(tmp_path)) == (12, [])
+    assert 'rejected_step_00000015' in os.listdir(tmp_path / 'checkpoints')
+
+
+def test_workers_survive_the_signal_that_stops_the_run(dataset, tmp_path):
+    """scancel and systemd send SIGTERM to the whole process group: the loader's workers must not die before the save."""
+    process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=100000', '--eval_interval=100000',
+                            '--use_dataloader=True', '--dataloader_num_workers=2', start_new_session=True)
+    output = ''
+    for line in process.stdout:
+        output += line
+        if 'iter 33:' in line:
+            os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143 and 'Traceback' not in output, output
+    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    assert step >= 33 and not rejected
+
+
+def test_other_intervals_after_resume_lose_no_record(train, tmp_path):
+    assert train(tmp_path, '--max_iters=10', '--eval_interval=5') == 0
+    assert train(tmp_path, '--init_from=resume', '--max_iters=20', '--eval_interval=8', '--log_interval=3') == 0
+    assert [r['iter'] for r in records(tmp_path, 'eval')] == [0, 5, 10, 16]
+    assert [r['iter'] for r in records(tmp_path, 'checkpoint')] == [5, 10, 16, 20]
+    with open(tmp_path / 'checkpoints' / 'step_00000020' / 'state.json') as f:
+        assert json.load(f)['best_val_loss'] == min(r['val_loss'] for r in records(tmp_path, 'eval'))
+
+
+def test_best_loss_is_remembered_over_a_resume(train, tmp_path):
+    assert train(tmp_path, '--max_iters=10', '--eval_interval=5') == 0
+    best = records(tmp_path, 'eval')[-1]['val_loss']
+    assert train(tmp_path, '--init_from=resume', '--max_iters=20', '--learning_rate=0.3', '--decay_lr=False', '--always_save_checkpoint=False') == 0
+    assert all(r['val_loss'] > best for r in records(tmp_path, 'eval')[3:])
+    assert [r['iter'] for r in records(tmp_path, 'checkpoint')] == [5, 10, 20]  # none at 15, which was no improvement
+
+
+def test_other_data_starts_its_stream_anew_and_tokens_go_on(train, tmp_path, dataset, capsys):
+    import numpy as np
+    from conftest import write_dataset
+    other = write_dataset(str(tmp_path / 'other'), np.arange(5000) % 40, np.arange(500) % 40, vocab_size=41)
+    assert train(tmp_path / 'out', '--max_iters=5', '--eval_interval=100') == 0
+    assert train(tmp_path / 'out', '--init_from=resume', '--max_iters=8', f'--dataset={other}') == 0
+    assert 'its stream starts at position 0 (it was at 20)' in capsys.readouterr().out
+    assert [r['tokens_seen'] for r in records(tmp_path / 'out')] == [64 * i for i in range(1, 9)]
+    assert checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'out'), 8))['position'] == 12
+
+
+def test_a_recipes_accumulation_does_not_undo_the_total_batch(train, tmp_path, capsys):
+    recipe = tmp_path / 'recipe.py'
+    recipe.write_text('gradient_accumulation_steps = 2\n')
+    assert train(tmp_path, str(recipe), '--total_batch_size=512', '--max_iters=2', '--eval_interval=100') == 0
+    import train as trainer
+    assert trainer.main([str(recipe), f'--out_dir={tmp_path}', '--init_from=resume', '--device=cpu', '--max_iters=4']) == 0
+    assert [r['tokens_seen'] for r in records(tmp_path)] == [512, 1024, 1536, 2048]
+    assert train(tmp_path, '--init_from=resume', '--max_iters=5') == 0  # TINY sets one micro-step on the command line
+    output = capsys.readouterr().out
+    assert 'total_batch_size=512 of the checkpoint gives way' in output and '64 tokens per iteration from now on (it was 512)' in output
+
+
 def test_resume_may_change_what_is_safe_and_says_so(train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=10', '--eval_interval=100') == 0
     assert train(tmp_path, '--init_from=resume', '--max_iters=12', '--learning_rate=5e-4', '--batch_size=2') == 0
@@ -132,6 +195,21 @@ def test_eval_only_evaluates_and_exits(train, tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"iter 20: train loss {trained['train_loss']:.4f}, val loss {trained['val_loss']:.4f}" in output and 'iter 21' not in output
     assert before == {name: os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)}
+
+
+def test_eval_only_with_workers_ends(dataset, train, tmp_path):
+    assert train(tmp_path, '--max_iters=4', '--eval_interval=4', '--use_dataloader=True') == 0
+    code, output = run_process('train.py', f'--out_dir={tmp_path}', '--init_from=resume', '--eval_only=True', '--device=cpu', timeout=60)
+    assert code == 0, output
+
+
+def test_an_error_with_workers_ends(dataset, tmp_path):
+    """The workers ignore SIGTERM, so the process must shut them down itself, whatever ended it."""
+    script = tmp_path / 'crash.py'
+    script.write_text('import sys, train\n\ndef broken(*args): raise RuntimeError("planted")\ntrain.optim.clip_gradients = broken\nsys.exit(train.main(sys.argv[1:]))\n')
+    code, output = run_process(str(script), f'--dataset={dataset}', f'--out_dir={tmp_path}/out', *TINY, '--use_dataloader=True', timeout=60,
+                               env={'PYTHONPATH': ROOT})
+    assert code == 1 and 'planted' in output, output
 
 
 def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):

@@ -21,7 +21,9 @@ OUT = 'out-demo'
 def call(title, *command):
     """Run a command of the project in .venv, shown as a user would type it; leave with its exit code if it fails."""
     print(f"\n==> {title}\n    python {' '.join(command)}\n", flush=True)
-    code = subprocess.run([PYTHON, *command], cwd=ROOT).returncode
+    # threads that wait without spinning: a little slower on an idle machine, twice as fast beside other programs (bench/RESULTS.md)
+    environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
+    code = subprocess.run([PYTHON, *command], cwd=ROOT, env=environment).returncode
     if code != 0:
         sys.exit(code)
 
@@ -58,7 +60,7 @@ def demo():
 
     what to type next, after `source .venv/bin/activate`:
     python sample.py --out_dir={OUT} --start="class Parser"          more text
-    python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000     train on
+    python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000 --lr_decay_iters=4000     train on
     python data/own_text/prepare.py --input my.txt --tokenizer char  your own text, then: python train.py --dataset=own_text
     python train.py --help                                            every key
     TRAINING_GUIDE.md                                                 models of a billion parameters""")

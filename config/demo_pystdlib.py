@@ -4,7 +4,7 @@
 #   python train.py config/demo_pystdlib.py
 #
 # Parameters: 2,164,416 with a vocabulary of 2048. Memory: 0.6 GB.
-# Batch: 8 sequences x 256 tokens x 1 micro-step = 2,048 tokens per iteration; 800 iterations are 1.6 M tokens, 0.63 of the text.
+# Batch: 4 sequences x 256 tokens x 1 micro-step = 1,024 tokens per iteration; 1600 iterations are 1.6 M tokens, 0.63 of the text.
 # Expect @@
 
 out_dir = 'out-demo'
@@ -18,20 +18,20 @@ d_ff = 512
 block_size = 256
 weight_tying = True
 
-batch_size = 8
+batch_size = 4
 gradient_accumulation_steps = 1
 
-learning_rate = 3e-3
-min_lr = 3e-4
+learning_rate = 2e-3
+min_lr = 2e-4
 warmup_iters = 100
-max_iters = 800
-lr_decay_iters = 800
+max_iters = 1600
+lr_decay_iters = 1600
 beta2 = 0.99
 
-eval_interval = 200
-eval_iters = 20
-log_interval = 25
-sample_interval = 200
+eval_interval = 400
+eval_iters = 40
+log_interval = 20
+sample_interval = 400
 sample_start = 'def '
 
 compile = False

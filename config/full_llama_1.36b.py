@@ -29,13 +29,8 @@ gradient_accumulation_steps = 16
 
 learning_rate = 3e-4
 min_lr = 3e-5
-warmup_iters = 2000
 max_iters = 25000
 lr_decay_iters = 25000
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0
 
 eval_interval = 1000
 eval_iters = 50

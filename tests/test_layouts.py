@@ -84,3 +84,14 @@ def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(train, dataset, tmp_p
         assert train(tmp_path / name, f'--max_iters={last}', '--eval_interval=8', '--device=cuda', '--dropout=0.1') == 0
     assert train(tmp_path / 'b', '--init_from=resume', '--max_iters=24', '--device=cuda') == 0
     assert losses(tmp_path / 'a') == losses(tmp_path / 'b')
+
+
+def test_bfloat16_keeps_float32_weights(train, tmp_path):
+    """Matmuls in bf16 move the losses a little; weights and moments stay fp32."""
+    from test_resume import weights
+    for dtype in ('float32', 'bfloat16'):
+        assert train(tmp_path / dtype, '--max_iters=20', '--eval_interval=100', f'--dtype={dtype}', '--arch_preset=llama') == 0
+    a, b = losses(tmp_path / 'float32'), losses(tmp_path / 'bfloat16')
+    assert a != b and close(a, b, 0.02)
+    changed = weights(tmp_path / 'bfloat16', 20)['model.transformer.h.0.mlp.c_fc.weight']
+    assert changed.dtype == torch.float32 and not torch.equal(changed, changed.bfloat16().float())

@@ -157,7 +157,7 @@ def run(argv):
     # ---- data and the model's shape
     train_file, val_file, meta = open_dataset(c.dataset, ROOT)
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
-    for file in (train_file, val_file):
+    for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
     dtype = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
     if dtype == 'float16' and device.type == 'cpu':

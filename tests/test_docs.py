@@ -106,7 +106,7 @@ def test_files_and_keys_that_the_documents_name_exist():
             assert os.path.exists(os.path.join(ROOT, path)), path
         for test in re.findall(r'`(test_\w+\.py)`', text):
             assert os.path.exists(os.path.join(ROOT, 'tests', test))
-        for key in re.findall(r'`(\w+)=\w+`', text):
+        for key in re.findall(r'`([a-z_]\w*)=\w+`', text):
             assert key in known, key
 
 

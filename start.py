@@ -48,7 +48,8 @@ def demo():
     set_up()
     if not os.path.exists(os.path.join(ROOT, 'data', 'pystdlib', 'train.bin')):
         call("tokenise the source of Python's standard library", 'data/pystdlib/prepare.py')
-    begun = os.path.isdir(os.path.join(ROOT, OUT, 'checkpoints'))
+    saved = os.path.join(ROOT, OUT, 'checkpoints')
+    begun = os.path.isdir(saved) and any(name.startswith('step_') for name in os.listdir(saved))
     call('train', 'train.py', 'config/demo_pystdlib.py', *(['--init_from=resume'] if begun else []))
     call('let it write', 'sample.py', f'--out_dir={OUT}', '--start=def ', '--num_samples=3', '--top_k=50')
     call('draw its loss', 'plots/plot_single_run.py', OUT)

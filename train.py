@@ -408,7 +408,7 @@ def refuse_impossible(c, given, notes):
     for key, package in (('wandb_log', 'wandb'), ('tensorboard_log', 'tensorboard')):
         if getattr(c, key) and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ConfigError(f'{key}=True needs the package {package}: pip install {package}, or leave it out')
-    if c.warmup_iters >= c.max_iters and c.init_from != 'resume':
+    if c.decay_lr and c.warmup_iters >= c.max_iters and c.init_from != 'resume':
         notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
     if c.decay_lr and c.min_lr > c.learning_rate:
         notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')

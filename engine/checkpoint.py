@@ -185,7 +185,7 @@ def read_nanogpt(path):
         step, best = content['iter_num'], float(content['best_val_loss'])
         states = content['optimizer']['state']
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f'{path} is not a checkpoint of nanoGPT: {type(error).__name__}: {str(error).splitlines()[0]}') from None
+        raise ConfigError(f'{path} is not a checkpoint of nanoGPT: {type(error).__name__}: {str(error)[:200]}') from None
     model = {name: tensor for name, tensor in model.items() if not re.search(r'\.attn\.(bias|masked_bias)$', name)}
     # nanoGPT numbers its parameters: first those with two dimensions or more, then the rest, each in the model's order
     names = [name for name in model if name != 'lm_head.weight']

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 # dense tensor-core peaks in bf16 and fp16, TFLOP/s, from the vendors' data sheets
 _PEAKS = [
-    (r'\bH100 (PCIe|NVL)\b|\bH800 PCIe\b', None),  # other clocks than the SXM card, and no figure that was checked
+    (r'\bH100 (PCIe|NVL)\b|\bH200 NVL\b|\bH800 PCIe\b', None),  # other clocks than the SXM card, and no figure that was checked
     (r'\b(H100|H200|GH200)\b', 989),
     (r'\bB200\b', 2250),
     (r'\bA100\b', 312),

@@ -126,12 +126,10 @@ class RunLog:
         if record['type'] == 'eval' and saved and saved[-1]['iter'] == record['iter']:  # saved first, evaluated then
             saved[-1]['val_loss'] = record['val_loss']
 
-    def progress(self, step, loss=None):
+    def progress(self, step):
         """Move the progress bar, which stays out of the files."""
         if self.bar is not None and not self.bar.disable:
             self.bar.update(step - self.bar.n)
-            if loss is not None:
-                self.bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
 
     def has_checkpoint(self, step):
         """Whether the checkpoint of `step` is recorded: a kill can come between writing it and noting so."""

@@ -3,6 +3,7 @@
 read() gives the model's settings and its state dict under the names of model.py; write() is the way back, so that
 transformers' from_pretrained() opens the folder. Only safetensors files are read.
 """
+import dataclasses
 import json
 import os
 import re
@@ -96,6 +97,24 @@ def _activation(name, refuse):
     if name not in _ACTIVATIONS:
         refuse(f'activation {name!r} is not one of {", ".join(_ACTIVATIONS)}')
     return _ACTIVATIONS[name]
+
+
+def find(c, given, shape_keys):
+    """(config with the shape of the Hugging Face model that c.init_from names, its local folder). Raises ConfigError for what contradicts it."""
+    if not is_source(c.init_from):
+        raise ConfigError(f"init_from={c.init_from!r} is not 'scratch', 'resume', 'gpt2...', a Hugging Face folder (with config.json) or a hub id (org/name)")
+    folder = fetch(c.init_from)
+    settings = read_settings(folder)
+    if given.get('arch_preset') and {c.arch_preset, settings['arch_preset']} not in ({settings['arch_preset']}, {'llama', 'llama3'}):
+        raise ConfigError(f"{given['arch_preset']}: arch_preset={c.arch_preset!r}, but {c.init_from} is {settings['arch_preset']!r}: leave --arch_preset out")
+    if c.block_size > settings['block_size'] and given.get('block_size'):
+        raise ConfigError(f"block_size={c.block_size} is beyond the {settings['block_size']} positions of {c.init_from}: "
+                          f"type --block_size={settings['block_size']} or less")
+    settings['block_size'] = min(c.block_size, settings['block_size'])
+    for key in set(shape_keys) - {'arch_preset', 'block_size'}:
+        if given.get(key) and getattr(c, key) is not None and getattr(c, key) != settings[key]:
+            raise ConfigError(f'{given[key]}: {key}={getattr(c, key)!r}, but {c.init_from} has {key}={settings[key]!r}: leave --{key} out')
+    return dataclasses.replace(c, **settings), folder
 
 
 def family(config):

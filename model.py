@@ -45,7 +45,6 @@ PRESETS = {
                  parallel_residual=True, weight_tying=False),
     'custom': _GPT2,
 }
-FAMILY_NAMES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
 
 
 @dataclass(frozen=True)
@@ -321,15 +320,18 @@ class Model(nn.Module):
         return {'attention': linear(block.attn), 'ffn': linear(block.mlp), 'head': self.lm_head.weight.numel()}
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, interrupted=lambda: False):
         """Continue the (B, T) int64 prompts by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
 
         temperature 0 takes the most likely token. top_k keeps the k most likely ones; top_p the fewest whose probability
         adds up to at least p (nucleus sampling, Holtzman et al., 2019). What lies more than block_size back is forgotten.
+        It ends early when interrupted() is true.
         """
         training = self.training
         self.eval()
         for _ in range(max_new_tokens):
+            if interrupted():
+                break
             logits = self(idx[:, -self.config.block_size:], last_only=True)[:, -1].float()
             if temperature == 0:
                 chosen = logits.argmax(dim=-1, keepdim=True)

@@ -6,8 +6,9 @@ Trains a language model on token files: one process, or many under torchrun.
     python train.py config/full_llama_1.36b.py --init_from=resume
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --batch_size=24
 
-`python train.py --help` lists every key. Exit codes: 0 done, 2 something given cannot be run, 3 loss or weights are not
-finite, 130 and 143 stopped by Ctrl-C or SIGTERM after saving (torchrun itself then exits with 1).
+`python train.py --help` lists every key. Exit codes: 0 done; 2 something given cannot be run; 3 loss, gradient or weights are
+not finite; 4 done, but the last checkpoint could not be written or copied; stopped before the end, with a checkpoint: 75
+max_time is up, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (torchrun itself then exits with 1).
 """
 from __future__ import annotations
 
@@ -18,7 +19,6 @@ import math
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -27,13 +27,16 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, flops, optim, parallel
+from engine import checkpoint, faults, flops, optim, parallel, resume, stopping
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
+from engine.copier import Copier, open_url
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
 from engine.logger import RunLog, new_run_name, now
+from engine.report import memory_gb, report, startup_info
+from engine.saver import Saver
 import huggingface
-from model import FAMILY_NAMES, Model, ModelConfig, resolve_shape
+from model import Model, ModelConfig, resolve_shape
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -42,14 +45,11 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 class Config:
     # I/O
     out_dir: str = 'out'  # the run's folder: logs, checkpoints
-    eval_interval: int = 2000  # iterations between evaluations; a checkpoint is saved before each
+    eval_interval: int = 2000  # iterations between evaluations
     log_interval: int = 1  # iterations between logged iterations
     eval_iters: int = 200  # batches per evaluation and split, over all ranks together
     eval_only: bool = False  # evaluate once and exit
     eval_at_start: bool = True  # evaluate before the first iteration too
-    always_save_checkpoint: bool = True  # False: at evaluations save only when the validation loss improved
-    keep_checkpoints: int = 2  # newest checkpoints that stay, beside the one with the best validation loss
-    keep_all_checkpoints: bool = False  # never remove one
     init_from: str = 'scratch'  # 'scratch' | 'resume' | 'gpt2', 'gpt2-medium', ... | a Hugging Face folder or hub id
     sample_interval: int = 0  # iterations between samples shown on the terminal, 0 = none
     sample_start: str = '\n'  # their prompt
@@ -60,6 +60,22 @@ class Config:
     wandb_project: str = 'onetrain'
     wandb_run_name: str = 'run'
     tensorboard_log: bool = False  # TensorBoard events in out_dir/tensorboard
+    # checkpoints
+    checkpoint_interval: int | None = None  # iterations between checkpoints; None: eval_interval, before each evaluation
+    always_save_checkpoint: bool = True  # False: only when an evaluation improved the validation loss (and every checkpoint_interval, if given)
+    checkpoint_async: bool = True  # write them while training goes on
+    verify_checkpoint: Literal['full', 'size'] = 'full'  # before resuming: every byte, or only the sizes
+    keep_checkpoints: int = 2  # newest checkpoints that stay, beside the one with the best validation loss
+    keep_every: int = 0  # also those whose iteration is a multiple of this, 0 = none
+    keep_all_checkpoints: bool = False  # never remove one
+    auto_resume: bool = False  # continue the run in out_dir (or at upload_to) if there is one, else start it
+    resume_from: str | None = None  # with init_from=resume: an iteration, or the URL or folder of a checkpoint or a run; None: the newest in out_dir
+    allow_data_change: bool = False  # resume although train.bin or val.bin is another
+    upload_to: str | None = None  # URL (s3://, gs://, hf://, file://) to which finished checkpoints and logs are copied
+    upload_keep_local: int | None = None  # copied checkpoints that stay in out_dir; None: copying removes none
+    max_time: float = 0.0  # hours after which the run saves and leaves with exit code 75, 0 = none
+    max_bad_steps: int = 3  # iterations in a row with a loss or gradient that is not finite (each is skipped) after which the run stops
+    spike_factor: float = 0.0  # skip iterations with a gradient norm above this many times the running median, 0 = off
     # data
     dataset: str = 'openwebtext'  # a folder of data/ with train.bin and val.bin
     gradient_accumulation_steps: int = 40  # micro-steps per iteration on each rank
@@ -122,21 +138,22 @@ ALIASES = {
     'flash_attn': lambda value: {'attention_backend': {True: 'flash_attn_2', False: 'sdpa'}.get(value, f'flash_attn={value}')},
 }
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
-# what a resumed run takes from its own command line, never from the checkpoint
-NOT_INHERITED = ('out_dir', 'init_from', 'eval_only', 'eval_at_start', 'device', 'backend')
 
 
 def main(argv=None):
     """Run the trainer with command-line arguments `argv`; returns the exit code."""
+    stop = stopping.StopRequest(talk=int(os.environ.get('RANK', 0)) == 0)
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        return run(sys.argv[1:] if argv is None else argv, stop)
     except ConfigError as error:
         if int(os.environ.get('RANK', 0)) == 0:
             print(f'error: {error}', file=sys.stderr, flush=True)
         return 2
+    finally:
+        stop.restore()
 
 
-def run(argv):
+def run(argv, stop):
     # ---- configuration, processes, device
     c, given = resolve(Config, argv, ALIASES)
     notes = []  # fallbacks and changes, told in the report
@@ -147,11 +164,13 @@ def run(argv):
     device = world.device
 
     # ---- where to start from: settings now, weights when the model exists
+    folder_lock = None if c.eval_only else hold_folder(c, world, make=c.auto_resume or c.resume_from)
+    c = resume.automatic(c, world)
     resumed = nanogpt = hf_folder = None
     if c.init_from == 'resume':
-        c, resumed, nanogpt = find_checkpoint(c, given, world, notes)
+        c, resumed, nanogpt = resume.find(c, given, SHAPE_KEYS, world, notes)
     elif c.init_from != 'scratch':
-        c, hf_folder = find_huggingface(c, given)
+        c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
     start_step = resumed['step'] if resumed else 0
 
     # ---- data and the model's shape
@@ -159,6 +178,8 @@ def run(argv):
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
+    data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
+    new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     dtype = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
@@ -174,17 +195,13 @@ def run(argv):
     accumulation = accumulation_steps(c, world.size)
     sequences_per_step = c.batch_size * accumulation * world.size
     tokens_per_step = sequences_per_step * c.block_size
-    position = start_step * sequences_per_step if nanogpt else resumed['position'] if resumed else 0
+    position = start_step * sequences_per_step if nanogpt else resumed['position'] if resumed and not new_stream else 0
     tokens = resumed.get('tokens', position * c.block_size) if resumed else 0
     if resumed and not nanogpt and resumed['tokens_per_step'] != tokens_per_step:
         notes.append(f"{tokens_per_step} tokens per iteration from now on (it was {resumed['tokens_per_step']}); --total_batch_size fixes them "
                      f'for any number of processes')
     if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
-    fingerprints = {'train': train_file.fingerprint, 'val': val_file.fingerprint}
-    if resumed and resumed.get('data', fingerprints)['train'] != fingerprints['train']:
-        notes.append(f'the training data is not that of the checkpoint: its stream starts at position 0 (it was at {position})')
-        position = 0
     c = dataclasses.replace(c, dtype=dtype, attention_backend=attention_backend, gradient_accumulation_steps=accumulation, device=device.type,
                             backend=world.backend, use_zero1=False, use_cuda_graphs=False, **dataclasses.asdict(shape))
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
@@ -195,13 +212,18 @@ def run(argv):
         tokenizer, sample_ids = sample_prompt(c, meta)
 
     # ---- the run's folder
-    run_name = None
+    run_name = copier = None
     if not c.eval_only:
-        make_folder(c.out_dir)
-        if not resumed:
-            keep_finished_run(c, world, notes)
-        run_name = parallel.share(resumed.get('run_name') if resumed else None, world)
-        run_name = run_name or parallel.share(new_run_name(c.out_dir), world)
+        folder_lock = folder_lock or hold_folder(c, world, make=True)
+        if resumed:
+            resume.set_aside(c, resumed, world)
+        else:
+            resume.make_way(c, world, notes)
+        run_name = resumed.get('run_name') if resumed else None
+        run_name = run_name or parallel.from_main(lambda: new_run_name(c.out_dir), world)
+        if c.upload_to:
+            parallel.from_main(lambda: open_url(c.upload_to) and None, world)  # a URL that cannot work ends all ranks alike
+            copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local) if world.main else None
 
     # ---- model
     if c.deterministic:
@@ -223,15 +245,16 @@ def run(argv):
     parameters = list(named.values())
     optimizer = optim.build_adamw(named, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    guard = optim.Guard(device, c.max_bad_steps, c.spike_factor)
     autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
     best_val_loss = math.inf
     if resumed:
-        best_val_loss = math.inf if resumed['best_val_loss'] is None else resumed['best_val_loss']
+        best_val_loss = math.inf if resumed['best_val_loss'] is None or new_validation else resumed['best_val_loss']
         if nanogpt:
             for name, tensor in optim.named_state(optimizer, named).items():
                 tensor.copy_(nanogpt['optimizer'][name])
         else:
-            checkpoint.load(resumed['path'], checkpoint_tensors(named, None if c.eval_only else optimizer), world.size)
+            checkpoint.load(resumed['path'], checkpoint_tensors(named, *(() if c.eval_only else (optimizer, guard))), world.size)
             scaler.load_state_dict(resumed['scaler'])
 
     # ---- log and report
@@ -242,7 +265,7 @@ def run(argv):
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops)
     header = {'config': dataclasses.asdict(c), 'startup_info': startup,
               'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size}}
-    evaluated = checkpoint.read_evaluation(c.out_dir, start_step) if resumed and not nanogpt else None
+    evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
     if evaluated and evaluated['val'] < best_val_loss:
         best_val_loss = evaluated['val']
     log = RunLog(c.out_dir, run_name, header, active=world.main, write=not c.eval_only, resume_step=start_step if resumed else None,
@@ -253,20 +276,27 @@ def run(argv):
         if c.tensorboard_log:
             log.to_tensorboard()
     if resumed and not nanogpt and not log.has_checkpoint(start_step):
-        log.event('checkpoint', iter=start_step, val_loss=None, path=resumed['path'], timestamp=now(), stall_ms=None)
+        log.event('checkpoint', iter=start_step, val_loss=None, path=resumed['path'], timestamp=now(), stall_ms=None, total_ms=None)
     for line in report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
         log.say(line)
 
     @torch.no_grad()
     def evaluate():
-        """{'train': loss, 'val': loss} over the fixed evaluation windows, the same on every rank."""
+        """{'train': loss, 'val': loss} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
         step_model.eval()
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
             total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
-            for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.rank, world.size):
+            for batch in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.rank, world.size):
+                if parallel.largest(stop.code(), world):
+                    step_model.train()
+                    return None
+                if batch is None:  # this rank has no part in the last round
+                    continue
+                x, y = batch
                 with autocast:
-                    loss = step_model(x.to(device), y.to(device), reduction='sum')
+                    # a batch of another size, the last of a small split, is not worth a compilation of its own
+                    loss = (step_model if len(x) == c.batch_size else model)(x.to(device), y.to(device), reduction='sum')
                 total += torch.stack([loss.double(), torch.tensor(float(y.numel()), dtype=torch.float64, device=device)])
             total = parallel.sum_over_ranks(total, world)
             losses[split] = (total[0] / total[1]).item()
@@ -274,19 +304,48 @@ def run(argv):
         return losses
 
     def save():
-        started = time.perf_counter()
+        nonlocal saved_step
         state = {'run_name': run_name, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': dataclasses.asdict(c),
-                 'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(), 'data': fingerprints,
-                 'world_size': world.size, 'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
-        path = checkpoint.save(c.out_dir, step, checkpoint_tensors(named, optimizer), state, world, c.keep_checkpoints, c.keep_all_checkpoints)
-        seconds = time.perf_counter() - started
-        log.event('checkpoint', iter=step, val_loss=None, path=path, timestamp=now(), stall_ms=1000 * seconds)
-        log.say(f'saved {path} in {seconds:.1f} s')
+                 'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(),
+                 'data': data, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
+                 'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
+        due = time.perf_counter()
+        settle(saver.wait())  # one save at a time
+        saver.start(step, checkpoint_tensors(named, optimizer, guard), state, due)
+        saved_step = step
+
+    def settle(outcome):
+        """Tell what became of a save, and note the losses that were measured meanwhile."""
+        nonlocal saved_step, failed_save
+        if outcome is not None:
+            failed_save = outcome.error
+            if outcome.error:
+                log.event('save_failed', iter=outcome.step, error=outcome.error, timestamp=now())
+                log.say(f'CHECKPOINT NOT SAVED at iter {outcome.step}: {outcome.error}. ' + (
+                    'It would be of no use; the older ones are as they were' if outcome.not_finite else 'The older ones are as they were; the next try is at the next interval'))
+                saved_step = -1 if saved_step == outcome.step else saved_step
+                if outcome.not_finite:
+                    stop.fault = stopping.NOT_FINITE
+            else:
+                log.event('checkpoint', iter=outcome.step, val_loss=None, path=outcome.path, timestamp=now(), stall_ms=1000 * outcome.stall_s,
+                          total_ms=1000 * outcome.total_s, bytes=outcome.size)
+                log.say(f'saved {outcome.path}: training waited {outcome.stall_s:.2f} s, the whole took {outcome.total_s:.1f} s')
+                for note in outcome.notes:
+                    log.say(f'Note: {note}')
+                note_evaluation(outcome.step)
+        for line in copier.news() if copier else ():
+            log.say(line)
+
+    def note_evaluation(at):
+        if world.main and last_evaluation[0] == at:
+            checkpoint.record_evaluation(checkpoint.path_of(c.out_dir, at), last_evaluation[1])
+            if copier:
+                copier.add(at)
 
     def sample():
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without
         with autocast:
-            text = tokenizer.decode(model.generate(sample_ids.to(device), 128, temperature=0.8, top_k=50, generator=generator)[0].tolist())
+            text = tokenizer.decode(model.generate(sample_ids.to(device), 128, temperature=0.8, top_k=50, generator=generator, interrupted=stop.code)[0].tolist())
         log.say(f'---- sample at iter {step}\n{text}\n----')
 
     if c.eval_only:
@@ -297,49 +356,60 @@ def run(argv):
 
     loader = TrainLoader(train_file, order, batch_size=c.batch_size, rank=world.rank, world_size=world.size, position=position,
                          device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
-    stop = StopSignals(log)
-    step, saved_step, exit_code = start_step, start_step if resumed and not nanogpt else -1, 0
+    saver = Saver(c.out_dir, world, keep=c.keep_checkpoints, keep_every=c.keep_every, keep_all=c.keep_all_checkpoints, background=c.checkpoint_async,
+                  before_commit=log.sync, copier=copier)
+    saver.reserve(checkpoint_tensors(named, optimizer, guard))
+    save_interval = c.checkpoint_interval or (c.eval_interval if c.always_save_checkpoint else 0)
+    stop.max_hours = c.max_time
+    step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
+    last_evaluation, bad_before = (-1, None), guard.counts()
+    if c.compile and c.max_iters // c.eval_interval > start_step // c.eval_interval:
+        with torch.no_grad(), autocast:  # compile evaluation now: later, a signal would have to wait for it
+            x, y = (part[:c.batch_size].to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1)))
+            step_model.eval()(x, y, reduction='sum')
+            step_model.train()
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     while True:
-        stopping = parallel.any_rank(stop.signal is not None, world)
-        evaluating = step % c.eval_interval == 0 and (step > 0 or c.eval_at_start) and not stopping and not (step == start_step and evaluated)
-        sampling = c.sample_interval and step % c.sample_interval == 0 and step > start_step
-        ending = step >= c.max_iters or stopping
-        if evaluating or sampling or ending:
+        ending = step >= c.max_iters or stop_code
+        evaluating = step % c.eval_interval == 0 and (step > 0 or c.eval_at_start) and not stop_code and not (step == start_step and evaluated)
+        sampling = c.sample_interval and step % c.sample_interval == 0 and step > start_step and not stop_code
+        settle(saver.wait() if ending else saver.poll())
+        saving = (ending or save_interval and step % save_interval == 0) and step not in (saved_step, 0) and not stop.fault
+        if saving or evaluating or sampling:
             pause = pause_started(device)
-            if not all_finite(parameters):  # never save them: the older checkpoints are worth more
-                log.say(f'the weights are not finite at iter {step}: stopping. Resume from {checkpoint.folder_of(c.out_dir)} with a lower --learning_rate')
-                exit_code = 3
-                break
-            if (ending or evaluating and c.always_save_checkpoint) and step not in (saved_step, 0):
+            if saving:
                 save()
-                saved_step = step
-            if evaluating:
-                losses = evaluate()
+            losses = evaluate() if evaluating else None
+            if losses:
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
                           tokens_seen=tokens)
                 log.say(f"iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-                if improved := losses['val'] < best_val_loss:
+                last_evaluation = step, {**losses, 'data': val_file.fingerprint}
+                if losses['val'] < best_val_loss:
                     best_val_loss = losses['val']
-                if improved and not c.always_save_checkpoint and step not in (saved_step, 0):
-                    save()
-                    saved_step = step
-                if world.main:
-                    checkpoint.record_evaluation(c.out_dir, step, losses)
+                    if not c.always_save_checkpoint and step not in (saved_step, 0):
+                        save()
+                note_evaluation(step)
             if sampling and world.main:
                 sample()
             interval_start += time.perf_counter() - pause
         if ending:
-            exit_code = 128 + stop.signal if stop.signal else 143 if stopping else 0
+            settle(saver.wait())
+            if stop_code == stopping.NOT_FINITE and world.main:
+                resume.supersede(c.out_dir, step)  # saved between the first bad step and now
             break
 
         lr = learning_rate(c, step)
         optim.set_learning_rate(optimizer, lr)
         step_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):
-            x, y, first_position = loader.next()
+            batch = loader.next(stop.code)
+            stop_code = parallel.largest(stop.code(), world)
+            if stop_code:
+                break
+            x, y, first_position = batch
             if c.dropout:
                 torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
             with parallel.last_micro_step(train_model, micro_step == accumulation - 1):
@@ -348,56 +418,106 @@ def run(argv):
                     loss = train_model(x, y, reduction='sum') * (world.size / tokens_per_step)
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
+        if stop_code:  # the step is given up: the weights are those of the last one, and its batches will come again
+            optimizer.zero_grad(set_to_none=True)
+            continue
+        step_loss = parallel.sum_over_ranks(step_loss, world) / world.size
         scaler.unscale_(optimizer)
         measuring = c.gradient_log_interval and (step + 1) % c.gradient_log_interval == 0
         statistics = optim.gradient_statistics(parameters) if measuring else {}
         grad_norm = optim.clip_gradients(parameters, c.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        interval_start += saver.wait_staged()
         step += 1
+        guard.step(optimizer, scaler, step, step_loss, grad_norm)
+        optimizer.zero_grad(set_to_none=True)
         position += sequences_per_step
         tokens += tokens_per_step
         interval_steps += 1
+        stop.at_once = False
 
         log.progress(step)
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
-            loss_value = parallel.sum_over_ranks(step_loss, world).item() / world.size  # the only wait for the device
+            loss_value = step_loss.item()  # the only wait for the device
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
                                                               architecture=shape.describe())
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
+            bad = guard.counts()
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
-                      data_wait_ms=1000 * loader.wait_s / interval_steps, wall_s=log.wall_s(), mfu=mfu, memory=memory_gb(device), gradients=gradients)
+                      data_wait_ms=1000 * loader.wait_s / interval_steps, wall_s=log.wall_s(), mfu=mfu, memory=memory_gb(device), gradients=gradients,
+                      skipped={'bad': bad['bad'], 'spikes': bad['spikes']})
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
             log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "
                     f"{rate:,.0f} tokens/s{shown}")
-            if not math.isfinite(loss_value):
-                log.say(f'the loss is not finite at iter {step}: stopping. Resume from the checkpoints in {checkpoint.folder_of(c.out_dir)} '
-                        f'with a lower --learning_rate')
-                exit_code = 3
-                break
+            for key, what in (('bad', 'loss or gradient not finite'), ('spikes', f'gradient norm above {c.spike_factor:g} times its median')):
+                if bad[key] > bad_before[key]:
+                    log.say(f'SKIPPED {bad[key] - bad_before[key]} updates since the last line ({what}), {bad[key]} in all')
+            bad_before = bad
+            if bad['row'] >= c.max_bad_steps:
+                good = bad['first'] - 1
+                first_bad = position - (step - good) * sequences_per_step
+                log.say(f"loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad['first']} to {good + c.max_bad_steps}, sequences {first_bad} to "
+                        f'{first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream: stopping with the weights of iter {good}. Look at the data there, '
+                        f'or resume with a lower --learning_rate')
+                position, tokens, step, stop_code = first_bad, tokens - (step - good) * tokens_per_step, good, stopping.NOT_FINITE
+                guard.state['counts'][:2] = 0  # the run that continues starts its row anew
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
 
     loader.close()
-    stop.restore()
-    if exit_code in (130, 143):
+    if copier:
+        if stop_code == 0:
+            log.say(f'copying to {c.upload_to}')
+        copied = copier.close(patience=600 if stop_code == 0 else 5)
+        settle(None)
+        if not copied:
+            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it, or the run itself when it continues')
+    if stop_code not in (0, stopping.NOT_FINITE):
         log.say(f'stopped at iter {step}; --init_from=resume continues' if step else 'stopped before the first iteration, nothing was saved')
+    if failed_save:
+        log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     log.close()
+    if world.main:
+        folder_lock.close()
     parallel.barrier(world)  # the main rank may still be writing, and torchrun ends all when one leaves with an error
-    return exit_code
+    return stop_code or parallel.largest(stopping.SAVE_FAILED if failed_save or copier and not copied else 0, world)
+
+
+def hold_folder(c, world, make=False):
+    """Lock the run's folder: the open lock file on the main rank, True on the others; None where there is no folder and make is false.
+
+    Raises ConfigError where nothing can be written, or if another process holds it.
+    """
+    files = []
+
+    def take():
+        if make or os.path.isdir(c.out_dir):
+            make_folder(c.out_dir)
+            files.append(resume.lock(c.out_dir))
+        return bool(files)
+    held = parallel.from_main(take, world)
+    return (files[0] if files else True) if held else None
 
 
 def refuse_impossible(c, given, notes):
     """Raise ConfigError for values that no run can have; note options that this version cannot obey but may ignore."""
+    faults.check()
     for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'max_iters',
-                'keep_checkpoints', 'log_save_interval', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
+                'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
         if getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
-    for key in ('sample_interval', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
+    for key in ('sample_interval', 'keep_every', 'max_time', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
         if getattr(c, key) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
+    for key in ('checkpoint_interval', 'upload_keep_local'):
+        if getattr(c, key) is not None and getattr(c, key) < 1:
+            raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
+    if c.spike_factor and c.spike_factor <= 1:
+        raise ConfigError(f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the gradient norm), or 0 for off')
+    if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
+        raise ConfigError(f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True')
+    if c.upload_keep_local and not c.upload_to:
+        notes.append('upload_keep_local has no effect without upload_to')
     if not 0 <= c.dropout < 1:
         raise ConfigError(f'dropout={c.dropout} must be at least 0 and below 1')
     for key in ('beta1', 'beta2'):
@@ -426,66 +546,6 @@ def refuse_impossible(c, given, notes):
             notes.append(f'{key} has no effect without use_dataloader=True')
 
 
-def find_checkpoint(c, given, world, notes):
-    """(config, state of the newest whole checkpoint in c.out_dir, nanoGPT's content or None) to resume from.
-
-    Keys that the user did not set now are taken from the checkpoint. The shape of the model cannot be changed.
-    """
-    if world.main and not c.eval_only:
-        checkpoint.tidy(c.out_dir)
-    step, rejected = parallel.share(checkpoint.newest_whole(c.out_dir) if world.main else None, world)
-    if world.main and not c.eval_only and step is not None:
-        checkpoint.set_aside_rejected(path for path, _ in rejected)
-    notes += [f'rejected {path}: {reason}' for path, reason in rejected]
-    nanogpt = None
-    if step is not None:
-        path = checkpoint.path_of(c.out_dir, step)
-        state = {**checkpoint.read_state(path), 'path': path}
-    elif os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt')):
-        nanogpt = checkpoint.read_nanogpt(os.path.join(c.out_dir, 'ckpt.pt'))
-        state = {'step': nanogpt['step'], 'best_val_loss': nanogpt['best_val_loss'], 'config': nanogpt['config']}
-        notes.append(f"imported nanoGPT's {os.path.join(c.out_dir, 'ckpt.pt')} at iter {nanogpt['step']}; it stays as it is")
-    else:
-        why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
-        raise ConfigError(f'init_from=resume, but {checkpoint.folder_of(c.out_dir)} has no checkpoint that can be used{why}: '
-                          f'type --init_from=scratch to start, or the --out_dir of the run to continue')
-    known = {field.name for field in dataclasses.fields(Config)}
-    saved = {key: value for key, value in state['config'].items() if key in known and key not in NOT_INHERITED}
-    for key, source in given.items():
-        now_value = getattr(c, key)
-        if key not in saved or now_value == saved[key] or now_value is None and key in SHAPE_KEYS:
-            continue
-        if key == 'gradient_accumulation_steps' and saved['total_batch_size'] and source != 'command line':
-            continue  # a recipe's value, which total_batch_size overruled when the run began
-        if key in SHAPE_KEYS or key == 'seed':
-            raise ConfigError(f'{source}: {key}={now_value!r}, but the checkpoint in {c.out_dir} has {key}={saved[key]!r}, which cannot change: '
-                              f'leave --{key} out, or start in another --out_dir')
-        del saved[key]
-        notes.append(f"{key}={now_value} from now on ({source}; it was {state['config'][key]})")
-    if given.get('gradient_accumulation_steps') == 'command line' and not given.get('total_batch_size') and saved.get('total_batch_size'):
-        notes.append(f"total_batch_size={saved['total_batch_size']} of the checkpoint gives way to gradient_accumulation_steps={c.gradient_accumulation_steps}")
-        saved['total_batch_size'] = 0
-    return dataclasses.replace(c, **saved), state, nanogpt
-
-
-def find_huggingface(c, given):
-    """(config with the shape of the Hugging Face model that c.init_from names, its local folder)."""
-    if not huggingface.is_source(c.init_from):
-        raise ConfigError(f"init_from={c.init_from!r} is not 'scratch', 'resume', 'gpt2...', a Hugging Face folder (with config.json) or a hub id (org/name)")
-    folder = huggingface.fetch(c.init_from)
-    settings = huggingface.read_settings(folder)
-    if given.get('arch_preset') and {c.arch_preset, settings['arch_preset']} not in ({settings['arch_preset']}, {'llama', 'llama3'}):
-        raise ConfigError(f"{given['arch_preset']}: arch_preset={c.arch_preset!r}, but {c.init_from} is {settings['arch_preset']!r}: leave --arch_preset out")
-    if c.block_size > settings['block_size'] and given.get('block_size'):
-        raise ConfigError(f"block_size={c.block_size} is beyond the {settings['block_size']} positions of {c.init_from}: "
-                          f"type --block_size={settings['block_size']} or less")
-    settings['block_size'] = min(c.block_size, settings['block_size'])
-    for key in set(SHAPE_KEYS) - {'arch_preset', 'block_size'}:
-        if given.get(key) and getattr(c, key) is not None and getattr(c, key) != settings[key]:
-            raise ConfigError(f'{given[key]}: {key}={getattr(c, key)!r}, but {c.init_from} has {key}={settings[key]!r}: leave --{key} out')
-    return dataclasses.replace(c, **settings), folder
-
-
 def accumulation_steps(c, world_size):
     """Micro-steps per iteration on each rank. Raises ConfigError if total_batch_size is no multiple of one micro-step."""
     if not c.total_batch_size:
@@ -497,24 +557,6 @@ def accumulation_steps(c, world_size):
         raise ConfigError(f'total_batch_size={c.total_batch_size} is not a multiple of batch_size {c.batch_size} x block_size {c.block_size} x '
                           f'{world_size} ranks = {micro_step} tokens: type --total_batch_size={near}')
     return c.total_batch_size // micro_step
-
-
-def keep_finished_run(c, world, notes):
-    """Before a new run in a folder with checkpoints: set those of a finished run aside, refuse if the run could go on."""
-    found = checkpoint.steps(c.out_dir)
-    if not found:
-        return
-    path = checkpoint.path_of(c.out_dir, found[-1])
-    finished, name = False, 'earlier'
-    if os.path.isfile(os.path.join(path, 'state.json')) and checkpoint.why_broken(path) is None:
-        state = checkpoint.read_state(path)
-        finished, name = state['step'] >= state['config']['max_iters'], state['run_name']
-    if not finished:
-        raise ConfigError(f'{c.out_dir} holds an unfinished run, up to {path}: continue it with --init_from=resume, start this one in another '
-                          f'--out_dir, or move {checkpoint.folder_of(c.out_dir)} away')
-    parallel.barrier(world)  # every rank has looked before the folder is renamed
-    moved = parallel.share(checkpoint.set_aside(c.out_dir, name) if world.main else None, world)
-    notes.append(f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}')
 
 
 def make_folder(path):
@@ -540,15 +582,12 @@ def sample_prompt(c, meta):
     return tokenizer, ids
 
 
-def all_finite(parameters):
-    return bool(torch.stack([p.detach().isfinite().all() for p in parameters]).all())
-
-
-def checkpoint_tensors(named_parameters, optimizer):
-    """What a checkpoint holds, {name: tensor}: parameters, and the optimizer's state unless optimizer is None."""
+def checkpoint_tensors(named_parameters, optimizer=None, guard=None):
+    """What a checkpoint holds, {name: tensor}: parameters, the state of the optimizer and of the guard; the first alone to evaluate."""
     tensors = {f'model.{name}': p.detach() for name, p in named_parameters.items()}
     if optimizer is not None:
         tensors.update({f'optimizer.{name}': tensor for name, tensor in optim.named_state(optimizer, named_parameters).items()})
+        tensors.update({f'guard.{name}': tensor for name, tensor in guard.state.items()})
     return tensors
 
 
@@ -562,99 +601,6 @@ def pause_started(device):
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def memory_gb(device):
-    """Memory in 1e9 bytes: of torch's allocator on a GPU, of the whole process (resident set) on a CPU."""
-    if device.type == 'cuda':
-        return {f'{name}_gb': getattr(torch.cuda, f'{call}memory_{kind}')(device) / 1e9 for name, call, kind in (
-            ('allocated', '', 'allocated'), ('reserved', '', 'reserved'), ('max_allocated', 'max_', 'allocated'), ('max_reserved', 'max_', 'reserved'))}
-    with open('/proc/self/status') as f:
-        kilobytes = {key: int(value.split()[0]) for key, _, value in (line.partition(':') for line in f) if key in ('VmRSS', 'VmHWM')}
-    resident, peak = 1024 * kilobytes['VmRSS'] / 1e9, 1024 * kilobytes['VmHWM'] / 1e9
-    return {'allocated_gb': resident, 'reserved_gb': resident, 'max_allocated_gb': peak, 'max_reserved_gb': peak}
-
-
-class StopSignals:
-    """Ctrl-C (SIGINT) and SIGTERM set `signal`; the loop saves at the next step boundary and leaves. A second Ctrl-C leaves at once."""
-
-    def __init__(self, log):
-        self.signal, self.time, self.log = None, 0.0, log
-        self.before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _received(self, number, frame):
-        # torchrun passes on the Ctrl-C that the terminal has sent already, hence the second of grace
-        if self.signal is not None:
-            if number == signal.SIGINT and time.perf_counter() - self.time > 1.0:
-                os._exit(128 + number)
-            return
-        self.signal, self.time = number, time.perf_counter()
-        os.write(2, b'\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n' if self.log.active else b'')
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def cpu_name():
-    with open('/proc/cpuinfo') as f:
-        return next((line.split(':')[1].strip() for line in f if line.startswith('model name')), platform.machine())
-
-
-def startup_info(c, model, optimizer, world, gpu_name, token_flops):
-    """The `startup_info` of the log."""
-    counts = model.parameter_counts()
-    gpu = torch.cuda.get_device_properties(world.device) if gpu_name else None
-    return {
-        'timestamp': now(),
-        'model': {**{f'{kind}_params': count for kind, count in counts.items()}, 'architecture': model.config.describe(),
-                  'flops_per_token': token_flops.total, 'flops_per_token_causal': token_flops.causal},
-        'optimizer': {'type': type(optimizer).__name__, 'fused': bool(optimizer.defaults.get('fused')), 'param_groups': [
-            {'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
-            for group in optimizer.param_groups]},
-        'config': dataclasses.asdict(c),
-        'hardware': {'gpu_name': gpu_name, 'num_gpus': world.size if gpu_name else 0, 'gpu_memory_gb': gpu.total_memory / 1e9 if gpu else None,
-                     'cpu_name': cpu_name(), 'cpu_threads': torch.get_num_threads(), 'precision': c.dtype,
-                     'parallelism': 'DDP' if world.size > 1 else 'single'},
-    }
-
-
-def report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
-    """Lines that say what will run: the effective model, the arithmetic of the batch, hardware, and every fallback."""
-    hardware, counts = startup['hardware'], startup['model']
-    family = FAMILY_NAMES.get(c.vocab_size)
-    theta = f'{c.rope_theta / 1e6:g}M' if c.rope_theta >= 1e6 else f'{c.rope_theta / 1e3:g}K'
-    position = {'rope': f"{'Extended ' if c.rope_theta > 10000 else ''}RoPE (theta={theta})" +
-                (f' on {c.rotary_pct:.0%} of each head' if c.rotary_pct < 1 else ''),
-                'learned_absolute': 'learned positions', 'none': 'no positions'}[c.position_encoding]
-    tokens_per_step = sequences_per_step * c.block_size
-    peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
-    per_second = f', peak {peak / 1e12:g} TFLOP/s each' if peak else ', peak not known: no MFU'
-    total = counts['total_params']
-    return [
-        f'Architecture: {c.n_layer}L-{c.n_head}H-{c.n_embd}D-{c.d_ff}ff' +
-        (f' with GQA ({c.num_key_value_heads} KV)' if c.num_key_value_heads != c.n_head else '') + f', {c.arch_preset}',
-        f"Blocks: {position}, {c.normalization} ({c.norm_position}-norm, eps {c.norm_eps:g}), {c.ffn_type} FFN with {c.activation}"
-        + (', QK-norm' if c.qk_norm else '') + (', parallel residual' if c.parallel_residual else '') + (', biases' if c.bias else ''),
-        f'Vocab: {c.vocab_size}' + (f' ({family})' if family else '') + (', tied to the head' if c.weight_tying else ''),
-        f"Parameters: {f'~{total / 1e9:.3f}B' if total >= 1e8 else f'{total / 1e6:.3f}M'} ({total:,}; {counts['non_embedding_params']:,} without embeddings)",
-        f'FLOPs per token: {token_flops.total:.4g} forward and backward, attention in full ({token_flops.causal:.4g} causal)',
-        f'Batch: {c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} ranks = '
-        f'{tokens_per_step:,} tokens per iteration',
-        f"Data: {c.dataset}, {meta.get('tokens', {}).get('train', order.per_epoch * c.block_size):,} training tokens = "
-        f'{order.per_epoch / sequences_per_step:,.1f} iterations per epoch; {c.max_iters:,} iterations = '
-        f'{c.max_iters * sequences_per_step / order.per_epoch:.2f} epochs',
-        f"DataLoader: {f'{loader_workers} worker processes' if loader_workers else 'a thread with pinned memory' if world.device.type == 'cuda' else 'in process'}",
-        f'Attention backend: {c.attention_backend}',
-        f"CUDA Graphs: off. Compile: {'on, the first iteration takes longer' if c.compile else 'off'}. Precision: "
-        + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
-        f"Optimizer: AdamW{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
-            f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters" for g in startup['optimizer']['param_groups']),
-        f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
-        f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
-        f'Run folder: {c.out_dir}' + (f", continuing at iter {resumed['step']}" if resumed else ''),
-        *(f'Note: {note}' for note in notes),
-    ]
 
 
 if __name__ == '__main__':

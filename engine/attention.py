@@ -57,13 +57,15 @@ def attention(q, k, v, backend, dropout=0.0):
 
 def _flash_attn_3(q, k, v, dropout):
     from flash_attn_interface import flash_attn_func
-    out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
+    out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True,
+                          deterministic=torch.are_deterministic_algorithms_enabled())
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
 def _flash_attn_2(q, k, v, dropout):
     from flash_attn import flash_attn_func
-    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, causal=True).transpose(1, 2)
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, causal=True,
+                           deterministic=torch.are_deterministic_algorithms_enabled()).transpose(1, 2)
 
 
 def _sdpa(q, k, v, dropout):

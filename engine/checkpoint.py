@@ -1,15 +1,16 @@
-"""Checkpoints: whole or absent, verified before use.
+"""Checkpoints as files: their format, whether they are whole, which of them stay.
 
     out_dir/checkpoints/step_00001000/
-        __0_0.distcp, .metadata   tensors, by torch.distributed.checkpoint: model.<name>, optimizer.<key>.<name>
+        __0_0.distcp, .metadata   tensors, by torch.distributed.checkpoint: model.<name>, optimizer.<key>.<name>, guard.<name>
         state.json                step, position in the data, tokens, best loss, configuration, versions, world size
-        manifest.json             size and SHA-256 of every file above; written last
-        evaluation.json           losses at this step, added when they are known; not needed to resume
+        manifest.json             size and SHA-256 of every file above, and of itself; written last
+        evaluation.json           losses at this step, added when they are known; carries its own SHA-256
 
-A checkpoint is written into a temporary folder, synced to disk, and renamed. Only then are older ones removed. No pickle
-from a checkpoint is executed: tensors are read with weights_only, the metadata by an unpickler that admits torch's own
-plain classes.
+engine/saver.py writes them: into a temporary folder, synced to disk, read back, renamed; only then are older ones removed.
+What looks at checkpoints takes an fsspec file system `fs`, so that it works on a bucket as on a folder. No pickle from a
+checkpoint is executed: tensors are read with weights_only, the metadata by an unpickler that admits torch's own plain classes.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -20,147 +21,110 @@ import warnings
 
 import torch
 import torch.distributed.checkpoint as dcp
+from fsspec.implementations.local import LocalFileSystem
 
-from engine import parallel
-from engine.configurator import ConfigError
+from engine import faults
 
-FORMAT = 1
+FORMAT = 2
+LOCAL = LocalFileSystem()
+warnings.filterwarnings('ignore', category=UserWarning, message='torch.distributed is disabled')  # said of every run with one process
 
 
 def folder_of(out_dir):
     return os.path.join(out_dir, 'checkpoints')
 
 
-def steps(out_dir):
-    """Steps that have a checkpoint folder under out_dir, ascending, verified or not."""
-    folder = folder_of(out_dir)
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r'step_(\d{8,})', name)))
-
-
 def path_of(out_dir, step):
     return os.path.join(folder_of(out_dir), f'step_{step:08d}')
 
 
-def save(out_dir, step, tensors, state, world, keep=2, keep_all=False):
-    """Write checkpoint `step` of `tensors` ({name: tensor}, in full on every rank or sharded) and `state` (JSON builtins).
-
-    Called by all ranks. Afterwards the `keep` newest checkpoints and the one with the best validation loss remain.
-    Returns the path. An OSError (disk full, no permission) leaves what was there before untouched.
-    """
-    final = path_of(out_dir, step)
-    temporary = os.path.join(folder_of(out_dir), f'.writing_step_{step:08d}')
-    if world.main:
-        tidy(out_dir)
-        os.makedirs(temporary)
-    parallel.barrier(world)
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', category=UserWarning, module='torch.distributed')  # "assuming a single process"
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=world.size == 1)
-    if world.main:
-        write_json(os.path.join(temporary, 'state.json'), {'format': FORMAT, 'step': step, **state})
-        files = {name: {'size': os.path.getsize(p), 'sha256': sha256(p)}
-                 for name in sorted(os.listdir(temporary)) for p in [os.path.join(temporary, name)]}
-        config_hash = hashlib.sha256(json.dumps(state.get('config'), sort_keys=True).encode()).hexdigest()
-        write_json(os.path.join(temporary, 'manifest.json'), {'format': FORMAT, 'step': step, 'config_sha256': config_hash, 'files': files})
-        sync_folder(temporary)
-        replaced = os.path.join(folder_of(out_dir), f'.replaced_step_{step:08d}')
-        if os.path.exists(final):
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(final, replaced)
-        os.rename(temporary, final)
-        sync_folder(folder_of(out_dir))
-        shutil.rmtree(replaced, ignore_errors=True)
-        if not keep_all:
-            remove_old(out_dir, step, keep)
-    parallel.barrier(world)
-    return final
-
-
-def remove_old(out_dir, newest, keep):
-    """Delete all checkpoints before `newest`, which was just written, but `keep` - 1 and the one with the best validation loss."""
-    before = [step for step in steps(out_dir) if step < newest]
-    for step in set(before[:len(before) - (keep - 1)]) - {best_step(out_dir)}:
-        shutil.rmtree(path_of(out_dir, step), ignore_errors=True)
-
-
-def tidy(out_dir):
-    """Remove what an interrupted save left behind, and put back what it was about to replace."""
+def steps(out_dir, fs=LOCAL):
+    """Steps that have a checkpoint folder under out_dir, ascending, whole or not."""
     folder = folder_of(out_dir)
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        path = os.path.join(folder, name)
-        if name.startswith('.replaced_') and not os.path.exists(final := os.path.join(folder, name.removeprefix('.replaced_'))):
-            os.rename(path, final)
-        elif name.startswith(('.replaced_', '.writing_')):
-            shutil.rmtree(path, ignore_errors=True)
+    names = [path.rstrip('/').rsplit('/', 1)[-1] for path in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
+    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r'step_(\d{8,})', name)))
 
 
-def set_aside_rejected(paths):
-    """Rename checkpoints that do not verify to rejected_step_..., so that later ones of the same steps do not meet them."""
-    for path in paths:
-        folder, name = os.path.split(path)
-        os.rename(path, free_name(os.path.join(folder, f'rejected_{name}')))
+# ---- is it whole?
 
+def why_broken(path, level='full', fs=LOCAL):
+    """None if the checkpoint folder `path` is what its manifest says, else one sentence naming the file that is not.
 
-def record_evaluation(out_dir, step, losses):
-    """Note `losses` ({'train': float, 'val': float}) beside checkpoint `step`, if there is one."""
-    if os.path.isdir(path_of(out_dir, step)):
-        write_json(os.path.join(path_of(out_dir, step), 'evaluation.json'), losses)
-
-
-def read_evaluation(out_dir, step):
-    """The losses noted beside checkpoint `step`, or None."""
-    path = os.path.join(path_of(out_dir, step), 'evaluation.json')
-    if not os.path.exists(path):
-        return None
-    with open(path) as f:
-        return json.load(f)
-
-
-def best_step(out_dir):
-    """Step of the checkpoint with the lowest recorded validation loss, the newest of equals; None where none is recorded."""
-    losses = {step: evaluation['val'] for step in steps(out_dir) if (evaluation := read_evaluation(out_dir, step))}
-    return min(losses, key=lambda step: (losses[step], -step)) if losses else None
-
-
-def why_broken(path):
-    """None if the checkpoint folder `path` is what its manifest says, else one sentence naming the file that is not."""
+    level: 'full' reads every byte and compares checksums; 'size' compares the sizes of the files with tensors and reads the small ones.
+    """
     try:
-        with open(os.path.join(path, 'manifest.json')) as f:
-            files = json.load(f)['files']
-        expected = {name: (entry['size'], entry['sha256']) for name, entry in files.items()}
+        manifest = unseal(_read(fs, f'{path}/manifest.json'))
+        expected = {name: (entry['size'], entry['sha256']) for name, entry in manifest['files'].items()}
+        step = manifest['step']
     except FileNotFoundError:
-        return 'it has no manifest.json (it was not written to the end)'
+        return 'manifest.json is missing (the checkpoint was not written to the end)'
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f'its manifest.json is damaged ({error})'
+        return f'manifest.json is damaged ({error})'
+    if {'state.json', '.metadata'} - expected.keys():
+        return 'manifest.json lists no state.json or no .metadata'
+    if (name := path.rstrip('/').rsplit('/', 1)[-1]).startswith('step_') and int(name.removeprefix('step_')) != step:
+        return f'manifest.json is that of step {step}'
     for name, (size, checksum) in expected.items():
-        file = os.path.join(path, name)
-        if not os.path.isfile(file):
+        file = f'{path}/{name}'
+        if not fs.isfile(file):
             return f'{name} is missing'
-        if os.path.getsize(file) != size:
-            return f'{name} has {os.path.getsize(file)} bytes, expected {size}'
-        if sha256(file) != checksum:
+        if fs.size(file) != size:
+            return f'{name} has {fs.size(file)} bytes, expected {size}'
+        if (level == 'full' or name == 'state.json') and sha256(file, fs) != checksum:
             return f'{name} does not have the checksum of the manifest'
-    if 'state.json' not in expected or '.metadata' not in expected:
-        return 'its manifest.json lists no state.json or no .metadata'
+    try:
+        read_evaluation(path, fs)
+    except ValueError as error:
+        return f'evaluation.json is damaged ({error})'
     return None
 
 
-def newest_whole(out_dir):
-    """(step, rejected): the newest checkpoint that verifies, or None, and [(path, reason)] of newer ones that do not."""
+def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
+    """(step, rejected): the newest checkpoint that verifies (or `wanted`, if that does), or None, and [(path, reason)] of the newer ones."""
     rejected = []
-    for step in reversed(steps(out_dir)):
-        reason = why_broken(path_of(out_dir, step))
+    for step in reversed(steps(out_dir, fs)) if wanted is None else [wanted]:
+        reason = why_broken(path_of(out_dir, step), level, fs)
         if reason is None:
             return step, rejected
         rejected.append((path_of(out_dir, step), reason))
     return None, rejected
 
 
-def read_state(path):
+def sha256(path, fs=LOCAL):
+    digest = hashlib.sha256()
+    with fs.open(path, 'rb') as f:
+        while block := f.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(value):
+    """A dict as the bytes of a JSON file that carries the SHA-256 of its other content."""
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return json.dumps({**value, 'sha256': digest}, indent=1).encode() + b'\n'
+
+
+def unseal(data):
+    """The dict in bytes made by seal(). Raises ValueError if a single byte is another."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError('it holds no object')
+    value.pop('sha256', None)
+    if seal(value) != data:
+        raise ValueError('it does not have the checksum that it carries')
+    return value
+
+
+# ---- what it holds
+
+def read_state(path, fs=LOCAL):
     """The dict in a checkpoint's state.json."""
-    with open(os.path.join(path, 'state.json')) as f:
-        return json.load(f)
+    return json.loads(_read(fs, f'{path}/state.json'))
+
+
+def tensor_bytes(path, fs=LOCAL):
+    """Bytes of all files that the manifest of checkpoint `path` lists."""
+    return sum(entry['size'] for entry in unseal(_read(fs, f'{path}/manifest.json'))['files'].values())
 
 
 def load(path, tensors, world_size=1):
@@ -168,39 +132,82 @@ def load(path, tensors, world_size=1):
 
     Raises torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', category=UserWarning, module='torch.distributed')
-        dcp.load(tensors, storage_reader=_Reader(path), no_dist=world_size == 1)
+    dcp.load(tensors, storage_reader=_Reader(path), no_dist=world_size == 1)
 
 
-def read_nanogpt(path):
-    """nanoGPT's ckpt.pt as {'model': state dict, 'optimizer': {'exp_avg.<name>': tensor, ...}, 'config', 'step', 'best_val_loss'}.
+def record_evaluation(path, losses):
+    """Note `losses` ({'train': float, 'val': float, 'data': fingerprint of the validation split}) in checkpoint `path`, if there is one."""
+    if os.path.isdir(path):
+        replace_file(os.path.join(path, 'evaluation.json'), seal(losses))
 
-    Read with weights_only, so no code in it runs. Raises ConfigError for a file that is none.
+
+def read_evaluation(path, fs=LOCAL):
+    """The losses noted in checkpoint `path`, or None. Raises ValueError for a damaged file."""
+    file = f'{path}/evaluation.json'
+    return unseal(_read(fs, file)) if fs.isfile(file) else None
+
+
+def best_step(out_dir, fs=LOCAL):
+    """Step of the checkpoint with the lowest recorded validation loss on the data evaluated last, the newest of equals; None where none is recorded."""
+    found = {}
+    for step in steps(out_dir, fs):
+        with contextlib.suppress(ValueError):  # why_broken() tells of it
+            if evaluation := read_evaluation(path_of(out_dir, step), fs):
+                found[step] = evaluation
+    found = {step: e['val'] for step, e in found.items() if e.get('data') == found[max(found)].get('data') and e['val'] is not None}
+    return min(found, key=lambda step: (found[step], -step)) if found else None
+
+
+# ---- which stay
+
+def retain(out_dir, newest, *, keep, keep_every=0, also=()):
+    """Remove the checkpoints before `newest` that no rule keeps; returns one sentence for each that could not be removed.
+
+    Kept: the `keep` newest, each whose step is a multiple of keep_every (0: none), the one with the best validation loss, steps in `also`.
     """
-    try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-        sizes, trained = content['model_args'], content['config']
-        model = {name.removeprefix('_orig_mod.'): tensor for name, tensor in content['model'].items()}
-        step, best = content['iter_num'], float(content['best_val_loss'])
-        states = content['optimizer']['state']
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ConfigError(f'{path} is not a checkpoint of nanoGPT: {type(error).__name__}: {str(error)[:200]}') from None
-    model = {name: tensor for name, tensor in model.items() if not re.search(r'\.attn\.(bias|masked_bias)$', name)}
-    # nanoGPT numbers its parameters: first those with two dimensions or more, then the rest, each in the model's order
-    names = [name for name in model if name != 'lm_head.weight']
-    numbered = [n for n in names if model[n].dim() >= 2] + [n for n in names if model[n].dim() < 2]
-    optimizer = {f'{key}.{name}': torch.as_tensor(states[i][key]) for i, name in enumerate(numbered) for key in ('step', 'exp_avg', 'exp_avg_sq')}
-    shape = {key: sizes[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')}
-    # nanoGPT computes the exact GELU, unlike GPT-2
-    trained = {key: value for key, value in trained.items() if key not in ('dtype', 'compile')}  # of the machine it ran on
-    if trained.keys() >= {'gradient_accumulation_steps', 'batch_size'}:  # nanoGPT counts the micro-steps of all its processes
-        trained['total_batch_size'] = trained['gradient_accumulation_steps'] * trained['batch_size'] * shape['block_size']
-    config = {**trained, **shape, 'bias': sizes.get('bias', True), 'arch_preset': 'gpt2', 'activation': 'gelu'}
-    return {'model': model, 'optimizer': optimizer, 'config': config, 'step': step, 'best_val_loss': best}
+    before = [step for step in steps(out_dir) if step < newest]
+    kept = {best_step(out_dir), *also, *before[len(before) - (keep - 1):]} | {step for step in before if keep_every and step % keep_every == 0}
+    problems = []
+    for step in sorted(set(before) - kept):
+        try:
+            remove(path_of(out_dir, step), step)
+        except OSError as error:
+            problems.append(f'{path_of(out_dir, step)} could not be removed: {error.strerror or error}')
+    return problems
 
 
-def set_aside(out_dir, name):
+def remove(path, step):
+    """Remove a checkpoint so that one killed half-way does not look like a broken checkpoint. Raises OSError."""
+    going = os.path.join(os.path.dirname(path), f'.removing_{os.path.basename(path)}')
+    shutil.rmtree(going, ignore_errors=True)
+    os.rename(path, going)
+    for number, name in enumerate(sorted(os.listdir(going))):
+        os.remove(os.path.join(going, name))
+        if number == 0:
+            faults.reach('retention', step)
+    os.rmdir(going)
+
+
+def tidy(out_dir):
+    """Remove what an interrupted save or removal left behind, and put back what it was about to replace."""
+    folder = folder_of(out_dir)
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        if name.startswith('.replaced_') and not os.path.exists(final := os.path.join(folder, name.removeprefix('.replaced_'))):
+            os.rename(path, final)
+        elif name.startswith(('.replaced_', '.writing_', '.removing_', '.fetching_')):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def rename_aside(path, prefix):
+    """Rename a checkpoint, so that later ones of the same step do not meet it; returns the new path."""
+    folder, name = os.path.split(path)
+    target = free_name(os.path.join(folder, f'{prefix}_{name}'))
+    os.rename(path, target)
+    return target
+
+
+def set_aside_all(out_dir, name):
     """Rename out_dir/checkpoints to out_dir/checkpoints_<name> and return the new path."""
     target = free_name(os.path.join(out_dir, f'checkpoints_{name}'))
     os.rename(folder_of(out_dir), target)
@@ -214,6 +221,30 @@ def free_name(path):
         number += 1
         free = f'{path}_{number}'
     return free
+
+
+# ---- files
+
+def replace_file(path, data):
+    """Write bytes to `path` so that a reader sees the old file or the new one, and the new one is on disk."""
+    with open(f'{path}.tmp', 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{path}.tmp', path)
+
+
+def sync_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(fs, path):
+    with fs.open(path, 'rb') as f:
+        return f.read()
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -241,29 +272,3 @@ class _Reader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or dcp.metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path, value):
-    """Write `value` to `path` so that a reader sees the old file or the new one, and the new one is on disk."""
-    temporary = f'{path}.tmp'
-    with open(temporary, 'w') as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def sync_folder(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

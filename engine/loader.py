@@ -9,7 +9,6 @@ sees does not depend on the number of ranks, the micro-batch, evaluation or logg
 import atexit
 import os
 import queue
-import signal
 import threading
 import time
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from data.tokenfile import fingerprint, read_meta, token_dtype
+from engine import stopping
 from engine.configurator import ConfigError, nearest
 
 _MASK = 2**64 - 1
@@ -164,14 +164,16 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
     """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (<= batch_size, block_size).
 
     n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping: the same at every
-    evaluation and for every number of ranks; rank r takes each world_size-th batch.
+    evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many items as rank 0,
+    the last may be None.
     """
     available = (len(file) - 1) // block_size
     count = min(n_batches * batch_size, available)
     starts = np.arange(count) * available // count * block_size
-    for first in range(rank * batch_size, count, world_size * batch_size):
-        window = file.windows(starts[first:first + batch_size], block_size)
-        yield window[:, :-1], window[:, 1:]
+    for first in range(0, count, world_size * batch_size):
+        mine = starts[first + rank * batch_size:first + (rank + 1) * batch_size]
+        window = file.windows(mine, block_size) if len(mine) else None
+        yield None if window is None else (window[:, :-1], window[:, 1:])
 
 
 class TrainLoader:
@@ -191,16 +193,17 @@ class TrainLoader:
         self.rank, self.world_size, self.first = rank, world_size, position
         self.device, self.pin = device, device.type == 'cuda'
         self.wait_s, self.micro = 0.0, 0
-        self._stop = threading.Event()
+        self.workers, self.queue, self.stopped = None, None, threading.Event()
+        self.source = (self[micro] for micro in _Count())
         if num_workers:
-            self.source = iter(torch.utils.data.DataLoader(
+            self.workers = iter(torch.utils.data.DataLoader(
                 self, sampler=_Count(), batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor,
-                pin_memory=self.pin, worker_init_fn=_ignore_interrupts))
+                pin_memory=self.pin, worker_init_fn=_ignore_signals))
+            self.source = self.workers
             atexit.register(self.close)  # before multiprocessing waits for workers that ignore its SIGTERM
-        elif self.pin:
-            self.source = self._run_ahead(depth=4)
-        else:
-            self.source = (self[micro] for micro in _Count())
+        if num_workers or self.pin:
+            self.queue = queue.Queue(maxsize=2 if num_workers else 4)
+            threading.Thread(target=self._run_ahead, daemon=True, name='batches').start()
 
     def position_of(self, micro):
         """Position in the stream of the first sequence of this rank's micro-step `micro`, counted from the first step."""
@@ -210,45 +213,55 @@ class TrainLoader:
         starts = self.order.starts(self.position_of(micro), self.batch_size)
         return self.file.windows(starts, self.order.block_size)
 
-    def next(self):
+    def next(self, interrupted=lambda: False):
+        """The next (x, y, position), or None if interrupted() became true while waiting for it."""
         started = time.perf_counter()
-        window = next(self.source)
+        window = self._wait(interrupted) if self.queue else next(self.source)
         self.wait_s += time.perf_counter() - started
+        if window is None:
+            return None
         position = self.position_of(self.micro)
         self.micro += 1
         window = window.to(self.device, non_blocking=self.pin)
         return window[:, :-1], window[:, 1:], position
 
-    def _run_ahead(self, depth):
-        ready = queue.Queue(maxsize=depth)
-
-        def gather():
-            try:
-                for micro in _Count():
-                    item = self[micro].pin_memory()
-                    while not self._stop.is_set():
-                        try:
-                            ready.put(item, timeout=0.5)
-                            break
-                        except queue.Full:
-                            continue
-                    if self._stop.is_set():
-                        return
-            except Exception as error:  # raised again where the batch is asked for
-                ready.put(error)
-
-        threading.Thread(target=gather, daemon=True, name='batches').start()
+    def _wait(self, interrupted):
         while True:
-            item = ready.get()
+            try:
+                item = self.queue.get(timeout=0.2)
+            except queue.Empty:
+                if interrupted():
+                    return None
+                continue
             if isinstance(item, Exception):
                 raise item
-            yield item
+            return item
+
+    def _run_ahead(self):
+        try:
+            for item in self.source:
+                item = item.pin_memory() if self.pin and not self.workers else item
+                while not self.stopped.is_set():
+                    try:
+                        self.queue.put(item, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if self.stopped.is_set():
+                    return
+        except Exception as error:  # raised again where the batch is asked for
+            self.queue.put(error)
 
     def close(self):
-        """Stop the thread or the worker processes."""
-        self._stop.set()
-        if hasattr(self.source, '_shutdown_workers'):  # not left to the garbage collector: a traceback may hold the iterator
-            self.source._shutdown_workers()
+        """Stop the thread and the worker processes."""
+        self.stopped.set()
+        if self.workers is not None:  # not left to the garbage collector: a traceback may hold the iterator
+            workers, self.workers = self.workers, None
+            torch.utils.data._utils.signal_handling._remove_worker_pids(id(workers))  # or torch takes their end for an error
+            workers._worker_pids_set = False
+            for process in workers._workers:
+                process.kill()  # they only read, and one may hang in it
+            workers._shutdown_workers()
         self.source = None
         atexit.unregister(self.close)
 
@@ -263,7 +276,5 @@ class _Count:
             k += 1
 
 
-def _ignore_interrupts(worker_id):
-    # signals go to the whole process group; the trainer finishes its step, saves, and closes the workers itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(worker_id):
+    stopping.ignore()

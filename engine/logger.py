@@ -103,7 +103,7 @@ class RunLog:
             self.text.flush()
 
     def event(self, kind, **fields):
-        """Append one record: 'iter' | 'eval' | 'checkpoint' | 'resume' | 'end'."""
+        """Append one record: 'iter' | 'eval' | 'checkpoint' | 'save_failed' | 'resume' | 'end'."""
         if not self.write:
             return
         record = finite({'type': kind, **fields})
@@ -122,14 +122,20 @@ class RunLog:
     def _remember(self, record):
         if record['type'] in _SECTIONS:
             self.run[_SECTIONS[record['type']]].append({key: value for key, value in record.items() if key != 'type'})
-        saved = self.run['checkpoints']
-        if record['type'] == 'eval' and saved and saved[-1]['iter'] == record['iter']:  # saved first, evaluated then
-            saved[-1]['val_loss'] = record['val_loss']
+        if record['type'] in ('eval', 'checkpoint'):  # a save is often finished after the evaluation at its step
+            losses = {e['iter']: e['val_loss'] for e in self.run['eval_steps']}
+            for saved in self.run['checkpoints'][-3:]:
+                saved['val_loss'] = losses.get(saved['iter'], saved['val_loss'])
 
     def progress(self, step):
         """Move the progress bar, which stays out of the files."""
         if self.bar is not None and not self.bar.disable:
             self.bar.update(step - self.bar.n)
+
+    def sync(self):
+        """Bring the records to the disk, so that a checkpoint never outlives the lines before it."""
+        if self.write:
+            os.fsync(self.lines.fileno())
 
     def has_checkpoint(self, step):
         """Whether the checkpoint of `step` is recorded: a kill can come between writing it and noting so."""

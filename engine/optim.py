@@ -1,4 +1,4 @@
-"""AdamW with decay groups, clipping, gradient statistics, and the optimizer's state by parameter name."""
+"""AdamW with decay groups, clipping, the guard against bad steps, gradient statistics, and the optimizer's state by parameter name."""
 import inspect
 import math
 
@@ -80,3 +80,52 @@ def named_state(optimizer, named_parameters):
         for key in ('step', 'exp_avg', 'exp_avg_sq'):
             tensors[f'{key}.{name}'] = state[key]
     return tensors
+
+
+class Guard:
+    """Makes the update of a bad step a no-op, on the device, without a wait of the host.
+
+    A step is bad if its loss or the norm of its gradient is not finite. After max_bad bad steps in a row every further update is
+    a no-op too, so that the weights stay those of the last good step until the host looks (counts()). With spike_factor > 0 a
+    step is also skipped if its norm exceeds spike_factor times the median of the last WINDOW finite norms (once MINIMUM are
+    known); that is no fault. `state` ({name: tensor}) belongs into a checkpoint.
+    """
+    WINDOW, MINIMUM = 128, 16
+
+    def __init__(self, device, max_bad, spike_factor=0.0):
+        self.max_bad, self.spike_factor = max_bad, spike_factor
+        # bad steps in a row, the first of them, bad steps in all, spikes in all
+        self.state = {'counts': torch.zeros(4, dtype=torch.int64, device=device),
+                      'norms': torch.full((self.WINDOW,), math.nan, dtype=torch.float32, device=device)}
+
+    def step(self, optimizer, scaler, step, loss, norm):
+        """Take the optimizer's step number `step` (from 1), or not. loss and norm: scalar tensors, the same on every rank.
+
+        Under fp16 an overflow of the gradient is the scaler's business: it skips by itself, and no fault is counted.
+        """
+        counts, norms = self.state['counts'], self.state['norms']
+        bad = ~loss.isfinite() if scaler.is_enabled() else ~(loss.isfinite() & norm.isfinite())
+        skip = bad | (counts[0] >= self.max_bad)
+        spike = torch.zeros_like(bad)
+        if self.spike_factor:
+            known = norms.isfinite().sum() >= self.MINIMUM
+            spike = known & norm.isfinite() & (norm > self.spike_factor * norms.nanmedian()) & ~skip
+            slot = norms[(step - 1) % self.WINDOW]
+            slot.copy_(torch.where(norm.isfinite(), norm, slot))
+        counts[1] = torch.where(skip, torch.where(counts[0] == 0, step, counts[1]), 0)
+        counts[0] = torch.where(skip, counts[0] + 1, 0)
+        counts[2] += bad
+        counts[3] += spike
+        skip = (skip | spike).float()
+        if scaler.is_enabled():
+            for found in scaler._found_inf_per_device(optimizer).values():  # what unscale_() found; the fused step and update() obey it
+                found.add_(skip).clamp_(max=1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.found_inf = skip  # the fused kernels leave parameters, moments and step count alone where it is 1
+            optimizer.step()
+
+    def counts(self):
+        """{'row', 'first', 'bad', 'spikes'} as ints; waits for the device."""
+        return dict(zip(('row', 'first', 'bad', 'spikes'), self.state['counts'].tolist()))

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -14,13 +15,16 @@ from engine.configurator import ConfigError
 
 @dataclass
 class World:
-    """This process among all: `rank` of `size`, on `device`; `group` is the process group for host-side agreement."""
+    """This process among all: `rank` of `size`, on `device`.
+
+    group: process group for agreement on the host; saving_group: another, for the thread that writes checkpoints.
+    """
     rank: int
-    local_rank: int
     size: int
     device: torch.device
     backend: str | None = None
     group: object = None
+    saving_group: object = None
 
     @property
     def main(self):
@@ -33,32 +37,42 @@ def start(device=None, backend=None):
     device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' | None (what fits).
     Raises ConfigError for a device or backend that this machine does not have.
     """
-    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
-    device_type = (device or ('cuda' if torch.cuda.is_available() else 'cpu')).split(':')[0]
-    if device_type not in ('cpu', 'cuda'):
+    rank, local_rank, size, here = (int(os.environ.get(name, default)) for name, default in (
+        ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', device)
+    if not match:
         raise ConfigError(f"device={device!r} is not one of 'cpu', 'cuda', 'cuda:N'")
+    device_type = device.split(':')[0]
     if device_type == 'cuda' and not torch.cuda.is_available():
         raise ConfigError(f'device={device!r} was asked for, but torch {torch.__version__} sees no GPU here: type --device=cpu')
+    if match[1] and size > 1:
+        raise ConfigError(f'device={device!r} names one GPU, but torchrun started {size} processes, which take one each: type --device=cuda')
+    if device_type == 'cuda' and here > torch.cuda.device_count():  # every rank sees it, so that the main one can say it
+        raise ConfigError(f'{here} processes were started on this machine, which has {torch.cuda.device_count()} GPUs: lower --nproc_per_node')
+    backend = backend or ('nccl' if device_type == 'cuda' else 'gloo')
+    if backend not in ('nccl', 'gloo') or backend == 'nccl' and device_type == 'cpu':
+        raise ConfigError(f"backend={backend!r} does not serve device={device_type!r}: type --backend={'nccl' if device_type == 'cuda' else 'gloo'}")
     if device_type == 'cuda':
-        index = local_rank if size > 1 else int(device.split(':')[1]) if device and ':' in device else 0
+        index = local_rank if size > 1 else int(match[1] or 0)
         if index >= torch.cuda.device_count():
-            raise ConfigError(f'GPU {index} was asked for, but there are {torch.cuda.device_count()}: '
-                              f'lower --nproc_per_node or --device')
+            raise ConfigError(f'device={device!r}: there are {torch.cuda.device_count()} GPUs, the first is cuda:0')
         chosen = torch.device('cuda', index)
         torch.cuda.set_device(chosen)
     else:
         chosen = torch.device('cpu')
         _keep_freed_memory()
-    backend = backend or ('nccl' if device_type == 'cuda' else 'gloo')
-    if backend not in ('nccl', 'gloo') or (backend == 'nccl' and device_type == 'cpu' and size > 1):
-        raise ConfigError(f"backend={backend!r} does not serve device={device_type!r}: type --backend={'nccl' if device_type == 'cuda' else 'gloo'}")
-    world = World(rank, local_rank, size, chosen)
+    world = World(rank, size, chosen)
     if size > 1:
-        if device_type == 'cpu' and 'OMP_NUM_THREADS' not in os.environ:
-            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get('LOCAL_WORLD_SIZE', size))))
-        dist.init_process_group(backend=backend)
+        store = None
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # torchrun's store outlives the workers: after a restart (--max-restarts) the keys of the last attempt must not be met
+            agent = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), size, is_master=False)
+            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", agent)
+        dist.init_process_group(backend=backend, store=store, rank=rank, world_size=size)
         world.backend = backend
         world.group = dist.new_group(backend='gloo') if backend != 'gloo' else dist.group.WORLD
+        world.saving_group = dist.new_group(backend='gloo')
     return world
 
 
@@ -91,20 +105,27 @@ def sum_over_ranks(tensor, world):
     return tensor
 
 
-def any_rank(flag, world):
-    """True on every rank if `flag` is on any; agreed on the host, so no GPU waits."""
+def largest(number, world):
+    """The largest of the ranks' small ints, on every rank; agreed on the host, so no GPU waits."""
     if world.size == 1:
-        return flag
-    answer = torch.tensor(int(flag))
+        return number
+    answer = torch.tensor(number)
     dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=world.group)
-    return bool(answer.item())
+    return answer.item()
 
 
-def share(value, world):
-    """Rank 0's `value` (any small builtin) on every rank."""
-    box = [value]
+def from_main(work, world):
+    """What work() returns on the main rank (any small builtin), on every rank; a ConfigError that it raises, too."""
+    box = [None, None]
+    if world.main:
+        try:
+            box = [work(), None]
+        except ConfigError as error:
+            box = [None, str(error)]
     if world.size > 1:
         dist.broadcast_object_list(box, src=0, group=world.group)
+    if box[1] is not None:
+        raise ConfigError(box[1])
     return box[0]
 
 

@@ -1,6 +1,8 @@
 """What the tests share: a small data set made on the spot, tiny settings, and ways to run the trainer."""
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -63,7 +65,24 @@ def start_process(*command, env=None, **options):
     """A command of the project as a user would start it, output captured as text."""
     # as many threads as in this process: sums over another number of them round differently
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '2', **(env or {})}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True, **options)
+
+
+def end_all(process):
+    """SIGKILL a process of start_process() and all that it started: torchrun gives each worker a session of its own."""
+    children, found = {process.pid}, True
+    while found:
+        parents = {}
+        for name in filter(str.isdigit, os.listdir('/proc')):
+            with contextlib.suppress(OSError, IndexError):
+                with open(f'/proc/{name}/stat') as f:
+                    parents[int(name)] = int(f.read().rsplit(')', 1)[1].split()[1])
+        found = {pid for pid, parent in parents.items() if parent in children} - children
+        children |= found
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_process(*command, timeout=240, env=None):
@@ -72,7 +91,7 @@ def run_process(*command, timeout=240, env=None):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
+        end_all(process)
         output, _ = process.communicate()
         raise AssertionError(f'{command} took more than {timeout} s:\n{output}') from None
     return process.returncode, output

@@ -2,16 +2,16 @@
 import json
 import os
 import pickle
-import shutil
 
 import pytest
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, nanogpt
 from engine.configurator import ConfigError
 from engine.parallel import World
+from engine.saver import Saver
 
-ONE = World(0, 0, 1, torch.device('cpu'))
+ONE = World(0, 1, torch.device('cpu'))
 
 
 def tensors(value=1.0):
@@ -19,7 +19,12 @@ def tensors(value=1.0):
 
 
 def save(out_dir, step, value=None, **options):
-    return checkpoint.save(str(out_dir), step, tensors(step if value is None else value), {'config': {'x': 1}, 'position': step * 10}, ONE, **options)
+    """The path of a checkpoint of tensors(value), written in the foreground."""
+    saver = Saver(str(out_dir), ONE, background=False, **options)
+    saver.start(step, tensors(step if value is None else value), {'config': {'x': 1}, 'position': step * 10})
+    outcome = saver.wait()
+    assert outcome.error is None, outcome
+    return outcome.path
 
 
 def test_saved_is_loaded(tmp_path):
@@ -35,22 +40,58 @@ def test_saved_is_loaded(tmp_path):
 
 def test_any_damage_is_refused_by_name_and_the_older_one_used(tmp_path):
     save(tmp_path, 1)
-    good = save(tmp_path, 2)
-    for name in sorted(os.listdir(good)):
-        for damage in ('flip', 'cut', 'remove'):
-            path = shutil.copytree(good, tmp_path / 'checkpoints' / 'step_00000003')
-            file = path / name
-            content = bytearray(file.read_bytes())
-            if damage == 'flip':
-                content[len(content) // 2] ^= 4
-                file.write_bytes(content)
-            elif damage == 'cut':
-                file.write_bytes(content[:-1])
-            else:
-                file.unlink()
+    path = save(tmp_path, 2)
+    checkpoint.record_evaluation(path, {'train': 1.0, 'val': 2.0, 'data': 'x'})
+    names = sorted(os.listdir(path))
+    assert names == ['.metadata', '__0_0.distcp', 'evaluation.json', 'manifest.json', 'state.json']
+    tried = 0
+    for name in names:
+        file = os.path.join(path, name)
+        with open(file, 'rb') as f:
+            good = f.read()
+        damaged = [good[:-1], good + b'\n']
+        for at in {0, len(good) // 3, len(good) // 2, len(good) - 2, len(good) - 1}:
+            for bit in (1, 4, 32):
+                damaged.append(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
+        for bad in damaged:
+            with open(file, 'wb') as f:
+                f.write(bad)
             step, rejected = checkpoint.newest_whole(str(tmp_path))
-            assert step == 2 and rejected[0][0] == str(path) and name in rejected[0][1], (name, damage, rejected)
-            shutil.rmtree(path)
+            assert step == 1 and rejected[0][0] == path and rejected[0][1].startswith(name), (name, rejected)
+            tried += 1
+        os.remove(file)
+        if name != 'evaluation.json':  # which is not there before the losses are known
+            step, rejected = checkpoint.newest_whole(str(tmp_path))
+            assert step == 1 and rejected[0][1].startswith(f'{name} is missing'), (name, rejected)
+        with open(file, 'wb') as f:
+            f.write(good)
+        assert checkpoint.newest_whole(str(tmp_path)) == (2, [])
+    assert tried > 80
+
+
+def test_every_single_bit_of_the_manifest_counts(tmp_path):
+    path = save(tmp_path, 1)
+    with open(os.path.join(path, 'manifest.json'), 'rb') as f:
+        good = f.read()
+    assert checkpoint.unseal(good)['step'] == 1
+    for at in range(len(good)):
+        with pytest.raises(ValueError):
+            checkpoint.unseal(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+
+
+def test_level_size_reads_no_tensors_but_sees_sizes(tmp_path):
+    path = save(tmp_path, 1)
+    with open(os.path.join(path, '__0_0.distcp'), 'r+b') as f:
+        f.write(b'?')
+    assert checkpoint.why_broken(path, 'size') is None and '__0_0.distcp' in checkpoint.why_broken(path, 'full')
+    with open(os.path.join(path, '__0_0.distcp'), 'ab') as f:
+        f.write(b'?')
+    assert 'bytes, expected' in checkpoint.why_broken(path, 'size')
+
+
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path):
+    os.rename(save(tmp_path, 1), checkpoint.path_of(str(tmp_path), 2))
+    assert checkpoint.newest_whole(str(tmp_path))[1][0][1] == 'manifest.json is that of step 1'
 
 
 def test_a_half_written_one_is_not_seen(tmp_path):
@@ -59,17 +100,6 @@ def test_a_half_written_one_is_not_seen(tmp_path):
     assert checkpoint.steps(str(tmp_path)) == [1]
     save(tmp_path, 2)
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['step_00000001', 'step_00000002']
-
-
-def test_a_failed_save_leaves_the_older_one(tmp_path, monkeypatch):
-    save(tmp_path, 1)
-
-    def full(*args):
-        raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(checkpoint, 'write_json', full)
-    with pytest.raises(OSError):
-        save(tmp_path, 2, keep=1)
-    assert checkpoint.newest_whole(str(tmp_path)) == (1, [])
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -85,11 +115,33 @@ def test_newest_and_best_stay(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None)):
         save(tmp_path, step, keep=2)
         if loss:
-            checkpoint.record_evaluation(out, step, {'train': loss, 'val': loss})
+            checkpoint.record_evaluation(checkpoint.path_of(out, step), {'train': loss, 'val': loss, 'data': 'x'})
     assert checkpoint.steps(out) == [2, 4, 5] and checkpoint.best_step(out) == 2
     assert checkpoint.why_broken(checkpoint.path_of(out, 2)) is None  # the recorded evaluation does not break the manifest
     save(tmp_path, 6, keep_all=True)
     assert checkpoint.steps(out) == [2, 4, 5, 6]
+    # a loss on other validation data is no rival
+    checkpoint.record_evaluation(checkpoint.path_of(out, 6), {'train': 9.0, 'val': 9.0, 'data': 'y'})
+    assert checkpoint.best_step(out) == 6
+
+
+def test_milestones_stay(tmp_path):
+    for step in range(1, 12):
+        save(tmp_path, step, keep=1, keep_every=4)
+    assert checkpoint.steps(str(tmp_path)) == [4, 8, 11]
+
+
+def test_a_removal_that_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def stuck(path, step):
+        raise OSError(16, 'Device or resource busy', path)
+    monkeypatch.setattr(checkpoint, 'remove', stuck)
+    saver = Saver(str(tmp_path), ONE, keep=1)
+    saver.start(2, tensors(2.0), {})
+    outcome = saver.wait()
+    assert outcome.error is None and 'step_00000001 could not be removed: Device or resource busy' in outcome.notes[0]
+    assert checkpoint.steps(str(tmp_path)) == [1, 2]
 
 
 def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path):
@@ -100,7 +152,8 @@ def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path):
         (tmp_path / 'checkpoints' / f'step_{step:08d}' / 'state.json').write_text('{')
     save(tmp_path, 2, keep=1)
     assert checkpoint.newest_whole(out)[0] == 2
-    checkpoint.set_aside_rejected(path for path, _ in checkpoint.newest_whole(out)[1])
+    for path, _ in checkpoint.newest_whole(out)[1]:
+        checkpoint.rename_aside(path, 'rejected')
     assert checkpoint.steps(out) == [2] and 'rejected_step_00000009' in os.listdir(tmp_path / 'checkpoints')
 
 
@@ -125,7 +178,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     assert not (tmp_path / 'executed').exists()
     torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
     with pytest.raises(ConfigError, match='is not a checkpoint of nanoGPT'):
-        checkpoint.read_nanogpt(str(tmp_path / 'ckpt.pt'))
+        nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
     assert not (tmp_path / 'executed').exists()
 
 
@@ -150,5 +203,5 @@ def test_manifest_states_size_checksum_and_configuration(tmp_path):
 def test_set_aside_never_overwrites(tmp_path):
     for _ in range(2):
         save(tmp_path, 1)
-        checkpoint.set_aside(str(tmp_path), 'run')
+        checkpoint.set_aside_all(str(tmp_path), 'run')
     assert sorted(os.listdir(tmp_path)) == ['checkpoints_run', 'checkpoints_run_2']

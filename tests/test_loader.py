@@ -110,7 +110,8 @@ def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting
     assert rows == [x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5)]
     flat = sorted(sum(rows, []))
     assert len(flat) == 20 and min(np.diff(flat)) >= 32 and flat[-1] > 800
-    ranks = [[x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5, rank, 2)] for rank in range(2)]
+    ranks = [[batch and batch[0][:, 0].tolist() for batch in evaluation_batches(file, 32, 4, 5, rank, 2)] for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 3 and ranks[1][2] is None  # five batches: the last round is for one rank only
     assert [ranks[i % 2][i // 2] for i in range(5)] == rows
     for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
         file.tokens = file.tokens[:n_tokens] if len(file.tokens) > n_tokens else np.arange(n_tokens, dtype=np.uint16)

@@ -54,8 +54,8 @@ def test_two_runs_are_bitwise_equal(reference, train, tmp_path):
 
 
 def test_sigkill_and_resume_is_bitwise(reference, dataset, train, tmp_path):
-    code, output = kill_at('iter 33:', signal.SIGKILL, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
-    assert code == -signal.SIGKILL and 'iter 33:' in output
+    code, output = kill_at('step_00000020: training waited', signal.SIGKILL, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
+    assert code == -signal.SIGKILL and 'iter 60:' not in output
     assert train(tmp_path, '--init_from=resume') == 0
     assert losses(tmp_path) == losses(reference)
     assert equal(weights(tmp_path, STEPS), weights(reference, STEPS))
@@ -112,7 +112,7 @@ def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(train, tmp_path, 
 def test_workers_survive_the_signal_that_stops_the_run(dataset, tmp_path):
     """scancel and systemd send SIGTERM to the whole process group: the loader's workers must not die before the save."""
     process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=100000', '--eval_interval=100000',
-                            '--use_dataloader=True', '--dataloader_num_workers=2', start_new_session=True)
+                            '--use_dataloader=True', '--dataloader_num_workers=2')
     output = ''
     for line in process.stdout:
         output += line
@@ -140,15 +140,36 @@ def test_best_loss_is_remembered_over_a_resume(train, tmp_path):
     assert [r['iter'] for r in records(tmp_path, 'checkpoint')] == [5, 10, 20]  # none at 15, which was no improvement
 
 
-def test_other_data_starts_its_stream_anew_and_tokens_go_on(train, tmp_path, dataset, capsys):
+def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
     import numpy as np
     from conftest import write_dataset
     other = write_dataset(str(tmp_path / 'other'), np.arange(5000) % 40, np.arange(500) % 40, vocab_size=41)
-    assert train(tmp_path / 'out', '--max_iters=5', '--eval_interval=100') == 0
-    assert train(tmp_path / 'out', '--init_from=resume', '--max_iters=8', f'--dataset={other}') == 0
-    assert 'its stream starts at position 0 (it was at 20)' in capsys.readouterr().out
-    assert [r['tokens_seen'] for r in records(tmp_path / 'out')] == [64 * i for i in range(1, 9)]
-    assert checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'out'), 8))['position'] == 12
+    out = tmp_path / 'out'
+    assert train(out, '--max_iters=5', '--eval_interval=5') == 0
+    before = sorted(os.listdir(out))
+    assert train(out, '--init_from=resume', '--max_iters=8', f'--dataset={other}') == 2
+    error = capsys.readouterr().err
+    assert 'train.bin is not the one that this run was trained with (5,000 tokens' in error and 'it was 20,000 tokens' in error and '--allow_data_change=True' in error
+    assert sorted(os.listdir(out)) == before
+    assert train(out, '--init_from=resume', '--max_iters=8', f'--dataset={other}', '--allow_data_change=True') == 0
+    output = capsys.readouterr().out
+    assert 'its stream starts at position 0 (it was at 20)' in output and 'the best loss so far is forgotten' in output
+    assert [r['tokens_seen'] for r in records(out)] == [64 * i for i in range(1, 9)]
+    state = checkpoint.read_state(checkpoint.path_of(str(out), 8))
+    assert state['position'] == 12 and state['data']['train']['tokens'] == 5000
+    assert state['best_val_loss'] == records(out, 'eval')[-1]['val_loss']  # measured anew at iteration 5, on the new data
+    assert records(out, 'eval')[-1]['iter'] == 5
+
+
+def test_other_validation_data_alone_is_noticed(train, tmp_path, capsys):
+    import numpy as np
+    from conftest import write_dataset
+    folders = [write_dataset(str(tmp_path / name), np.arange(5000) % 40, np.arange(500) % size, vocab_size=41) for name, size in (('a', 40), ('b', 30))]
+    assert train(tmp_path / 'out', f'--dataset={folders[0]}', '--max_iters=5', '--eval_interval=100') == 0
+    assert train(tmp_path / 'out', f'--dataset={folders[1]}', '--init_from=resume', '--max_iters=8') == 2
+    assert 'val.bin is not the one' in capsys.readouterr().err
+    assert train(tmp_path / 'out', f'--dataset={folders[1]}', '--init_from=resume', '--max_iters=8', '--allow_data_change=True') == 0
+    assert checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'out'), 8))['position'] == 32  # the training stream goes on
 
 
 def test_a_recipes_accumulation_does_not_undo_the_total_batch(train, tmp_path, capsys):
@@ -213,7 +234,9 @@ def test_an_error_with_workers_ends(dataset, tmp_path):
 
 
 def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
-    code, _ = kill_at('iter 25:', signal.SIGKILL, dataset, tmp_path, '--max_iters=60', '--eval_interval=20')
+    kill_at('step_00000020: training waited', signal.SIGKILL, dataset, tmp_path, '--max_iters=600', '--eval_interval=20', '--keep_all_checkpoints=True')
+    for step in checkpoint.steps(str(tmp_path))[1:]:
+        checkpoint.remove(checkpoint.path_of(str(tmp_path), step), step)
     unfinished = weights(tmp_path, 20)
     assert train(tmp_path, '--max_iters=60') == 2
     error = capsys.readouterr().err
@@ -225,7 +248,7 @@ def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
     output = capsys.readouterr().out
     aside = [name for name in os.listdir(tmp_path) if name.startswith('checkpoints_run_')]
     assert len(aside) == 1 and f'its checkpoints are now in {tmp_path}/{aside[0]}' in output
-    assert checkpoint.why_broken(tmp_path / aside[0] / 'step_00000025') is None
+    assert checkpoint.why_broken(str(tmp_path / aside[0] / 'step_00000025')) is None
     assert checkpoint.steps(str(tmp_path)) == [3]
 
 

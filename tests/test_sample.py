@@ -48,7 +48,8 @@ def test_prompt_from_a_file_and_limits(train, tmp_path, capsys):
 
 def test_best_checkpoint_or_the_step_asked_for(train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=6', '--eval_interval=2', '--keep_all_checkpoints=True') == 0
-    checkpoint.record_evaluation(str(tmp_path), 4, {'train': 0.1, 'val': 0.1})
+    path = checkpoint.path_of(str(tmp_path), 4)
+    checkpoint.record_evaluation(path, {**checkpoint.read_evaluation(path), 'val': 0.1})
     assert 'step_00000004' in write(capsys, f'--out_dir={tmp_path}', '--start=the')[1]
     assert 'step_00000002' in write(capsys, f'--out_dir={tmp_path}', '--start=the', '--step=2')[1]
     with open(os.path.join(checkpoint.path_of(str(tmp_path), 4), 'state.json'), 'a') as f:

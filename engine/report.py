@@ -1,0 +1,82 @@
+"""What a run says of itself when it starts, and the memory it takes."""
+import dataclasses
+import platform
+
+import torch
+
+from engine import flops
+from engine.logger import now
+
+VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
+
+
+def cpu_name():
+    with open('/proc/cpuinfo') as f:
+        return next((line.split(':')[1].strip() for line in f if line.startswith('model name')), platform.machine())
+
+
+def startup_info(c, model, optimizer, world, gpu_name, token_flops):
+    """The `startup_info` of the log."""
+    counts = model.parameter_counts()
+    gpu = torch.cuda.get_device_properties(world.device) if gpu_name else None
+    return {
+        'timestamp': now(),
+        'model': {**{f'{kind}_params': count for kind, count in counts.items()}, 'architecture': model.config.describe(),
+                  'flops_per_token': token_flops.total, 'flops_per_token_causal': token_flops.causal},
+        'optimizer': {'type': type(optimizer).__name__, 'fused': bool(optimizer.defaults.get('fused')), 'param_groups': [
+            {'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
+            for group in optimizer.param_groups]},
+        'config': dataclasses.asdict(c),
+        'hardware': {'gpu_name': gpu_name, 'num_gpus': world.size if gpu_name else 0, 'gpu_memory_gb': gpu.total_memory / 1e9 if gpu else None,
+                     'cpu_name': cpu_name(), 'cpu_threads': torch.get_num_threads(), 'precision': c.dtype,
+                     'parallelism': 'DDP' if world.size > 1 else 'single'},
+    }
+
+
+def report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
+    """Lines that say what will run: the effective model, the arithmetic of the batch, hardware, and every fallback."""
+    hardware, counts = startup['hardware'], startup['model']
+    family = VOCABULARIES.get(c.vocab_size)
+    theta = f'{c.rope_theta / 1e6:g}M' if c.rope_theta >= 1e6 else f'{c.rope_theta / 1e3:g}K'
+    position = {'rope': f"{'Extended ' if c.rope_theta > 10000 else ''}RoPE (theta={theta})" +
+                (f' on {c.rotary_pct:.0%} of each head' if c.rotary_pct < 1 else ''),
+                'learned_absolute': 'learned positions', 'none': 'no positions'}[c.position_encoding]
+    tokens_per_step = sequences_per_step * c.block_size
+    peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
+    per_second = f', peak {peak / 1e12:g} TFLOP/s each' if peak else ', peak not known: no MFU'
+    total = counts['total_params']
+    return [
+        f'Architecture: {c.n_layer}L-{c.n_head}H-{c.n_embd}D-{c.d_ff}ff' +
+        (f' with GQA ({c.num_key_value_heads} KV)' if c.num_key_value_heads != c.n_head else '') + f', {c.arch_preset}',
+        f"Blocks: {position}, {c.normalization} ({c.norm_position}-norm, eps {c.norm_eps:g}), {c.ffn_type} FFN with {c.activation}"
+        + (', QK-norm' if c.qk_norm else '') + (', parallel residual' if c.parallel_residual else '') + (', biases' if c.bias else ''),
+        f'Vocab: {c.vocab_size}' + (f' ({family})' if family else '') + (', tied to the head' if c.weight_tying else ''),
+        f"Parameters: {f'~{total / 1e9:.3f}B' if total >= 1e8 else f'{total / 1e6:.3f}M'} ({total:,}; {counts['non_embedding_params']:,} without embeddings)",
+        f'FLOPs per token: {token_flops.total:.4g} forward and backward, attention in full ({token_flops.causal:.4g} causal)',
+        f'Batch: {c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} ranks = '
+        f'{tokens_per_step:,} tokens per iteration',
+        f"Data: {c.dataset}, {meta.get('tokens', {}).get('train', order.per_epoch * c.block_size):,} training tokens = "
+        f'{order.per_epoch / sequences_per_step:,.1f} iterations per epoch; {c.max_iters:,} iterations = '
+        f'{c.max_iters * sequences_per_step / order.per_epoch:.2f} epochs',
+        f"DataLoader: {f'{loader_workers} worker processes' if loader_workers else 'a thread with pinned memory' if world.device.type == 'cuda' else 'in process'}",
+        f'Attention backend: {c.attention_backend}',
+        f"CUDA Graphs: off. Compile: {'on, the first iteration takes longer' if c.compile else 'off'}. Precision: "
+        + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
+        f"Optimizer: AdamW{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
+            f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters" for g in startup['optimizer']['param_groups']),
+        f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
+        f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
+        f'Run folder: {c.out_dir}' + (f", continuing at iter {resumed['step']}" if resumed else ''),
+        *(f'Note: {note}' for note in notes),
+    ]
+
+
+def memory_gb(device):
+    """Memory in 1e9 bytes: of torch's allocator on a GPU, of the whole process (resident set) on a CPU."""
+    if device.type == 'cuda':
+        return {f'{name}_gb': getattr(torch.cuda, f'{call}memory_{kind}')(device) / 1e9 for name, call, kind in (
+            ('allocated', '', 'allocated'), ('reserved', '', 'reserved'), ('max_allocated', 'max_', 'allocated'), ('max_reserved', 'max_', 'reserved'))}
+    with open('/proc/self/status') as f:
+        kilobytes = {key: int(value.split()[0]) for key, _, value in (line.partition(':') for line in f) if key in ('VmRSS', 'VmHWM')}
+    resident, peak = 1024 * kilobytes['VmRSS'] / 1e9, 1024 * kilobytes['VmHWM'] / 1e9
+    return {'allocated_gb': resident, 'reserved_gb': resident, 'max_allocated_gb': peak, 'max_reserved_gb': peak}

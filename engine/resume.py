@@ -1,0 +1,177 @@
+"""Where a run continues: which checkpoint, with which settings, and what happens to other checkpoints in its folder."""
+import dataclasses
+import errno
+import fcntl
+import os
+
+from engine import checkpoint, copier, nanogpt, parallel
+from engine.configurator import ConfigError
+
+# what a resumed run takes from its own command line, never from the checkpoint
+NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_checkpoint', 'allow_data_change', 'max_time', 'eval_only', 'eval_at_start',
+                 'device', 'backend')
+
+
+def automatic(c, world):
+    """`c` of a run with auto_resume: set to resume if out_dir or upload_to has something to continue, else as it is.
+
+    Of the two places the one with the newer checkpoint of the run counts.
+    """
+    if not c.auto_resume or c.init_from == 'resume':
+        return c
+
+    def look():
+        checkpoint.tidy(c.out_dir)
+        step, _ = checkpoint.newest_whole(c.out_dir, 'size')
+        begun = bool(checkpoint.steps(c.out_dir)) or os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt'))
+        source = c.resume_from or c.upload_to
+        if source and not (c.resume_from or '').isdigit():
+            try:
+                fs, root, there, rejected = copier.find(source)
+            except ConfigError:
+                if step is None:
+                    raise  # starting anew while the run may be there would fork it
+                return 'resume', None
+            if there is None and rejected and step is None:
+                raise ConfigError(f'{source} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
+            if there is not None and (step is None or there > step):
+                name = checkpoint.read_state(checkpoint.path_of(root, there), fs)['run_name']
+                if step is None or name == checkpoint.read_state(checkpoint.path_of(c.out_dir, step))['run_name']:
+                    return 'resume', source
+        return ('resume', None) if begun else (c.init_from, None)
+
+    init_from, resume_from = parallel.from_main(look, world)
+    return dataclasses.replace(c, init_from=init_from, resume_from=resume_from if init_from == 'resume' else c.resume_from)
+
+
+def find(c, given, shape_keys, world, notes):
+    """(config, state, nanoGPT's content or None): what c.init_from='resume' means here.
+
+    state: the dict of the checkpoint's state.json with 'path', and 'rejected' and 'chosen' for set_aside(). Keys
+    that the user did not set now are taken from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
+    """
+    step, rejected, chosen = parallel.from_main(lambda: _choose(c), world)
+    notes += [f'rejected {path}: {reason}' for path, reason in rejected]
+    imported = None
+    old = os.path.join(c.out_dir, 'ckpt.pt')
+    if step is not None:
+        path = checkpoint.path_of(c.out_dir, step)
+        state = {**checkpoint.read_state(path), 'path': path}
+    elif os.path.isfile(old) and not c.resume_from:
+        imported = nanogpt.read_checkpoint(old)
+        state = {'step': imported['step'], 'best_val_loss': imported['best_val_loss'], 'config': imported['config']}
+        notes.append(f"imported nanoGPT's {old} at iter {imported['step']}; it stays as it is")
+    else:
+        why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
+        raise ConfigError(f'init_from=resume, but {checkpoint.folder_of(c.out_dir)} has no checkpoint that can be used{why}: '
+                          f'type --init_from=scratch to start, or the --out_dir of the run to continue')
+    state.update(rejected=[path for path, _ in rejected], chosen=chosen)
+    return _merged(c, given, state, shape_keys, notes), state, imported
+
+
+def _choose(c):
+    """(step or None, [(path, reason)] rejected, whether a certain step was asked for)."""
+    if not c.eval_only:
+        checkpoint.tidy(c.out_dir)
+    wanted, rejected = None, []
+    if c.resume_from and c.resume_from.isdigit():
+        wanted = int(c.resume_from)
+    elif c.resume_from:
+        wanted, rejected = copier.fetch(c.resume_from, c.out_dir)
+    step, more = checkpoint.newest_whole(c.out_dir, c.verify_checkpoint, wanted=wanted)
+    if step is None and wanted is not None and checkpoint.steps(c.out_dir):
+        raise ConfigError(f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps {checkpoint.steps(c.out_dir)}')
+    return step, rejected + more, wanted is not None
+
+
+def _merged(c, given, state, shape_keys, notes):
+    known = {field.name for field in dataclasses.fields(c)}
+    saved = {key: value for key, value in state['config'].items() if key in known and key not in NOT_INHERITED}
+    for key, source in given.items():
+        value = getattr(c, key)
+        if key not in saved or value == saved[key] or value is None and key in shape_keys:
+            continue
+        if key == 'gradient_accumulation_steps' and saved['total_batch_size'] and source != 'command line':
+            continue  # a recipe's value, which total_batch_size overruled when the run began
+        if key in shape_keys or key == 'seed':
+            leave_out = f'leave --{key} out' if source == 'command line' else f'leave {source} out (the checkpoint holds every key)'
+            raise ConfigError(f'{source}: {key}={value!r}, but the checkpoint in {c.out_dir} has {key}={saved[key]!r}, which cannot change: '
+                              f'{leave_out}, or start in another --out_dir')
+        notes.append(f'{key}={value} from now on ({source}; it was {saved.pop(key)})')
+    if given.get('gradient_accumulation_steps') == 'command line' and not given.get('total_batch_size') and saved.get('total_batch_size'):
+        notes.append(f"total_batch_size={saved['total_batch_size']} of the checkpoint gives way to gradient_accumulation_steps={c.gradient_accumulation_steps}")
+        saved['total_batch_size'] = 0
+    return dataclasses.replace(c, **saved)
+
+
+def check_data(state, data, allowed, notes):
+    """(training split changed, validation split changed) against the checkpoint; both False where it tells nothing.
+
+    data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises ConfigError for a change that is not `allowed`.
+    """
+    changed = [split for split in data if 'data' in state and state['data'][split] != data[split]]
+    if changed and not allowed:
+        was, is_now = state['data'][changed[0]], data[changed[0]]
+        raise ConfigError(f"{changed[0]}.bin is not the one that this run was trained with ({is_now['tokens']:,} tokens, fingerprint {is_now['fingerprint'][:12]}; it was "
+                          f"{was['tokens']:,} tokens, {was['fingerprint'][:12]}): give the --dataset it had, or type --allow_data_change=True to go on with other data")
+    if 'train' in changed:
+        notes.append(f"the training data is not that of the checkpoint: its stream starts at position 0 (it was at {state['position']})")
+    if 'val' in changed:
+        notes.append('the validation data is not that of the checkpoint: the best loss so far is forgotten')
+    return 'train' in changed, 'val' in changed
+
+
+def set_aside(c, state, world):
+    """Rename the checkpoints that were rejected, and those after the one that resume_from chose: what continues must stay the newest."""
+    if world.main:
+        for path in state['rejected']:
+            if os.path.dirname(path) == checkpoint.folder_of(c.out_dir) and os.path.isdir(path):
+                checkpoint.rename_aside(path, 'rejected')
+        if state['chosen']:
+            supersede(c.out_dir, state['step'])
+    parallel.barrier(world)
+
+
+def supersede(out_dir, step):
+    """Rename the checkpoints after `step`, so that it is the newest."""
+    for newer in checkpoint.steps(out_dir):
+        if newer > step:
+            checkpoint.rename_aside(checkpoint.path_of(out_dir, newer), 'superseded')
+
+
+def make_way(c, world, notes):
+    """Before a new run in a folder with checkpoints: set those of a finished run aside; raise ConfigError if the run could go on."""
+    def look():
+        checkpoint.tidy(c.out_dir)
+        found = checkpoint.steps(c.out_dir)
+        if not found:
+            return None
+        path = checkpoint.path_of(c.out_dir, found[-1])
+        if os.path.isfile(os.path.join(path, 'state.json')) and checkpoint.why_broken(path, 'size') is None:
+            state = checkpoint.read_state(path)
+            if state['step'] >= state['config']['max_iters']:
+                return state['run_name']
+        raise ConfigError(f'{c.out_dir} holds an unfinished run, up to {path}: continue it with --init_from=resume, start this one in another '
+                          f'--out_dir, or move {checkpoint.folder_of(c.out_dir)} away')
+    if name := parallel.from_main(look, world):
+        moved = parallel.from_main(lambda: checkpoint.set_aside_all(c.out_dir, name), world)
+        notes.append(f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}')
+
+
+def lock(out_dir):
+    """Hold `out_dir` for this process until it ends or the returned file is closed, so that no second one writes there.
+
+    Raises ConfigError if another process holds it. A file system without locks is trusted.
+    """
+    file = open(os.path.join(out_dir, '.lock'), 'a+')
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise ConfigError(f'{out_dir} is in use by process {file.read().strip()}: wait for its end, or give another --out_dir') from None
+    else:
+        file.truncate(0)
+        file.write(f'{os.getpid()} on {os.uname().nodename}\n')
+        file.flush()
+    return file

@@ -1,0 +1,322 @@
+"""Writes checkpoints while training goes on.
+
+    step k ends ── start() ── forward and backward of step k + 1 ── wait_staged() ── optimizer of step k + 1 ── ...
+                     └─ thread: copy the tensors aside ──────────────┘
+                                check space, write, sync, manifest, read back, rename, remove older ones, hand to the copier
+
+The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of their own). Under DDP, where
+every rank has all tensors, each copies and writes its share. The thread talks to those of the other ranks over a gloo group of
+its own, so that it never stands in the way of training's collectives. A save that fails is an Outcome with an error, the same on
+every rank; what was on disk before stays as it was.
+"""
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from engine import checkpoint, faults
+
+
+@dataclass
+class Outcome:
+    """What became of one save: `error` is None, or a sentence; stall_s of training's time, total_s from start to end."""
+    step: int
+    path: str
+    error: str | None = None
+    not_finite: bool = False
+    stall_s: float = 0.0
+    total_s: float = 0.0
+    size: int = 0
+    notes: tuple = ()
+
+
+class _NotFinite(Exception):
+    """The weights hold a NaN or an infinity: never saved, the older checkpoints are worth more."""
+
+
+class Saver:
+    """Saves checkpoints of one run under out_dir; every rank has one and calls it alike.
+
+    keep, keep_every, keep_all: see checkpoint.retain(). background=False: start() returns when all is done.
+    before_commit: called on the main rank when the tensors are on disk, before the checkpoint gets its name.
+    copier: an engine.copier.Copier, or None.
+    """
+
+    def __init__(self, out_dir, world, *, keep=2, keep_every=0, keep_all=False, background=True, before_commit=lambda: None, copier=None):
+        self.out_dir, self.world, self.background = out_dir, world, background
+        self.keep, self.keep_every, self.keep_all = keep, keep_every, keep_all
+        self.before_commit, self.copier = before_commit, copier
+        self.thread = self.outcome = None
+        self.staged = threading.Event()
+        self.staged.set()
+        self.copies, self.stream, self.copied = {}, None, None
+        self.stall_s, self.started = 0.0, 0.0
+
+    def reserve(self, tensors):
+        """Take the memory for the copies of `tensors` now: pinning it takes seconds, and too little of it should be known before training."""
+        if self.background:
+            pin = self.world.device.type == 'cuda'
+            self.copies = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin) for name, tensor in self._share(tensors).items()}
+
+    def _share(self, tensors):
+        owners = _owners(tensors, self.world.size)
+        return {name: tensor for name, tensor in tensors.items() if owners[name] == self.world.rank}
+
+    def start(self, step, tensors, state, due=None):
+        """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint `step`; a save in flight must have been taken by wait().
+
+        Until wait_staged() returns, the tensors must not change. due: since when training waits (perf_counter), now by default.
+        """
+        assert self.thread is None, 'one save at a time'
+        self.started, self.outcome = due or time.perf_counter(), Outcome(step, checkpoint.path_of(self.out_dir, step))
+        self.staged.clear()
+        if self.background and not self.copies:
+            self.reserve(tensors)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        mine = self._share(tensors)
+        if self.world.device.type == 'cuda':
+            self.copied = torch.cuda.Event()
+            self.copied.record()  # the point in training's stream at which the tensors are those of this step
+        self.thread = threading.Thread(target=self._run, args=(step, mine, state, size), name='checkpoint')  # not a daemon: an error elsewhere lets it finish
+        self.thread.start()
+        if not self.background:
+            self.thread.join()
+        self.stall_s = time.perf_counter() - self.started
+
+    def wait_staged(self):
+        """Return when the tensors of the save in flight may change, and the seconds that took; a GPU waits by itself, the host goes on."""
+        if self.thread is None or self.staged.is_set() and self.copied is None:
+            return 0.0
+        waiting = time.perf_counter()
+        self.staged.wait()
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
+            self.copied = None
+        waited = time.perf_counter() - waiting
+        self.stall_s += waited
+        return waited
+
+    def poll(self):
+        """The Outcome of the save in flight if it has ended, else None. Each is returned once."""
+        return self.wait() if self.thread is not None and not self.thread.is_alive() else None
+
+    def wait(self):
+        """The Outcome of the save in flight when it has ended; None if there is none."""
+        if self.thread is None:
+            return None
+        self.thread.join()
+        self.thread, self.copied = None, None
+        self.outcome.stall_s = self.stall_s
+        return self.outcome
+
+    # ---- in the thread
+
+    def _run(self, step, tensors, state, size):
+        outcome = self.outcome
+        if self.background:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training comes first
+        try:
+            try:
+                tensors = self._stage(step, tensors) if self.background else tensors
+            finally:
+                self.staged.set()
+            self._together(lambda: self._check_finite(tensors))
+            self._write(step, tensors, state, size)
+            outcome.size = size
+        except _NotFinite as error:
+            outcome.error, outcome.not_finite = str(error), True
+        except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, training goes on and the user is told
+            outcome.error = f'{type(error).__name__}: {error}' if not isinstance(error, _Failed) else str(error)
+        outcome.total_s = time.perf_counter() - self.started
+
+    def _stage(self, step, tensors):
+        """Copies of this rank's tensors in host memory, as they were at start()."""
+        cuda = self.world.device.type == 'cuda'
+        if cuda:
+            self.stream = self.stream or torch.cuda.Stream(self.world.device)
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(self.copied)
+                for name, tensor in tensors.items():
+                    self.copies[name].copy_(tensor, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record()
+            self.copied = copied
+            self.staged.set()
+            copied.synchronize()
+        else:
+            for name, tensor in tensors.items():
+                _copy(self.copies[name], tensor)
+        faults.reach('staging', step)
+        return {name: self.copies[name] for name in tensors}
+
+    def _check_finite(self, tensors):
+        for name, tensor in tensors.items():
+            if name.startswith('model.') and tensor.is_floating_point() and not _finite(tensor):
+                raise _NotFinite(f'{name.removeprefix("model.")} is not finite')
+
+    def _write(self, step, tensors, state, size):
+        folder = checkpoint.folder_of(self.out_dir)
+        final, temporary = checkpoint.path_of(self.out_dir, step), os.path.join(folder, f'.writing_step_{step:08d}')
+        main, files = self.world.main, _Files(step)
+        try:
+            self._together(lambda: self._make_room(temporary, size) if main else None)
+            writer = dcp.FileSystemWriter(temporary)
+            writer.fs = files
+            self._together(lambda: dcp.save(tensors, storage_writer=writer, process_group=self.world.saving_group, no_dist=self.world.size == 1))
+            written = {name: entry for entries in self._gather(files.entries) for name, entry in entries.items()}
+            self._together(lambda: self._commit(step, temporary, final, state, written) if main else None)
+        except BaseException:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)  # room for the next try
+            raise
+        if main:
+            notes = [] if self.keep_all else self._retain(step)
+            if self.copier:
+                self.copier.add(step)
+            self.outcome.notes = tuple(notes)
+        self._together(lambda: None)
+
+    def _make_room(self, temporary, size):
+        checkpoint.tidy(self.out_dir)
+        os.makedirs(temporary)
+        free, needed = shutil.disk_usage(temporary).free, int(1.01 * size) + 2**20
+        if free < needed:
+            raise _Failed(f'{os.path.dirname(temporary)} has {free / 1e9:.2f} GB free, the checkpoint takes {needed / 1e9:.2f} GB')
+
+    def _commit(self, step, temporary, final, state, written):
+        text = json.dumps({'format': checkpoint.FORMAT, 'step': step, **state}, indent=1).encode()
+        checkpoint.replace_file(os.path.join(temporary, 'state.json'), text)
+        written['state.json'] = {'size': len(text), 'sha256': hashlib.sha256(text).hexdigest()}
+        faults.reach('before_manifest', step)
+        config_hash = hashlib.sha256(json.dumps(state.get('config'), sort_keys=True).encode()).hexdigest()
+        manifest = {'format': checkpoint.FORMAT, 'step': step, 'config_sha256': config_hash, 'files': dict(sorted(written.items()))}
+        checkpoint.replace_file(os.path.join(temporary, 'manifest.json'), checkpoint.seal(manifest))
+        checkpoint.sync_folder(temporary)
+        if reason := checkpoint.why_broken(os.path.join(temporary)):  # what was handed to the disk, read back
+            raise _Failed(f'what was written does not read back: {reason}')
+        self.before_commit()
+        faults.reach('before_rename', step)
+        replaced = os.path.join(os.path.dirname(final), f'.replaced_{os.path.basename(final)}')
+        if os.path.exists(final):
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        checkpoint.sync_folder(os.path.dirname(final))
+        faults.reach('after_rename', step)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _retain(self, step):
+        with self.copier.lock if self.copier else threading.Lock():
+            copying = {self.copier.current} if self.copier else ()
+            return checkpoint.retain(self.out_dir, step, keep=self.keep, keep_every=self.keep_every, also=copying)
+
+    def _together(self, work):
+        """Do `work` on every rank; raise on all if it failed on any."""
+        error = None
+        try:
+            work()
+        except (Exception, dcp.api.CheckpointException) as raised:
+            error = raised
+        failed = [e for e in self._gather(error and (isinstance(error, _NotFinite), _sentence(error))) if e]
+        if failed:
+            raise (_NotFinite if any(not_finite for not_finite, _ in failed) else _Failed)(failed[0][1]) from error
+
+    def _gather(self, value):
+        """The `value` of every rank, in their order."""
+        if self.world.size == 1:
+            return [value]
+        values = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self.world.saving_group)
+        return values
+
+
+class _Failed(Exception):
+    """A save that did not work, with a sentence for the user."""
+
+
+def _sentence(error):
+    if isinstance(error, dcp.api.CheckpointException):  # one traceback for each rank; the user wants the reason
+        error = next((e[0] for e in error.failures.values()), error)
+    return f'{error.strerror}: {error.filename}' if isinstance(error, OSError) and error.strerror else f'{error}' or type(error).__name__
+
+
+class _Files(dcp.filesystem.FileSystem):
+    """Where torch.distributed.checkpoint writes: notes size and SHA-256 of each file as it is handed to the disk."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.entries = step, {}
+
+    def create_stream(self, path, mode):
+        return _Stream(self, path, mode)
+
+    def rename(self, path, new_path):
+        super().rename(path, new_path)
+        self.entries[os.path.basename(new_path)] = self.entries.pop(os.path.basename(path))
+
+
+class _Stream:
+    """A file that only grows, with its checksum."""
+
+    def __init__(self, files, path, mode):
+        self.files, self.path, self.file = files, path, open(path, mode)
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, data):
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self):
+        return self.size
+
+    def flush(self):
+        self.file.flush()
+
+    def fileno(self):  # asked for by fsync, which sees only what has left Python's buffer
+        self.file.flush()
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.files.entries[os.path.basename(self.path)] = {'size': self.size, 'sha256': self.digest.hexdigest()}
+        if str(self.path).endswith('.distcp'):
+            faults.reach('after_shard', self.files.step)
+
+
+def _owners(tensors, world_size):
+    """{name: rank that writes it} of tensors that every rank holds in full: the largest first, each to the rank with the least so far."""
+    load, owners = [0] * world_size, {}
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += tensors[name].nbytes
+    return owners
+
+
+def _copy(target, source):
+    """Copy a CPU tensor with the one thread that calls: torch's copy would call on the threads that training computes with."""
+    if source.is_contiguous():
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)  # lets other threads run
+    else:
+        target.copy_(source)
+
+
+def _finite(tensor):
+    """Whether all elements are finite, by one thread: a sum in fp64 is, exactly if all terms are (they are fp32 or smaller)."""
+    if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        return bool(tensor.isfinite().all())
+    return bool(np.isfinite(tensor.numpy().sum(dtype=np.float64)))

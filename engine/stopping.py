@@ -1,0 +1,69 @@
+"""When a run is asked to stop: signals and the clock.
+
+A signal only sets a flag, which the ranks agree on where it is safe to stop (train.py asks before every micro-step and every
+evaluation batch). Until there is something to save, and while only evaluating, a signal ends the process at once instead.
+"""
+import os
+import signal
+import time
+
+SIGNALS = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C', signal.SIGUSR1: 'SIGUSR1'}
+TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: try again later
+NOT_FINITE = 3
+SAVE_FAILED = 4
+_LOADED = time.monotonic()  # the clock of max_time starts with the process
+
+
+def ignore():
+    """For worker processes: signals go to the whole process group, and the trainer ends its workers itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class StopRequest:
+    """Handles SIGTERM, SIGINT and SIGUSR1 from its construction to restore().
+
+    max_hours: the time limit of this process, 0 = none. at_once: True as long as a signal may end the process without a save.
+    fault: an exit code that the run itself asks for. code() is 0, or the exit code of what was asked for: 128 + signal number,
+    fault, TIME_IS_UP.
+    """
+
+    def __init__(self, talk=True):
+        self.talk, self.at_once, self.max_hours = talk, True, 0.0
+        self.signal, self.received, self.repeats, self.fault = None, 0.0, 0, 0
+        # torchrun hands the signal that it got on to its workers, which may have it from the terminal or from Slurm already
+        self.expected_repeats = 1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0
+        self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def code(self):
+        if self.signal is not None:
+            return 128 + self.signal
+        if self.fault:
+            return self.fault
+        return TIME_IS_UP if self.max_hours and time.monotonic() - _LOADED > 3600 * self.max_hours else 0
+
+    def _receive(self, number, frame):
+        if self.at_once:
+            self._say(f'{SIGNALS[number]}: stopped; nothing had to be saved')
+            os._exit(128 + number)
+        if self.signal is None:
+            self.signal, self.received = number, time.monotonic()
+            self._say(f'{SIGNALS[number]}: stopping at the next safe point, with a checkpoint (once more: at once, without)')
+            return
+        elapsed = time.monotonic() - self.received
+        if elapsed < 1.0:  # the same signal on two ways
+            return
+        self.repeats += 1
+        if elapsed < 15.0 and self.repeats <= self.expected_repeats:
+            return
+        self._say(f'{SIGNALS[number]} again: stopped without a checkpoint')
+        os._exit(128 + number)
+
+    def _say(self, text):
+        if self.talk:
+            os.write(2, f'\n{text}\n'.encode())  # print() is not safe in a signal handler
+
+    def restore(self):
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -171,7 +171,7 @@ class Saver:
             self._together(lambda: self._make_room(temporary, size) if main else None)
             writer = dcp.FileSystemWriter(temporary)
             writer.fs = files
-            self._together(lambda: dcp.save(tensors, storage_writer=writer, process_group=self.world.saving_group, no_dist=self.world.size == 1))
+            self._together(lambda: self._write_tensors(tensors, writer))
             written = {name: entry for entries in self._gather(files.entries) for name, entry in entries.items()}
             self._together(lambda: self._commit(step, temporary, final, state, written) if main else None)
         except BaseException:
@@ -191,6 +191,14 @@ class Saver:
         free, needed = shutil.disk_usage(temporary).free, int(1.01 * size) + 2**20
         if free < needed:
             raise _Failed(f'{os.path.dirname(temporary)} has {free / 1e9:.2f} GB free, the checkpoint takes {needed / 1e9:.2f} GB')
+
+    def _write_tensors(self, tensors, writer):
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.saving_group, no_dist=self.world.size == 1)
+        except BaseException:
+            if writer.fs.error:  # what the disk said; torch's own error says where in its archive that was
+                raise writer.fs.error from None
+            raise
 
     def _commit(self, step, temporary, final, state, written):
         text = json.dumps({'format': checkpoint.FORMAT, 'step': step, **state}, indent=1).encode()
@@ -225,9 +233,10 @@ class Saver:
             work()
         except (Exception, dcp.api.CheckpointException) as raised:
             error = raised
-        failed = [e for e in self._gather(error and (isinstance(error, _NotFinite), _sentence(error))) if e]
+        failed = [e for e in self._gather(error and (isinstance(error, dcp.api.CheckpointException), isinstance(error, _NotFinite), _sentence(error))) if e]
         if failed:
-            raise (_NotFinite if any(not_finite for not_finite, _ in failed) else _Failed)(failed[0][1]) from error
+            _, not_finite, sentence = min(failed)  # the rank that failed knows the reason better than those it let down
+            raise (_NotFinite if not_finite else _Failed)(sentence) from error
 
     def _gather(self, value):
         """The `value` of every rank, in their order."""
@@ -245,7 +254,7 @@ class _Failed(Exception):
 def _sentence(error):
     if isinstance(error, dcp.api.CheckpointException):  # one traceback for each rank; the user wants the reason
         error = next((e[0] for e in error.failures.values()), error)
-    return f'{error.strerror}: {error.filename}' if isinstance(error, OSError) and error.strerror else f'{error}' or type(error).__name__
+    return ': '.join(filter(None, (error.strerror, error.filename))) if isinstance(error, OSError) and error.strerror else f'{error}' or type(error).__name__
 
 
 class _Files(dcp.filesystem.FileSystem):
@@ -253,7 +262,7 @@ class _Files(dcp.filesystem.FileSystem):
 
     def __init__(self, step):
         super().__init__()
-        self.step, self.entries = step, {}
+        self.step, self.entries, self.error = step, {}, None
 
     def create_stream(self, path, mode):
         return _Stream(self, path, mode)
@@ -273,7 +282,11 @@ class _Stream:
     def write(self, data):
         self.digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.files.error = error
+            raise
 
     def tell(self):
         return self.size

@@ -31,15 +31,18 @@ def write_dataset(folder, train, val, vocab_size=64, **changes):
     return folder
 
 
-@pytest.fixture(scope='session')
-def dataset(tmp_path_factory):
-    """Absolute path of a data set of 20,000 + 4,000 characters of repetitive text; give it to --dataset."""
+def make_dataset(folder):
+    """A data set of 20,000 + 4,000 characters of repetitive text; its absolute path serves as --dataset."""
     chars = sorted(set(TEXT))
     generator = np.random.default_rng(0)
-    words = TEXT.split(' ')
-    text = ' '.join(generator.choice(words, 6000))
-    ids = np.array([chars.index(c) for c in text])
-    return write_dataset(str(tmp_path_factory.mktemp('data') / 'tiny'), ids[:20000], ids[20000:24000], vocab_size=len(chars))
+    ids = np.array([chars.index(c) for c in ' '.join(generator.choice(TEXT.split(' '), 6000))])
+    return write_dataset(folder, ids[:20000], ids[20000:24000], vocab_size=len(chars))
+
+
+@pytest.fixture(scope='session')
+def dataset(tmp_path_factory):
+    """make_dataset()'s, once for all tests."""
+    return make_dataset(str(tmp_path_factory.mktemp('data') / 'tiny'))
 
 
 TINY = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',

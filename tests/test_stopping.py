@@ -1,0 +1,160 @@
+"""A run that is asked to stop does so at a safe point with a whole checkpoint, whatever it is doing, and continues to the same bits."""
+import os
+import signal
+import time
+
+import pytest
+from conftest import TINY, end_all, losses, records, run_process, start_process
+
+from engine import checkpoint, stopping
+
+LONG = ['--max_iters=100000', '--eval_interval=100000', '--eval_at_start=False']
+
+
+def stop_at(text, number, dataset, out, *args, again=None, script='train.py'):
+    """Start train.py, send `number` to its process group when it prints `text`, once more after `again` seconds; (exit code, output, seconds)."""
+    process = start_process(script, f'--dataset={dataset}', f'--out_dir={out}', *TINY, *args)
+    output, asked = '', None
+    try:
+        for line in process.stdout:
+            output += line
+            if text in line and asked is None:
+                asked = time.monotonic()
+                os.killpg(process.pid, number)
+                if again:
+                    time.sleep(again)
+                    os.killpg(process.pid, number)
+        return process.wait(30), output, time.monotonic() - asked
+    finally:
+        end_all(process)
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_each_signal_saves_and_has_its_exit_code(dataset, tmp_path, train, number, code):
+    found, output, _ = stop_at('iter 33:', number, dataset, tmp_path, *LONG)
+    assert found == code and '--init_from=resume continues' in output and 'Traceback' not in output, output
+    step = checkpoint.newest_whole(str(tmp_path))[0]
+    assert step == max(losses(tmp_path)) >= 33
+
+
+def test_a_signal_before_the_first_iteration_ends_at_once(dataset, tmp_path):
+    """During set-up, compilation and the first evaluation nothing can be lost."""
+    code, output, seconds = stop_at('Run folder', signal.SIGTERM, dataset, tmp_path, '--max_iters=100', '--eval_at_start=True', '--eval_iters=100000')
+    assert code == 143 and 'nothing had to be saved' in output and seconds < 5 and 'iter 0:' not in output, output
+    code, output, seconds = stop_at('Run folder', signal.SIGTERM, dataset, tmp_path / 'b', *LONG, '--compile=True', '--n_layer=6')
+    assert code == 143 and 'nothing had to be saved' in output and seconds < 10 and 'iter 1:' not in output, output
+
+
+def test_eval_only_ends_at_once(dataset, tmp_path, train):
+    assert train(tmp_path, '--max_iters=2', '--eval_interval=2') == 0
+    code, output, seconds = stop_at('Run folder', signal.SIGINT, dataset, tmp_path, '--init_from=resume', '--eval_only=True', '--eval_iters=1000000', '--batch_size=1')
+    assert code == 130 and 'Traceback' not in output, output
+
+
+def test_a_second_signal_ends_without_a_checkpoint(dataset, tmp_path):
+    """The first is honoured only after the step, which takes a minute here."""
+    script = tmp_path / 'slow_step.py'
+    script.write_text('import sys, time\nsys.path.insert(0, ".")\nimport train\nfrom engine import optim\n'
+                      'clip = optim.clip_gradients\ncount = [0]\n'
+                      'def slow(*args):\n    count[0] += 1\n    if count[0] > 40:\n        print("slow now", flush=True)\n        [time.sleep(0.1) for _ in range(600)]\n    return clip(*args)\n'
+                      'optim.clip_gradients = slow\nsys.exit(train.main())\n')
+    code, output, seconds = stop_at('slow now', signal.SIGTERM, dataset, tmp_path / 'out', *LONG, again=1.5, script=str(script))
+    assert code == 143 and 'SIGTERM again: stopped without a checkpoint' in output and seconds < 10, output
+    assert checkpoint.steps(str(tmp_path / 'out')) == []
+
+
+def test_a_signal_during_evaluation_does_not_wait_for_its_end(dataset, tmp_path, train):
+    code, output, seconds = stop_at('iter 50:', signal.SIGTERM, dataset, tmp_path, '--max_iters=100', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000',
+                                    '--batch_size=1', '--keep_checkpoints=5')
+    assert code == 143 and seconds < 20, output
+    assert checkpoint.newest_whole(str(tmp_path)) == (50, []) and records(tmp_path, 'eval') == []
+    assert train(tmp_path, '--init_from=resume', '--eval_iters=2', '--batch_size=1') == 0
+    assert [r['iter'] for r in records(tmp_path, 'eval')] == [50, 100]  # made again
+
+
+def test_a_signal_while_waiting_for_data(dataset, tmp_path):
+    """A worker process hangs in its file system from the 40th batch on."""
+    script = tmp_path / 'hanging.py'
+    script.write_text('import sys, time\nsys.path.insert(0, ".")\nimport train\nfrom engine import loader\n'
+                      'windows = loader.TokenFile.windows\n'
+                      'get = loader.TrainLoader.__getitem__\n'
+                      'def hang(self, micro):\n    if micro > 40:\n        time.sleep(1000)\n    return get(self, micro)\n'
+                      'loader.TrainLoader.__getitem__ = hang\nsys.exit(train.main())\n')
+    code, output, seconds = stop_at('iter 41:', signal.SIGTERM, dataset, tmp_path / 'out', *LONG, '--use_dataloader=True', '--dataloader_num_workers=2', script=str(script))
+    assert code == 143 and seconds < 15, output
+    assert checkpoint.newest_whole(str(tmp_path / 'out')) == (41, [])
+
+
+def test_a_step_that_is_given_up_is_made_again(dataset, tmp_path, train):
+    """A signal between two micro-steps: the gradients so far are dropped, the batches come again after the resume."""
+    assert train(tmp_path / 'calm', '--max_iters=45', '--eval_interval=100', '--gradient_accumulation_steps=6', '--dropout=0.1') == 0
+    import train as trainer
+    loader_next, calls = trainer.TrainLoader.next, []
+
+    def signalled(self, interrupted):
+        calls.append(1)
+        if len(calls) == 6 * 30 + 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loader_next(self, interrupted)
+    trainer.TrainLoader.next = signalled
+    try:
+        assert train(tmp_path / 'b', '--max_iters=45', '--eval_interval=100', '--gradient_accumulation_steps=6', '--dropout=0.1') == 138
+    finally:
+        trainer.TrainLoader.next = loader_next
+    assert checkpoint.newest_whole(str(tmp_path / 'b')) == (30, []) and max(losses(tmp_path / 'b')) == 30
+    assert train(tmp_path / 'b', '--init_from=resume', '--gradient_accumulation_steps=6') == 0
+    assert losses(tmp_path / 'b') == losses(tmp_path / 'calm')
+
+
+def test_max_time_saves_and_leaves_with_its_code(dataset, tmp_path, train):
+    code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, f'--max_time={6 / 3600}')
+    assert code == stopping.TIME_IS_UP == 75 and '--init_from=resume continues' in output, output
+    step = checkpoint.newest_whole(str(tmp_path))[0]
+    assert step == max(losses(tmp_path))
+    assert train(tmp_path, '--init_from=resume', f'--max_iters={step + 3}') == 0  # the limit was of the other process
+    assert max(losses(tmp_path)) == step + 3
+
+
+def test_one_command_line_starts_continues_and_has_nothing_left_to_do(train, tmp_path, capsys):
+    assert train(tmp_path, '--auto_resume=True', '--max_iters=10', '--eval_interval=5') == 0
+    assert 'continuing' not in capsys.readouterr().out
+    assert train(tmp_path, '--auto_resume=True', '--max_iters=20', '--eval_interval=5') == 0
+    assert 'continuing at iter 10' in capsys.readouterr().out
+    assert train(tmp_path, '--auto_resume=True', '--max_iters=20', '--eval_interval=5') == 0
+    assert sorted(losses(tmp_path)) == list(range(1, 21)) and [r['iter'] for r in records(tmp_path, 'eval')] == [0, 5, 10, 15, 20]
+    for step in checkpoint.steps(str(tmp_path)):  # a run whose checkpoints are all broken is not started anew
+        os.remove(os.path.join(checkpoint.path_of(str(tmp_path), step), 'state.json'))
+    assert train(tmp_path, '--auto_resume=True', '--max_iters=20') == 2
+    assert 'state.json is missing' in capsys.readouterr().err
+
+
+def test_two_processes_never_write_in_one_folder(dataset, tmp_path):
+    first = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG)
+    try:
+        for line in first.stdout:
+            if line.startswith('iter 5:'):
+                break
+        code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, '--auto_resume=True')
+        assert code == 2 and f'{tmp_path} is in use by process {first.pid} on' in output, output
+    finally:
+        end_all(first)
+        first.communicate()
+    code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=3')  # a SIGKILL gives the lock back
+    assert code == 0, output
+
+
+def test_the_codes_of_a_request():
+    request = stopping.StopRequest(talk=False)
+    try:
+        assert request.code() == 0
+        request.max_hours = 1e-9
+        assert request.code() == 75
+        request.fault = 3
+        assert request.code() == 3
+        request.at_once = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.code() == 143
+        os.kill(os.getpid(), signal.SIGTERM)  # within a second: the same signal on two ways
+        assert request.code() == 143
+    finally:
+        request.restore()

@@ -332,4 +332,5 @@ def _finite(tensor):
     """Whether all elements are finite, by one thread: a sum in fp64 is, exactly if all terms are (they are fp32 or smaller)."""
     if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return bool(tensor.isfinite().all())
-    return bool(np.isfinite(tensor.numpy().sum(dtype=np.float64)))
+    with np.errstate(invalid='ignore'):  # inf - inf
+        return bool(np.isfinite(tensor.numpy().sum(dtype=np.float64)))

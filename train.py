@@ -32,7 +32,7 @@ from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
-from engine.logger import RunLog, new_run_name, now
+from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
 import huggingface
@@ -220,7 +220,8 @@ def run(argv, stop):
         else:
             resume.make_way(c, world, notes)
         run_name = resumed.get('run_name') if resumed else None
-        run_name = run_name or parallel.from_main(lambda: new_run_name(c.out_dir), world)
+        again = c.auto_resume and not resumed  # a run that died before its first checkpoint keeps its name and log
+        run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir) or new_run_name(c.out_dir), world)
         if c.upload_to:
             parallel.from_main(lambda: open_url(c.upload_to) and None, world)  # a URL that cannot work ends all ranks alike
             copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local) if world.main else None
@@ -268,7 +269,7 @@ def run(argv, stop):
     evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
     if evaluated and evaluated['val'] < best_val_loss:
         best_val_loss = evaluated['val']
-    log = RunLog(c.out_dir, run_name, header, active=world.main, write=not c.eval_only, resume_step=start_step if resumed else None,
+    log = RunLog(c.out_dir, run_name, header, active=world.main, write=not c.eval_only, resume_step=start_step if resumed or c.auto_resume else None,
                  evaluated=evaluated is not None, save_json=c.save_log_to_json, save_interval=c.log_save_interval, total=c.max_iters, first=start_step)
     if world.main and not c.eval_only:
         if c.wandb_log:

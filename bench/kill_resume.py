@@ -67,7 +67,7 @@ def result(out_dir, max_iters):
     checkpoint.load(path, tensors)
     records = lines(out_dir)
     steps = [r['iter'] for r in records if r['type'] == 'iter']
-    assert steps == list(range(1, max_iters + 1)), 'a line of the JSONL is lost or doubled'
+    assert steps == list(range(1, max_iters + 1)), f'a line of the JSONL is lost or doubled: {len(steps)} lines, {sorted(os.listdir(out_dir))}'
     evaluations = [(r['iter'], r['train_loss'], r['val_loss']) for r in records if r['type'] == 'eval']
     assert [e[0] for e in evaluations] == list(range(0, max_iters + 1, 50)), evaluations
     return {r['iter']: r['loss'] for r in records if r['type'] == 'iter'}, evaluations, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import os
+import re
 import time
 
 from tqdm import tqdm
@@ -32,6 +33,16 @@ def new_run_name(out_dir):
         if not os.path.exists(os.path.join(out_dir, f'{name}.jsonl')):
             return name
         moment += datetime.timedelta(seconds=1)
+
+
+def unsaved_run(out_dir):
+    """Name of the newest run in out_dir if it neither saved a checkpoint nor came to its end, else None: it can begin again under its name."""
+    logs = sorted(name for name in os.listdir(out_dir) if re.fullmatch(r'run_\d{8}_\d{6}\.jsonl', name))
+    if not logs:
+        return None
+    with open(os.path.join(out_dir, logs[-1]), encoding='utf-8', errors='replace') as f:
+        saved = any(line.startswith(('{"type": "checkpoint"', '{"type": "end"')) for line in f)
+    return None if saved else logs[-1].removesuffix('.jsonl')
 
 
 class RunLog:

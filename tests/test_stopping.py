@@ -158,3 +158,16 @@ def test_the_codes_of_a_request():
         assert request.code() == 143
     finally:
         request.restore()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again_in_the_same_log(dataset, tmp_path, train):
+    process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, '--auto_resume=True')
+    for line in process.stdout:
+        if line.startswith('iter 9:'):
+            process.kill()
+    process.wait()
+    assert checkpoint.steps(str(tmp_path)) == [] and max(losses(tmp_path)) >= 9
+    assert train(tmp_path, '--auto_resume=True', '--max_iters=12', '--eval_interval=6') == 0
+    assert [r['iter'] for r in records(tmp_path)] == list(range(1, 13)) and [r['iter'] for r in records(tmp_path, 'eval')] == [0, 6, 12]
+    assert train(tmp_path / 'other', '--max_iters=12', '--eval_interval=6') == 0
+    assert losses(tmp_path) == losses(tmp_path / 'other')

@@ -1,0 +1,236 @@
+"""Copies elsewhere are verified, survive kills and a server that is down, and a bare machine continues from them to the same bits."""
+import glob
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+
+import fsspec
+import pytest
+from conftest import TINY, end_all, losses, records, run_process, start_process
+
+import checkpoints
+from engine import checkpoint, copier, faults
+
+KEYS = {'AWS_ACCESS_KEY_ID': 'test', 'AWS_SECRET_ACCESS_KEY': 'test', 'AWS_DEFAULT_REGION': 'us-east-1'}
+
+
+class Server:
+    """An S3-compatible server on loopback, which can be stopped and started with what it holds."""
+
+    def __init__(self):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            self.port = s.getsockname()[1]
+        self.environment = {**KEYS, 'AWS_ENDPOINT_URL': f'http://127.0.0.1:{self.port}', 'FSSPEC_S3_ENDPOINT_URL': f'http://127.0.0.1:{self.port}'}
+
+    def start(self):
+        from moto.server import ThreadedMotoServer
+        self.server = ThreadedMotoServer(ip_address='127.0.0.1', port=self.port, verbose=False)
+        self.server.start()
+
+    def stop(self):
+        self.server.stop()
+
+
+@pytest.fixture(scope='module')
+def s3():
+    pytest.importorskip('moto')
+    pytest.importorskip('s3fs')
+    server = Server()
+    server.start()
+    os.environ.update(server.environment)
+    fsspec.filesystem('s3', endpoint_url=server.environment['AWS_ENDPOINT_URL']).mkdir('bucket')
+    yield server
+    server.stop()
+    for key in server.environment:
+        os.environ.pop(key)
+
+
+@pytest.fixture(params=['file', 's3'])
+def url(request, tmp_path):
+    """A place for copies: a folder, then a bucket."""
+    if request.param == 'file':
+        return f"file://{tmp_path / 'elsewhere'}"
+    request.getfixturevalue('s3')
+    return f's3://bucket/{tmp_path.name}'
+
+
+def names(url):
+    """The files at url, below the run."""
+    fs, root = copier.open_url(url)
+    return sorted(path.split('/run_')[1].split('/', 1)[1] for path in fs.find(root))
+
+
+def test_checkpoints_and_logs_are_copied_while_training_and_complete_in_the_end(train, tmp_path, url, capsys):
+    out = tmp_path / 'out'
+    assert train(out, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True', f'--upload_to={url}') == 0
+    output = capsys.readouterr().out
+    assert all(f'copied step {step} to' in output for step in (10, 20, 30)), output
+    fs, root, step, rejected = copier.find(url, 'full')
+    assert (step, rejected) == (30, []) and checkpoint.steps(root, fs) == [10, 20, 30]
+    for step in (10, 20, 30):
+        local, there = checkpoint.path_of(str(out), step), checkpoint.path_of(root, step)
+        assert sorted(os.listdir(local)) == sorted(path.rsplit('/', 1)[1] for path in fs.find(there))
+        for name in os.listdir(local):
+            assert open(f'{local}/{name}', 'rb').read() == fs.cat_file(f'{there}/{name}'), name
+    log, = glob.glob(f'{out}/*.jsonl')
+    copied = fs.cat_file(f'{root}/{os.path.basename(log)}').decode().splitlines()
+    assert [json.loads(line) for line in copied][:-1] == [json.loads(line) for line in open(log)][:len(copied) - 1] and sum('"iter", ' in line for line in copied) == 30
+
+
+def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys):
+    assert train(tmp_path / 'calm', '--max_iters=30', '--eval_interval=10', '--dropout=0.1') == 0
+    a, b = tmp_path / 'a', tmp_path / 'b'
+    assert train(a, '--max_iters=20', '--eval_interval=10', '--dropout=0.1', f'--upload_to={url}') == 0
+    os.rename(a, tmp_path / 'gone')
+    assert train(b, '--init_from=resume', f'--resume_from={url}', '--max_iters=30') == 0
+    assert 'continuing at iter 20' in capsys.readouterr().out
+    assert losses(b) == losses(tmp_path / 'calm') and [r['iter'] for r in records(b)] == list(range(1, 31))
+    from test_resume import equal, weights
+    assert equal(weights(b, 30), weights(tmp_path / 'calm', 30))
+    # it went on copying to where the run had copied to; one command line for any machine
+    c = tmp_path / 'c'
+    assert train(c, '--auto_resume=True', f'--upload_to={url}', '--max_iters=40', '--eval_interval=10', '--dropout=0.1') == 0
+    assert 'continuing at iter 30' in capsys.readouterr().out and sorted(losses(c)) == list(range(1, 41))
+    # and the machine that has an older state fetches the newer one
+    assert train(b, '--auto_resume=True', f'--upload_to={url}', '--max_iters=50', '--eval_interval=10', '--dropout=0.1') == 0
+    assert 'continuing at iter 40' in capsys.readouterr().out
+    assert len(records(b)) == 50 and len(glob.glob(f'{b}/*.jsonl.before_fetch')) == 1
+    # a certain step
+    assert train(tmp_path / 'd', '--init_from=resume', f'--resume_from={copier.find(url)[1] if url.startswith("file") else "s3://" + copier.find(url)[1]}'
+                 '/checkpoints/step_00000020', '--max_iters=22') == 0
+    assert 'continuing at iter 20' in capsys.readouterr().out and max(losses(tmp_path / 'd')) == 22
+
+
+def test_a_copy_that_is_damaged_gives_way_to_the_one_before(train, tmp_path, url, capsys):
+    assert train(tmp_path / 'a', '--max_iters=20', '--eval_interval=10', f'--upload_to={url}') == 0
+    fs, root, step, _ = copier.find(url)
+    path = f'{root}/checkpoints/step_00000020/__0_0.distcp'
+    data = bytearray(fs.cat_file(path))
+    data[1000] ^= 1
+    fs.pipe_file(path, bytes(data))
+    assert train(tmp_path / 'b', '--init_from=resume', f'--resume_from={url}', '--max_iters=12') == 0
+    output = capsys.readouterr().out
+    assert 'step_00000020: __0_0.distcp does not have the checksum' in output and 'continuing at iter 10' in output
+    assert checkpoints.main([url]) == 1
+    assert 'BROKEN' in capsys.readouterr().out
+
+
+def test_a_kill_during_the_copy_leaves_no_half_checkpoint(dataset, tmp_path, url, train):
+    """The process dies with some files of step 20 copied; the run that continues completes the copy."""
+    out = tmp_path / 'out'
+    code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={out}', *TINY, '--max_iters=20', '--eval_interval=10', f'--upload_to={url}',
+                               env={'ONETRAIN_FAULT': 'upload:20'})
+    assert code == faults.EXIT_CODE, output
+    fs, root, step, rejected = copier.find(url)
+    assert rejected and 'manifest.json is missing' in rejected[0][1]  # files, but no checkpoint
+    assert step in (None, 10)
+    assert train(out, '--auto_resume=True', '--max_iters=30', '--eval_interval=10') == 0
+    fs, root, step, rejected = copier.find(url, 'full')
+    assert (step, rejected) == (30, []) and checkpoint.why_broken(f'{root}/checkpoints/step_00000020', 'full', fs) is None
+
+
+def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(s3, dataset, tmp_path, monkeypatch):
+    url, out = f's3://bucket/{tmp_path.name}', tmp_path / 'out'
+    s3.stop()
+    process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={out}', *TINY, '--max_iters=3000', '--eval_interval=1000', f'--upload_to={url}', '--log_interval=100',
+                            env=s3.environment)
+    output, last, started = '', None, False
+    try:
+        for line in process.stdout:
+            output += line
+            if line.startswith('iter 3000:'):
+                last = time.monotonic()
+            if 'copying to' in line and not started:  # training is over, nothing could be copied
+                assert 'NOT COPIED to' in output and 'copied step' not in output, output
+                s3.start()
+                started = True
+        assert process.wait(120) == 0, output
+    finally:
+        end_all(process)
+        if not started:
+            s3.start()
+    assert 'works again' in output and 'copied step 3000' in output
+    fs, root, step, rejected = copier.find(url, 'full')
+    assert (step, rejected) == (3000, []) and fs.size(f'{root}/{os.path.basename(root)}.jsonl') > 5000
+
+
+def test_killed_while_the_server_is_down_then_resumed_from_the_bucket_on_an_empty_folder(s3, dataset, tmp_path, train):
+    """The whole story: a kill during the copy, the server away and back, another machine."""
+    url, args = f's3://bucket/{tmp_path.name}', ['--eval_interval=10', '--dropout=0.1']
+    assert train(tmp_path / 'calm', '--max_iters=60', *args) == 0
+    out = tmp_path / 'out'
+    common = [f'--dataset={dataset}', f'--out_dir={out}', *TINY, *args, '--auto_resume=True', f'--upload_to={url}']
+    code, output = run_process('train.py', *common, '--max_iters=40', env={**s3.environment, 'ONETRAIN_FAULT': 'upload:20'})
+    assert code == faults.EXIT_CODE, output
+    s3.stop()
+    try:
+        process = start_process('train.py', *common, '--max_iters=100000', env=s3.environment)
+        for line in process.stdout:
+            if line.startswith('iter 45:'):
+                os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(30) == 143
+    finally:
+        end_all(process)
+        s3.start()
+    stopped = checkpoint.newest_whole(str(out))[0]
+    code, output = run_process('train.py', *common, f'--max_iters={stopped}', env=s3.environment)
+    assert code == 0 and copier.find(url, 'full')[2:] == (stopped, []), output
+    shutil.rmtree(out)
+    assert train(tmp_path / 'bare', '--init_from=resume', f'--resume_from={url}', f'--max_iters={max(60, stopped)}') == 0
+    expected = losses(tmp_path / 'calm')
+    assert {k: v for k, v in losses(tmp_path / 'bare').items() if k <= 60} == expected
+
+
+def test_local_ones_go_only_when_asked_and_only_when_copied(train, tmp_path, url):
+    assert train(tmp_path / 'a', '--max_iters=50', '--eval_interval=10', '--keep_all_checkpoints=True', '--upload_keep_local=2', f'--upload_to={url}') == 0
+    assert checkpoint.steps(str(tmp_path / 'a')) == [40, 50]
+    fs, root, step, rejected = copier.find(url, 'full')
+    assert checkpoint.steps(root, fs) == [10, 20, 30, 40, 50]
+
+
+def test_the_listing(train, tmp_path, url, capsys):
+    assert train(tmp_path / 'a', '--max_iters=20', '--eval_interval=10') == 0
+    evaluated = records(tmp_path / 'a', 'eval')
+    capsys.readouterr()
+    assert checkpoints.main([str(tmp_path / 'a'), f'--copy_to={url}']) == 0
+    assert 'copied step 20' in capsys.readouterr().out
+    for place in (str(tmp_path / 'a'), url):
+        assert checkpoints.main([place]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == ['step', 'train', 'loss', 'val', 'loss', 'size', 'saved', 'state'] and len(lines) == 3
+        assert lines[2].split()[:3] == ['20', f"{evaluated[2]['train_loss']:.4f}", f"{evaluated[2]['val_loss']:.4f}"] and 'whole, best' in lines[2]
+    with open(os.path.join(checkpoint.path_of(str(tmp_path / 'a'), 10), '.metadata'), 'ab') as f:
+        f.write(b'x')
+    assert checkpoints.main([str(tmp_path / 'a'), '--verify=size']) == 1
+    assert '.metadata has' in capsys.readouterr().out
+    assert checkpoints.main([str(tmp_path)]) == 1  # a folder of runs
+    assert checkpoints.main([str(tmp_path / 'nowhere')]) == 2 and 'has no checkpoints' in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_used(train, tmp_path, capsys):
+    assert train(tmp_path / 'a', '--max_iters=2', '--upload_to=nothing://x') == 2
+    assert "'nothing://x' cannot be opened" in capsys.readouterr().err
+    assert train(tmp_path / 'b', '--init_from=resume', f'--resume_from={tmp_path}/nowhere') == 2
+    assert 'has no checkpoint that can be used' in capsys.readouterr().err
+    assert train(tmp_path / 'b', f'--resume_from={tmp_path}') == 2
+    assert 'needs --init_from=resume or --auto_resume=True' in capsys.readouterr().err
+    for name in 'cd':
+        assert train(tmp_path / name, '--max_iters=2', '--eval_interval=2') == 0
+        time.sleep(1.1)  # runs are named by the second
+    assert train(tmp_path / 'd', '--init_from=resume', f"--resume_from={tmp_path / 'c'}") == 2
+    assert 'give another --out_dir' in capsys.readouterr().err
+
+
+def test_an_earlier_step_of_the_same_folder(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True') == 0
+    reference = losses(tmp_path)
+    assert train(tmp_path, '--init_from=resume', '--resume_from=25') == 2
+    assert 'has steps [10, 20, 30]' in capsys.readouterr().err
+    assert train(tmp_path, '--init_from=resume', '--resume_from=10', '--max_iters=20') == 0
+    assert checkpoint.steps(str(tmp_path)) == [10, 20] and sorted(losses(tmp_path)) == list(range(1, 21))
+    assert {k: v for k, v in reference.items() if k <= 20} == losses(tmp_path)
+    assert sorted(name for name in os.listdir(tmp_path / 'checkpoints') if name.startswith('superseded')) == ['superseded_step_00000020', 'superseded_step_00000030']

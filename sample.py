@@ -38,12 +38,16 @@ def load_run(out_dir, step, device, dtype):
                           f'give the --out_dir of a run' + (f' and one of the steps {checkpoint.steps(out_dir)}' if checkpoint.steps(out_dir) else ''))
     if reason := checkpoint.why_broken(path):
         raise ConfigError(f'{path} cannot be used: {reason}')
-    config = checkpoint.read_state(path)['config']
+    state = checkpoint.read_state(path)
+    config = state['config']
     shape = resolve_shape(config)
     model = build(shape, device, dtype, config['attention_backend'])
     checkpoint.load(path, {f'model.{name}': p.detach() for name, p in model.named_parameters()})
     folder = os.path.join(ROOT, 'data', config['dataset'])
-    return model, tokenizer_of(folder, read_meta(folder)), path
+    meta = read_meta(folder)
+    if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
+        print(f'Note: {folder} is not the data that this model was trained with; the text is nonsense if its tokenizer is another', file=sys.stderr)
+    return model, tokenizer_of(folder, meta), path
 
 
 def load_huggingface(source, device, dtype):
@@ -73,7 +77,7 @@ def main(argv=None):
     parser.add_argument('--top_p', type=float, help='only the most likely tokens that add up to this probability')
     parser.add_argument('--seed', type=int, default=1337)
     parser.add_argument('--device', help="'cpu' | 'cuda'; default: a GPU if there is one")
-    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16 on a GPU, float32 on a CPU')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16 on a GPU that has it (else float16), float32 on a CPU')
     args = parser.parse_args(argv)
     try:
         return run(args)
@@ -95,7 +99,7 @@ def run(args):
         with open(start[5:], encoding='utf-8') as f:
             start = f.read()
     device = parallel.start(args.device).device
-    dtype = args.dtype or ('float32' if device.type == 'cpu' else 'bfloat16')
+    dtype = args.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
     torch_dtype = getattr(torch, dtype)
     model, tokenizer, source = (load_huggingface(args.hf, device, torch_dtype) if args.hf else load_run(args.out_dir, args.step, device, torch_dtype))
     ids = tokenizer.encode(start)

@@ -62,7 +62,7 @@ def demo():
     what to type next, after `source .venv/bin/activate`:
     python sample.py --out_dir={OUT} --start="class Parser"          more text
     python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000 --lr_decay_iters=4000     train on
-    python data/own_text/prepare.py --input my.txt --tokenizer char  your own text, then: python train.py --dataset=own_text
+    python data/own_text/prepare.py --input my.txt --tokenizer char  your own text, then: python train.py config/own_text.py
     python train.py --help                                            every key
     TRAINING_GUIDE.md                                                 models of a billion parameters""")
 

@@ -178,6 +178,7 @@ def run(argv, stop):
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
+    note_without_effect(c, given, shape.position_encoding, notes)
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     dtype = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
@@ -252,7 +253,7 @@ def run(argv, stop):
     if resumed:
         best_val_loss = math.inf if resumed['best_val_loss'] is None or new_validation else resumed['best_val_loss']
         if nanogpt:
-            for name, tensor in optim.named_state(optimizer, named).items():
+            for name, tensor in optim.named_state(optimizer, named).items() if nanogpt['optimizer'] else ():
                 tensor.copy_(nanogpt['optimizer'][name])
         else:
             checkpoint.load(resumed['path'], checkpoint_tensors(named, *(() if c.eval_only else (optimizer, guard))), world.size)
@@ -501,7 +502,7 @@ def hold_folder(c, world, make=False):
 
 
 def refuse_impossible(c, given, notes):
-    """Raise ConfigError for values that no run can have; note options that this version cannot obey but may ignore."""
+    """Raise ConfigError for values that no run can have; note options that this version cannot obey and runs without."""
     faults.check()
     for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'max_iters',
                 'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
@@ -517,8 +518,6 @@ def refuse_impossible(c, given, notes):
         raise ConfigError(f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the gradient norm), or 0 for off')
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
         raise ConfigError(f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True')
-    if c.upload_keep_local and not c.upload_to:
-        notes.append('upload_keep_local has no effect without upload_to')
     if not 0 <= c.dropout < 1:
         raise ConfigError(f'dropout={c.dropout} must be at least 0 and below 1')
     for key in ('beta1', 'beta2'):
@@ -539,12 +538,19 @@ def refuse_impossible(c, given, notes):
         notes.append('use_zero1=True is not in this version: the optimizer state is whole on every rank, as under DDP; the results are the same')
     if c.use_cuda_graphs:
         notes.append('use_cuda_graphs=True is not in this version: running without; the results are the same')
-    for key in ('fsdp_min_num_params', 'fsdp_activation_checkpointing'):
-        if given.get(key) and getattr(c, key):
-            notes.append(f'{key} has no effect without use_fsdp=True')
-    for key in ('dataloader_num_workers', 'dataloader_prefetch_factor'):
-        if given.get(key) == 'command line' and not c.use_dataloader:
-            notes.append(f'{key} has no effect without use_dataloader=True')
+
+
+def note_without_effect(c, given, position_encoding, notes):
+    """Note the keys that were given and that other keys make void."""
+    for condition, reason, keys in (
+            (not c.use_fsdp, 'without use_fsdp=True', ('fsdp_min_num_params', 'fsdp_activation_checkpointing')),
+            (not c.use_dataloader, 'without use_dataloader=True', ('dataloader_num_workers', 'dataloader_prefetch_factor')),
+            (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
+            (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),
+            (not c.upload_to, 'without upload_to', ('upload_keep_local',)),
+            (position_encoding != 'rope', f'with position_encoding={position_encoding}', ('rope_theta', 'rotary_pct'))):
+        # a recipe may name them all, so that one word on the command line turns them on
+        notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key)]
 
 
 def accumulation_steps(c, world_size):

@@ -323,7 +323,7 @@ def test_as_a_command_a_users_error_is_one_line_and_code_2(tmp_path):
     (tmp_path / 'a.txt').write_text('text\n' * 99)
     done = subprocess.run([sys.executable, ROOT / 'data' / 'own_text' / 'prepare.py', '--input', 'a.txt', '--tokenizer=char', '--output=mine'],
                           capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.endswith(f'next: python train.py --dataset={tmp_path}/mine\n'), done.stderr
+    assert done.returncode == 0 and done.stdout.endswith(f'next: python train.py config/own_text.py --dataset={tmp_path}/mine\n'), done.stderr
 
 
 def test_the_train_command_that_is_named(capsys):

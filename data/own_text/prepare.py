@@ -3,7 +3,7 @@ Text of your own as a data set: .txt, .jsonl (also .jsonl.gz, and .json with an 
 
     python data/own_text/prepare.py --input book.txt --tokenizer char
     python data/own_text/prepare.py --input corpus/ 'more/*.jsonl' --tokenizer gpt2 --output data/mybooks
-    python train.py --dataset=mybooks
+    python train.py config/own_text.py --dataset=mybooks
 
 --tokenizer: char, bytes, a tiktoken encoding (gpt2, cl100k_base, ...), a Hugging Face folder with a tokenizer.json, or a
 sentencepiece .model file. The data set keeps what it needs of it.
@@ -59,7 +59,7 @@ def main(argv=None):
         print(reader.left_out())
     if tokenizer.eot_id is None and args.tokenizer != 'char':
         print(f'{args.tokenizer} names no end of text, so documents follow each other without one')
-    command.report(writer, FOLDER)
+    command.report(writer, FOLDER, 'config/own_text.py')
 
 
 if __name__ == '__main__':

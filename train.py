@@ -380,10 +380,13 @@ def run(argv, stop):
         settle(saver.wait() if ending else saver.poll())
         saving = (ending or save_interval and step % save_interval == 0) and step not in (saved_step, 0) and not stop.fault
         if saving or evaluating or sampling:
-            pause = pause_started(device)
+            pause = pause_started(device) if evaluating or sampling else time.perf_counter()  # a save waits for nothing
             if saving:
                 save()
             losses = evaluate() if evaluating else None
+            if evaluating and not losses:
+                stop_code = parallel.largest(stop.code(), world)
+                continue
             if losses:
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
                           tokens_seen=tokens)
@@ -470,7 +473,8 @@ def run(argv, stop):
     if copier:
         if stop_code == 0:
             log.say(f'copying to {c.upload_to}')
-        copied = copier.close(patience=600 if stop_code == 0 else 5)
+        copied = copier.close(600, stop.code) if stop_code == 0 else copier.close(5)
+        stop_code = stop_code or (0 if copied else stop.code())
         settle(None)
         if not copied:
             log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it, or the run itself when it continues')
@@ -516,6 +520,9 @@ def refuse_impossible(c, given, notes):
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
     if c.spike_factor and c.spike_factor <= 1:
         raise ConfigError(f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the gradient norm), or 0 for off')
+    if c.auto_resume and (c.resume_from or '').isdigit():
+        raise ConfigError(f'resume_from={c.resume_from} with auto_resume=True would go back to iteration {c.resume_from} at every start: type --init_from=resume '
+                          f'--resume_from={c.resume_from} once, with --auto_resume=False')
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
         raise ConfigError(f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True')
     if not 0 <= c.dropout < 1:

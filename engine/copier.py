@@ -58,12 +58,12 @@ class Copier:
         messages, self.messages = self.messages, []
         return messages
 
-    def close(self, patience):
-        """Copy what is left, and the logs, until `patience` seconds pass without success; True if all is there."""
+    def close(self, patience, interrupted=lambda: False):
+        """Copy what is left, and the logs, until `patience` seconds pass without success or interrupted() is true; True if all is there."""
         self.closing = True
         self.add(None)  # the logs, as they are at the end
         deadline, done = time.monotonic() + patience, -1
-        while self.thread.is_alive() and time.monotonic() < deadline:
+        while self.thread.is_alive() and time.monotonic() < deadline and not interrupted():
             self.thread.join(0.1)
             if len(self.done) > done:
                 deadline, done = time.monotonic() + patience, len(self.done)

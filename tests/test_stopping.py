@@ -171,3 +171,10 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again_in_the_same_lo
     assert [r['iter'] for r in records(tmp_path)] == list(range(1, 13)) and [r['iter'] for r in records(tmp_path, 'eval')] == [0, 6, 12]
     assert train(tmp_path / 'other', '--max_iters=12', '--eval_interval=6') == 0
     assert losses(tmp_path) == losses(tmp_path / 'other')
+
+
+def test_the_last_evaluation_that_is_cut_short_is_made_by_the_next_start(dataset, tmp_path, train):
+    code, output, seconds = stop_at('iter 50:', signal.SIGTERM, dataset, tmp_path, '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000', '--batch_size=1')
+    assert code == 143 and seconds < 20 and checkpoint.newest_whole(str(tmp_path)) == (50, []), output
+    assert train(tmp_path, '--auto_resume=True', '--eval_iters=2', '--batch_size=1', '--max_iters=50') == 0
+    assert [r['iter'] for r in records(tmp_path, 'eval')] == [50]

@@ -129,9 +129,10 @@ class Copier:
 
     def _copy_logs(self):
         for name in (f'{self.run_name}.jsonl', f'{self.run_name}.log'):
-            with open(os.path.join(self.out_dir, name), 'rb') as f:
-                data = f.read()
-            self._write(f'{self.root}/{name}', data[:data.rfind(b'\n') + 1])  # without a line that is being written
+            if os.path.isfile(log := os.path.join(self.out_dir, name)):
+                with open(log, 'rb') as f:
+                    data = f.read()
+                self._write(f'{self.root}/{name}', data[:data.rfind(b'\n') + 1])  # without a line that is being written
         return False
 
     def _has(self, path, entry):

@@ -124,6 +124,8 @@ class Saver:
         outcome = self.outcome
         if self.background:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training comes first
+        if self.world.device.type == 'cuda':
+            torch.cuda.set_device(self.world.device)  # a new thread begins on the first GPU
         try:
             try:
                 tensors = self._stage(step, tensors) if self.background else tensors
@@ -219,6 +221,7 @@ class Saver:
             os.rename(final, replaced)
         os.rename(temporary, final)
         checkpoint.sync_folder(os.path.dirname(final))
+        checkpoint.sync_folder(self.out_dir)
         faults.reach('after_rename', step)
         shutil.rmtree(replaced, ignore_errors=True)
 

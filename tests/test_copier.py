@@ -232,3 +232,35 @@ def test_an_earlier_step_of_the_same_folder(train, tmp_path, capsys):
     assert checkpoint.steps(str(tmp_path)) == [10, 20] and sorted(losses(tmp_path)) == list(range(1, 21))
     assert {k: v for k, v in reference.items() if k <= 20} == losses(tmp_path)
     assert sorted(name for name in os.listdir(tmp_path / 'checkpoints') if name.startswith('superseded')) == ['superseded_step_00000020', 'superseded_step_00000030']
+
+
+def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatch):
+    """The first time that each file of tensors is put there, a bit flips on the way."""
+    assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
+    from fsspec.implementations.local import LocalFileSystem
+    put, damaged = LocalFileSystem.put_file, []
+
+    def unreliable(self, here, there, **options):
+        put(self, here, there, **options)
+        if there.endswith('.distcp') and not damaged:
+            damaged.append(there)
+            with open(there, 'r+b') as f:
+                f.seek(500)
+                f.write(b'#')
+    monkeypatch.setattr(LocalFileSystem, 'put_file', unreliable)
+    copies = copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), 'run_x')  # which has no log
+    assert copies.close(30)
+    news = copies.news()
+    assert damaged and any('__0_0.distcp reads back differently' in line for line in news) and any('copied step 10' in line for line in news), news
+    assert checkpoint.why_broken(f"{tmp_path / 'there'}/run_x/checkpoints/step_00000010") is None
+
+
+def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
+    """The log goes before the manifest: what can be resumed has its lines."""
+    assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
+    written = []
+    write = copier.Copier._write
+    monkeypatch.setattr(copier.Copier, '_write', lambda self, path, data: (written.append(os.path.basename(path)), write(self, path, data)))
+    run_name = os.path.basename(glob.glob(f"{tmp_path / 'a'}/*.jsonl")[0]).removesuffix('.jsonl')
+    assert copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), run_name).close(30)
+    assert written[:4] == [f'{run_name}.jsonl', f'{run_name}.log', 'manifest.json', 'evaluation.json']

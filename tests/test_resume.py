@@ -191,6 +191,7 @@ def test_resume_may_change_what_is_safe_and_says_so(train, tmp_path, capsys):
     for note in ('max_iters=12 from now on', 'learning_rate=0.0005 from now on', 'batch_size=2 from now on (command line; it was 4)'):
         assert note in output
     assert [r['tokens_seen'] for r in records(tmp_path)][-3:] == [640, 672, 704]
+    assert [checkpoint.read_state(checkpoint.path_of(str(tmp_path), step))['position'] for step in (10, 12)] == [40, 44]  # no sequence twice, none left out
 
 
 @pytest.mark.parametrize('change', ['--n_layer=3', '--n_embd=64', '--block_size=8', '--arch_preset=llama', '--seed=1', '--bias=True'])

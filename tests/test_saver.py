@@ -182,6 +182,7 @@ def test_after_death_at_any_point_the_run_continues_to_the_same_bits(point, data
     assert code == faults.EXIT_CODE, output
     step, rejected = checkpoint.newest_whole(str(tmp_path))
     assert (step, rejected) == ({'after_rename': 20, 'retention': 30}.get(point, 10), [])  # 10 is the best until 20 is evaluated
+    assert all(checkpoint.why_broken(checkpoint.path_of(str(tmp_path), s)) is None for s in checkpoint.steps(str(tmp_path)))  # none half removed
     assert train(tmp_path, '--auto_resume=True', '--max_iters=40', '--eval_interval=10', '--keep_checkpoints=1') == 0
     assert losses(tmp_path) == undisturbed
     assert [name for name in os.listdir(tmp_path / 'checkpoints') if name.startswith('.')] == []  # what death left is gone

@@ -178,3 +178,22 @@ def test_the_last_evaluation_that_is_cut_short_is_made_by_the_next_start(dataset
     assert code == 143 and seconds < 20 and checkpoint.newest_whole(str(tmp_path)) == (50, []), output
     assert train(tmp_path, '--auto_resume=True', '--eval_iters=2', '--batch_size=1', '--max_iters=50') == 0
     assert [r['iter'] for r in records(tmp_path, 'eval')] == [50]
+
+
+def test_a_repeat_is_expected_under_torchrun_only(monkeypatch):
+    """torchrun hands on the signal that Slurm has sent to its workers already."""
+    left = []
+    monkeypatch.setattr(stopping.os, '_exit', left.append)
+    for under_torchrun, exits in ((False, [[143], [143, 143]]), (True, [[], [143]])):
+        left.clear()
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', '1') if under_torchrun else monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+        request = stopping.StopRequest(talk=False)
+        request.at_once = False
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for expected in exits:
+                request.received -= 3.0  # three seconds later
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert left == expected, (under_torchrun, left)
+        finally:
+            request.restore()

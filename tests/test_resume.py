@@ -146,7 +146,7 @@ def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
     other = write_dataset(str(tmp_path / 'other'), np.arange(5000) % 40, np.arange(500) % 40, vocab_size=41)
     out = tmp_path / 'out'
     assert train(out, '--max_iters=5', '--eval_interval=5') == 0
-    before = sorted(os.listdir(out))
+    before, old_best = sorted(os.listdir(out)), records(out, 'eval')[-1]['val_loss']
     assert train(out, '--init_from=resume', '--max_iters=8', f'--dataset={other}') == 2
     error = capsys.readouterr().err
     assert 'train.bin is not the one that this run was trained with (5,000 tokens' in error and 'it was 20,000 tokens' in error and '--allow_data_change=True' in error
@@ -157,8 +157,9 @@ def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
     assert [r['tokens_seen'] for r in records(out)] == [64 * i for i in range(1, 9)]
     state = checkpoint.read_state(checkpoint.path_of(str(out), 8))
     assert state['position'] == 12 and state['data']['train']['tokens'] == 5000
-    assert state['best_val_loss'] == records(out, 'eval')[-1]['val_loss']  # measured anew at iteration 5, on the new data
-    assert records(out, 'eval')[-1]['iter'] == 5
+    evaluated = records(out, 'eval')
+    assert [r['iter'] for r in evaluated] == [0, 5] and evaluated[-1]['val_loss'] != old_best  # measured anew at iteration 5, on the new data
+    assert state['best_val_loss'] == evaluated[-1]['val_loss']
 
 
 def test_other_validation_data_alone_is_noticed(train, tmp_path, capsys):

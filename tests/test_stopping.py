@@ -177,7 +177,9 @@ def test_the_last_evaluation_that_is_cut_short_is_made_by_the_next_start(dataset
     code, output, seconds = stop_at('iter 50:', signal.SIGTERM, dataset, tmp_path, '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000', '--batch_size=1')
     assert code == 143 and seconds < 20 and checkpoint.newest_whole(str(tmp_path)) == (50, []), output
     assert train(tmp_path, '--auto_resume=True', '--eval_iters=2', '--batch_size=1', '--max_iters=50') == 0
-    assert [r['iter'] for r in records(tmp_path, 'eval')] == [50]
+    evaluated, = records(tmp_path, 'eval')
+    noted = checkpoint.read_evaluation(checkpoint.path_of(str(tmp_path), 50))
+    assert evaluated['iter'] == 50 and noted['val'] == evaluated['val_loss']
 
 
 def test_a_repeat_is_expected_under_torchrun_only(monkeypatch):

@@ -162,7 +162,7 @@ def test_killed_while_the_server_is_down_then_resumed_from_the_bucket_on_an_empt
     assert train(tmp_path / 'calm', '--max_iters=60', *args) == 0
     out = tmp_path / 'out'
     common = [f'--dataset={dataset}', f'--out_dir={out}', *TINY, *args, '--auto_resume=True', f'--upload_to={url}']
-    code, output = run_process('train.py', *common, '--max_iters=40', env={**s3.environment, 'ONETRAIN_FAULT': 'upload:20'})
+    code, output = run_process('train.py', *common, '--max_iters=40', env={**s3.environment, 'ONETRAIN_FAULT': 'upload:40'})  # the last, which stays
     assert code == faults.EXIT_CODE, output
     s3.stop()
     try:

@@ -107,7 +107,7 @@ def test_a_step_that_is_given_up_is_made_again(dataset, tmp_path, train):
 
 
 def test_max_time_saves_and_leaves_with_its_code(dataset, tmp_path, train):
-    code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, f'--max_time={6 / 3600}')
+    code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, f'--max_time={12 / 3600}')
     assert code == stopping.TIME_IS_UP == 75 and '--init_from=resume continues' in output, output
     step = checkpoint.newest_whole(str(tmp_path))[0]
     assert step == max(losses(tmp_path))

@@ -378,7 +378,8 @@ def run(argv, stop):
         evaluating = step % c.eval_interval == 0 and (step > 0 or c.eval_at_start) and not stop_code and not (step == start_step and evaluated)
         sampling = c.sample_interval and step % c.sample_interval == 0 and step > start_step and not stop_code
         settle(saver.wait() if ending else saver.poll())
-        saving = (ending or save_interval and step % save_interval == 0) and step not in (saved_step, 0) and not stop.fault
+        # alike on every rank: what poll() says comes at its own time on each, what wait() says does not
+        saving = (ending or save_interval and step % save_interval == 0) and step not in (saved_step, 0) and not (ending and stop.fault)
         if saving or evaluating or sampling:
             pause = pause_started(device) if evaluating or sampling else time.perf_counter()  # a save waits for nothing
             if saving:

@@ -9,7 +9,6 @@ Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used.
 """
 import argparse
 import sys
-import time
 
 from engine import checkpoint, copier
 from engine.configurator import ConfigError
@@ -32,8 +31,11 @@ def show(args):
     fs, root = copier.open_url(args.place)
     root, found, broken = root.rstrip('/'), 0, 0
     try:
-        runs = [root] if fs.isdir(f'{root}/checkpoints') else sorted(
-            path.rstrip('/') for path in (fs.ls(root, detail=False) if fs.isdir(root) else []) if fs.isdir(f"{path.rstrip('/')}/checkpoints"))
+        # a run, a folder of runs, or what several out_dirs have at one URL
+        levels = [[root]]
+        for _ in range(2):
+            levels.append([path.rstrip('/') for parent in levels[-1] if fs.isdir(parent) for path in fs.ls(parent, detail=False)])
+        runs = sorted(path for level in levels for path in level if fs.isdir(f'{path}/checkpoints'))
     except Exception as error:  # each backend has its own
         raise ConfigError(f'{args.place} cannot be read ({type(error).__name__}: {str(error)[:300]})') from None
     for run in runs:
@@ -63,16 +65,13 @@ def copy(args):
         raise ConfigError(f'{args.place} has no whole checkpoint to copy: expected the folder of a run on this machine')
     run_name = checkpoint.read_state(checkpoint.path_of(args.place, step))['run_name']
     copies = copier.Copier(args.copy_to, args.place, run_name)
-    while not copies.close(patience=1.0):
+    whole = None
+    while whole is None:
+        whole = copies.finish(patience=float('inf'))
         for line in copies.news():
             print(line, flush=True)
-        if not copies.thread.is_alive():
-            break
-        time.sleep(0.1)
-    for line in copies.news():
-        print(line, flush=True)
-    print(f'all checkpoints of {run_name} are at {copies.root}')
-    return 0
+    print(f"all {'' if whole else 'whole '}checkpoints of {run_name} are at {copies.root}")
+    return 0 if whole else 1
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
-from engine.logger import RunLog, new_run_name, now, unsaved_run
+from engine.logger import RunLog, new_branch, new_run_name, now, unsaved_run
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
 import huggingface
@@ -164,7 +164,8 @@ def run(argv, stop):
     device = world.device
 
     # ---- where to start from: settings now, weights when the model exists
-    folder_lock = None if c.eval_only else hold_folder(c, world, make=c.auto_resume or c.resume_from)
+    # evaluating only reads, unless it fetches a checkpoint first
+    folder_lock = hold_folder(c, world, make=c.auto_resume or c.resume_from) if not c.eval_only or c.resume_from and not c.resume_from.isdigit() else None
     c = resume.automatic(c, world)
     resumed = nanogpt = hf_folder = None
     if c.init_from == 'resume':
@@ -172,6 +173,8 @@ def run(argv, stop):
     elif c.init_from != 'scratch':
         c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
     start_step = resumed['step'] if resumed else 0
+    if c.upload_to:
+        open_url(c.upload_to)  # a URL that cannot work is known before any checkpoint is renamed
 
     # ---- data and the model's shape
     train_file, val_file, meta = open_dataset(c.dataset, ROOT)
@@ -222,10 +225,11 @@ def run(argv, stop):
             resume.make_way(c, world, notes)
         run_name = resumed.get('run_name') if resumed else None
         again = c.auto_resume and not resumed  # a run that died before its first checkpoint keeps its name and log
-        run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir) or new_run_name(c.out_dir), world)
-        if c.upload_to:
-            parallel.from_main(lambda: open_url(c.upload_to) and None, world)  # a URL that cannot work ends all ranks alike
-            copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local) if world.main else None
+        run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir, dataclasses.asdict(c)) or new_run_name(c.out_dir), world)
+        # who goes back begins a branch: its checkpoints come after all others of the run, wherever copies of those are
+        branch = resumed['branch'] if resumed and 'branch' in resumed and not resumed['chosen'] else parallel.from_main(new_branch, world)
+        if c.upload_to and world.main:
+            copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local)
 
     # ---- model
     if c.deterministic:
@@ -307,7 +311,7 @@ def run(argv, stop):
 
     def save():
         nonlocal saved_step
-        state = {'run_name': run_name, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': dataclasses.asdict(c),
+        state = {'run_name': run_name, 'branch': branch, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': dataclasses.asdict(c),
                  'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(),
                  'data': data, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
                  'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
@@ -340,7 +344,10 @@ def run(argv, stop):
 
     def note_evaluation(at):
         if world.main and last_evaluation[0] == at:
-            checkpoint.record_evaluation(checkpoint.path_of(c.out_dir, at), last_evaluation[1])
+            try:
+                checkpoint.record_evaluation(checkpoint.path_of(c.out_dir, at), last_evaluation[1])
+            except OSError as error:
+                log.say(f'the losses at iter {at} could not be noted beside its checkpoint ({error.strerror}): it will not count as the best')
             if copier:
                 copier.add(at)
 
@@ -466,28 +473,32 @@ def run(argv, stop):
                 log.say(f"loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad['first']} to {good + c.max_bad_steps}, sequences {first_bad} to "
                         f'{first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream: stopping with the weights of iter {good}. Look at the data there, '
                         f'or resume with a lower --learning_rate')
+                branch = new_branch()  # copies of what was saved since then come before it
                 position, tokens, step, stop_code = first_bad, tokens - (step - good) * tokens_per_step, good, stopping.NOT_FINITE
                 guard.state['counts'][:2] = 0  # the run that continues starts its row anew
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
 
     loader.close()
-    if copier:
-        if stop_code == 0:
-            log.say(f'copying to {c.upload_to}')
-        copied = copier.close(600, stop.code) if stop_code == 0 else copier.close(5)
-        stop_code = stop_code or (0 if copied else stop.code())
-        settle(None)
-        if not copied:
-            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it, or the run itself when it continues')
     if stop_code not in (0, stopping.NOT_FINITE):
         log.say(f'stopped at iter {step}; --init_from=resume continues' if step else 'stopped before the first iteration, nothing was saved')
     if failed_save:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
+    log.end()
+    copied = True
+    if c.upload_to:
+        log.say(f'copying to {c.upload_to}')
+        asked, patience = stop.code, 5 if stop_code else 600
+        # in rounds, so that no rank waits for another for longer than a round
+        while (copied := parallel.from_main(lambda: copier.finish(patience, interrupted=(lambda: False) if stop_code else asked), world)) is None:
+            settle(None)
+        settle(None)
+        if not copied:
+            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it, or the run itself when it continues')
     log.close()
     if world.main:
         folder_lock.close()
-    parallel.barrier(world)  # the main rank may still be writing, and torchrun ends all when one leaves with an error
-    return stop_code or parallel.largest(stopping.SAVE_FAILED if failed_save or copier and not copied else 0, world)
+    # also the barrier before the end: torchrun ends all when one leaves with an error
+    return parallel.largest(stop_code or stop.code() or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
 
 
 def hold_folder(c, world, make=False):

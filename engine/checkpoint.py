@@ -13,6 +13,7 @@ checkpoint is executed: tensors are read with weights_only, the metadata by an u
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -42,7 +43,7 @@ def steps(out_dir, fs=LOCAL):
     """Steps that have a checkpoint folder under out_dir, ascending, whole or not."""
     folder = folder_of(out_dir)
     names = [path.rstrip('/').rsplit('/', 1)[-1] for path in fs.ls(folder, detail=False)] if fs.isdir(folder) else []
-    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r'step_(\d{8,})', name)))
+    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r'step_(\d{8}|[1-9]\d{8,})', name)))
 
 
 # ---- is it whole?
@@ -52,6 +53,15 @@ def why_broken(path, level='full', fs=LOCAL):
 
     level: 'full' reads every byte and compares checksums; 'size' compares the sizes of the files with tensors and reads the small ones.
     """
+    try:
+        return _damage(path, level, fs)
+    except OSError as error:
+        if fs is not LOCAL:  # a server that is away says nothing about the checkpoint
+            raise
+        return f'{error.filename or path} cannot be read ({error.strerror or error})'
+
+
+def _damage(path, level, fs):
     try:
         manifest = unseal(_read(fs, f'{path}/manifest.json'))
         expected = {name: (entry['size'], entry['sha256']) for name, entry in manifest['files'].items()}
@@ -151,10 +161,10 @@ def best_step(out_dir, fs=LOCAL):
     """Step of the checkpoint with the lowest recorded validation loss on the data evaluated last, the newest of equals; None where none is recorded."""
     found = {}
     for step in steps(out_dir, fs):
-        with contextlib.suppress(ValueError):  # why_broken() tells of it
+        with contextlib.suppress(ValueError, OSError):  # why_broken() tells of it
             if evaluation := read_evaluation(path_of(out_dir, step), fs):
                 found[step] = evaluation
-    found = {step: e['val'] for step, e in found.items() if e.get('data') == found[max(found)].get('data') and e['val'] is not None}
+    found = {step: e['val'] for step, e in found.items() if e.get('data') == found[max(found)].get('data') and e['val'] is not None and math.isfinite(e['val'])}
     return min(found, key=lambda step: (found[step], -step)) if found else None
 
 
@@ -166,7 +176,7 @@ def retain(out_dir, newest, *, keep, keep_every=0, also=()):
     Kept: the `keep` newest, each whose step is a multiple of keep_every (0: none), the one with the best validation loss, steps in `also`.
     """
     before = [step for step in steps(out_dir) if step < newest]
-    kept = {best_step(out_dir), *also, *before[len(before) - (keep - 1):]} | {step for step in before if keep_every and step % keep_every == 0}
+    kept = {best_step(out_dir), *also, *before[max(0, len(before) - (keep - 1)):]} | {step for step in before if keep_every and step % keep_every == 0}
     problems = []
     for step in sorted(set(before) - kept):
         try:

@@ -1,11 +1,12 @@
 """A copy of the run elsewhere, at any URL that fsspec knows (file://, s3://, gs://, hf://), and the way back.
 
-    URL/run_20261121_101500/
+    URL/NAME/run_20261121_101500/       NAME is that of out_dir, so runs may share a URL
         run_20261121_101500.jsonl, run_20261121_101500.log
         checkpoints/step_00001000/      as on disk; manifest.json comes last, so an interrupted copy is no checkpoint
 
 A thread of the main rank copies whole checkpoints, the newest first, reads every file back and compares its checksum with
-the manifest, and tries again until it works, waiting longer each time. Nothing at URL is ever removed.
+the manifest, and tries again until it works, waiting longer each time. Nothing at URL is ever removed; only a run that went back
+replaces its own checkpoint of the same iteration.
 """
 import os
 import re
@@ -40,9 +41,10 @@ class Copier:
     def __init__(self, url, out_dir, run_name, keep_local=None):
         self.url, self.out_dir, self.run_name, self.keep_local = url, out_dir, run_name, keep_local
         self.fs, root = open_url(url)
-        self.root = f"{root.rstrip('/')}/{run_name}"
+        self.root = f"{place_of(root, out_dir)}/{run_name}"
         self.lock = threading.Lock()  # held while a checkpoint is chosen to be copied or removed
-        self.pending, self.current, self.done = set(checkpoint.steps(out_dir)), None, set()
+        self.pending, self.current, self.done, self.broken, self.tries = set(checkpoint.steps(out_dir)), None, set(), set(), {}
+        self.last_success = time.monotonic()
         self.messages, self.wake, self.closing = [], threading.Event(), False
         self.thread = threading.Thread(target=self._run, daemon=True, name='copies')
         self.thread.start()
@@ -58,26 +60,30 @@ class Copier:
         messages, self.messages = self.messages, []
         return messages
 
-    def close(self, patience, interrupted=lambda: False):
-        """Copy what is left, and the logs, until `patience` seconds pass without success or interrupted() is true; True if all is there."""
-        self.closing = True
-        self.add(None)  # the logs, as they are at the end
-        deadline, done = time.monotonic() + patience, -1
-        while self.thread.is_alive() and time.monotonic() < deadline and not interrupted():
+    def finish(self, patience, interrupted=lambda: False):
+        """Wait up to 20 s for what is left, and the logs: True if all is there, None if it goes on, False once `patience` seconds
+        passed without success or interrupted() is true."""
+        if not self.closing:
+            self.last_success = time.monotonic()
+            self.add(None)  # the logs, as they are at the end
+            self.closing = True
+            self.wake.set()
+        until = time.monotonic() + 20
+        while self.thread.is_alive() and time.monotonic() < until:
             self.thread.join(0.1)
-            if len(self.done) > done:
-                deadline, done = time.monotonic() + patience, len(self.done)
-        return not self.thread.is_alive()
+            if interrupted() or time.monotonic() - self.last_success > patience:
+                return False
+        return None if self.thread.is_alive() else not self.broken
 
     def _run(self):
-        tries = 0
+        failures = 0
         while True:
             with self.lock:
-                steps = self.pending - {None}
-                self.current = max(steps) if steps else None
-                step, idle = self.current, not self.pending
+                # the newest first, but what failed after what was not tried; the logs last
+                step = max(self.pending, key=lambda s: (-self.tries.get(s, 0), -1 if s is None else s), default='none')
+                self.current = step if isinstance(step, int) else None
                 self.pending.discard(step)
-            if idle:
+            if step == 'none':
                 if self.closing:
                     return
                 self.wake.wait()
@@ -85,34 +91,41 @@ class Copier:
                 continue
             try:
                 started = time.monotonic()
+                if step is not None and (reason := checkpoint.why_broken(checkpoint.path_of(self.out_dir, step), 'size')):
+                    if os.path.isdir(checkpoint.path_of(self.out_dir, step)):  # else it was removed since, there is a newer one
+                        self.broken.add(step)
+                        self.messages.append(f'NOT COPIED, as it is not whole: {checkpoint.path_of(self.out_dir, step)}: {reason}')
+                    continue
                 new = self._copy(step) if step is not None else self._copy_logs()
                 self.done.add(step)
+                self.last_success = time.monotonic()
                 if new:
                     self.messages.append(f'copied step {step} to {self.root} in {time.monotonic() - started:.1f} s, verified')
-                if tries:
+                if failures:
                     self.messages.append(f'{self.url} works again')
-                tries = 0
+                failures = 0
                 self._thin_out()
             except Exception as error:  # each backend has its own; none of them may stop the run
                 if step is not None and not os.path.isdir(checkpoint.path_of(self.out_dir, step)):
-                    continue  # removed since, there is a newer one
+                    continue
+                failures += 1
                 with self.lock:
                     self.pending.add(step)
-                tries += 1
-                if tries in (1, 2, 5) or tries % 10 == 0:
-                    self.messages.append(f'NOT COPIED to {self.url} ({type(error).__name__}: {str(error)[:300]}): try {tries}, trying again')
+                    self.tries[step] = self.tries.get(step, 0) + 1
+                if failures in (1, 2, 5) or failures % 10 == 0:
+                    self.messages.append(f'NOT COPIED to {self.url} ({type(error).__name__}: {str(error)[:300]}): try {failures}, trying again')
                 self.wake.clear()
-                self.wake.wait(min(LONGEST_WAIT, 2.0 ** min(tries - 1, 10)))
+                self.wake.wait(min(LONGEST_WAIT, 2.0 ** min(failures - 1, 10)))
 
     def _copy(self, step):
         """Copy one checkpoint; False if it was there already."""
         here, there = checkpoint.path_of(self.out_dir, step), f'{self.root}/checkpoints/step_{step:08d}'
-        if checkpoint.why_broken(here, 'size'):
-            raise ValueError(f'{here}: {checkpoint.why_broken(here, "size")}')
         with open(f'{here}/manifest.json', 'rb') as f:
             manifest = f.read()
         new = not self._equals(f'{there}/manifest.json', manifest)
         if new:
+            if self.fs.isfile(f'{there}/manifest.json'):  # of a branch that this run left: no mixture may look whole
+                self.fs.rm_file(f'{there}/manifest.json')
             for number, (name, entry) in enumerate(checkpoint.unseal(manifest)['files'].items()):
                 if not self._has(f'{there}/{name}', entry):
                     self.fs.put_file(f'{here}/{name}', f'{there}/{name}')
@@ -153,34 +166,65 @@ class Copier:
         with self.lock:
             here = checkpoint.steps(self.out_dir)
             for step in here[:-self.keep_local]:
-                if step in self.done:
+                if step in self.done and step not in self.pending:
                     try:
                         checkpoint.remove(checkpoint.path_of(self.out_dir, step), step)
                     except OSError as error:
                         self.messages.append(f'{checkpoint.path_of(self.out_dir, step)} could not be removed: {error}')
 
 
-def find(source, level='size'):
-    """(fs, folder of the run, step, rejected) of the newest whole checkpoint at `source`, or of the one that it names.
+def place_of(url, out_dir):
+    """Where the copies of the runs in out_dir are, given upload_to."""
+    return f"{url.rstrip('/')}/{os.path.basename(os.path.abspath(out_dir))}"
 
-    source: URL or folder of a checkpoint, of a run, or of several runs, the newest of which counts. step is None where there
-    is none. Raises ConfigError if the place cannot be read.
+
+def age(path, fs=checkpoint.LOCAL):
+    """(branch, step) of a whole checkpoint, which is larger for the one to continue: a run that went back is newer than what it left."""
+    state = checkpoint.read_state(path, fs)
+    return state.get('branch', ''), state['step']
+
+
+def find(source, level='size'):
+    """(fs, folder of the run, step, rejected) of the checkpoint to continue at `source`, or of the one that it names.
+
+    source: URL or folder of a checkpoint, of a run, or of the runs of one out_dir, the newest of which counts. step is None where
+    there is none. Raises ConfigError if the place cannot be read, or holds the runs of several out_dirs.
     """
     fs, root = open_url(source)
     root = root.rstrip('/')
     try:
         name = root.rsplit('/', 1)[-1]
         if re.fullmatch(r'step_\d{8,}', name):
-            return fs, root.rsplit('/', 2)[0], *checkpoint.newest_whole(root.rsplit('/', 2)[0], level, fs, int(name.removeprefix('step_')))
+            root = root.rsplit('/', 2)[0]
+            return fs, root, *checkpoint.newest_whole(root, level, fs, int(name.removeprefix('step_')))
         if not fs.isdir(f'{root}/checkpoints'):
-            children = sorted(path.rstrip('/') for path in fs.ls(root, detail=False)) if fs.isdir(root) else []
-            runs = [path for path in children if re.search(r'/run_[^/]*$', path) and fs.isdir(f'{path}/checkpoints')]
+            runs = _runs(fs, root)
+            others = [] if runs else [path for path in _children(fs, root) if _runs(fs, path)]
+            if len(others) > 1:
+                raise ConfigError(f"{source} has runs of {', '.join(path.rsplit('/', 1)[-1] for path in others)}: add the one to continue to the URL")
+            runs = runs or (_runs(fs, others[0]) if others else [])
             root = runs[-1] if runs else root
-        return fs, root, *checkpoint.newest_whole(root, level, fs)
+        whole, rejected = [], []
+        for step in checkpoint.steps(root, fs):
+            reason = checkpoint.why_broken(checkpoint.path_of(root, step), level, fs)
+            if reason:
+                rejected.append((checkpoint.path_of(root, step), reason))
+            else:
+                whole.append(age(checkpoint.path_of(root, step), fs))
+        step = max(whole)[1] if whole else None
+        return fs, root, step, rejected
     except ConfigError:
         raise
     except Exception as error:  # each backend has its own
         raise ConfigError(f'{source} cannot be read ({type(error).__name__}: {str(error)[:300]})') from None
+
+
+def _children(fs, path):
+    return sorted(child.rstrip('/') for child in fs.ls(path, detail=False)) if fs.isdir(path) else []
+
+
+def _runs(fs, path):
+    return [child for child in _children(fs, path) if re.search(r'/run_[^/]*$', child) and fs.isdir(f'{child}/checkpoints')]
 
 
 def fetch(source, out_dir):
@@ -197,7 +241,8 @@ def fetch(source, out_dir):
         for local in reversed(checkpoint.steps(out_dir)):
             if not checkpoint.why_broken(path := checkpoint.path_of(out_dir, local), 'size') and (name := checkpoint.read_state(path)['run_name']) != run_name:
                 raise ConfigError(f'{source} is {run_name}, but {out_dir} holds {name}: give another --out_dir')
-        if os.path.isdir(here) and not checkpoint.why_broken(here):
+        if os.path.isdir(here) and not checkpoint.why_broken(here) and age(here) == age(there, fs):
+            _fetch_logs(fs, root, run_name, out_dir, only_missing=True)
             break
         temporary = os.path.join(checkpoint.folder_of(out_dir), f'.fetching_step_{step:08d}')
         shutil.rmtree(temporary, ignore_errors=True)
@@ -210,13 +255,8 @@ def fetch(source, out_dir):
         if reason is None:
             if os.path.isdir(here):
                 checkpoint.rename_aside(here, 'rejected')
+            _fetch_logs(fs, root, run_name, out_dir)  # before the rename: a checkpoint that is here has its log
             os.rename(temporary, here)
-            for name in (f'{run_name}.jsonl', f'{run_name}.log'):
-                if fs.isfile(f'{root}/{name}'):
-                    log = os.path.join(out_dir, name)
-                    if os.path.exists(log):
-                        os.rename(log, checkpoint.free_name(f'{log}.before_fetch'))
-                    fs.get_file(f'{root}/{name}', log)
             break
         rejected.append((there, reason))
         shutil.rmtree(temporary)
@@ -228,3 +268,14 @@ def fetch(source, out_dir):
     if step is None:
         raise ConfigError(f'{source} has no checkpoint that can be used' + ''.join(f'; {path}: {reason}' for path, reason in rejected))
     return step, rejected
+
+
+def _fetch_logs(fs, root, run_name, out_dir, only_missing=False):
+    for name in (f'{run_name}.jsonl', f'{run_name}.log'):
+        log = os.path.join(out_dir, name)
+        if not fs.isfile(f'{root}/{name}') or only_missing and os.path.exists(log):
+            continue
+        fs.get_file(f'{root}/{name}', f'{log}.tmp')
+        if os.path.exists(log):
+            os.rename(log, checkpoint.free_name(f'{log}.before_fetch'))
+        os.rename(f'{log}.tmp', log)

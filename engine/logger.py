@@ -7,7 +7,9 @@
 and, where asked for, Weights & Biases and TensorBoard. A resumed run continues its files after dropping what lies beyond
 the step it resumed from, so that curves never fork. A number that is not finite is written as null: JSON has no NaN.
 """
+import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -35,14 +37,35 @@ def new_run_name(out_dir):
         moment += datetime.timedelta(seconds=1)
 
 
-def unsaved_run(out_dir):
-    """Name of the newest run in out_dir if it neither saved a checkpoint nor came to its end, else None: it can begin again under its name."""
+def unsaved_run(out_dir, config):
+    """Name of the newest run in out_dir if it had this `config` and neither saved a checkpoint nor came to its end, else None: it can begin again under its name."""
     logs = sorted(name for name in os.listdir(out_dir) if re.fullmatch(r'run_\d{8}_\d{6}\.jsonl', name))
     if not logs:
         return None
     with open(os.path.join(out_dir, logs[-1]), encoding='utf-8', errors='replace') as f:
-        saved = any(line.startswith(('{"type": "checkpoint"', '{"type": "end"')) for line in f)
-    return None if saved else logs[-1].removesuffix('.jsonl')
+        lines = f.readlines()
+    records = [record for record in map(_record, lines) if record]
+    same = bool(records) and records[0].get('config') == json.loads(json.dumps(finite(config)))
+    return logs[-1].removesuffix('.jsonl') if same and not any(r['type'] in ('checkpoint', 'end') for r in records) else None
+
+
+# what the other records need of each, beside 'type'
+_NEEDED = {'iter': {'iter', 'loss', 'time_ms', 'tokens_per_sec', 'mfu', 'memory'}, 'eval': {'iter', 'val_loss'}, 'checkpoint': {'iter', 'val_loss'}, 'header': {'start_time'}}
+
+
+def _record(line):
+    """The record in a line of the JSONL, or None for a line that was cut or damaged."""
+    try:
+        record = json.loads(line)
+        whole = isinstance(record['type'], str) and record.keys() >= _NEEDED.get(record['type'], set()) and isinstance(record.get('iter', 0), int)
+        return record if whole else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def new_branch():
+    """Name of a stretch of training that begins anew or from a checkpoint that was not the newest; later ones sort after earlier ones."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime('%Y%m%dT%H%M%S.%fZ')
 
 
 class RunLog:
@@ -65,7 +88,7 @@ class RunLog:
         os.makedirs(out_dir, exist_ok=True)
         kept = self._keep_until(resume_step, evaluated) if resume_step is not None else []
         self.text = open(f'{self.path}.log', 'a', encoding='utf-8')
-        self.lines = open(f'{self.path}.jsonl', 'a', encoding='utf-8')
+        self.lines, self.unwritten, self.disk_works = open(f'{self.path}.jsonl', 'ab', buffering=0), b'', True
         if kept:
             self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
         else:
@@ -74,20 +97,23 @@ class RunLog:
 
     def _keep_until(self, step, evaluated):
         """Rewrite the JSONL without what lies beyond `step`; the records that stay."""
-        kept = []
+        kept, damaged = [], []
         if not os.path.exists(f'{self.path}.jsonl'):
             return kept
         with open(f'{self.path}.jsonl', encoding='utf-8', errors='replace') as f:
             for line in f:
-                try:
-                    record = json.loads(line)
-                except ValueError:  # the last line of a killed run may be cut
+                record = _record(line)
+                if record is None:  # the last line of a killed run may be cut
+                    damaged.append(line)
                     continue
                 # a save comes before the evaluation at its step, which may have been cut short and will then be made again
                 again = record['type'] == 'eval' and record['iter'] == step and not evaluated
                 beyond = record['type'] == 'end' or record.get('iter', 0) > step or again
                 if not beyond:
                     kept.append(record)
+        if damaged:
+            with open(f'{self.path}.jsonl.damaged', 'a', encoding='utf-8') as f:
+                f.writelines(damaged)
         with open(f'{self.path}.jsonl.tmp', 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(record) + '\n' for record in kept)
             f.flush()
@@ -110,8 +136,9 @@ class RunLog:
             return
         tqdm.write(text)
         if self.write:
-            self.text.write(text + '\n')
-            self.text.flush()
+            with contextlib.suppress(OSError):  # the terminal has it
+                self.text.write(text + '\n')
+                self.text.flush()
 
     def event(self, kind, **fields):
         """Append one record: 'iter' | 'eval' | 'checkpoint' | 'save_failed' | 'resume' | 'end'."""
@@ -127,8 +154,19 @@ class RunLog:
             self.write_json()
 
     def _append(self, record):
-        self.lines.write(json.dumps(finite(record)) + '\n')
-        self.lines.flush()
+        self.unwritten += json.dumps(finite(record)).encode() + b'\n'
+        self._write()
+
+    def _write(self):
+        """Bring the records to the file; what a full disk refuses stays in memory and comes before the next record."""
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.lines.write(self.unwritten):]
+            self.disk_works = True
+        except OSError as error:
+            if self.disk_works:
+                tqdm.write(f'THE LOG CANNOT BE WRITTEN ({error.strerror}): {self.path}.jsonl will be completed when it can')
+            self.disk_works = False
 
     def _remember(self, record):
         if record['type'] in _SECTIONS:
@@ -146,6 +184,9 @@ class RunLog:
     def sync(self):
         """Bring the records to the disk, so that a checkpoint never outlives the lines before it."""
         if self.write:
+            self._write()
+            if self.unwritten:
+                raise OSError(errno.ENOSPC, 'the log before it cannot be written', f'{self.path}.jsonl')
             os.fsync(self.lines.fileno())
 
     def has_checkpoint(self, step):
@@ -166,20 +207,28 @@ class RunLog:
         progress = [{'iter': r['iter'], 'loss': r['loss'], 'mfu': r['mfu']['mfu'] if isinstance(r['mfu'], dict) else None,
                      'tokens_per_sec': r['tokens_per_sec'], 'memory_allocated_gb': r['memory']['allocated_gb'], 'dt_ms': r['time_ms']}
                     for r in self.run['training_iterations']]
-        with open(f'{self.path}.json.tmp', 'w', encoding='utf-8') as f:
-            json.dump(finite({**self.run, 'training_progress': progress, 'summary': self.summary()}), f)
-        os.replace(f'{self.path}.json.tmp', f'{self.path}.json')
+        text = json.dumps(finite({**self.run, 'training_progress': progress, 'summary': self.summary()}))
+        with contextlib.suppress(OSError):  # a full disk: the file stays as it was, the next one is complete again
+            with open(f'{self.path}.json.tmp', 'w', encoding='utf-8') as f:
+                f.write(text)
+            os.replace(f'{self.path}.json.tmp', f'{self.path}.json')
+
+    def end(self):
+        """Write the summary, the last record."""
+        if self.write and self.run['end_time'] is None:
+            self.run['end_time'] = now()
+            self.bar.close()
+            self.event('end', end_time=self.run['end_time'], summary=self.summary())
 
     def close(self):
-        """Write the summary and close the files."""
+        """Write the summary if that was not done, and close the files."""
         if not self.write:
             return
-        self.run['end_time'] = now()
-        self.bar.close()
-        self.event('end', end_time=self.run['end_time'], summary=self.summary())
+        self.end()
         for sink in self.sinks:
             sink('close', {})
-        self.text.close()
+        with contextlib.suppress(OSError):
+            self.text.close()
         self.lines.close()
 
     def to_wandb(self, project, name):

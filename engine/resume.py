@@ -13,44 +13,45 @@ NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_c
 
 
 def automatic(c, world):
-    """`c` of a run with auto_resume: set to resume if out_dir or upload_to has something to continue, else as it is.
+    """`c` of a run with auto_resume: set to resume if there is something to continue, else as it is.
 
-    Of the two places the one with the newer checkpoint of the run counts.
+    The newest checkpoint of out_dir and of what out_dir has at upload_to counts; if there is none, resume_from.
     """
-    if not c.auto_resume or c.init_from == 'resume':
+    if not c.auto_resume:
         return c
 
     def look():
-        checkpoint.tidy(c.out_dir)
-        step, _ = checkpoint.newest_whole(c.out_dir, 'size')
-        begun = bool(checkpoint.steps(c.out_dir)) or os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt'))
-        source = c.resume_from or c.upload_to
-        if source and not (c.resume_from or '').isdigit():
+        if not c.eval_only:
+            checkpoint.tidy(c.out_dir)
+        step, _ = checkpoint.newest_whole(c.out_dir, c.verify_checkpoint)
+        if c.upload_to:
+            place = copier.place_of(c.upload_to, c.out_dir)
             try:
-                fs, root, there, rejected = copier.find(source)
+                fs, root, there, rejected = copier.find(place)
             except ConfigError:
                 if step is None:
                     raise  # starting anew while the run may be there would fork it
                 return 'resume', None
             if there is None and rejected and step is None:
-                raise ConfigError(f'{source} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
-            if there is not None and (step is None or there > step):
-                name = checkpoint.read_state(checkpoint.path_of(root, there), fs)['run_name']
-                if step is None or name == checkpoint.read_state(checkpoint.path_of(c.out_dir, step))['run_name']:
-                    return 'resume', source
-        return ('resume', None) if begun else (c.init_from, None)
+                raise ConfigError(f'{place} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
+            if there is not None:
+                here = copier.age(checkpoint.path_of(c.out_dir, step)) if step is not None else ('', -1)
+                if copier.age(checkpoint.path_of(root, there), fs) > here:
+                    return 'resume', place
+        begun = bool(checkpoint.steps(c.out_dir)) or os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt'))
+        return ('resume', None) if begun else ('resume', c.resume_from) if c.resume_from else (c.init_from, None)
 
     init_from, resume_from = parallel.from_main(look, world)
-    return dataclasses.replace(c, init_from=init_from, resume_from=resume_from if init_from == 'resume' else c.resume_from)
+    return dataclasses.replace(c, init_from=init_from, resume_from=resume_from)
 
 
 def find(c, given, shape_keys, world, notes):
     """(config, state, nanoGPT's content or None): what c.init_from='resume' means here.
 
-    state: the dict of the checkpoint's state.json with 'path', and 'rejected' and 'chosen' for set_aside(). Keys
+    state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for set_aside(); 'chosen' if the user went back. Keys
     that the user did not set now are taken from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
     """
-    step, rejected, chosen = parallel.from_main(lambda: _choose(c), world)
+    step, rejected, certain, chosen = parallel.from_main(lambda: _choose(c), world)
     notes += [f'rejected {path}: {reason}' for path, reason in rejected]
     imported = None
     old = os.path.join(c.out_dir, 'ckpt.pt')
@@ -65,23 +66,24 @@ def find(c, given, shape_keys, world, notes):
         why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
         raise ConfigError(f'init_from=resume, but {checkpoint.folder_of(c.out_dir)} has no checkpoint that can be used{why}: '
                           f'type --init_from=scratch to start, or the --out_dir of the run to continue')
-    state.update(rejected=[path for path, _ in rejected], chosen=chosen)
+    state.update(rejected=[path for path, _ in rejected], certain=certain, chosen=chosen)
     return _merged(c, given, state, shape_keys, notes), state, imported
 
 
 def _choose(c):
-    """(step or None, [(path, reason)] rejected, whether a certain step was asked for)."""
+    """(step or None, [(path, reason)] rejected, whether it was a certain step, whether the user chose it)."""
     if not c.eval_only:
         checkpoint.tidy(c.out_dir)
-    wanted, rejected = None, []
+    wanted, rejected, chosen = None, [], False
     if c.resume_from and c.resume_from.isdigit():
-        wanted = int(c.resume_from)
+        wanted, chosen = int(c.resume_from), True
     elif c.resume_from:
         wanted, rejected = copier.fetch(c.resume_from, c.out_dir)
+        chosen = not c.auto_resume  # which takes the newest there is
     step, more = checkpoint.newest_whole(c.out_dir, c.verify_checkpoint, wanted=wanted)
     if step is None and wanted is not None and checkpoint.steps(c.out_dir):
         raise ConfigError(f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps {checkpoint.steps(c.out_dir)}')
-    return step, rejected + more, wanted is not None
+    return step, rejected + more, wanted is not None, chosen
 
 
 def _merged(c, given, state, shape_keys, notes):
@@ -125,9 +127,9 @@ def set_aside(c, state, world):
     """Rename the checkpoints that were rejected, and those after the one that resume_from chose: what continues must stay the newest."""
     if world.main:
         for path in state['rejected']:
-            if os.path.dirname(path) == checkpoint.folder_of(c.out_dir) and os.path.isdir(path):
+            if os.path.dirname(path) == checkpoint.folder_of(c.out_dir) and os.path.lexists(path):
                 checkpoint.rename_aside(path, 'rejected')
-        if state['chosen']:
+        if state['certain']:
             supersede(c.out_dir, state['step'])
     parallel.barrier(world)
 

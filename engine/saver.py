@@ -9,6 +9,7 @@ every rank has all tensors, each copies and writes its share. The thread talks t
 its own, so that it never stands in the way of training's collectives. A save that fails is an Outcome with an error, the same on
 every rank; what was on disk before stays as it was.
 """
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -123,7 +124,8 @@ class Saver:
     def _run(self, step, tensors, state, size):
         outcome = self.outcome
         if self.background:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training comes first
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training comes first
         if self.world.device.type == 'cuda':
             torch.cuda.set_device(self.world.device)  # a new thread begins on the first GPU
         try:
@@ -181,7 +183,10 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)  # room for the next try
             raise
         if main:
-            notes = [] if self.keep_all else self._retain(step)
+            try:
+                notes = [] if self.keep_all else self._retain(step)
+            except OSError as error:
+                notes = [f'older checkpoints could not be removed: {_sentence(error)}']
             if self.copier:
                 self.copier.add(step)
             self.outcome.notes = tuple(notes)

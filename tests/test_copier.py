@@ -58,12 +58,6 @@ def url(request, tmp_path):
     return f's3://bucket/{tmp_path.name}'
 
 
-def names(url):
-    """The files at url, below the run."""
-    fs, root = copier.open_url(url)
-    return sorted(path.split('/run_')[1].split('/', 1)[1] for path in fs.find(root))
-
-
 def test_checkpoints_and_logs_are_copied_while_training_and_complete_in_the_end(train, tmp_path, url, capsys):
     out = tmp_path / 'out'
     assert train(out, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True', f'--upload_to={url}') == 0
@@ -78,12 +72,12 @@ def test_checkpoints_and_logs_are_copied_while_training_and_complete_in_the_end(
             assert open(f'{local}/{name}', 'rb').read() == fs.cat_file(f'{there}/{name}'), name
     log, = glob.glob(f'{out}/*.jsonl')
     copied = fs.cat_file(f'{root}/{os.path.basename(log)}').decode().splitlines()
-    assert [json.loads(line) for line in copied][:-1] == [json.loads(line) for line in open(log)][:len(copied) - 1] and sum('"iter", ' in line for line in copied) == 30
+    assert copied == open(log).read().splitlines() and json.loads(copied[-1])['type'] == 'end'
 
 
 def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys):
     assert train(tmp_path / 'calm', '--max_iters=30', '--eval_interval=10', '--dropout=0.1') == 0
-    a, b = tmp_path / 'a', tmp_path / 'b'
+    a, b = tmp_path / 'machine_1' / 'out', tmp_path / 'machine_2' / 'out'
     assert train(a, '--max_iters=20', '--eval_interval=10', '--dropout=0.1', f'--upload_to={url}') == 0
     os.rename(a, tmp_path / 'gone')
     assert train(b, '--init_from=resume', f'--resume_from={url}', '--max_iters=30') == 0
@@ -92,7 +86,7 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
     from test_resume import equal, weights
     assert equal(weights(b, 30), weights(tmp_path / 'calm', 30))
     # it went on copying to where the run had copied to; one command line for any machine
-    c = tmp_path / 'c'
+    c = tmp_path / 'machine_3' / 'out'
     assert train(c, '--auto_resume=True', f'--upload_to={url}', '--max_iters=40', '--eval_interval=10', '--dropout=0.1') == 0
     assert 'continuing at iter 30' in capsys.readouterr().out and sorted(losses(c)) == list(range(1, 41))
     # and the machine that has an older state fetches the newer one
@@ -249,10 +243,10 @@ def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatc
                 f.write(b'#')
     monkeypatch.setattr(LocalFileSystem, 'put_file', unreliable)
     copies = copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), 'run_x')  # which has no log
-    assert copies.close(30)
+    assert copies.finish(30)
     news = copies.news()
     assert damaged and any('__0_0.distcp reads back differently' in line for line in news) and any('copied step 10' in line for line in news), news
-    assert checkpoint.why_broken(f"{tmp_path / 'there'}/run_x/checkpoints/step_00000010") is None
+    assert checkpoint.why_broken(f"{tmp_path / 'there'}/a/run_x/checkpoints/step_00000010") is None
 
 
 def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
@@ -262,5 +256,5 @@ def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
     write = copier.Copier._write
     monkeypatch.setattr(copier.Copier, '_write', lambda self, path, data: (written.append(os.path.basename(path)), write(self, path, data)))
     run_name = os.path.basename(glob.glob(f"{tmp_path / 'a'}/*.jsonl")[0]).removesuffix('.jsonl')
-    assert copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), run_name).close(30)
+    assert copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), run_name).finish(30)
     assert written[:4] == [f'{run_name}.jsonl', f'{run_name}.log', 'manifest.json', 'evaluation.json']

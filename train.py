@@ -71,7 +71,7 @@ class Config:
     auto_resume: bool = False  # continue the run in out_dir (or at upload_to) if there is one, else start it
     resume_from: str | None = None  # with init_from=resume: an iteration, or the URL or folder of a checkpoint or a run; None: the newest in out_dir
     allow_data_change: bool = False  # resume although train.bin or val.bin is another
-    upload_to: str | None = None  # URL (s3://, gs://, hf://, file://) to which finished checkpoints and logs are copied
+    upload_to: str | None = None  # URL (s3://, gs://, hf://, file://): finished checkpoints and logs are copied to URL/NAME, NAME being that of out_dir
     upload_keep_local: int | None = None  # copied checkpoints that stay in out_dir; None: copying removes none
     max_time: float = 0.0  # hours after which the run saves and leaves with exit code 75, 0 = none
     max_bad_steps: int = 3  # iterations in a row with a loss or gradient that is not finite (each is skipped) after which the run stops

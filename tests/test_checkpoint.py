@@ -205,3 +205,33 @@ def test_set_aside_never_overwrites(tmp_path):
         save(tmp_path, 1)
         checkpoint.set_aside_all(str(tmp_path), 'run')
     assert sorted(os.listdir(tmp_path)) == ['checkpoints_run', 'checkpoints_run_2']
+
+
+@pytest.mark.parametrize('keep', range(1, 9))
+def test_as_many_stay_as_asked_for(tmp_path, keep):
+    for step in range(1, 13):
+        save(tmp_path, step, keep=keep)
+        assert checkpoint.steps(str(tmp_path)) == list(range(max(1, step - keep + 1), step + 1))
+
+
+def test_what_cannot_be_read_is_rejected_by_name(tmp_path):
+    save(tmp_path, 1)
+    folder = tmp_path / 'checkpoints'
+    (folder / 'step_00000002').write_text('a file')
+    os.makedirs(folder / 'step_00000003' / 'manifest.json')
+    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    assert step == 1 and all('cannot be read' in reason for _, reason in rejected) and len(rejected) == 2
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    for step, loss in ((1, float('nan')), (2, 2.0), (3, 3.0)):
+        checkpoint.record_evaluation(save(tmp_path, step, keep=9), {'train': 1.0, 'val': loss, 'data': 'x'})
+    assert checkpoint.best_step(str(tmp_path)) == 2
+
+
+def test_an_evaluation_that_cannot_be_read_stops_neither_saving_nor_retention(tmp_path):
+    path = save(tmp_path, 1)
+    os.symlink('/proc/self/mem', os.path.join(path, 'evaluation.json'))
+    for step in (2, 3, 4):
+        save(tmp_path, step, keep=2)
+    assert checkpoint.steps(str(tmp_path)) == [3, 4]

@@ -258,3 +258,60 @@ def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
     run_name = os.path.basename(glob.glob(f"{tmp_path / 'a'}/*.jsonl")[0]).removesuffix('.jsonl')
     assert copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), run_name).finish(30)
     assert written[:4] == [f'{run_name}.jsonl', f'{run_name}.log', 'manifest.json', 'evaluation.json']
+
+
+def test_who_went_back_stays_on_the_new_branch(train, tmp_path, url, capsys):
+    """The bucket still has the later checkpoints of the branch that was left."""
+    out, copies = tmp_path / 'out', f'--upload_to={url}'
+    assert train(out, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True', copies) == 0
+    assert train(out, '--init_from=resume', '--resume_from=10', '--max_iters=20', '--learning_rate=5e-4', copies) == 0
+    branch = losses(out)
+    assert train(out, '--auto_resume=True', '--max_iters=25', '--learning_rate=5e-4', '--eval_interval=10', copies) == 0
+    assert 'continuing at iter 20' in capsys.readouterr().out and {k: v for k, v in losses(out).items() if k <= 20} == branch
+    bare = tmp_path / 'bare' / 'out'
+    assert train(bare, '--auto_resume=True', '--max_iters=26', '--learning_rate=5e-4', '--eval_interval=10', copies) == 0
+    assert 'continuing at iter 25' in capsys.readouterr().out and {k: v for k, v in losses(bare).items() if k <= 20} == branch
+
+
+def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
+    """Another out_dir is another run: it neither continues nor overwrites the first; a fork has a place of its own."""
+    a, b, fork, copies = tmp_path / 'a', tmp_path / 'b', tmp_path / 'fork', f'--upload_to={url}'
+    assert train(a, '--max_iters=20', '--eval_interval=10', copies) == 0
+    fs, root, *_ = copier.find(url)
+    before = {path: fs.cat_file(path) for path in fs.find(root)}
+    assert train(b, '--auto_resume=True', '--max_iters=10', '--eval_interval=10', '--learning_rate=5e-4', copies) == 0
+    assert 'continuing' not in capsys.readouterr().out
+    assert train(fork, '--init_from=resume', f'--resume_from={a}/checkpoints/step_00000010', '--max_iters=20', '--eval_interval=10', '--learning_rate=5e-4') == 0
+    assert {path: fs.cat_file(path) for path in fs.find(root)} == before
+    assert copier.find(f'{url}/fork')[2] == 20
+    assert train(tmp_path / 'c', '--init_from=resume', f'--resume_from={url}', '--max_iters=20') == 2
+    assert 'has runs of a, b, fork: add the one to continue to the URL' in capsys.readouterr().err
+
+
+def test_a_broken_one_does_not_hold_up_the_others(train, tmp_path, capsys):
+    out, url = tmp_path / 'a', f"file://{tmp_path / 'there'}"
+    assert train(out, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True') == 0
+    with open(os.path.join(checkpoint.path_of(str(out), 30), 'state.json'), 'a') as f:
+        f.write('  ')
+    assert checkpoints.main([str(out), f'--copy_to={url}']) == 1
+    output = capsys.readouterr().out
+    assert 'NOT COPIED, as it is not whole' in output and 'copied step 20' in output and 'copied step 10' in output
+
+
+def test_automatic_with_a_place_to_begin_from_goes_there_only_once(train, tmp_path, capsys):
+    assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
+    for last, begins in ((20, 10), (30, 20)):
+        assert train(tmp_path / 'b', '--auto_resume=True', '--init_from=resume', f"--resume_from={tmp_path / 'a'}", f'--max_iters={last}', '--eval_interval=10') == 0
+        assert f'continuing at iter {begins}' in capsys.readouterr().out
+    assert train(tmp_path / 'b', '--init_from=resume', '--max_iters=40', '--upload_to=s4://x', '--resume_from=20') == 2
+    assert checkpoint.steps(str(tmp_path / 'b')) == [20, 30]  # nothing was renamed
+
+
+def test_damage_here_is_mended_from_the_copy(train, tmp_path, capsys):
+    out, url = tmp_path / 'a', f"--upload_to=file://{tmp_path / 'there'}"
+    assert train(out, '--max_iters=20', '--eval_interval=10', url, '--upload_keep_local=1') == 0
+    with open(os.path.join(checkpoint.path_of(str(out), 20), '__0_0.distcp'), 'r+b') as f:
+        f.seek(5000)
+        f.write(b'X')
+    assert train(out, '--auto_resume=True', '--max_iters=30', '--eval_interval=10', url) == 0
+    assert 'continuing at iter 20' in capsys.readouterr().out and sorted(losses(out)) == list(range(1, 31))

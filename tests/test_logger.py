@@ -159,3 +159,42 @@ def test_wandb_receives_the_records(train, tmp_path, monkeypatch):
 def test_memory_is_measured(run):
     memory = [r['memory'] for r in records(run)]
     assert all(0.05 < m['allocated_gb'] <= m['max_allocated_gb'] < 100 for m in memory)
+
+
+def test_a_full_disk_costs_no_record_and_no_run(tmp_path, monkeypatch):
+    log = RunLog(str(tmp_path), 'run_1', HEADER)
+    file, room = log.lines, [True]
+
+    class Disk:
+        def write(self, data):
+            if not room[0]:
+                raise OSError(28, 'No space left on device')
+            return file.write(data[:50])  # a disk may take less than it is given
+
+        def fileno(self):
+            return file.fileno()
+
+        def close(self):
+            file.close()
+    log.lines = Disk()
+    log.event('iter', iter=1, loss=2.0, **ITERATION)
+    room[0] = False
+    log.event('iter', iter=2, loss=1.5, **ITERATION)
+    with pytest.raises(OSError, match='the log before it cannot be written'):  # so the checkpoint after it is not saved either
+        log.sync()
+    room[0] = True
+    log.event('iter', iter=3, loss=1.0, **ITERATION)
+    log.sync()
+    log.close()
+    assert losses(tmp_path) == {1: 2.0, 2: 1.5, 3: 1.0}
+
+
+def test_a_damaged_line_is_set_aside(tmp_path):
+    log = RunLog(str(tmp_path), 'run_1', HEADER)
+    for step in (1, 2, 3):
+        log.event('iter', iter=step, loss=2.0, **ITERATION)
+    text = (tmp_path / 'run_1.jsonl').read_text().splitlines(keepends=True)
+    bad = [text[2].replace('"type"', '"tyqe"'), '[1]\n', '{"type": "iter", "iter": "x"}\n', 'no json\n']
+    (tmp_path / 'run_1.jsonl').write_text(''.join([*text[:2], *bad, text[3]]))
+    RunLog(str(tmp_path), 'run_1', HEADER, resume_step=3).close()
+    assert sorted(losses(tmp_path)) == [1, 3] and (tmp_path / 'run_1.jsonl.damaged').read_text() == ''.join(bad)

@@ -220,7 +220,7 @@ def run(argv, stop):
     if not c.eval_only:
         folder_lock = folder_lock or hold_folder(c, world, make=True)
         if resumed:
-            resume.set_aside(c, resumed, world)
+            resume.set_aside(c, resumed, world, notes)
         else:
             resume.make_way(c, world, notes)
         run_name = resumed.get('run_name') if resumed else None
@@ -378,6 +378,8 @@ def run(argv, stop):
             step_model.eval()(x, y, reduction='sum')
             step_model.train()
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
+    if step >= c.max_iters:
+        log.say(f'nothing to train: already at iter {step} of max_iters={c.max_iters}')
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     while True:
@@ -471,8 +473,8 @@ def run(argv, stop):
                 good = bad['first'] - 1
                 first_bad = position - (step - good) * sequences_per_step
                 log.say(f"loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad['first']} to {good + c.max_bad_steps}, sequences {first_bad} to "
-                        f'{first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream: stopping with the weights of iter {good}. Look at the data there, '
-                        f'or resume with a lower --learning_rate')
+                        f'{first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream: stopping with the weights of iter {good}. Resume with a lower '
+                        f'--learning_rate, or look at the data: the first of these sequences begin at tokens {order.starts(first_bad, sequences_per_step)[:8].tolist()} of train.bin')
                 branch = new_branch()  # copies of what was saved since then come before it
                 position, tokens, step, stop_code = first_bad, tokens - (step - good) * tokens_per_step, good, stopping.NOT_FINITE
                 guard.state['counts'][:2] = 0  # the run that continues starts its row anew
@@ -480,25 +482,25 @@ def run(argv, stop):
 
     loader.close()
     if stop_code not in (0, stopping.NOT_FINITE):
-        log.say(f'stopped at iter {step}; --init_from=resume continues' if step else 'stopped before the first iteration, nothing was saved')
+        log.say(f'stopped at iter {step}; python train.py --out_dir={c.out_dir} --init_from=resume continues it' if step else 'stopped before the first iteration, nothing was saved')
     if failed_save:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     log.end()
     copied = True
     if c.upload_to:
-        log.say(f'copying to {c.upload_to}')
+        log.say(f'copying to {c.upload_to}' + ('' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'))
         asked, patience = stop.code, 5 if stop_code else 600
         # in rounds, so that no rank waits for another for longer than a round
         while (copied := parallel.from_main(lambda: copier.finish(patience, interrupted=(lambda: False) if stop_code else asked), world)) is None:
             settle(None)
         settle(None)
         if not copied:
-            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it, or the run itself when it continues')
+            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it')
     log.close()
     if world.main:
         folder_lock.close()
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return parallel.largest(stop_code or stop.code() or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
+    return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
 
 
 def hold_folder(c, world, make=False):

@@ -62,6 +62,8 @@ def why_broken(path, level='full', fs=LOCAL):
 
 
 def _damage(path, level, fs):
+    if not fs.exists(path):
+        return 'there is no such checkpoint'
     try:
         manifest = unseal(_read(fs, f'{path}/manifest.json'))
         expected = {name: (entry['size'], entry['sha256']) for name, entry in manifest['files'].items()}

@@ -34,7 +34,7 @@ def open_url(url):
 class Copier:
     """Copies what add() names while training goes on; close() waits for the rest.
 
-    keep_local: how many checkpoints stay on this machine once they are copied, None = as many as the run keeps anyway.
+    keep_local: how many checkpoints stay on this machine once they are copied, beside the best, None = as many as the run keeps anyway.
     say(text): called by news(), in the caller's thread.
     """
 
@@ -165,7 +165,7 @@ class Copier:
             return
         with self.lock:
             here = checkpoint.steps(self.out_dir)
-            for step in here[:-self.keep_local]:
+            for step in set(here[:-self.keep_local]) - {checkpoint.best_step(self.out_dir)}:
                 if step in self.done and step not in self.pending:
                     try:
                         checkpoint.remove(checkpoint.path_of(self.out_dir, step), step)
@@ -191,7 +191,7 @@ def find(source, level='size'):
     there is none. Raises ConfigError if the place cannot be read, or holds the runs of several out_dirs.
     """
     fs, root = open_url(source)
-    root = root.rstrip('/')
+    root = root.rstrip('/').removesuffix('/checkpoints')
     try:
         name = root.rsplit('/', 1)[-1]
         if re.fullmatch(r'step_\d{8,}', name):

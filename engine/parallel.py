@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from engine import stopping
 from engine.configurator import ConfigError
 
 
@@ -140,6 +141,7 @@ def leave(code):
     gloo's threads make a normal interpreter exit abort at random ("terminate called without an active exception"), so a
     distributed process collects, waits for the others, destroys the group, flushes and leaves without further ado.
     """
+    stopping.ignore()  # all is done: a late signal may not change the code
     if dist.is_initialized():
         gc.collect()
         if code == 0:

@@ -39,7 +39,8 @@ def _checkpoints(c):
     kept = 'all stay' if c.keep_all_checkpoints else (f"the {c.keep_checkpoints} newest" if c.keep_checkpoints > 1 else 'the newest') + (
         f', multiples of {c.keep_every:,}' if c.keep_every else '') + ' and the best stay'
     return f"{' and '.join(when)}, written {'while training goes on' if c.checkpoint_async else 'while training waits'}; {kept}" + (
-        f'; copied to {c.upload_to}' if c.upload_to else '')
+        f'; copied to {c.upload_to}' if c.upload_to else '') + (
+        f', of the copied ones the {c.upload_keep_local} newest and the best stay here' if c.upload_to and c.upload_keep_local else '')
 
 
 def report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
@@ -75,7 +76,7 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
             f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters" for g in startup['optimizer']['param_groups']),
         f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
         f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
-        f'Checkpoints: {_checkpoints(c)}',
+        *([] if c.eval_only else [f'Checkpoints: {_checkpoints(c)}']),
         f'Run folder: {c.out_dir}' + (f", continuing at iter {resumed['step']}" if resumed else ''),
         *(f'Note: {note}' for note in notes),
     ]

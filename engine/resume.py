@@ -52,6 +52,8 @@ def find(c, given, shape_keys, world, notes):
     that the user did not set now are taken from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
     """
     step, rejected, certain, chosen = parallel.from_main(lambda: _choose(c), world)
+    if certain and not c.resume_from.isdigit():
+        notes.append(f'step {step} comes from {c.resume_from}')
     notes += [f'rejected {path}: {reason}' for path, reason in rejected]
     imported = None
     old = os.path.join(c.out_dir, 'ckpt.pt')
@@ -123,22 +125,21 @@ def check_data(state, data, allowed, notes):
     return 'train' in changed, 'val' in changed
 
 
-def set_aside(c, state, world):
+def set_aside(c, state, world, notes):
     """Rename the checkpoints that were rejected, and those after the one that resume_from chose: what continues must stay the newest."""
     if world.main:
         for path in state['rejected']:
             if os.path.dirname(path) == checkpoint.folder_of(c.out_dir) and os.path.lexists(path):
                 checkpoint.rename_aside(path, 'rejected')
         if state['certain']:
-            supersede(c.out_dir, state['step'])
+            notes += [f'{path} is now {moved}' for path, moved in supersede(c.out_dir, state['step'])]
     parallel.barrier(world)
 
 
 def supersede(out_dir, step):
-    """Rename the checkpoints after `step`, so that it is the newest."""
-    for newer in checkpoint.steps(out_dir):
-        if newer > step:
-            checkpoint.rename_aside(checkpoint.path_of(out_dir, newer), 'superseded')
+    """Rename the checkpoints after `step`, so that it is the newest; returns [(old path, new path)]."""
+    newer = [checkpoint.path_of(out_dir, s) for s in checkpoint.steps(out_dir) if s > step]
+    return [(path, checkpoint.rename_aside(path, 'superseded')) for path in newer]
 
 
 def make_way(c, world, notes):
@@ -153,7 +154,7 @@ def make_way(c, world, notes):
             state = checkpoint.read_state(path)
             if state['step'] >= state['config']['max_iters']:
                 return state['run_name']
-        raise ConfigError(f'{c.out_dir} holds an unfinished run, up to {path}: continue it with --init_from=resume, start this one in another '
+        raise ConfigError(f'{c.out_dir} holds an unfinished run, up to {path}: continue it with --init_from=resume (or --auto_resume=True, which starts and continues), start this one in another '
                           f'--out_dir, or move {checkpoint.folder_of(c.out_dir)} away')
     if name := parallel.from_main(look, world):
         moved = parallel.from_main(lambda: checkpoint.set_aside_all(c.out_dir, name), world)

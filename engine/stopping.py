@@ -11,7 +11,6 @@ SIGNALS = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C', signal.SIGUSR1: '
 TIME_IS_UP = 75  # EX_TEMPFAIL of sysexits.h: try again later
 NOT_FINITE = 3
 SAVE_FAILED = 4
-_LOADED = time.monotonic()  # the clock of max_time starts with the process
 
 
 def ignore():
@@ -20,10 +19,18 @@ def ignore():
         signal.signal(number, signal.SIG_IGN)
 
 
+def running_s():
+    """Seconds since this process was started; under torchrun since torchrun was, so that restarts do not begin a new limit."""
+    process = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else os.getpid()
+    with open(f'/proc/{process}/stat') as f, open('/proc/uptime') as g:
+        ticks = int(f.read().rsplit(')', 1)[1].split()[19])  # field 22 of proc(5): the start, in clock ticks after boot
+        return float(g.read().split()[0]) - ticks / os.sysconf('SC_CLK_TCK')
+
+
 class StopRequest:
     """Handles SIGTERM, SIGINT and SIGUSR1 from its construction to restore().
 
-    max_hours: the time limit of this process, 0 = none. at_once: True as long as a signal may end the process without a save.
+    max_hours: the time limit since running_s() began, 0 = none. at_once: True as long as a signal may end the process without a save.
     fault: an exit code that the run itself asks for. code() is 0, or the exit code of what was asked for: 128 + signal number,
     fault, TIME_IS_UP.
     """
@@ -31,6 +38,7 @@ class StopRequest:
     def __init__(self, talk=True):
         self.talk, self.at_once, self.max_hours = talk, True, 0.0
         self.signal, self.received, self.repeats, self.fault = None, 0.0, 0, 0
+        self.begun = time.monotonic() - running_s()
         # torchrun hands the signal that it got on to its workers, which may have it from the terminal or from Slurm already
         self.expected_repeats = 1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -40,7 +48,7 @@ class StopRequest:
             return 128 + self.signal
         if self.fault:
             return self.fault
-        return TIME_IS_UP if self.max_hours and time.monotonic() - _LOADED > 3600 * self.max_hours else 0
+        return TIME_IS_UP if self.max_hours and time.monotonic() - self.begun > 3600 * self.max_hours else 0
 
     def _receive(self, number, frame):
         if self.at_once:

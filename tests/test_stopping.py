@@ -161,16 +161,24 @@ def test_the_codes_of_a_request():
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again_in_the_same_log(dataset, tmp_path, train):
-    process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, '--auto_resume=True')
+    args = ['--max_iters=400', '--eval_interval=400']
+    process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *args, '--auto_resume=True')
     for line in process.stdout:
         if line.startswith('iter 9:'):
             process.kill()
     process.wait()
     assert checkpoint.steps(str(tmp_path)) == [] and max(losses(tmp_path)) >= 9
-    assert train(tmp_path, '--auto_resume=True', '--max_iters=12', '--eval_interval=6') == 0
-    assert [r['iter'] for r in records(tmp_path)] == list(range(1, 13)) and [r['iter'] for r in records(tmp_path, 'eval')] == [0, 6, 12]
-    assert train(tmp_path / 'other', '--max_iters=12', '--eval_interval=6') == 0
+    assert train(tmp_path, *args, '--auto_resume=True') == 0
+    assert [r['iter'] for r in records(tmp_path)] == list(range(1, 401)) and [r['iter'] for r in records(tmp_path, 'eval')] == [0, 400]
+    assert train(tmp_path / 'other', *args) == 0
     assert losses(tmp_path) == losses(tmp_path / 'other')
+
+
+def test_another_run_does_not_take_the_log_of_one_that_died(tmp_path, train):
+    (tmp_path / 'run_20200101_000000.jsonl').write_text('{"type": "header", "start_time": "then", "config": {"learning_rate": 1}}\n{"type": "eval", "iter": 0, "val_loss": 1.0}\n')
+    before = (tmp_path / 'run_20200101_000000.jsonl').read_text()
+    assert train(tmp_path, '--max_iters=2', '--auto_resume=True') == 0
+    assert (tmp_path / 'run_20200101_000000.jsonl').read_text() == before and len([n for n in os.listdir(tmp_path) if n.endswith('.jsonl')]) == 2
 
 
 def test_the_last_evaluation_that_is_cut_short_is_made_by_the_next_start(dataset, tmp_path, train):

@@ -207,3 +207,12 @@ def test_a_repeat_is_expected_under_torchrun_only(monkeypatch):
                 assert left == expected, (under_torchrun, left)
         finally:
             request.restore()
+
+
+def test_the_clock_of_max_time_runs_on_over_restarts(monkeypatch):
+    """Under torchrun it is torchrun's, the parent's: workers that it starts again get no new limit."""
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    script = 'import sys, time; sys.path.insert(0, "."); from engine import stopping; time.sleep(1); print(stopping.running_s())'
+    alone = float(run_process('-c', script)[1])
+    handed = float(run_process('-c', script, env={'TORCHELASTIC_RUN_ID': '1'})[1])
+    assert 1 <= alone < 20 and abs(handed - stopping.running_s()) < 5 and handed > alone  # this process is the parent

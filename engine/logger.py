@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 
 from tqdm import tqdm
@@ -82,7 +83,7 @@ class RunLog:
         self.run = {'run_name': run_name, 'start_time': now(), 'end_time': None, **header,
                     **{section: [] for section in _SECTIONS.values()}}
         self.wall_before, self.started, self.last_saved = 0.0, time.perf_counter(), first
-        self.sinks, self.bar, self.text, self.lines = [], None, None, None
+        self.sinks, self.bar, self.text, self.lines, self.lock = [], None, None, None, threading.Lock()
         if not self.write:
             return
         os.makedirs(out_dir, exist_ok=True)
@@ -154,8 +155,10 @@ class RunLog:
             self.write_json()
 
     def _append(self, record):
-        self.unwritten += json.dumps(finite(record)).encode() + b'\n'
-        self._write()
+        line = json.dumps(finite(record)).encode() + b'\n'
+        with self.lock:
+            self.unwritten += line
+            self._write()
 
     def _write(self):
         """Bring the records to the file; what a full disk refuses stays in memory and comes before the next record."""
@@ -184,8 +187,10 @@ class RunLog:
     def sync(self):
         """Bring the records to the disk, so that a checkpoint never outlives the lines before it."""
         if self.write:
-            self._write()
-            if self.unwritten:
+            with self.lock:  # the thread that saves calls this, while the main thread writes records
+                self._write()
+                unwritten = self.unwritten
+            if unwritten:
                 raise OSError(errno.ENOSPC, 'the log before it cannot be written', f'{self.path}.jsonl')
             os.fsync(self.lines.fileno())
 

@@ -198,3 +198,36 @@ def test_a_damaged_line_is_set_aside(tmp_path):
     (tmp_path / 'run_1.jsonl').write_text(''.join([*text[:2], *bad, text[3]]))
     RunLog(str(tmp_path), 'run_1', HEADER, resume_step=3).close()
     assert sorted(losses(tmp_path)) == [1, 3] and (tmp_path / 'run_1.jsonl.damaged').read_text() == ''.join(bad)
+
+
+def test_a_sync_by_another_thread_doubles_no_record(tmp_path):
+    """The thread that saves brings the log to the disk while the main thread is in the middle of a write."""
+    import threading
+    import time
+    log = RunLog(str(tmp_path), 'run_1', HEADER)
+    file = log.lines
+
+    class Slow:
+        def write(self, data):
+            n = file.write(data)
+            time.sleep(0.002)
+            return n
+
+        def fileno(self):
+            return file.fileno()
+
+        def close(self):
+            file.close()
+    log.lines, done = Slow(), threading.Event()
+
+    def syncs():
+        while not done.is_set():
+            log.sync()
+    thread = threading.Thread(target=syncs)
+    thread.start()
+    for step in range(1, 60):
+        log.event('iter', iter=step, loss=1.0, **ITERATION)
+    done.set()
+    thread.join()
+    log.close()
+    assert [r['iter'] for r in records(tmp_path)] == list(range(1, 60))

@@ -31,11 +31,7 @@ def show(args):
     fs, root = copier.open_url(args.place)
     root, found, broken = root.rstrip('/'), 0, 0
     try:
-        # a run, a folder of runs, or what several out_dirs have at one URL
-        levels = [[root]]
-        for _ in range(2):
-            levels.append([path.rstrip('/') for parent in levels[-1] if fs.isdir(parent) for path in fs.ls(parent, detail=False)])
-        runs = sorted(path for level in levels for path in level if fs.isdir(f'{path}/checkpoints'))
+        runs = copier.runs(fs, root)
     except Exception as error:  # each backend has its own
         raise ConfigError(f'{args.place} cannot be read ({type(error).__name__}: {str(error)[:300]})') from None
     for run in runs:

@@ -32,7 +32,7 @@ from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
-from engine.logger import RunLog, new_branch, new_run_name, now, unsaved_run
+from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
 import huggingface
@@ -132,6 +132,10 @@ class Config:
     fsdp_activation_checkpointing: bool | None = None  # only with use_fsdp
     use_cuda_graphs: bool = False  # (not in this version: runs without and says so)
 
+    @property
+    def save_interval(self):
+        return self.checkpoint_interval or (self.eval_interval if self.always_save_checkpoint else 0)
+
 
 ALIASES = {
     'intermediate_size': lambda value: {'d_ff': value},
@@ -164,8 +168,10 @@ def run(argv, stop):
     device = world.device
 
     # ---- where to start from: settings now, weights when the model exists
-    # evaluating only reads, unless it fetches a checkpoint first
-    folder_lock = hold_folder(c, world, make=c.auto_resume or c.resume_from) if not c.eval_only or c.resume_from and not c.resume_from.isdigit() else None
+    folder = resume.Folder(c.out_dir, world)
+    fetching = c.resume_from and not resume.is_step(c.resume_from)
+    if fetching or not c.eval_only:  # evaluating alone only reads
+        folder.hold(make=fetching or c.auto_resume)
     c = resume.automatic(c, world)
     resumed = nanogpt = hf_folder = None
     if c.init_from == 'resume':
@@ -218,7 +224,7 @@ def run(argv, stop):
     # ---- the run's folder
     run_name = copier = None
     if not c.eval_only:
-        folder_lock = folder_lock or hold_folder(c, world, make=True)
+        folder.hold(make=True)
         if resumed:
             resume.set_aside(c, resumed, world, notes)
         else:
@@ -227,7 +233,7 @@ def run(argv, stop):
         again = c.auto_resume and not resumed  # a run that died before its first checkpoint keeps its name and log
         run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir, dataclasses.asdict(c)) or new_run_name(c.out_dir), world)
         # who goes back begins a branch: its checkpoints come after all others of the run, wherever copies of those are
-        branch = resumed['branch'] if resumed and 'branch' in resumed and not resumed['chosen'] else parallel.from_main(new_branch, world)
+        branch = resumed['branch'] if resumed and 'branch' in resumed and not resumed['chosen'] else parallel.from_main(checkpoint.new_branch, world)
         if c.upload_to and world.main:
             copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local)
 
@@ -368,7 +374,6 @@ def run(argv, stop):
     saver = Saver(c.out_dir, world, keep=c.keep_checkpoints, keep_every=c.keep_every, keep_all=c.keep_all_checkpoints, background=c.checkpoint_async,
                   before_commit=log.sync, copier=copier)
     saver.reserve(checkpoint_tensors(named, optimizer, guard))
-    save_interval = c.checkpoint_interval or (c.eval_interval if c.always_save_checkpoint else 0)
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
     last_evaluation, bad_before = (-1, None), guard.counts()
@@ -388,7 +393,7 @@ def run(argv, stop):
         sampling = c.sample_interval and step % c.sample_interval == 0 and step > start_step and not stop_code
         settle(saver.wait() if ending else saver.poll())
         # alike on every rank: what poll() says comes at its own time on each, what wait() says does not
-        saving = (ending or save_interval and step % save_interval == 0) and step not in (saved_step, 0) and not (ending and stop.fault)
+        saving = (ending or c.save_interval and step % c.save_interval == 0) and step not in (saved_step, 0) and not (ending and stop.fault)
         if saving or evaluating or sampling:
             pause = pause_started(device) if evaluating or sampling else time.perf_counter()  # a save waits for nothing
             if saving:
@@ -475,7 +480,7 @@ def run(argv, stop):
                 log.say(f"loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad['first']} to {good + c.max_bad_steps}, sequences {first_bad} to "
                         f'{first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream: stopping with the weights of iter {good}. Resume with a lower '
                         f'--learning_rate, or look at the data: the first of these sequences begin at tokens {order.starts(first_bad, sequences_per_step)[:8].tolist()} of train.bin')
-                branch = new_branch()  # copies of what was saved since then come before it
+                branch = checkpoint.new_branch()  # copies of what was saved since then come before it
                 position, tokens, step, stop_code = first_bad, tokens - (step - good) * tokens_per_step, good, stopping.NOT_FINITE
                 guard.state['counts'][:2] = 0  # the run that continues starts its row anew
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
@@ -489,34 +494,16 @@ def run(argv, stop):
     copied = True
     if c.upload_to:
         log.say(f'copying to {c.upload_to}' + ('' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'))
-        asked, patience = stop.code, 5 if stop_code else 600
-        # in rounds, so that no rank waits for another for longer than a round
-        while (copied := parallel.from_main(lambda: copier.finish(patience, interrupted=(lambda: False) if stop_code else asked), world)) is None:
+        how = (5,) if stop_code else (600, stop.code)
+        while (copied := parallel.from_main(lambda: copier.finish(*how), world)) is None:  # in rounds: no rank waits for another for longer
             settle(None)
         settle(None)
         if not copied:
             log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it')
     log.close()
-    if world.main:
-        folder_lock.close()
+    folder.release()
     # also the barrier before the end: torchrun ends all when one leaves with an error
     return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
-
-
-def hold_folder(c, world, make=False):
-    """Lock the run's folder: the open lock file on the main rank, True on the others; None where there is no folder and make is false.
-
-    Raises ConfigError where nothing can be written, or if another process holds it.
-    """
-    files = []
-
-    def take():
-        if make or os.path.isdir(c.out_dir):
-            make_folder(c.out_dir)
-            files.append(resume.lock(c.out_dir))
-        return bool(files)
-    held = parallel.from_main(take, world)
-    return (files[0] if files else True) if held else None
 
 
 def refuse_impossible(c, given, notes):
@@ -534,7 +521,7 @@ def refuse_impossible(c, given, notes):
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
     if c.spike_factor and c.spike_factor <= 1:
         raise ConfigError(f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the gradient norm), or 0 for off')
-    if c.auto_resume and (c.resume_from or '').isdigit():
+    if c.auto_resume and resume.is_step(c.resume_from):
         raise ConfigError(f'resume_from={c.resume_from} with auto_resume=True would go back to iteration {c.resume_from} at every start: type --init_from=resume '
                           f'--resume_from={c.resume_from} once, with --auto_resume=False')
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
@@ -585,17 +572,6 @@ def accumulation_steps(c, world_size):
         raise ConfigError(f'total_batch_size={c.total_batch_size} is not a multiple of batch_size {c.batch_size} x block_size {c.block_size} x '
                           f'{world_size} ranks = {micro_step} tokens: type --total_batch_size={near}')
     return c.total_batch_size // micro_step
-
-
-def make_folder(path):
-    """Make the run's folder. Raises ConfigError where nothing can be written."""
-    try:
-        os.makedirs(path, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError as error:
-        raise ConfigError(f'out_dir={path!r} cannot be made ({error.strerror}): give another --out_dir') from None
-    if not writable:
-        raise ConfigError(f'out_dir={path!r} is not writable: give another --out_dir')
 
 
 def sample_prompt(c, meta):

@@ -12,11 +12,9 @@ at which they stopped. Checked in the end: losses of every iteration, the weight
 lost or doubled.
 """
 import argparse
-import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,16 +23,12 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 
-from conftest import end_all, make_dataset  # noqa: E402
+from conftest import end_all, losses, make_dataset, records, weights  # noqa: E402
 from engine import checkpoint  # noqa: E402
 
 
 def command(out_dir, dataset, args):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    start = [sys.executable] if args.processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={args.processes}', '--master_addr=127.0.0.1', f'--master_port={port}']
+    start = [sys.executable] if args.processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.processes}']
     return [*start, os.path.join(ROOT, 'train.py'), f'--out_dir={out_dir}', f'--dataset={dataset}', '--auto_resume=True', '--device=cpu', f'--compile={args.compile}',
             '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--dropout=0.1',
             '--learning_rate=1e-3', '--warmup_iters=10', f'--max_iters={args.max_iters}', f'--lr_decay_iters={args.max_iters}', '--eval_interval=50',
@@ -46,31 +40,15 @@ def launch(out_dir, dataset, args, console):
     return subprocess.Popen(command(out_dir, dataset, args), cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def lines(out_dir):
-    found = []
-    for name in os.listdir(out_dir) if os.path.isdir(out_dir) else []:
-        if name.endswith('.jsonl'):
-            with open(os.path.join(out_dir, name)) as f:
-                found += [json.loads(line) for line in f if line.endswith('\n')]
-    return found
-
-
 def result(out_dir, max_iters):
-    """What must be equal: losses by iteration, evaluations, tensors of the last checkpoint."""
-    import torch
-    from model import Model, resolve_shape
-    path = checkpoint.path_of(out_dir, max_iters)
-    assert checkpoint.why_broken(path) is None, checkpoint.why_broken(path)
-    named = dict(Model(resolve_shape(checkpoint.read_state(path)['config'])).named_parameters())
-    tensors = {f'model.{n}': p.detach() for n, p in named.items()}
-    tensors |= {f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in named.items() for key in ('exp_avg', 'exp_avg_sq')}
-    checkpoint.load(path, tensors)
-    records = lines(out_dir)
-    steps = [r['iter'] for r in records if r['type'] == 'iter']
-    assert steps == list(range(1, max_iters + 1)), f'a line of the JSONL is lost or doubled: {len(steps)} lines, {sorted(os.listdir(out_dir))}'
-    evaluations = [(r['iter'], r['train_loss'], r['val_loss']) for r in records if r['type'] == 'eval']
+    """What must be equal: losses by iteration, evaluations, bytes of the last checkpoint's tensors."""
+    reason = checkpoint.why_broken(checkpoint.path_of(out_dir, max_iters))
+    assert reason is None, reason
+    steps = [r['iter'] for r in records(out_dir)]
+    assert steps == list(range(1, max_iters + 1)), f'a line of the JSONL is lost or doubled: {len(steps)} lines'
+    evaluations = [(r['iter'], r['train_loss'], r['val_loss']) for r in records(out_dir, 'eval')]
     assert [e[0] for e in evaluations] == list(range(0, max_iters + 1, 50)), evaluations
-    return {r['iter']: r['loss'] for r in records if r['type'] == 'iter'}, evaluations, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+    return losses(out_dir), evaluations, {name: tensor.numpy().tobytes() for name, tensor in weights(out_dir, max_iters).items()}
 
 
 def main(argv=None):
@@ -126,7 +104,7 @@ def main(argv=None):
                 assert not rejected, rejected
                 assert (step or 0) >= before, (before, step)
                 if args.signal != 'KILL' and moment == 'training':
-                    done = max((r['iter'] for r in lines(out) if r['type'] == 'iter'), default=0)
+                    done = max(losses(out), default=0)
                     stopped = 'nothing had to be saved' in text or done == 0
                     assert stopped or step == done, (step, done, text[-3000:])
                 if kills % 10 == 0 or kills == args.kills:

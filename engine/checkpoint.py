@@ -11,6 +11,7 @@ What looks at checkpoints takes an fsspec file system `fs`, so that it works on 
 checkpoint is executed: tensors are read with weights_only, the metadata by an unpickler that admits torch's own plain classes.
 """
 import contextlib
+import datetime
 import hashlib
 import json
 import math
@@ -94,7 +95,7 @@ def _damage(path, level, fs):
 def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
     """(step, rejected): the newest checkpoint that verifies (or `wanted`, if that does), or None, and [(path, reason)] of the newer ones."""
     rejected = []
-    for step in reversed(steps(out_dir, fs)) if wanted is None else [wanted]:
+    for step in newest_first(out_dir, fs) if wanted is None else [wanted]:
         reason = why_broken(path_of(out_dir, step), level, fs)
         if reason is None:
             return step, rejected
@@ -125,6 +126,32 @@ def unseal(data):
     if seal(value) != data:
         raise ValueError('it does not have the checksum that it carries')
     return value
+
+
+# ---- which is the newest?
+
+def new_branch():
+    """Name of a stretch of training that begins anew or from a checkpoint that was not the newest; later ones sort after earlier ones."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime('%Y%m%dT%H%M%S.%fZ')
+
+
+def age(path, fs=LOCAL):
+    """(branch, step) of a checkpoint, which is larger for the one to continue: a run that went back is newer than what it left.
+
+    Raises ValueError, KeyError, TypeError or OSError if its state.json cannot be read.
+    """
+    state = read_state(path, fs)
+    return state['branch'], state['step']
+
+
+def newest_first(out_dir, fs=LOCAL):
+    """The steps under out_dir by age(); one whose state.json cannot be read counts to the newest branch, so that it is told of."""
+    branches = {}
+    for step in steps(out_dir, fs):
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            branches[step] = age(path_of(out_dir, step), fs)[0]
+    newest = max(branches.values(), default='')
+    return sorted(steps(out_dir, fs), key=lambda step: (branches.get(step, newest), step), reverse=True)
 
 
 # ---- what it holds

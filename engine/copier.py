@@ -35,7 +35,6 @@ class Copier:
     """Copies what add() names while training goes on; close() waits for the rest.
 
     keep_local: how many checkpoints stay on this machine once they are copied, beside the best, None = as many as the run keeps anyway.
-    say(text): called by news(), in the caller's thread.
     """
 
     def __init__(self, url, out_dir, run_name, keep_local=None):
@@ -178,10 +177,13 @@ def place_of(url, out_dir):
     return f"{url.rstrip('/')}/{os.path.basename(os.path.abspath(out_dir))}"
 
 
-def age(path, fs=checkpoint.LOCAL):
-    """(branch, step) of a whole checkpoint, which is larger for the one to continue: a run that went back is newer than what it left."""
-    state = checkpoint.read_state(path, fs)
-    return state.get('branch', ''), state['step']
+def runs(fs, root):
+    """Folders of runs, those with checkpoints/ in them, at `root` or up to two levels below: a run, the runs of an out_dir, those of several."""
+    level, found = [root], []
+    for _ in range(3):
+        found += [path for path in level if fs.isdir(f'{path}/checkpoints')]
+        level = [child.rstrip('/') for path in level if path not in found and fs.isdir(path) for child in fs.ls(path, detail=False)]
+    return sorted(found)
 
 
 def find(source, level='size'):
@@ -197,34 +199,17 @@ def find(source, level='size'):
         if re.fullmatch(r'step_\d{8,}', name):
             root = root.rsplit('/', 2)[0]
             return fs, root, *checkpoint.newest_whole(root, level, fs, int(name.removeprefix('step_')))
-        if not fs.isdir(f'{root}/checkpoints'):
-            runs = _runs(fs, root)
-            others = [] if runs else [path for path in _children(fs, root) if _runs(fs, path)]
-            if len(others) > 1:
-                raise ConfigError(f"{source} has runs of {', '.join(path.rsplit('/', 1)[-1] for path in others)}: add the one to continue to the URL")
-            runs = runs or (_runs(fs, others[0]) if others else [])
-            root = runs[-1] if runs else root
-        whole, rejected = [], []
-        for step in checkpoint.steps(root, fs):
-            reason = checkpoint.why_broken(checkpoint.path_of(root, step), level, fs)
-            if reason:
-                rejected.append((checkpoint.path_of(root, step), reason))
-            else:
-                whole.append(age(checkpoint.path_of(root, step), fs))
-        step = max(whole)[1] if whole else None
-        return fs, root, step, rejected
+        found = runs(fs, root)
+        # several runs of one out_dir are one story, which the last goes on with; runs of several are not
+        stories = sorted({path.rsplit('/', 1)[0] if re.search(r'/run_[^/]*$', path) else path for path in found})
+        if len(stories) > 1:
+            raise ConfigError(f"{source} has runs of {', '.join(path.rsplit('/', 1)[-1] for path in stories)}: add the one to continue to the URL")
+        root = found[-1] if found else root
+        return fs, root, *checkpoint.newest_whole(root, level, fs)
     except ConfigError:
         raise
     except Exception as error:  # each backend has its own
         raise ConfigError(f'{source} cannot be read ({type(error).__name__}: {str(error)[:300]})') from None
-
-
-def _children(fs, path):
-    return sorted(child.rstrip('/') for child in fs.ls(path, detail=False)) if fs.isdir(path) else []
-
-
-def _runs(fs, path):
-    return [child for child in _children(fs, path) if re.search(r'/run_[^/]*$', child) and fs.isdir(f'{child}/checkpoints')]
 
 
 def fetch(source, out_dir):
@@ -241,7 +226,7 @@ def fetch(source, out_dir):
         for local in reversed(checkpoint.steps(out_dir)):
             if not checkpoint.why_broken(path := checkpoint.path_of(out_dir, local), 'size') and (name := checkpoint.read_state(path)['run_name']) != run_name:
                 raise ConfigError(f'{source} is {run_name}, but {out_dir} holds {name}: give another --out_dir')
-        if os.path.isdir(here) and not checkpoint.why_broken(here) and age(here) == age(there, fs):
+        if os.path.isdir(here) and not checkpoint.why_broken(here) and checkpoint.age(here) == checkpoint.age(there, fs):
             _fetch_logs(fs, root, run_name, out_dir, only_missing=True)
             break
         temporary = os.path.join(checkpoint.folder_of(out_dir), f'.fetching_step_{step:08d}')
@@ -260,11 +245,9 @@ def fetch(source, out_dir):
             break
         rejected.append((there, reason))
         shutil.rmtree(temporary)
-        older = [s for s in checkpoint.steps(root, fs) if s < step]
-        if source.rstrip('/').endswith(f'step_{step:08d}') or not older:
-            step = None
-        else:
-            step = next((s for s in reversed(older) if checkpoint.why_broken(checkpoint.path_of(root, s), 'size', fs) is None), None)
+        order = [] if re.search(r'step_\d+/?$', source) else checkpoint.newest_first(root, fs)
+        older = order[order.index(step) + 1:] if order else []
+        step = next((s for s in older if checkpoint.why_broken(checkpoint.path_of(root, s), 'size', fs) is None), None)
     if step is None:
         raise ConfigError(f'{source} has no checkpoint that can be used' + ''.join(f'; {path}: {reason}' for path, reason in rejected))
     return step, rejected

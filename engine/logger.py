@@ -64,11 +64,6 @@ def _record(line):
         return None
 
 
-def new_branch():
-    """Name of a stretch of training that begins anew or from a checkpoint that was not the newest; later ones sort after earlier ones."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime('%Y%m%dT%H%M%S.%fZ')
-
-
 class RunLog:
     """Log of one run. Only the main rank has an `active` one; with write=False it only shows text on the terminal.
 

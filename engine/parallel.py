@@ -130,6 +130,15 @@ def from_main(work, world):
     return box[0]
 
 
+def from_all(value, world, group):
+    """Every rank's `value` (any small builtin), in their order, on every rank; over `group`, one of world's."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def barrier(world):
     if world.size > 1:
         dist.barrier(group=world.group)

@@ -34,8 +34,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops):
 
 
 def _checkpoints(c):
-    interval = c.checkpoint_interval or (c.eval_interval if c.always_save_checkpoint else 0)
-    when = [f'every {interval:,} iterations'] * bool(interval) + ['when an evaluation improves'] * (not c.always_save_checkpoint)
+    when = [f'every {c.save_interval:,} iterations'] * bool(c.save_interval) + ['when an evaluation improves'] * (not c.always_save_checkpoint)
     kept = 'all stay' if c.keep_all_checkpoints else (f"the {c.keep_checkpoints} newest" if c.keep_checkpoints > 1 else 'the newest') + (
         f', multiples of {c.keep_every:,}' if c.keep_every else '') + ' and the best stay'
     return f"{' and '.join(when)}, written {'while training goes on' if c.checkpoint_async else 'while training waits'}; {kept}" + (

@@ -12,6 +12,11 @@ NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_c
                  'device', 'backend')
 
 
+def is_step(resume_from):
+    """Whether a value of resume_from is an iteration of out_dir; else it is a place, or None."""
+    return (resume_from or '').isdigit()
+
+
 def automatic(c, world):
     """`c` of a run with auto_resume: set to resume if there is something to continue, else as it is.
 
@@ -35,8 +40,8 @@ def automatic(c, world):
             if there is None and rejected and step is None:
                 raise ConfigError(f'{place} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
             if there is not None:
-                here = copier.age(checkpoint.path_of(c.out_dir, step)) if step is not None else ('', -1)
-                if copier.age(checkpoint.path_of(root, there), fs) > here:
+                here = checkpoint.age(checkpoint.path_of(c.out_dir, step)) if step is not None else ('', -1)
+                if checkpoint.age(checkpoint.path_of(root, there), fs) > here:
                     return 'resume', place
         begun = bool(checkpoint.steps(c.out_dir)) or os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt'))
         return ('resume', None) if begun else ('resume', c.resume_from) if c.resume_from else (c.init_from, None)
@@ -52,7 +57,7 @@ def find(c, given, shape_keys, world, notes):
     that the user did not set now are taken from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
     """
     step, rejected, certain, chosen = parallel.from_main(lambda: _choose(c), world)
-    if certain and not c.resume_from.isdigit():
+    if certain and not is_step(c.resume_from):
         notes.append(f'step {step} comes from {c.resume_from}')
     notes += [f'rejected {path}: {reason}' for path, reason in rejected]
     imported = None
@@ -77,7 +82,7 @@ def _choose(c):
     if not c.eval_only:
         checkpoint.tidy(c.out_dir)
     wanted, rejected, chosen = None, [], False
-    if c.resume_from and c.resume_from.isdigit():
+    if is_step(c.resume_from):
         wanted, chosen = int(c.resume_from), True
     elif c.resume_from:
         wanted, rejected = copier.fetch(c.resume_from, c.out_dir)
@@ -161,20 +166,40 @@ def make_way(c, world, notes):
         notes.append(f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}')
 
 
-def lock(out_dir):
-    """Hold `out_dir` for this process until it ends or the returned file is closed, so that no second one writes there.
+class Folder:
+    """The folder of a run, held by its main rank so that no second process writes there."""
 
-    Raises ConfigError if another process holds it. A file system without locks is trusted.
-    """
-    file = open(os.path.join(out_dir, '.lock'), 'a+')
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            raise ConfigError(f'{out_dir} is in use by process {file.read().strip()}: wait for its end, or give another --out_dir') from None
-    else:
-        file.truncate(0)
-        file.write(f'{os.getpid()} on {os.uname().nodename}\n')
-        file.flush()
-    return file
+    def __init__(self, path, world):
+        self.path, self.world, self.held, self.file = path, world, False, None
+
+    def hold(self, make=False):
+        """Hold it until this process ends or release() is called; where there is no folder, make it or leave it at that.
+
+        Raises ConfigError where nothing can be written, or if another process holds it. A file system without locks is trusted.
+        """
+        if not self.held:
+            self.held = parallel.from_main(lambda: self._lock(make), self.world)
+
+    def _lock(self, make):
+        if not make and not os.path.isdir(self.path):
+            return False
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self.file = open(os.path.join(self.path, '.lock'), 'a+')
+        except OSError as error:
+            raise ConfigError(f'out_dir={self.path!r} cannot be made or written ({error.strerror}): give another --out_dir') from None
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.file.seek(0)
+                raise ConfigError(f'{self.path} is in use by process {self.file.read().strip()}: wait for its end, or give another --out_dir') from None
+        else:
+            self.file.truncate(0)
+            self.file.write(f'{os.getpid()} on {os.uname().nodename}\n')
+            self.file.flush()
+        return True
+
+    def release(self):
+        if self.file is not None:
+            self.file.close()

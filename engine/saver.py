@@ -21,10 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from engine import checkpoint, faults
+from engine import checkpoint, faults, parallel
 
 
 @dataclass
@@ -160,7 +159,7 @@ class Saver:
             for name, tensor in tensors.items():
                 _copy(self.copies[name], tensor)
         faults.reach('staging', step)
-        return {name: self.copies[name] for name in tensors}
+        return self.copies
 
     def _check_finite(self, tensors):
         for name, tensor in tensors.items():
@@ -176,7 +175,7 @@ class Saver:
             writer = dcp.FileSystemWriter(temporary)
             writer.fs = files
             self._together(lambda: self._write_tensors(tensors, writer))
-            written = {name: entry for entries in self._gather(files.entries) for name, entry in entries.items()}
+            written = {name: entry for entries in parallel.from_all(files.entries, self.world, self.world.saving_group) for name, entry in entries.items()}
             self._together(lambda: self._commit(step, temporary, final, state, written) if main else None)
         except BaseException:
             if main:
@@ -190,7 +189,6 @@ class Saver:
             if self.copier:
                 self.copier.add(step)
             self.outcome.notes = tuple(notes)
-        self._together(lambda: None)
 
     def _make_room(self, temporary, size):
         checkpoint.tidy(self.out_dir)
@@ -217,7 +215,7 @@ class Saver:
         manifest = {'format': checkpoint.FORMAT, 'step': step, 'config_sha256': config_hash, 'files': dict(sorted(written.items()))}
         checkpoint.replace_file(os.path.join(temporary, 'manifest.json'), checkpoint.seal(manifest))
         checkpoint.sync_folder(temporary)
-        if reason := checkpoint.why_broken(os.path.join(temporary)):  # what was handed to the disk, read back
+        if reason := checkpoint.why_broken(temporary):  # what was handed to the disk, read back
             raise _Failed(f'what was written does not read back: {reason}')
         self.before_commit()
         faults.reach('before_rename', step)
@@ -231,7 +229,7 @@ class Saver:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _retain(self, step):
-        with self.copier.lock if self.copier else threading.Lock():
+        with self.copier.lock if self.copier else contextlib.nullcontext():
             copying = {self.copier.current} if self.copier else ()
             return checkpoint.retain(self.out_dir, step, keep=self.keep, keep_every=self.keep_every, also=copying)
 
@@ -242,18 +240,11 @@ class Saver:
             work()
         except (Exception, dcp.api.CheckpointException) as raised:
             error = raised
-        failed = [e for e in self._gather(error and (isinstance(error, dcp.api.CheckpointException), isinstance(error, _NotFinite), _sentence(error))) if e]
+        mine = error and (isinstance(error, dcp.api.CheckpointException), isinstance(error, _NotFinite), _sentence(error))
+        failed = [e for e in parallel.from_all(mine, self.world, self.world.saving_group) if e]
         if failed:
             _, not_finite, sentence = min(failed)  # the rank that failed knows the reason better than those it let down
             raise (_NotFinite if not_finite else _Failed)(sentence) from error
-
-    def _gather(self, value):
-        """The `value` of every rank, in their order."""
-        if self.world.size == 1:
-            return [value]
-        values = [None] * self.world.size
-        dist.all_gather_object(values, value, group=self.world.saving_group)
-        return values
 
 
 class _Failed(Exception):

@@ -15,6 +15,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from data.tokenfile import TokenFileWriter  # noqa: E402
+from engine import checkpoint  # noqa: E402
+from model import Model, resolve_shape  # noqa: E402
 
 torch.set_num_threads(2)
 TEXT = 'the quick brown fox jumps over the lazy dog; 0123456789 sphinx of black quartz, judge my vow!\n'
@@ -120,3 +122,18 @@ def records(out_dir, kind='iter'):
 
 def losses(out_dir):
     return {record['iter']: record['loss'] for record in records(out_dir)}
+
+
+def weights(out_dir, step):
+    """All tensors of a checkpoint."""
+    path = checkpoint.path_of(str(out_dir), step)
+    config = checkpoint.read_state(path)['config']
+    model = Model(resolve_shape(config))
+    tensors = {f'model.{n}': p.detach() for n, p in model.named_parameters()}
+    tensors.update({f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in model.named_parameters() for key in ('exp_avg', 'exp_avg_sq')})
+    checkpoint.load(path, tensors)
+    return tensors
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

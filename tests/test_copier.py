@@ -9,7 +9,7 @@ import time
 
 import fsspec
 import pytest
-from conftest import TINY, end_all, losses, records, run_process, start_process
+from conftest import TINY, end_all, equal, losses, records, run_process, start_process, weights
 
 import checkpoints
 from engine import checkpoint, copier, faults
@@ -83,7 +83,6 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
     assert train(b, '--init_from=resume', f'--resume_from={url}', '--max_iters=30') == 0
     assert 'continuing at iter 20' in capsys.readouterr().out
     assert losses(b) == losses(tmp_path / 'calm') and [r['iter'] for r in records(b)] == list(range(1, 31))
-    from test_resume import equal, weights
     assert equal(weights(b, 30), weights(tmp_path / 'calm', 30))
     # it went on copying to where the run had copied to; one command line for any machine
     c = tmp_path / 'machine_3' / 'out'

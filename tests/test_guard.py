@@ -1,9 +1,10 @@
 """A step with a loss or gradient that is not finite changes nothing, on any rank; a row of them stops the run with the last good state."""
 import math
+import re
 
 import pytest
 import torch
-from conftest import TINY, losses, records, torchrun
+from conftest import TINY, losses, records, torchrun, weights
 
 from engine import checkpoint, optim
 
@@ -39,11 +40,6 @@ def plant(tmp_path):
     return str(path)
 
 
-def weights(out, step):
-    from test_resume import weights
-    return weights(out, step)
-
-
 def test_a_nan_on_one_rank_changes_no_weight_on_any(dataset, tmp_path, plant):
     """Iteration 5 of 2 ranks: the checkpoint after it equals the one before it, and the replicas stay equal to the end."""
     args = [f'--dataset={dataset}', *TINY, '--eval_interval=100', '--checkpoint_interval=1', '--keep_all_checkpoints=True', '--max_iters=8']
@@ -63,6 +59,7 @@ def test_three_in_a_row_on_one_of_two_ranks_stop_the_run_with_the_last_good_stat
     code, output = torchrun(2, '0', ','.join(map(str, range(13, 40))), *args, script=plant)
     assert code == 1 and 'exitcode  : 3' in output, output
     assert 'not finite at 3 iterations in a row, 13 to 15, sequences 96 to 119 of the stream: stopping with the weights of iter 12' in output
+    assert re.search(r'begin at tokens \[\d+(, \d+){7}\] of train.bin', output)
     assert checkpoint.newest_whole(str(tmp_path / 'a')) == (12, [])
     state = checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'a'), 12))
     assert state['position'] == 12 * 8 and state['tokens'] == 12 * 8 * 16

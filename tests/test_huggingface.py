@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT
+
 
 import huggingface
 from engine.configurator import ConfigError

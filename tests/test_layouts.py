@@ -1,7 +1,7 @@
 """The same run on any layout: 1 process with accumulation = 2 gloo processes, same batches, losses equal to fp32 rounding."""
 import pytest
 import torch
-from conftest import TINY, losses, records, run_process, torchrun
+from conftest import TINY, losses, records, run_process, torchrun, weights
 
 from engine import checkpoint
 
@@ -88,7 +88,6 @@ def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(train, dataset, tmp_p
 
 def test_bfloat16_keeps_float32_weights(train, tmp_path):
     """Matmuls in bf16 move the losses a little; weights and moments stay fp32."""
-    from test_resume import weights
     for dtype in ('float32', 'bfloat16'):
         assert train(tmp_path / dtype, '--max_iters=20', '--eval_interval=100', f'--dtype={dtype}', '--arch_preset=llama') == 0
     a, b = losses(tmp_path / 'float32'), losses(tmp_path / 'bfloat16')

@@ -5,27 +5,12 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, TINY, losses, records, run_process, run_train, start_process
+from conftest import ROOT, TINY, equal, losses, records, run_process, run_train, start_process, weights
 
 from engine import checkpoint
 from model import Model, resolve_shape
 
 STEPS = 60
-
-
-def weights(out_dir, step):
-    """All tensors of a checkpoint."""
-    path = checkpoint.path_of(str(out_dir), step)
-    config = checkpoint.read_state(path)['config']
-    model = Model(resolve_shape(config))
-    tensors = {f'model.{n}': p.detach() for n, p in model.named_parameters()}
-    tensors.update({f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in model.named_parameters() for key in ('exp_avg', 'exp_avg_sq')})
-    checkpoint.load(path, tensors)
-    return tensors
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope='module')

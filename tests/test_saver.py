@@ -123,6 +123,22 @@ def test_what_the_disk_garbles_is_noticed_before_older_ones_go(tmp_path, monkeyp
     assert checkpoint.newest_whole(str(tmp_path)) == (1, [])
 
 
+def test_a_run_goes_on_while_saves_fail(train, tmp_path, capsys):
+    """Under the kernel's limit for the size of a file, which needs no rights: logs fit, tensors do not."""
+    assert train(tmp_path, '--max_iters=10', '--eval_interval=10', '--save_log_to_json=False') == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        code = train(tmp_path, '--init_from=resume', '--max_iters=30', '--log_interval=10')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    output = capsys.readouterr().out
+    assert code == 4 and output.count('CHECKPOINT NOT SAVED at iter') == 2 and 'File too large' in output
+    assert max(losses(tmp_path)) == 30 and checkpoint.newest_whole(str(tmp_path)) == (10, [])
+    assert train(tmp_path, '--init_from=resume', '--max_iters=30') == 0
+    assert checkpoint.newest_whole(str(tmp_path)) == (30, []) and sorted(losses(tmp_path)) == list(range(1, 31))
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own of 2 MB."""

@@ -216,3 +216,17 @@ def test_the_clock_of_max_time_runs_on_over_restarts(monkeypatch):
     alone = float(run_process('-c', script)[1])
     handed = float(run_process('-c', script, env={'TORCHELASTIC_RUN_ID': '1'})[1])
     assert 1 <= alone < 20 and abs(handed - stopping.running_s()) < 5 and handed > alone  # this process is the parent
+
+
+def test_a_signal_while_sampling_cuts_the_sample_short(train, tmp_path, capsys, monkeypatch):
+    from model import Model
+    generate, lengths = Model.generate, []
+
+    def signalled(self, ids, *args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        text = generate(self, ids, *args, **options)
+        lengths.append(text.size(1) - ids.size(1))
+        return text
+    monkeypatch.setattr(Model, 'generate', signalled)
+    assert train(tmp_path, '--max_iters=20', '--eval_interval=100', '--sample_interval=10', '--sample_start=the') == 143
+    assert lengths == [0] and checkpoint.newest_whole(str(tmp_path)) == (10, [])

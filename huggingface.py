@@ -203,46 +203,42 @@ def _interleave_heads(tensor, config, back=False):
     return tensor.view(first, second, config.head_dim, *rest).transpose(0, 1).reshape(-1, *rest).contiguous()
 
 
-def read_weights(folder, config):
-    """State dict for model.Model(config), fp32, from the safetensors files in `folder`.
+def weights(folder, config):
+    """(name, fp32 tensor) for each parameter of model.Model(config), from the safetensors files in `folder`: read one at a time as they are asked for.
 
-    A config.block_size below the folder's keeps the first learned positions. Raises ConfigError for weights that are
+    A config.block_size below the folder's keeps the first learned positions. Raises ConfigError, before the first, for weights that are
     missing or left over.
     """
     from safetensors import SafetensorError, safe_open
     files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
     if not files:
         raise ConfigError(f'{folder} has no .safetensors file (weights in other formats are not read)')
-    theirs = {}
+    holder = {}
     for file in files:
         try:
-            with safe_open(os.path.join(folder, file), framework='pt') as f:
-                for name in f.keys():
-                    theirs[name] = f.get_tensor(name)
+            opened = safe_open(os.path.join(folder, file), framework='pt')
         except SafetensorError as error:
             raise ConfigError(f'{os.path.join(folder, file)} is damaged: {error}') from None
+        holder.update(dict.fromkeys(opened.keys(), opened))
     kind = family(config)
-    if kind == 'gpt2' and 'wte.weight' in theirs:  # the hub's gpt2 was saved without its outer module
-        theirs = {f'transformer.{name}': tensor for name, tensor in theirs.items()}
-    ours, missing = {}, []
-    for name, sources, transpose in name_map(kind, config):
-        if any(s not in theirs for s in sources):
-            missing += [s for s in sources if s not in theirs]
-            continue
-        parts = [theirs.pop(s).to(torch.float32) for s in sources]
-        tensor = torch.cat([p.t() if transpose else p for p in parts]).contiguous()
-        if kind == 'gpt_neox' and '.c_attn.' in name:
-            tensor = _interleave_heads(tensor, config)
-        ours[name] = tensor[:config.block_size] if name == 'transformer.wpe.weight' else tensor
-    if config.weight_tying:
-        for head in ('lm_head.weight', 'embed_out.weight'):
-            theirs.pop(head, None)
-        ours['lm_head.weight'] = ours['transformer.wte.weight']
+    # the hub's gpt2 was saved without its outer module
+    prefix = 'transformer.' if kind == 'gpt2' and 'wte.weight' in holder else ''
+    rows = [(ours, [source.removeprefix(prefix) for source in sources], transpose) for ours, sources, transpose in name_map(kind, config)]
+    used = {source for _, sources, _ in rows for source in sources} | ({'lm_head.weight', 'embed_out.weight'} if config.weight_tying else set())
+    missing = [source for _, sources, _ in rows for source in sources if source not in holder]
     # masks, constants and rotary tables that older versions of transformers stored
-    left = [n for n in theirs if not re.search(r'\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$', n)]
+    left = [name for name in holder if name not in used and not re.search(r'\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$', name)]
     if missing or left:
         raise ConfigError(f"{folder} does not hold the weights of its config.json: missing {missing[:3]}, left over {left[:3]}")
-    return ours
+
+    def read():
+        for name, sources, transpose in rows:
+            parts = [holder[source].get_tensor(source).to(torch.float32) for source in sources]
+            tensor = torch.cat([part.t() if transpose else part for part in parts]).contiguous()
+            if kind == 'gpt_neox' and '.c_attn.' in name:
+                tensor = _interleave_heads(tensor, config)
+            yield name, tensor[:config.block_size] if name == 'transformer.wpe.weight' else tensor
+    return read()
 
 
 def write(folder, config, state_dict, dtype=torch.float32, eot_id=None):

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, CheckpointPolicy
 
-from engine.attention import attention
+from engine import parallel
+from engine.attention import DEAR, attention
 from engine.configurator import ConfigError
 from engine.loader import mix
 from engine.loss import next_token_loss
@@ -143,8 +145,8 @@ class Norm(nn.Module):
         self.rms, self.eps = kind == 'rmsnorm', eps
 
     def forward(self, x):
-        if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.rms:  # its fused kernel wants both in one dtype
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -177,7 +179,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
         self.backend, self.dropout = backend, dropout
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, ring):
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).split(self.heads, dim=2)
         if self.q_norm is not None:
@@ -185,7 +187,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        y = attention(q, k, v, self.backend, self.dropout if self.training else 0.0)
+        y = attention(q, k, v, self.backend, self.dropout if self.training else 0.0, ring)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
@@ -217,34 +219,59 @@ class Block(nn.Module):
         self.ln_2 = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.mlp = MLP(config, dropout)
         self.post, self.parallel = config.norm_position == 'post', config.parallel_residual
+        self.activation_checkpointing = 'none'
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, ring=None):
+        if self.activation_checkpointing == 'none' or not torch.is_grad_enabled():
+            return self._forward(x, rope, ring)
+        keep = {'context_fn': _keep_matmuls} if self.activation_checkpointing == 'selective' else {}
+        return checkpoint(self._forward, x, rope, ring, use_reentrant=False, preserve_rng_state=self.mlp.dropout > 0, **keep)
+
+    def _forward(self, x, rope, ring):
         if self.parallel:
-            return x + self.attn(self.ln_1(x), rope) + self.mlp(self.ln_2(x))
+            return x + self.attn(self.ln_1(x), rope, ring) + self.mlp(self.ln_2(x))
         if self.post:
-            x = self.ln_1(x + self.attn(x, rope))
+            x = self.ln_1(x + self.attn(x, rope, ring))
             return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), rope)
+        x = x + self.attn(self.ln_1(x), rope, ring)
         return x + self.mlp(self.ln_2(x))
+
+
+def _keep_matmuls():
+    """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention are kept, and all else is computed again."""
+    kept = {'aten::mm', 'aten::addmm', *DEAR}
+    return create_selective_checkpoint_contexts(
+        lambda ctx, operator, *args, **kwargs: CheckpointPolicy.MUST_SAVE if operator.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+class Head(nn.Linear):
+    """From the last hidden state to logits, or straight to the loss."""
+
+    def forward(self, x, targets=None, reduction='mean'):
+        return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction)
 
 
 class Model(nn.Module):
     """A decoder-only language model.
 
-    config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout: probability.
-    Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
+    config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout: probability; activation_checkpointing: what backward()
+    finds kept of each block: 'none' all of it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring of the
+    ranks that share a sequence, or None. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta
+    device to be counted.
     """
 
-    def __init__(self, config, backend='sdpa', dropout=0.0):
+    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None):
         super().__init__()
-        self.config, self.dropout = config, dropout
+        self.config, self.dropout, self.ring = config, dropout, ring
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position_encoding == 'learned_absolute':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
         parts['h'] = nn.ModuleList([Block(config, backend, dropout) for _ in range(config.n_layer)])
         parts['ln_f'] = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for block in parts['h']:
+            block.activation_checkpointing = activation_checkpointing
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.weight_tying:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'
@@ -253,47 +280,66 @@ class Model(nn.Module):
                 self.register_buffer(name, table, persistent=False)
 
     @classmethod
-    def empty(cls, config, backend, dropout, device):
-        """A model on `device` whose parameters hold nothing yet: built without the work of torch's own initialisation."""
+    def on_meta(cls, *args, **kwargs):
+        """A model that has shapes and no memory: to be split over ranks before allocate()."""
         with torch.device('meta'):
-            model = cls(config, backend, dropout)
-        model.to_empty(device=device)
-        if config.weight_tying:  # to_empty gives every module a tensor of its own
-            model.lm_head.weight = model.transformer.wte.weight
-        if model.rope:
-            for buffer, table in zip((model.rope_cos, model.rope_sin), rope_table(config)):
-                buffer.copy_(table)
-        return model
+            return cls(*args, **kwargs)
+
+    def allocate(self, device, tables_on=None):
+        """Give a model on the meta device memory on `device`: parameters that hold nothing yet, without the work of torch's own initialisation. Returns it.
+
+        tables_on: device of the RoPE tables where it is another.
+        """
+        self.to_empty(device=device)
+        if self.config.weight_tying:  # to_empty gives every module a tensor of its own
+            self.lm_head.weight = self.transformer.wte.weight
+        if self.rope:
+            for name, table in zip(('rope_cos', 'rope_sin'), rope_table(self.config)):
+                setattr(self, name, table.to(tables_on or device))
+        return self
+
+    def sharding_units(self):
+        """(units, others) for engine.parallel.shard(): what is gathered together, in the order of the forward pass; others holds what must be
+        gathered in fp32. A tied table is used at both ends and left to the model as a whole."""
+        if self.config.weight_tying:
+            return list(self.transformer.h), []
+        return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [self.transformer.wte]
+
+    def compile_units(self):
+        """Compile each block and the head for itself."""
+        for module in (*self.transformer.h, self.lm_head):
+            module.compile()
 
     def forward(self, idx, targets=None, reduction='mean', last_only=False):
         """Loss of next-token prediction, or logits.
 
         idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the fp32 scalar loss and keeps
-        no logits: the mean over the targets, or their sum with reduction='sum'. Without, returns logits (B, T, V), or
-        (B, 1, V) of the last position with last_only.
+        no logits: the mean over the targets, or their sum with reduction='sum'; with a ring, idx and targets are what Ring.part()
+        gave this rank, and the loss is that of its tokens. Without targets, returns logits (B, T, V), or (B, 1, V) of the last
+        position with last_only; a ring plays no part then.
         """
-        T = idx.size(1)
+        ring = self.ring if targets is not None else None
+        positions = slice(0, idx.size(1)) if ring is None else ring.positions
         x = self.transformer.wte(idx)
         if 'wpe' in self.transformer:
-            x = x + self.transformer.wpe.weight[:T]
+            x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        rope = (self.rope_cos[:T], self.rope_sin[:T]) if self.rope else None
+        rope = (self.rope_cos[positions], self.rope_sin[positions]) if self.rope else None
         for block in self.transformer.h:
-            x = block(x, rope)
+            x = block(x, rope, ring)
         x = self.transformer.ln_f(x)
-        if targets is not None:
-            return next_token_loss(x, self.lm_head.weight, targets, reduction)
-        return self.lm_head(x[:, -1:] if last_only else x)
+        return self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed, device=None):
         """Normal with std 0.02 for the token and position tables and the head, sqrt(2 / (5 n_embd)) for the other matrices
         (Nguyen and Salazar, "Transformers without Tears", 2019; GPT-2's 0.02 at n_embd = 1000), residual projections scaled
         by 1/sqrt(2 n_layer) on top (GPT-2); norms 1, biases 0.
 
         Every parameter draws from a generator of its own, keyed by (seed, its name): its values do not depend on which
-        others exist, nor on how the model is spread over processes.
+        others exist, nor on how the model is spread over processes. They are drawn in full, one parameter at a time, on `device`
+        (None: where the parameter is; the numbers of a GPU are not those of a CPU).
         """
         inner = math.sqrt(2 / (5 * self.config.n_embd))
         for name, parameter in self.named_parameters():
@@ -301,9 +347,25 @@ class Model(nn.Module):
                 parameter.fill_(0.0 if name.endswith('bias') else 1.0)
                 continue
             std = 0.02 if '.h.' not in name else inner / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else inner
-            generator = torch.Generator(parameter.device)
+            generator = torch.Generator(device or parameter.device)
             generator.manual_seed(mix(seed, *name.encode()) % 2**63)
-            parameter.normal_(0.0, std, generator=generator)
+            parallel.put(parameter, torch.empty(parameter.shape, device=generator.device).normal_(0.0, std, generator=generator))
+
+    @torch.no_grad()
+    def fill(self, weights):
+        """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A second name of a tied table is passed over.
+
+        Raises ConfigError for a parameter that is missing or has another shape.
+        """
+        missing = dict(self.named_parameters())
+        for name, tensor in weights:
+            if (parameter := missing.pop(name, None)) is None:
+                continue
+            if parameter.shape != tensor.shape:
+                raise ConfigError(f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has {tuple(parameter.shape)}')
+            parallel.put(parameter, tensor)
+        if missing:
+            raise ConfigError(f'there are no weights for {", ".join(list(missing)[:3])}')
 
     def parameter_counts(self):
         """{'total', 'trainable', 'non_embedding'}: numbers of parameters; non_embedding leaves out the token and position

@@ -55,13 +55,13 @@ def load_huggingface(source, device, dtype):
     folder = huggingface.fetch(source)
     shape = resolve_shape(huggingface.read_settings(folder))
     model = build(shape, device, dtype, 'sdpa')
-    model.load_state_dict(huggingface.read_weights(folder, shape))
+    model.fill(huggingface.weights(folder, shape))
     return model, load_tokenizer(folder), folder
 
 
 def build(shape, device, dtype, backend):
     backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim)
-    return Model.empty(shape, backend, 0.0, device).eval()
+    return Model.on_meta(shape, backend).allocate(device).eval()
 
 
 def main(argv=None):

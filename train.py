@@ -32,6 +32,7 @@ from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
+from engine.loss import IGNORE
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
@@ -124,13 +125,21 @@ class Config:
     device: str | None = None  # 'cpu' | 'cuda' | 'cuda:1'; None: a GPU if there is one
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # of the matmuls; weights stay float32. None: bfloat16 on a GPU, float32 on a CPU
     compile: bool = True  # torch.compile the model
+    activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
     deterministic: bool = True  # kernels that repeat to the last bit
-    backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
-    use_zero1: bool = False  # shard the optimizer state (not in this version: runs as DDP and says so)
-    use_fsdp: bool = False  # shard everything (refused in this version)
-    fsdp_min_num_params: int | None = None  # only with use_fsdp
-    fsdp_activation_checkpointing: bool | None = None  # only with use_fsdp
     use_cuda_graphs: bool = False  # (not in this version: runs without and says so)
+    # many processes: under torchrun each trains on its share of the batch (DDP)
+    backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
+    timeout_minutes: float = 10.0  # how long a process waits for another in training before it gives up
+    use_zero1: bool = False  # share out the optimizer state (ZeRO-1)
+    use_fsdp: bool = False  # share out gradients and parameters too (FSDP)
+    fsdp_reshard: bool = True  # gather parameters where they are needed (ZeRO-3); False: once per iteration (ZeRO-2)
+    fsdp_replicas: int = 1  # groups of processes that each share out the whole (hybrid sharding), such as one per machine
+    fsdp_reduce_dtype: Literal['float32', 'bfloat16'] = 'float32'  # in which gradients are summed
+    fsdp_offload: bool = False  # keep parameters and optimizer state in the memory of the CPU
+    fsdp_min_num_params: int | None = None  # (of older recipes; FSDP shares out block by block)
+    fsdp_activation_checkpointing: bool | None = None  # with use_fsdp=True: activation_checkpointing=full
+    context_parallel: int = 1  # processes that share each sequence
 
     @property
     def save_interval(self):
@@ -150,8 +159,7 @@ def main(argv=None):
     try:
         return run(sys.argv[1:] if argv is None else argv, stop)
     except ConfigError as error:
-        if int(os.environ.get('RANK', 0)) == 0:
-            print(f'error: {error}', file=sys.stderr, flush=True)
+        parallel.tell(error)
         return 2
     finally:
         stop.restore()
@@ -164,7 +172,8 @@ def run(argv, stop):
     refuse_impossible(c, given, notes)
     if c.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read by cuBLAS when CUDA starts
-    world = parallel.start(c.device, c.backend)
+    world = parallel.start(c.device, c.backend, c.timeout_minutes)
+    parallel.same({**dataclasses.asdict(c), 'torch': torch.__version__}, 'the configuration', world)
     device = world.device
 
     # ---- where to start from: settings now, weights when the model exists
@@ -179,6 +188,7 @@ def run(argv, stop):
     elif c.init_from != 'scratch':
         c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
     start_step = resumed['step'] if resumed else 0
+    parallel.arrange(world, c, notes)
     if c.upload_to:
         open_url(c.upload_to)  # a URL that cannot work is known before any checkpoint is renamed
 
@@ -189,8 +199,11 @@ def run(argv, stop):
         check_fit(file, shape.vocab_size, shape.block_size)
     note_without_effect(c, given, shape.position_encoding, notes)
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
+    parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     dtype = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
+    if dtype == 'float16' and c.fsdp_offload:
+        raise ConfigError('dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16')
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     torch_dtype = getattr(torch, dtype)
@@ -202,8 +215,8 @@ def run(argv, stop):
         c.compile = False
 
     # ---- batch arithmetic
-    accumulation = accumulation_steps(c, world.size)
-    sequences_per_step = c.batch_size * accumulation * world.size
+    accumulation = accumulation_steps(c, world.data_size)
+    sequences_per_step = c.batch_size * accumulation * world.data_size
     tokens_per_step = sequences_per_step * c.block_size
     position = start_step * sequences_per_step if nanogpt else resumed['position'] if resumed and not new_stream else 0
     tokens = resumed.get('tokens', position * c.block_size) if resumed else 0
@@ -213,7 +226,7 @@ def run(argv, stop):
     if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
     c = dataclasses.replace(c, dtype=dtype, attention_backend=attention_backend, gradient_accumulation_steps=accumulation, device=device.type,
-                            backend=world.backend, use_zero1=False, use_cuda_graphs=False, **dataclasses.asdict(shape))
+                            backend=world.backend, use_cuda_graphs=False, **dataclasses.asdict(shape))
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
@@ -242,31 +255,34 @@ def run(argv, stop):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
     torch.manual_seed(c.seed)
-    model = Model.empty(shape, attention_backend, c.dropout, device)
+    model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring)
+    parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
+    model.allocate('cpu' if c.fsdp_offload else device, tables_on=device)
     if nanogpt:
-        model.load_state_dict(nanogpt['model'])
+        model.fill(nanogpt['model'].items())
     elif hf_folder:
-        model.load_state_dict(huggingface.read_weights(hf_folder, shape))
+        model.fill(huggingface.weights(hf_folder, shape))
     elif not resumed:
-        model.init_weights(c.seed)
-    step_model = torch.compile(model) if c.compile else model  # what evaluation calls
-    train_model = parallel.wrap(step_model, world)
+        model.init_weights(c.seed, device)
+    step_model, train_model = parallel.wrap(model, world, c.compile)
 
     # ---- optimizer
     named = dict(model.named_parameters())
     parameters = list(named.values())
-    optimizer = optim.build_adamw(named, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=device.type)
+    updated = parallel.optimized(named, world)
+    optimizer = optim.build_adamw(updated, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=parameters[0].device.type)
+    parallel.bind(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
-    guard = optim.Guard(device, c.max_bad_steps, c.spike_factor)
+    guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)
     autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
     best_val_loss = math.inf
     if resumed:
         best_val_loss = math.inf if resumed['best_val_loss'] is None or new_validation else resumed['best_val_loss']
         if nanogpt:
-            for name, tensor in optim.named_state(optimizer, named).items() if nanogpt['optimizer'] else ():
-                tensor.copy_(nanogpt['optimizer'][name])
+            for name, tensor in optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ():
+                parallel.put(tensor, nanogpt['optimizer'][name])
         else:
-            checkpoint.load(resumed['path'], checkpoint_tensors(named, *(() if c.eval_only else (optimizer, guard))), world.size)
+            checkpoint.load(resumed['path'], checkpoint_tensors(named, *(() if c.eval_only else (updated, optimizer, guard))), world.size, world.slow_group)
             scaler.load_state_dict(resumed['scaler'])
 
     # ---- log and report
@@ -299,17 +315,14 @@ def run(argv, stop):
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
             total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
-            for batch in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.rank, world.size):
+            for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size):
                 if parallel.largest(stop.code(), world):
                     step_model.train()
                     return None
-                if batch is None:  # this rank has no part in the last round
-                    continue
-                x, y = batch
+                x, y = world.part(x.to(device), y.to(device))
                 with autocast:
-                    # a batch of another size, the last of a small split, is not worth a compilation of its own
-                    loss = (step_model if len(x) == c.batch_size else model)(x.to(device), y.to(device), reduction='sum')
-                total += torch.stack([loss.double(), torch.tensor(float(y.numel()), dtype=torch.float64, device=device)])
+                    loss = step_model(x, y, reduction='sum')
+                total += torch.stack([loss.double(), (y != IGNORE).sum().double()])
             total = parallel.sum_over_ranks(total, world)
             losses[split] = (total[0] / total[1]).item()
         step_model.train()
@@ -323,7 +336,7 @@ def run(argv, stop):
                  'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
         due = time.perf_counter()
         settle(saver.wait())  # one save at a time
-        saver.start(step, checkpoint_tensors(named, optimizer, guard), state, due)
+        saver.start(step, checkpoint_tensors(named, updated, optimizer, guard), state, due)
         saved_step = step
 
     def settle(outcome):
@@ -358,10 +371,10 @@ def run(argv, stop):
                 copier.add(at)
 
     def sample():
-        generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without
+        generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without; and alike on every rank
         with autocast:
-            text = tokenizer.decode(model.generate(sample_ids.to(device), 128, temperature=0.8, top_k=50, generator=generator, interrupted=stop.code)[0].tolist())
-        log.say(f'---- sample at iter {step}\n{text}\n----')
+            ids = model.generate(sample_ids.to(device), 128, temperature=0.8, top_k=50, generator=generator, interrupted=lambda: parallel.largest(stop.code(), world))
+        log.say(f'---- sample at iter {step}\n{tokenizer.decode(ids[0].tolist())}\n----')
 
     if c.eval_only:
         losses = evaluate()
@@ -369,17 +382,17 @@ def run(argv, stop):
         log.close()
         return 0
 
-    loader = TrainLoader(train_file, order, batch_size=c.batch_size, rank=world.rank, world_size=world.size, position=position,
+    loader = TrainLoader(train_file, order, batch_size=c.batch_size, rank=world.data_rank, world_size=world.data_size, position=position,
                          device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
     saver = Saver(c.out_dir, world, keep=c.keep_checkpoints, keep_every=c.keep_every, keep_all=c.keep_all_checkpoints, background=c.checkpoint_async,
                   before_commit=log.sync, copier=copier)
-    saver.reserve(checkpoint_tensors(named, optimizer, guard))
+    saver.reserve(checkpoint_tensors(named, updated, optimizer, guard))
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
     last_evaluation, bad_before = (-1, None), guard.counts()
     if c.compile and c.max_iters // c.eval_interval > start_step // c.eval_interval:
         with torch.no_grad(), autocast:  # compile evaluation now: later, a signal would have to wait for it
-            x, y = (part[:c.batch_size].to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1)))
+            x, y = world.part(*(part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1))))
             step_model.eval()(x, y, reduction='sum')
             step_model.train()
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
@@ -412,7 +425,7 @@ def run(argv, stop):
                     if not c.always_save_checkpoint and step not in (saved_step, 0):
                         save()
                 note_evaluation(step)
-            if sampling and world.main:
+            if sampling:
                 sample()
             interval_start += time.perf_counter() - pause
         if ending:
@@ -430,26 +443,27 @@ def run(argv, stop):
             if stop_code:
                 break
             x, y, first_position = batch
+            x, y = world.part(x, y)
             if c.dropout:
                 torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
-            with parallel.last_micro_step(train_model, micro_step == accumulation - 1):
+            with parallel.last_micro_step(train_model, micro_step == accumulation - 1, world):
                 with autocast:
-                    # the sum over this rank's targets, over the targets of the whole step; DDP averages, hence world.size
+                    # the sum over this rank's targets, over the targets of the whole step; ranks average, hence world.size
                     loss = train_model(x, y, reduction='sum') * (world.size / tokens_per_step)
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
         if stop_code:  # the step is given up: the weights are those of the last one, and its batches will come again
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             continue
         step_loss = parallel.sum_over_ranks(step_loss, world) / world.size
-        scaler.unscale_(optimizer)
+        guard.unscale()
         measuring = c.gradient_log_interval and (step + 1) % c.gradient_log_interval == 0
         statistics = optim.gradient_statistics(parameters) if measuring else {}
         grad_norm = optim.clip_gradients(parameters, c.grad_clip)
         interval_start += saver.wait_staged()
         step += 1
-        guard.step(optimizer, scaler, step, step_loss, grad_norm)
-        optimizer.zero_grad(set_to_none=True)
+        guard.step(optimizer, step, step_loss, grad_norm)
+        model.zero_grad(set_to_none=True)
         position += sequences_per_step
         tokens += tokens_per_step
         interval_steps += 1
@@ -458,6 +472,7 @@ def run(argv, stop):
         log.progress(step)
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
             loss_value = step_loss.item()  # the only wait for the device
+            slowest = parallel.worst({'data_wait_s': loader.wait_s, **memory_gb(device)}, world)
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
@@ -465,7 +480,7 @@ def run(argv, stop):
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
             bad = guard.counts()
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
-                      data_wait_ms=1000 * loader.wait_s / interval_steps, wall_s=log.wall_s(), mfu=mfu, memory=memory_gb(device), gradients=gradients,
+                      data_wait_ms=1000 * slowest.pop('data_wait_s') / interval_steps, wall_s=log.wall_s(), mfu=mfu, memory=slowest, gradients=gradients,
                       skipped={'bad': bad['bad'], 'spikes': bad['spikes']})
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
             log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "
@@ -510,7 +525,7 @@ def refuse_impossible(c, given, notes):
     """Raise ConfigError for values that no run can have; note options that this version cannot obey and runs without."""
     faults.check()
     for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'max_iters',
-                'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
+                'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'fsdp_replicas', 'context_parallel', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
         if getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
     for key in ('sample_interval', 'keep_every', 'max_time', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
@@ -524,6 +539,8 @@ def refuse_impossible(c, given, notes):
     if c.auto_resume and resume.is_step(c.resume_from):
         raise ConfigError(f'resume_from={c.resume_from} with auto_resume=True would go back to iteration {c.resume_from} at every start: type --init_from=resume '
                           f'--resume_from={c.resume_from} once, with --auto_resume=False')
+    if c.timeout_minutes <= 0:
+        raise ConfigError(f'timeout_minutes={c.timeout_minutes} must be above 0')
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
         raise ConfigError(f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True')
     if not 0 <= c.dropout < 1:
@@ -540,10 +557,8 @@ def refuse_impossible(c, given, notes):
         notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
     if c.decay_lr and c.min_lr > c.learning_rate:
         notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')
-    if c.use_fsdp:
-        raise ConfigError('use_fsdp=True is not in this version: type --use_fsdp=False, which trains with DDP under torchrun')
-    if c.use_zero1:
-        notes.append('use_zero1=True is not in this version: the optimizer state is whole on every rank, as under DDP; the results are the same')
+    if c.use_fsdp and c.fsdp_activation_checkpointing and 'activation_checkpointing' not in given:
+        c.activation_checkpointing = 'full'
     if c.use_cuda_graphs:
         notes.append('use_cuda_graphs=True is not in this version: running without; the results are the same')
 
@@ -551,7 +566,7 @@ def refuse_impossible(c, given, notes):
 def note_without_effect(c, given, position_encoding, notes):
     """Note the keys that were given and that other keys make void."""
     for condition, reason, keys in (
-            (not c.use_fsdp, 'without use_fsdp=True', ('fsdp_min_num_params', 'fsdp_activation_checkpointing')),
+            (not c.use_fsdp, 'without use_fsdp=True', ('fsdp_min_num_params', 'fsdp_activation_checkpointing', 'fsdp_offload')),
             (not c.use_dataloader, 'without use_dataloader=True', ('dataloader_num_workers', 'dataloader_prefetch_factor')),
             (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
             (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),
@@ -569,8 +584,11 @@ def accumulation_steps(c, world_size):
     if c.total_batch_size % micro_step:
         below = c.total_batch_size // micro_step * micro_step
         near = ' or '.join(str(value) for value in (below, below + micro_step) if value)
+        sizes = [size for size in range(c.batch_size, 0, -1) if c.total_batch_size % (size * c.block_size * world_size) == 0][:1]
+        counts = [str(n) for n in range(1, 2 * world_size) if c.total_batch_size % (c.batch_size * c.block_size * n) == 0]
         raise ConfigError(f'total_batch_size={c.total_batch_size} is not a multiple of batch_size {c.batch_size} x block_size {c.block_size} x '
-                          f'{world_size} ranks = {micro_step} tokens: type --total_batch_size={near}')
+                          f'{world_size} ranks = {micro_step} tokens: type --total_batch_size={near}'
+                          + ''.join(f', or --batch_size={size}' for size in sizes) + (f', or share the sequences of a micro-step among {" or ".join(counts)} ranks' if counts and world_size > 1 else ''))
     return c.total_batch_size // micro_step
 
 
@@ -586,11 +604,11 @@ def sample_prompt(c, meta):
     return tokenizer, ids
 
 
-def checkpoint_tensors(named_parameters, optimizer=None, guard=None):
-    """What a checkpoint holds, {name: tensor}: parameters, the state of the optimizer and of the guard; the first alone to evaluate."""
-    tensors = {f'model.{name}': p.detach() for name, p in named_parameters.items()}
+def checkpoint_tensors(named, updated=None, optimizer=None, guard=None):
+    """What a checkpoint holds, {name: tensor}: parameters, the state of the optimizer over `updated` and of the guard; the first alone to evaluate."""
+    tensors = {f'model.{name}': p.detach() for name, p in named.items()}
     if optimizer is not None:
-        tensors.update({f'optimizer.{name}': tensor for name, tensor in optim.named_state(optimizer, named_parameters).items()})
+        tensors.update({f'optimizer.{name}': tensor for name, tensor in optim.named_state(optimizer, updated).items()})
         tensors.update({f'guard.{name}': tensor for name, tensor in guard.state.items()})
     return tensors
 

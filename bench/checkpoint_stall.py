@@ -35,11 +35,11 @@ def main():
     world = parallel.start()
     device = world.device
     shape = resolve_shape(dict(arch_preset='llama', n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, block_size=args.block_size, vocab_size=args.vocab_size))
-    model = Model.empty(shape, 'sdpa', 0.0, device)
+    model = Model.on_meta(shape).allocate(device)
     model.init_weights(0)
     named = dict(model.named_parameters())
     optimizer = optim.build_adamw(named, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, device_type=device.type)
-    guard, scaler = optim.Guard(device, 3), torch.amp.GradScaler(device.type, enabled=False)
+    guard = optim.Guard(named.values(), torch.amp.GradScaler(device.type, enabled=False), 3)
     x = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=device)
     step = 0
 
@@ -57,7 +57,7 @@ def main():
         norm = optim.clip_gradients(list(named.values()), 1.0)
         saver.wait_staged()
         step += 1
-        guard.step(optimizer, scaler, step, loss.detach(), norm)
+        guard.step(optimizer, step, loss.detach(), norm)
         optimizer.zero_grad(set_to_none=True)
         wait()
         return time.perf_counter() - started

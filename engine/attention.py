@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from engine.ring import ring_attention
+
 BACKENDS = ('flash_attn_3', 'flash_attn_2', 'sdpa', 'manual')
 _MODULES = {'flash_attn_3': 'flash_attn_interface', 'flash_attn_2': 'flash_attn'}
 
@@ -45,13 +47,16 @@ def _why_not(backend, device_type, dtype, head_dim, dropout):
     return None
 
 
-def attention(q, k, v, backend, dropout=0.0):
+def attention(q, k, v, backend, dropout=0.0, ring=None):
     """Causal attention, scaled by 1/sqrt(head_dim).
 
     q: (B, n_head, T, head_dim); k, v: (B, n_kv, T, head_dim) with n_head a multiple of n_kv (grouped queries: head h
     reads key/value head h // (n_head / n_kv)). Returns (B, n_head, T, head_dim) in q's dtype.
-    dropout: probability for the attention weights, 0 outside training.
+    dropout: probability for the attention weights, 0 outside training. ring: the ranks that share the sequence, each with its part of T
+    (engine/ring.py); then the backend is theirs.
     """
+    if ring is not None:
+        return ring_attention(q, k, v, ring)
     return _KERNELS[backend](q, k, v, dropout)
 
 
@@ -83,4 +88,7 @@ def _manual(q, k, v, dropout):
     return (weights @ v.unsqueeze(2)).reshape(B, n_head, T, head_dim)
 
 
+# operators of these kernels, whose outputs are dear to compute and small to keep (activation_checkpointing='selective')
+DEAR = ('aten::_scaled_dot_product_flash_attention', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_efficient_attention',
+        'aten::_scaled_dot_product_cudnn_attention', 'flash_attn::_flash_attn_forward', 'flash_attn_3::_flash_attn_forward', 'flash_attn_3::fwd')
 _KERNELS = {'flash_attn_3': _flash_attn_3, 'flash_attn_2': _flash_attn_2, 'sdpa': _sdpa, 'manual': _manual}

@@ -166,12 +166,12 @@ def tensor_bytes(path, fs=LOCAL):
     return sum(entry['size'] for entry in unseal(_read(fs, f'{path}/manifest.json'))['files'].values())
 
 
-def load(path, tensors, world_size=1):
-    """Read the tensors named in `tensors` ({name: tensor}) from the checkpoint `path` into them, in place.
+def load(path, tensors, world_size=1, group=None):
+    """Read the tensors named in `tensors` ({name: tensor}) from the checkpoint `path` into them, in place; of a DTensor its part, however it was written.
 
     Raises torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have.
     """
-    dcp.load(tensors, storage_reader=_Reader(path), no_dist=world_size == 1)
+    dcp.load(tensors, storage_reader=_Reader(path), process_group=group, no_dist=world_size == 1)
 
 
 def record_evaluation(path, losses):

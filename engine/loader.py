@@ -18,6 +18,7 @@ import torch
 from data.tokenfile import fingerprint, read_meta, token_dtype
 from engine import stopping
 from engine.configurator import ConfigError, nearest
+from engine.loss import IGNORE
 
 _MASK = 2**64 - 1
 
@@ -161,19 +162,21 @@ def check_fit(file, vocab_size, block_size):
 
 
 def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1):
-    """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (<= batch_size, block_size).
+    """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (batch_size, block_size).
 
     n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping: the same at every
-    evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many items as rank 0,
-    the last may be None.
+    evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many batches of the same
+    shape, since ranks compute together: what fills them up has no target (IGNORE).
     """
     available = (len(file) - 1) // block_size
     count = min(n_batches * batch_size, available)
     starts = np.arange(count) * available // count * block_size
     for first in range(0, count, world_size * batch_size):
         mine = starts[first + rank * batch_size:first + (rank + 1) * batch_size]
-        window = file.windows(mine, block_size) if len(mine) else None
-        yield None if window is None else (window[:, :-1], window[:, 1:])
+        window = file.windows(np.resize(mine if len(mine) else starts[:1], batch_size), block_size)
+        x, y = window[:, :-1], window[:, 1:].clone()
+        y[len(mine):] = IGNORE
+        yield x, y
 
 
 class TrainLoader:

@@ -1,8 +1,11 @@
 """AdamW with decay groups, clipping, the guard against bad steps, gradient statistics, and the optimizer's state by parameter name."""
 import inspect
 import math
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr):
@@ -41,27 +44,34 @@ def set_learning_rate(optimizer, lr):
 
 def clip_gradients(parameters, max_norm):
     """Scale the gradients to a global 2-norm of at most max_norm (0: leave them); returns the norm before, on the device."""
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float('inf'))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float('inf'))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()
 def gradient_statistics(parameters):
     """Statistics of the gradients as a dict of scalar tensors on the device: norms per parameter tensor and the moments
-    over all elements. Call it before clipping and before they are zeroed."""
+    over all elements. Call it on every rank, before clipping and before they are zeroed."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
     count = sum(g.numel() for g in gradients)
-    mean = torch.stack([g.sum(dtype=torch.float32) for g in gradients]).sum() / count
-    variance = norms.float().square().sum() / count - mean.square()
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]  # some may be empty
+    columns = {'squares': torch.stack([g.float().square().sum() for g in parts]), 'sums': torch.stack([g.sum(dtype=torch.float32) for g in parts]),
+               'least': torch.stack([g.min() for g in parts if g.numel()]).min(), 'most': torch.stack([g.max() for g in parts if g.numel()]).max()}
+    if isinstance(gradients[0], DTensor):
+        mesh = gradients[0].device_mesh
+        for (name, tensor), op in zip(columns.items(), (dist.ReduceOp.SUM, dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
+            dist.all_reduce(tensor, op=op, group=mesh.get_group(mesh.ndim - 1))
+    norms, mean = columns['squares'].sqrt(), columns['sums'].sum() / count
+    variance = columns['squares'].sum() / count - mean.square()
     return {
         'mean_layer_norm': norms.mean(), 'max_layer_norm': norms.max(), 'min_layer_norm': norms.min(),
         'grad_mean': mean, 'grad_std': variance.clamp(min=0).sqrt(),
-        'grad_min': torch.stack([g.min() for g in gradients]).min(), 'grad_max': torch.stack([g.max() for g in gradients]).max(),
+        'grad_min': columns['least'], 'grad_max': columns['most'],
     }
 
 
 def named_state(optimizer, named_parameters):
-    """The optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor, 'exp_avg_sq.<name>': ..., 'step.<name>': ...}.
+    """The optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor, 'exp_avg_sq.<name>': ..., 'step.<name>': ...}; DTensors where a rank has a part.
 
     State that does not exist yet is created as zeros, so that a checkpoint can be read into it in place. The keys hold no
     index and no rank: the state can be loaded under another order, layout or number of processes.
@@ -92,19 +102,25 @@ class Guard:
     """
     WINDOW, MINIMUM = 128, 16
 
-    def __init__(self, device, max_bad, spike_factor=0.0):
-        self.max_bad, self.spike_factor = max_bad, spike_factor
+    def __init__(self, parameters, scaler, max_bad, spike_factor=0.0):
+        self.graded = SimpleNamespace(param_groups=[{'params': list(parameters)}])  # the part of an optimizer that the scaler looks at
+        self.scaler, self.max_bad, self.spike_factor = scaler, max_bad, spike_factor
+        device = self.graded.param_groups[0]['params'][0].device
         # bad steps in a row, the first of them, bad steps in all, spikes in all
         self.state = {'counts': torch.zeros(4, dtype=torch.int64, device=device),
                       'norms': torch.full((self.WINDOW,), math.nan, dtype=torch.float32, device=device)}
 
-    def step(self, optimizer, scaler, step, loss, norm):
+    def unscale(self):
+        """Divide the gradients by the scale of the loss (fp16; else nothing happens)."""
+        self.scaler.unscale_(self.graded)
+
+    def step(self, optimizer, step, loss, norm):
         """Take the optimizer's step number `step` (from 1), or not. loss and norm: scalar tensors, the same on every rank.
 
         Under fp16 an overflow of the gradient is the scaler's business: it skips by itself, and no fault is counted.
         """
-        counts, norms = self.state['counts'], self.state['norms']
-        bad = ~loss.isfinite() if scaler.is_enabled() else ~(loss.isfinite() & norm.isfinite())
+        counts, norms, loss = self.state['counts'], self.state['norms'], loss.to(norm.device)
+        bad = ~loss.isfinite() if self.scaler.is_enabled() else ~(loss.isfinite() & norm.isfinite())
         skip = bad | (counts[0] >= self.max_bad)
         spike = torch.zeros_like(bad)
         if self.spike_factor:
@@ -116,15 +132,12 @@ class Guard:
         counts[0] = torch.where(skip, counts[0] + 1, 0)
         counts[2] += bad
         counts[3] += spike
-        skip = (skip | spike).float()
-        if scaler.is_enabled():
-            for found in scaler._found_inf_per_device(optimizer).values():  # what unscale_() found; the fused step and update() obey it
-                found.add_(skip).clamp_(max=1.0)
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.found_inf = skip  # the fused kernels leave parameters, moments and step count alone where it is 1
-            optimizer.step()
+        optimizer.found_inf = (skip | spike).float()  # the fused kernels leave parameters, moments and step count alone where it is 1
+        if self.scaler.is_enabled():
+            for found in self.scaler._found_inf_per_device(self.graded).values():  # what unscale_() found; update() obeys it
+                optimizer.found_inf = found.add_(optimizer.found_inf).clamp_(max=1.0)
+        optimizer.step()
+        self.scaler.update()
 
     def counts(self):
         """{'row', 'first', 'bad', 'spikes'} as ints; waits for the device."""

@@ -1,6 +1,21 @@
-"""Processes and devices. Every other file asks here for rank, world size and device."""
+"""Processes, devices and the layout. Every other file asks here for rank, world size and device.
+
+The layouts, and what each rank holds of parameters (P), gradients (G) and optimizer state (S) on n ranks:
+
+    single                       P      G      S
+    DDP                          P      G      S      sums gradients at the last micro-step
+    ZeRO-1   use_zero1=True      P      G      S/n    DDP; each rank updates its rows of every parameter, then all gather them
+    ZeRO-2   use_fsdp=True       P*     G/n    S/n    FSDP2 with fsdp_reshard=False: *in whole from the first forward to the last backward of a step
+    ZeRO-3   use_fsdp=True       P/n    G/n    S/n    FSDP2 with fsdp_reshard=True: gathered unit by unit where they are needed
+
+fsdp_replicas=r shards over groups of n/r ranks, each group a replica of the others (hybrid sharding). context_parallel=k splits each sequence over k
+neighbouring ranks (engine/ring.py); the layouts above then treat a rank's share of the tokens as they treat its share of the sequences.
+
+Parameters keep their names and their shapes in all of them; a part of one is a DTensor, split by rows (dimension 0) as torch.chunk splits.
+"""
 import contextlib
 import ctypes
+import datetime
 import gc
 import os
 import re
@@ -9,34 +24,64 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from engine import stopping
 from engine.configurator import ConfigError
+from engine.ring import Ring
+
+PATIENCE = datetime.timedelta(days=1)  # for what waits for disks and networks: a checkpoint may take long to read
+gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # the new name of torch 2.13
+_store = None  # where a rank that fails alone says so
 
 
 @dataclass
 class World:
-    """This process among all: `rank` of `size`, on `device`.
+    """This process among all: `rank` of `size`, on `device`, and the layout they have together.
 
-    group: process group for agreement on the host; saving_group: another, for the thread that writes checkpoints.
+    group: process group for agreement on the host; slow_group: another, for what waits for disks and networks (also for the thread that
+    writes checkpoints). data_rank of data_size: which of the sequences of a micro-step; ring: the ranks that share one sequence, or None.
     """
     rank: int
     size: int
     device: torch.device
     backend: str | None = None
     group: object = None
-    saving_group: object = None
+    slow_group: object = None
+    layout: str = 'single'  # 'single' | 'DDP' | 'ZeRO-1' | 'ZeRO-2' | 'ZeRO-3'
+    mesh: object = None  # DeviceMesh over which parameters or optimizer state are sharded; its last dimension shards
+    data_rank: int = 0
+    data_size: int = 1
+    ring: Ring | None = None
 
     @property
     def main(self):
         return self.rank == 0
 
+    @property
+    def fsdp(self):
+        return self.layout in ('ZeRO-2', 'ZeRO-3')
 
-def start(device=None, backend=None):
+    def part(self, x, y):
+        """This rank's share of the tokens of its sequences: (B, block_size) inputs x and targets y, which is all of them but for context parallelism."""
+        return self.ring.part(x, y) if self.ring else (x, y)
+
+    def describe(self):
+        """Such as 'FSDP (ZeRO-3), 2 replicas, context parallel 2'."""
+        replicas = self.mesh.size(0) if self.fsdp and self.mesh.ndim == 2 else 1
+        return (f'FSDP ({self.layout})' if self.fsdp else self.layout) + (f', {replicas} replicas' if replicas > 1 else '') + (
+            f', context parallel {self.ring.size}' if self.ring else '')
+
+
+# ---- processes and device
+
+def start(device=None, backend=None, timeout_minutes=10.0):
     """Join the processes that torchrun started, or be the only one, and take a device.
 
-    device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' | None (what fits).
-    Raises ConfigError for a device or backend that this machine does not have.
+    device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' | None (what fits). timeout_minutes: how long a
+    rank waits for another in training before it gives up. Raises ConfigError for a device or backend that this machine does not have.
     """
     rank, local_rank, size, here = (int(os.environ.get(name, default)) for name, default in (
         ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
@@ -65,16 +110,25 @@ def start(device=None, backend=None):
         _keep_freed_memory()
     world = World(rank, size, chosen)
     if size > 1:
-        store = None
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            # torchrun's store outlives the workers: after a restart (--max-restarts) the keys of the last attempt must not be met
-            agent = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), size, is_master=False)
-            store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", agent)
-        dist.init_process_group(backend=backend, store=store, rank=rank, world_size=size)
-        world.backend = backend
-        world.group = dist.new_group(backend='gloo') if backend != 'gloo' else dist.group.WORLD
-        world.saving_group = dist.new_group(backend='gloo')
+        _join(world, backend, datetime.timedelta(minutes=timeout_minutes))
     return world
+
+
+def _join(world, backend, timeout):
+    global _store
+    world.backend = backend
+    if not dist.is_initialized():
+        if world.size == 1:
+            store = dist.HashStore()
+        else:
+            # torchrun's store outlives the workers: after a restart (--max-restarts) the keys of the last attempt must not be met
+            torchruns = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+            store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world.size, is_master=world.main and not torchruns)
+            store = _store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
+        dist.init_process_group(backend='cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    world.group = dist.new_group(backend='gloo', timeout=timeout) if backend != 'gloo' else dist.group.WORLD
+    world.slow_group = dist.new_group(backend='gloo', timeout=PATIENCE)
 
 
 def _keep_freed_memory():
@@ -86,62 +140,21 @@ def _keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def wrap(model, world):
-    """The model as this layout trains it: itself, or under DistributedDataParallel."""
-    if world.size == 1:
-        return model
-    device_ids = [world.device.index] if world.device.type == 'cuda' else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-
-def last_micro_step(model, last):
-    """Context in which backward() sums gradients over ranks only if this is the `last` micro-step of an optimizer step."""
-    return contextlib.nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync()
-
-
-def sum_over_ranks(tensor, world):
-    """`tensor` summed over all ranks, in place; returns it."""
-    if world.size > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def largest(number, world):
-    """The largest of the ranks' small ints, on every rank; agreed on the host, so no GPU waits."""
-    if world.size == 1:
-        return number
-    answer = torch.tensor(number)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=world.group)
-    return answer.item()
-
-
-def from_main(work, world):
-    """What work() returns on the main rank (any small builtin), on every rank; a ConfigError that it raises, too."""
-    box = [None, None]
-    if world.main:
-        try:
-            box = [work(), None]
-        except ConfigError as error:
-            box = [None, str(error)]
-    if world.size > 1:
-        dist.broadcast_object_list(box, src=0, group=world.group)
-    if box[1] is not None:
-        raise ConfigError(box[1])
-    return box[0]
-
-
-def from_all(value, world, group):
-    """Every rank's `value` (any small builtin), in their order, on every rank; over `group`, one of world's."""
-    if world.size == 1:
-        return [value]
-    values = [None] * world.size
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def barrier(world):
-    if world.size > 1:
-        dist.barrier(group=world.group)
+def tell(error):
+    """Print what is wrong with the input, once for all ranks: from the main rank, or from one that meets it alone."""
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
+    where = ''
+    if _store is None:  # before the ranks met: one for each machine
+        if local_rank != 0:
+            return
+    elif rank == 0:
+        _store.set('told', '')
+    else:
+        with contextlib.suppress(dist.DistStoreError):
+            _store.wait(['told'], datetime.timedelta(seconds=3))
+            return
+        where = f' (rank {rank} on {os.uname().nodename})'
+    print(f'error{where}: {error}', file=sys.stderr, flush=True)
 
 
 def leave(code):
@@ -160,3 +173,209 @@ def leave(code):
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+# ---- the layout
+
+def arrange(world, c, notes):
+    """Decide which layout the keys of `c` ask for and set it in `world`. Raises ConfigError for what these ranks cannot be split into."""
+    k, n = c.context_parallel, world.size
+    if c.use_zero1 and c.use_fsdp:
+        raise ConfigError('use_zero1=True and use_fsdp=True are two layouts: type --use_zero1=False (FSDP shards the optimizer state too) or --use_fsdp=False')
+    if n % k:
+        raise ConfigError(f'context_parallel={k} does not divide the {n} process{"es" * (n > 1)}: start {k} or a multiple of it with torchrun --nproc_per_node, or type '
+                          f'--context_parallel={max(d for d in range(1, min(k, n) + 1) if n % d == 0)}')
+    if c.block_size % k:
+        near = sorted({d for d in range(1, n + 1) if n % d == 0 and c.block_size % d == 0})
+        raise ConfigError(f'context_parallel={k} does not divide block_size={c.block_size}: type --block_size={-(-c.block_size // k) * k} or --context_parallel={near[-1]}')
+    if k > 1 and c.dropout:
+        raise ConfigError(f'context_parallel={k} has no dropout in its attention: type --dropout=0 or --context_parallel=1')
+    replicas = c.fsdp_replicas
+    if n % replicas:
+        raise ConfigError(f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type --fsdp_replicas='
+                          f'{max(d for d in range(1, min(replicas, n) + 1) if n % d == 0)}')
+    if c.use_fsdp and n == 1:
+        notes.append('use_fsdp=True on one process: nothing is shared out, the model runs through FSDP all the same')
+        _join(world, 'nccl' if world.device.type == 'cuda' else 'gloo', PATIENCE)
+    if c.use_fsdp and c.fsdp_min_num_params:
+        notes.append(f'fsdp_min_num_params={c.fsdp_min_num_params} has no meaning here: FSDP shares out block by block')
+    if c.use_zero1 and n == 1:
+        notes.append('use_zero1=True on one process: there is no other to share the optimizer state with')
+    if c.use_fsdp:
+        world.layout = 'ZeRO-3' if c.fsdp_reshard else 'ZeRO-2'
+        shape, names = ((replicas, n // replicas), ('replicate', 'shard')) if replicas > 1 else ((n,), ('shard',))
+        world.mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    elif n > 1:
+        world.layout = 'ZeRO-1' if c.use_zero1 else 'DDP'
+        world.mesh = init_device_mesh(world.device.type, (n,), mesh_dim_names=('shard',)) if c.use_zero1 else None
+    world.data_rank, world.data_size = world.rank // k, n // k
+    if k > 1:
+        groups = [dist.new_group(list(range(first, first + k))) for first in range(0, n, k)]  # every rank makes every group
+        world.ring = Ring(groups[world.data_rank], world.rank % k, k, c.block_size, world.device)
+
+
+def shard(model, world, dtype, reduce_dtype, offload):
+    """Under FSDP, split the parameters of `model` (on the meta device) over the ranks, unit by unit; under other layouts do nothing.
+
+    model.sharding_units(): (units, others), lists of modules (or lists of them that are gathered together): the weights of the first are gathered in
+    `dtype`, that of the matmuls; those of the others, and what is in neither, in float32. Gradients are summed in reduce_dtype.
+    """
+    if not world.fsdp:
+        return
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False) if dtype != torch.float32 else MixedPrecisionPolicy()
+    offloading = CPUOffloadPolicy(pin_memory=world.device.type == 'cuda') if offload else OffloadPolicy()
+    units, others = model.sharding_units()
+    for unit in units + others:
+        fully_shard(unit, mesh=world.mesh, reshard_after_forward=world.layout == 'ZeRO-3', offload_policy=offloading, mp_policy=low if unit in units else MixedPrecisionPolicy())
+    # what is left is used first and last: it stays gathered in between
+    fully_shard(model, mesh=world.mesh, reshard_after_forward=False, offload_policy=offloading)
+    blocks = [unit for unit in units if not isinstance(unit, list)]
+    for block, following in zip(blocks, blocks[1:]):
+        block.set_modules_to_forward_prefetch([following])
+
+
+def wrap(model, world, compile):
+    """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same under DistributedDataParallel where the layout needs it."""
+    if compile and world.fsdp:
+        model.compile_units()  # FSDP gathers between them, which is nothing for a compiler
+    step_model = torch.compile(model) if compile and not world.fsdp else model
+    if world.layout not in ('DDP', 'ZeRO-1'):
+        return step_model, step_model
+    device_ids = [world.device.index] if world.device.type == 'cuda' else None
+    return step_model, torch.nn.parallel.DistributedDataParallel(step_model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def last_micro_step(model, last, world):
+    """Context of one micro-step. Under DDP, backward() sums gradients over ranks only if it is the `last` of an optimizer step; under ZeRO-2
+    parameters stay gathered until then. FSDP sums at each: a rank never holds more gradients than its own."""
+    if world.layout in ('DDP', 'ZeRO-1') and not last:
+        return model.no_sync()
+    if world.layout == 'ZeRO-2':
+        model.set_reshard_after_backward(last)
+    return contextlib.nullcontext()
+
+
+def rows_of(n_rows, parts, index):
+    """(first, end) of the rows that part `index` of `parts` has, as torch.chunk splits: the last may have fewer, or none."""
+    size = -(-n_rows // parts)
+    return min(index * size, n_rows), min((index + 1) * size, n_rows)
+
+
+def put(parameter, tensor):
+    """Copy the full `tensor` into a parameter, or into the part of it that this rank holds."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        first, end = rows_of(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        parameter.detach().to_local().copy_(tensor[first:end])
+    else:
+        parameter.detach().copy_(tensor)
+
+
+def part_of(tensor, mesh):
+    """This rank's rows of a tensor that every rank holds, as a DTensor that shares its memory."""
+    first, end = rows_of(len(tensor), mesh.size(), mesh.get_local_rank())
+    return DTensor.from_local(tensor.detach()[first:end], mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def optimized(named, world):
+    """{name: what this rank's optimizer updates} of the parameters `named`: under ZeRO-1 its rows of each, else themselves."""
+    if world.layout != 'ZeRO-1':
+        return dict(named)
+    return {name: torch.nn.Parameter(part_of(p, world.mesh)) for name, p in named.items()}
+
+
+def bind(optimizer, named, updated, world):
+    """Make a step of the optimizer over `updated` = optimized(named) one of the whole model: under ZeRO-1, hand it its rows of the gradients before, gather the parameters after."""
+    if world.layout != 'ZeRO-1':
+        return
+    pairs = [(p, updated[name]) for name, p in named.items()]
+
+    def before(*_):
+        for p, mine in pairs:
+            mine.grad = part_of(p.grad, world.mesh)
+
+    @torch.no_grad()
+    def after(*_):
+        gathering = []
+        for p, mine in pairs:
+            mine.grad = None
+            p, mine, size = p.detach(), mine.detach().to_local(), -(-len(p) // world.size)
+            full = p
+            if len(p) % world.size:
+                full, padded = p.new_empty(size * world.size, *p.shape[1:]), p.new_zeros(size, *p.shape[1:])
+                padded[:len(mine)] = mine
+                mine = padded
+            gathering.append((gather_rows(full, mine, async_op=True), p, full))
+        for work, p, full in gathering:
+            work.wait()
+            if full is not p:
+                p.copy_(full[:len(p)])
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+# ---- agreement
+
+def sum_over_ranks(tensor, world):
+    """`tensor` summed over all ranks, in place; returns it."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number, world):
+    """The largest of the ranks' small ints, on every rank; agreed on the host, so no GPU waits."""
+    if world.size == 1:
+        return number
+    answer = torch.tensor(number)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=world.group)
+    return answer.item()
+
+
+def worst(values, world):
+    """A dict of floats, each the largest of all ranks."""
+    if world.size == 1:
+        return values
+    answer = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=world.group)
+    return dict(zip(values, answer.tolist()))
+
+
+def from_main(work, world):
+    """What work() returns on the main rank (any small builtin), on every rank; a ConfigError that it raises, too. It may take long."""
+    box = [None, None]
+    if world.main:
+        try:
+            box = [work(), None]
+        except ConfigError as error:
+            box = [None, str(error)]
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=0, group=world.slow_group)
+    if box[1] is not None:
+        raise ConfigError(box[1])
+    return box[0]
+
+
+def from_all(value, world):
+    """Every rank's `value` (any small builtin), in their order, on every rank; over slow_group, which a thread may have for itself."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size
+    dist.all_gather_object(values, value, group=world.slow_group)
+    return values
+
+
+def same(values, what, world):
+    """Raise ConfigError on every rank unless the dict `values` is the same on all, naming the first difference."""
+    everyone = from_all(values, world)
+    for rank, theirs in enumerate(everyone):
+        for key in everyone[0]:
+            if theirs.get(key) != everyone[0][key]:
+                raise ConfigError(f'{what} differs between processes: {key}={everyone[0][key]!r} on rank 0, {theirs.get(key)!r} on rank {rank}: '
+                                  f'start all with the same command, files and data')
+
+
+def barrier(world):
+    if world.size > 1:
+        dist.barrier(group=world.slow_group)

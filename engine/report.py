@@ -29,7 +29,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops):
         'config': dataclasses.asdict(c),
         'hardware': {'gpu_name': gpu_name, 'num_gpus': world.size if gpu_name else 0, 'gpu_memory_gb': gpu.total_memory / 1e9 if gpu else None,
                      'cpu_name': cpu_name(), 'cpu_threads': torch.get_num_threads(), 'precision': c.dtype,
-                     'parallelism': 'DDP' if world.size > 1 else 'single'},
+                     'parallelism': world.describe()},
     }
 
 

@@ -4,8 +4,8 @@
                      └─ thread: copy the tensors aside ──────────────┘
                                 check space, write, sync, manifest, read back, rename, remove older ones, hand to the copier
 
-The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of their own). Under DDP, where
-every rank has all tensors, each copies and writes its share. The thread talks to those of the other ranks over a gloo group of
+The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of their own). Of tensors that
+every rank has in full, each copies and writes its share; of those that are split (DTensor), its part. The thread talks to those of the other ranks over a gloo group of
 its own, so that it never stands in the way of training's collectives. A save that fails is an Outcome with an error, the same on
 every rank; what was on disk before stays as it was.
 """
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from engine import checkpoint, faults, parallel
 
@@ -65,11 +66,11 @@ class Saver:
         """Take the memory for the copies of `tensors` now: pinning it takes seconds, and too little of it should be known before training."""
         if self.background:
             pin = self.world.device.type == 'cuda'
-            self.copies = {name: torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=pin) for name, tensor in self._share(tensors).items()}
+            self.copies = {name: torch.zeros_like(tensor, device='cpu', pin_memory=pin) for name, tensor in self._share(tensors).items()}
 
     def _share(self, tensors):
-        owners = _owners(tensors, self.world.size)
-        return {name: tensor for name, tensor in tensors.items() if owners[name] == self.world.rank}
+        owners = _owners({name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}, self.world.size)
+        return {name: tensor for name, tensor in tensors.items() if _first_replica(tensor) if owners.get(name, self.world.rank) == self.world.rank}
 
     def start(self, step, tensors, state, due=None):
         """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint `step`; a save in flight must have been taken by wait().
@@ -149,7 +150,7 @@ class Saver:
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(self.copied)
                 for name, tensor in tensors.items():
-                    self.copies[name].copy_(tensor, non_blocking=True)
+                    _local(self.copies[name]).copy_(_local(tensor), non_blocking=True)
                 copied = torch.cuda.Event()
                 copied.record()
             self.copied = copied
@@ -157,13 +158,13 @@ class Saver:
             copied.synchronize()
         else:
             for name, tensor in tensors.items():
-                _copy(self.copies[name], tensor)
+                _copy(_local(self.copies[name]), _local(tensor))
         faults.reach('staging', step)
         return self.copies
 
     def _check_finite(self, tensors):
         for name, tensor in tensors.items():
-            if name.startswith('model.') and tensor.is_floating_point() and not _finite(tensor):
+            if name.startswith('model.') and tensor.is_floating_point() and not _finite(_local(tensor)):
                 raise _NotFinite(f'{name.removeprefix("model.")} is not finite')
 
     def _write(self, step, tensors, state, size):
@@ -175,7 +176,7 @@ class Saver:
             writer = dcp.FileSystemWriter(temporary)
             writer.fs = files
             self._together(lambda: self._write_tensors(tensors, writer))
-            written = {name: entry for entries in parallel.from_all(files.entries, self.world, self.world.saving_group) for name, entry in entries.items()}
+            written = {name: entry for entries in parallel.from_all(files.entries, self.world) for name, entry in entries.items()}
             self._together(lambda: self._commit(step, temporary, final, state, written) if main else None)
         except BaseException:
             if main:
@@ -200,7 +201,7 @@ class Saver:
     def _write_tensors(self, tensors, writer):
         torch.serialization.set_crc32_options(False)  # a tenth of the work, and the manifest has better checksums
         try:
-            dcp.save(tensors, storage_writer=writer, process_group=self.world.saving_group, no_dist=self.world.size == 1)
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.slow_group, no_dist=self.world.size == 1)
         except BaseException:
             if writer.fs.error:  # what the disk said; torch's own error says where in its archive that was
                 raise writer.fs.error from None
@@ -241,7 +242,7 @@ class Saver:
         except (Exception, dcp.api.CheckpointException) as raised:
             error = raised
         mine = error and (isinstance(error, dcp.api.CheckpointException), isinstance(error, _NotFinite), _sentence(error))
-        failed = [e for e in parallel.from_all(mine, self.world, self.world.saving_group) if e]
+        failed = [e for e in parallel.from_all(mine, self.world) if e]
         if failed:
             _, not_finite, sentence = min(failed)  # the rank that failed knows the reason better than those it let down
             raise (_NotFinite if not_finite else _Failed)(sentence) from error
@@ -318,6 +319,16 @@ def _owners(tensors, world_size):
         owners[name] = load.index(min(load))
         load[owners[name]] += tensors[name].nbytes
     return owners
+
+
+def _local(tensor):
+    """The part of a tensor that is in this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _first_replica(tensor):
+    """Whether this rank is in the first of the groups that each have the whole of a split tensor (hybrid sharding)."""
+    return not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
 def _copy(target, source):

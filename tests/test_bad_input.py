@@ -4,7 +4,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run_process, write_dataset
+import ranks
+from conftest import TINY, losses, run_process, write_dataset
 
 import train as trainer
 
@@ -39,7 +40,11 @@ CASES = {
     'unknown preset': (['--arch_preset=lama'], "did you mean 'llama'"),
     'unknown device': (['--device=tpu'], "device='tpu' is not one of"),
     'total_batch_size': (['--total_batch_size=1000'], 'type --total_batch_size=960 or 1024'),
-    'fsdp': (['--use_fsdp=True'], 'use_fsdp=True is not in this version'),
+    'two layouts': (['--use_fsdp=True', '--use_zero1=True'], 'are two layouts: type --use_zero1=False'),
+    'more replicas than processes': (['--use_fsdp=True', '--fsdp_replicas=2'], 'fsdp_replicas=2 does not divide the 1 process: type --fsdp_replicas=1'),
+    'context parallel on one process': (['--context_parallel=2'], 'context_parallel=2 does not divide the 1 process: start 2 or a multiple of it'),
+    'timeout': (['--timeout_minutes=0'], 'timeout_minutes=0.0 must be above 0'),
+    'nccl on a CPU': (['--backend=nccl'], "backend='nccl' does not serve device='cpu': type --backend=gloo"),
     'zero': (['--eval_interval=0'], 'eval_interval=0 must be at least 1'),
     'dropout': (['--dropout=1.0'], 'dropout=1.0 must be at least 0 and below 1'),
     'negative': (['--learning_rate=-1'], 'learning_rate=-1.0 must not be negative'),
@@ -110,10 +115,42 @@ def test_as_a_command():
 
 
 def test_options_that_do_nothing_yet_are_announced(train, tmp_path, capsys):
-    assert train(tmp_path, '--max_iters=1', '--use_zero1=True', '--use_cuda_graphs=True', '--attention_backend=flash_attn_3', '--fsdp_min_num_params=5',
+    assert train(tmp_path, '--max_iters=1', '--use_cuda_graphs=True', '--attention_backend=flash_attn_3', '--fsdp_min_num_params=5',
                  '--dataloader_num_workers=3') == 0
     output = capsys.readouterr().out
-    for text in ('Note: use_zero1=True is not in this version', 'Note: use_cuda_graphs=True is not in this version', 'CUDA Graphs: off',
+    for text in ('Note: use_cuda_graphs=True is not in this version', 'CUDA Graphs: off',
                  'falls back to sdpa (flash_attn_3: needs an NVIDIA GPU; flash_attn_2: needs an NVIDIA GPU)', 'fsdp_min_num_params has no effect',
                  'dataloader_num_workers has no effect without use_dataloader=True', 'lr_decay_iters=600000 lies beyond max_iters=1'):
         assert output.count(text) == 1, text
+
+
+ON_TWO_RANKS = {
+    'batch': (['--total_batch_size=320'], 'not a multiple of batch_size 4 x block_size 16 x 2 ranks = 128 tokens: type --total_batch_size=256 or 384, or --batch_size=2, '
+              'or share the sequences of a micro-step among 1 ranks'),
+    'two layouts': (['--use_fsdp=True', '--use_zero1=True'], 'are two layouts: type --use_zero1=False'),
+    'replicas': (['--use_fsdp=True', '--fsdp_replicas=3'], 'fsdp_replicas=3 does not divide the 2 processes: type --fsdp_replicas=2'),
+    'ranks': (['--context_parallel=3'], 'context_parallel=3 does not divide the 2 processes: start 3 or a multiple of it with torchrun --nproc_per_node, or type --context_parallel=2'),
+    'sequence': (['--context_parallel=2', '--block_size=15'], 'context_parallel=2 does not divide block_size=15: type --block_size=16 or --context_parallel=1'),
+    'dropout': (['--context_parallel=2', '--dropout=0.1'], 'context_parallel=2 has no dropout in its attention: type --dropout=0'),
+    'nccl': (['--backend=nccl'], "backend='nccl' does not serve device='cpu': type --backend=gloo"),
+    'data': (['--dataset=nowhere'], "no data set 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize('case', ON_TWO_RANKS)
+def test_refused_on_two_ranks_with_one_message(dataset, tmp_path, case):
+    args, message = ON_TWO_RANKS[case]
+    code, output = ranks.train(2, f'--dataset={dataset}', f'--out_dir={tmp_path}/out', *TINY, *args)
+    assert code == 2 and output.count('error: ') == 1 and message in output, output
+    assert not os.path.exists(tmp_path / 'out')
+
+
+def test_a_layout_that_one_process_has_no_use_for_is_announced(dataset, tmp_path):
+    """FSDP runs there, and says so; ZeRO-1 has nothing to share out. In a process of its own, since FSDP makes a process group."""
+    for name, option, note in (('fsdp', '--use_fsdp=True', 'Note: use_fsdp=True on one process: nothing is shared out'),
+                               ('zero1', '--use_zero1=True', 'Note: use_zero1=True on one process: there is no other'), ('none', '--use_fsdp=False', '')):
+        code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}/{name}', *TINY, '--max_iters=8', option)
+        assert code == 0 and note in output, output
+    assert losses(tmp_path / 'fsdp') == losses(tmp_path / 'none') == losses(tmp_path / 'zero1')
+    code, output = run_process('train.py', f'--out_dir={tmp_path}/fsdp', '--device=cpu', '--init_from=resume', '--max_iters=12', '--fsdp_min_num_params=100000')
+    assert code == 0 and 'continuing at iter 8' in output and 'fsdp_min_num_params=100000 has no meaning here' in output, output

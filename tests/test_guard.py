@@ -70,15 +70,14 @@ def test_three_in_a_row_on_one_of_two_ranks_stop_the_run_with_the_last_good_stat
     assert max(a) == 20 and a[20] == pytest.approx(b[20], rel=1e-5)
 
 
-def run_guard(norms, losses=None, scaler=None, **options):
+def run_guard(norms, losses=None, **options):
     """The values of one parameter after each step with gradient 1, for given norms; and the guard."""
     p = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = optim.build_adamw({'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')
-    guard, values = optim.Guard(torch.device('cpu'), options.pop('max_bad', 3), **options), []
-    scaler = scaler or torch.amp.GradScaler('cpu', enabled=False)
+    guard, values = optim.Guard([p], torch.amp.GradScaler('cpu', enabled=False), options.pop('max_bad', 3), **options), []
     for step, norm in enumerate(norms, 1):
         p.grad = torch.ones(2, 2)
-        guard.step(optimizer, scaler, step, torch.tensor(losses[step - 1] if losses else 1.0), torch.tensor(float(norm)))
+        guard.step(optimizer, step, torch.tensor(losses[step - 1] if losses else 1.0), torch.tensor(float(norm)))
         values.append(p[0, 0].item())
     return values, guard, optimizer.state[p]
 
@@ -118,13 +117,13 @@ def test_overflows_under_fp16_are_the_scalers_and_no_fault():
     scaler = torch.amp.GradScaler('cpu', enabled=True, init_scale=4.0)
     p = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = optim.build_adamw({'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.0, device_type='cpu')
-    guard, values, scales = optim.Guard(torch.device('cpu'), 3), [], []
+    guard, values, scales = optim.Guard([p], scaler, 3), [], []
     for step, (gradient, loss) in enumerate([(4.0, 1.0), (math.inf, 1.0), (4.0, 1.0), (4.0, math.nan), (4.0, 1.0)], 1):
         optimizer.zero_grad()
         scaler.scale(p.sum()).backward()
         p.grad = torch.full((2, 2), gradient)
-        scaler.unscale_(optimizer)
-        guard.step(optimizer, scaler, step, torch.tensor(loss), p.grad.norm())
+        guard.unscale()
+        guard.step(optimizer, step, torch.tensor(loss), p.grad.norm())
         values.append(p[0, 0].item())
         scales.append(scaler.get_scale())
     assert [a != b for a, b in zip([0.0, *values], values)] == [True, False, True, False, True]

@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-
 import huggingface
 from engine.configurator import ConfigError
 from model import Model, resolve_shape
@@ -53,7 +52,7 @@ def pair(request, tmp_path_factory):
 def load(folder, backend='sdpa'):
     config = resolve_shape(huggingface.read_settings(folder))
     model = Model(config, backend)
-    model.load_state_dict(huggingface.read_weights(folder, config))
+    model.fill(huggingface.weights(folder, config))
     return model
 
 
@@ -106,7 +105,7 @@ def test_shorter_block_keeps_the_first_positions(tmp_path):
     model.init_weights(0)
     huggingface.write(str(tmp_path), model.config, model.state_dict())
     short = resolve_shape({**huggingface.read_settings(str(tmp_path)), 'block_size': 4})
-    assert torch.equal(huggingface.read_weights(str(tmp_path), short)['transformer.wpe.weight'], model.transformer.wpe.weight[:4])
+    assert torch.equal(dict(huggingface.weights(str(tmp_path), short))['transformer.wpe.weight'], model.transformer.wpe.weight[:4])
 
 
 def test_what_cannot_be_computed_is_refused(pair, tmp_path):
@@ -135,7 +134,7 @@ def test_damaged_folders_are_named(pair, tmp_path):
     with open(os.path.join(folder, 'model.safetensors'), 'rb') as f:
         (tmp_path / 'model.safetensors').write_bytes(f.read()[:-100])
     with pytest.raises(ConfigError, match='model.safetensors is damaged'):
-        huggingface.read_weights(str(tmp_path), config)
+        huggingface.weights(str(tmp_path), config)
     with pytest.raises(ConfigError, match='config.json is missing'):
         huggingface.read_settings(str(tmp_path))
     (tmp_path / 'config.json').write_text('{"model_type": "llama"')
@@ -151,7 +150,7 @@ def test_missing_and_left_over_weights_are_named(pair, tmp_path):
     name = next(n for n in tensors if 'norm' in n or 'ln_' in n)
     save_file({**{n: t for n, t in tensors.items() if n != name}, 'extra.weight': torch.zeros(1)}, str(tmp_path / 'model.safetensors'))
     with pytest.raises(ConfigError, match='missing .*left over .*extra.weight'):
-        huggingface.read_weights(str(tmp_path), config)
+        huggingface.weights(str(tmp_path), config)
 
 
 def test_gpt2_is_found_in_the_hubs_cache(tmp_path, monkeypatch, dataset):

@@ -1,96 +1,187 @@
-"""The same run on any layout: 1 process with accumulation = 2 gloo processes, same batches, losses equal to fp32 rounding."""
+"""The same run on any layout: losses and gradient norms of one process, on 2 and 4 gloo ranks, from scratch and continued from one another's checkpoints."""
+import itertools
+import shutil
+
 import pytest
 import torch
-from conftest import TINY, losses, records, run_process, torchrun, weights
+from conftest import TINY, equal, losses, records, run_process, torchrun, weights
+from ranks import train
 
-from engine import checkpoint
+LAYOUTS = {
+    'DDP': [],
+    'ZeRO-1': ['--use_zero1=True'],
+    'ZeRO-2': ['--use_fsdp=True', '--fsdp_reshard=False'],
+    'ZeRO-3': ['--use_fsdp=True'],
+    'hybrid': ['--use_fsdp=True', '--fsdp_replicas=2'],
+    'context': ['--context_parallel=2'],
+}
+FAMILIES = {
+    'gpt2': ['--arch_preset=gpt2'],
+    'llama3': ['--arch_preset=llama3', '--n_head=4', '--num_key_value_heads=2'],
+    'neox': ['--arch_preset=neox', '--n_head=1'],
+}
+WORK = {  # micro-steps per iteration and what is computed again
+    'plain': ['--batch_size=8', '--eval_iters=1'],
+    'accumulated': ['--batch_size=4'],
+    'recomputed': ['--batch_size=8', '--eval_iters=1', '--activation_checkpointing=full'],
+    'accumulated and recomputed': ['--batch_size=4', '--activation_checkpointing=selective'],
+}
 
 
 def arguments(dataset, out, *args):
-    return [f'--dataset={dataset}', f'--out_dir={out}', *TINY, '--max_iters=24', '--eval_interval=8', *args]
+    return [f'--dataset={dataset}', f'--out_dir={out}', *TINY, '--max_iters=20', '--eval_interval=10', '--total_batch_size=256', '--save_log_to_json=False', *args]
+
+
+def run(size, *args):
+    code, output = train(size, *args)
+    assert code == 0, output
+    return output
+
+
+def norms(out):
+    return {record['iter']: record['gradients']['global_norm'] for record in records(out)}
 
 
 def close(a, b, tolerance):
     return a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) <= tolerance
 
 
-@pytest.mark.parametrize('dropout', ['0.0', '0.1'])
-def test_accumulation_in_one_process_equals_two_processes(train, dataset, tmp_path, dropout):
-    common = ['--max_iters=24', '--eval_interval=8', f'--dropout={dropout}']
-    assert train(tmp_path / 'one', *common, '--gradient_accumulation_steps=4') == 0
-    code, output = torchrun(2, *arguments(dataset, tmp_path / 'two', f'--dropout={dropout}', '--gradient_accumulation_steps=2'))
-    assert code == 0, output
-    assert close(losses(tmp_path / 'one'), losses(tmp_path / 'two'), 1e-5)
-    for a, b in zip(records(tmp_path / 'one', 'eval'), records(tmp_path / 'two', 'eval')):
-        assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-5) and a['train_loss'] == pytest.approx(b['train_loss'], abs=1e-5)
-    for a, b in zip(records(tmp_path / 'one'), records(tmp_path / 'two')):
-        assert a['tokens_seen'] == b['tokens_seen'] and a['gradients']['global_norm'] == pytest.approx(b['gradients']['global_norm'], abs=1e-4)
-    header = records(tmp_path / 'two', 'header')[0]
-    assert header['metadata']['world_size'] == 2 and header['startup_info']['hardware']['parallelism'] == 'DDP'
+@pytest.fixture(scope='module')
+def single(dataset, tmp_path_factory):
+    """single(family): the folder of the run in one process that the others are compared with."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            run(1, *arguments(dataset, made[family], *FAMILIES[family], '--gradient_log_interval=10'))
+        return made[family]
+    return get
 
 
-def test_micro_batch_does_not_matter(train, tmp_path):
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_two_ranks_equal_one(single, dataset, tmp_path, family, layout):
+    for name, work in WORK.items():
+        out = tmp_path / name
+        run(2, *arguments(dataset, out, *FAMILIES[family], *LAYOUTS[layout], *work, '--gradient_log_interval=10'))
+        assert close(losses(single(family)), losses(out), 1e-5) and close(norms(single(family)), norms(out), 1e-4), name
+        for a, b in zip(records(single(family), 'eval'), records(out, 'eval'), strict=True):
+            assert a['val_loss'] == pytest.approx(b['val_loss'], abs=1e-5) and a['train_loss'] == pytest.approx(b['train_loss'], abs=1e-5)
+        for a, b in zip(records(single(family)), records(out), strict=True):
+            assert a['tokens_seen'] == b['tokens_seen'] and a['gradients'] == pytest.approx(b['gradients'], rel=1e-3, abs=1e-5)
+        final = weights(single(family), 20), weights(out, 20)
+        assert final[0].keys() == final[1].keys() and all((final[0][name] - final[1][name]).abs().max() < 1e-4 for name in final[0])
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_four_ranks_equal_one_and_repeat_bitwise(single, dataset, tmp_path, layout):
+    for name in 'ab':
+        run(4, *arguments(dataset, tmp_path / name, *FAMILIES['llama3'], *LAYOUTS[layout], '--batch_size=2', '--activation_checkpointing=selective'))
+    assert close(losses(single('llama3')), losses(tmp_path / 'a'), 1e-5) and close(norms(single('llama3')), norms(tmp_path / 'a'), 1e-4)
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and equal(weights(tmp_path / 'a', 20), weights(tmp_path / 'b', 20))
+    header = records(tmp_path / 'a', 'header')[0]
+    assert header['metadata']['world_size'] == 4
+    assert header['startup_info']['hardware']['parallelism'] == {'hybrid': 'FSDP (ZeRO-3), 2 replicas', 'context': 'DDP, context parallel 2', 'ZeRO-2': 'FSDP (ZeRO-2)',
+                                                                 'ZeRO-3': 'FSDP (ZeRO-3)'}.get(layout, layout)
+
+
+@pytest.fixture(scope='module')
+def halves(single, dataset, tmp_path_factory):
+    """halves(layout): a run of 2 ranks under that layout that ended at iteration 10 of 20."""
+    made = {}
+
+    def get(layout):
+        if layout not in made:
+            made[layout] = tmp_path_factory.mktemp('half') / 'run'
+            run(2, *arguments(dataset, made[layout], *FAMILIES['llama3'], *LAYOUTS[layout], '--batch_size=8', '--eval_iters=1', '--max_iters=10', '--lr_decay_iters=20'))
+        return made[layout]
+    return get
+
+
+OFF = {'--use_zero1': 'False', '--use_fsdp': 'False', '--fsdp_reshard': 'True', '--fsdp_replicas': '1', '--context_parallel': '1'}
+PAIRS = [*itertools.product(LAYOUTS, [(1, 'DDP')] + [(2, to) for to in LAYOUTS]),
+         *((layout, (4, to)) for number, layout in enumerate(LAYOUTS) for to in (layout, [*LAYOUTS][number - 1], [*LAYOUTS][number - 3]))]
+
+
+@pytest.fixture(scope='module')
+def unbroken(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp('unbroken')
+    run(1, *arguments(dataset, out, *FAMILIES['llama3'], '--lr_decay_iters=20'))
+    return out
+
+
+@pytest.mark.parametrize('saved,to', PAIRS, ids=[f'{saved} on 2, then {to} on {size}' for saved, (size, to) in PAIRS])
+def test_resumes_on_another_layout_and_number_of_ranks(halves, unbroken, dataset, tmp_path, saved, to):
+    size, layout = to
+    shutil.copytree(halves(saved), tmp_path / 'run')
+    keys = {**OFF, **dict(argument.split('=') for argument in LAYOUTS[layout])}
+    output = run(size, f'--out_dir={tmp_path}/run', f'--dataset={dataset}', '--device=cpu', '--init_from=resume', '--max_iters=20', *(f'{key}={value}' for key, value in keys.items()),
+                 f'--batch_size={16 // size}')
+    assert 'continuing at iter 10' in output
+    assert close(losses(unbroken), losses(tmp_path / 'run'), 1e-5)
+    if (size, layout) == (2, saved):  # the same again: not a bit is lost
+        run(2, f'--out_dir={halves(saved)}', f'--dataset={dataset}', '--device=cpu', '--init_from=resume', '--max_iters=20')
+        assert losses(halves(saved)) == losses(tmp_path / 'run') and equal(weights(halves(saved), 20), weights(tmp_path / 'run', 20))
+        shutil.rmtree(halves(saved) / 'checkpoints' / 'step_00000020')  # as it was for those that follow
+
+
+def test_micro_batch_and_processes_do_not_matter_to_dropout(dataset, tmp_path):
+    """Masks are drawn by the position of a micro-batch in the stream."""
+    for name, size, batch in (('one', 1, 4), ('two', 2, 4), ('FSDP', 2, 4)):
+        run(size, *arguments(dataset, tmp_path / name, '--dropout=0.1', f'--batch_size={batch}', *LAYOUTS['ZeRO-3'] * (name == 'FSDP')))
+    assert close(losses(tmp_path / 'one'), losses(tmp_path / 'two'), 1e-5) and close(losses(tmp_path / 'one'), losses(tmp_path / 'FSDP'), 1e-5)
+
+
+def test_micro_batch_does_not_matter(dataset, tmp_path):
     for name, sizes in (('a', ('--batch_size=8',)), ('b', ('--batch_size=2', '--gradient_accumulation_steps=4')), ('c', ('--batch_size=4', '--total_batch_size=128'))):
-        assert train(tmp_path / name, '--max_iters=24', '--eval_interval=100', *sizes) == 0
+        run(1, *[a for a in arguments(dataset, tmp_path / name) if 'total' not in a], *sizes)
     assert close(losses(tmp_path / 'a'), losses(tmp_path / 'b'), 1e-5) and close(losses(tmp_path / 'a'), losses(tmp_path / 'c'), 1e-5)
     assert records(tmp_path / 'c', 'header')[0]['config']['gradient_accumulation_steps'] == 2
 
 
-def test_total_batch_size_fixes_the_batch_for_any_world_size(train, dataset, tmp_path):
-    assert train(tmp_path / 'one', '--max_iters=24', '--eval_interval=8', '--total_batch_size=256') == 0
-    code, output = torchrun(2, *arguments(dataset, tmp_path / 'two', '--total_batch_size=256'))
-    assert code == 0 and '4 sequences x 16 tokens x 2 micro-steps x 2 ranks = 256 tokens' in output, output
-    assert close(losses(tmp_path / 'one'), losses(tmp_path / 'two'), 1e-5)
+def test_without_total_batch_size_accumulation_counts_on_each_rank(dataset, tmp_path):
+    args = [a for a in arguments(dataset, tmp_path) if 'total' not in a]
+    output = run(2, *args, '--gradient_accumulation_steps=3', '--max_iters=1')
+    assert '4 sequences x 16 tokens x 3 micro-steps x 2 ranks = 384 tokens per iteration' in output
 
 
-def test_two_processes_repeat_and_resume_bitwise_and_continue_as_one(train, dataset, tmp_path):
-    for name in ('a', 'b'):
-        code, output = torchrun(2, *arguments(dataset, tmp_path / name, '--total_batch_size=256'))
-        assert code == 0, output
-    assert losses(tmp_path / 'a') == losses(tmp_path / 'b')
-    code, output = torchrun(2, *arguments(dataset, tmp_path / 'c', '--total_batch_size=256', '--max_iters=16'))
-    assert code == 0, output
-    code, output = torchrun(2, f'--out_dir={tmp_path}/c', '--device=cpu', '--init_from=resume', '--max_iters=24')
-    assert code == 0 and 'continuing at iter 16' in output, output
-    assert losses(tmp_path / 'c') == losses(tmp_path / 'a')
-    # the same checkpoint under another number of processes
-    assert checkpoint.steps(str(tmp_path / 'c'))[-1] == 24
-    assert train(tmp_path / 'c', '--init_from=resume', '--max_iters=26', '--total_batch_size=256') == 0
-    assert sorted(losses(tmp_path / 'c')) == list(range(1, 27))
-
-
-def test_bad_input_stops_all_processes_with_code_2_and_one_message(dataset, tmp_path):
-    code, output = torchrun(2, *arguments(dataset, tmp_path, '--total_batch_size=100'))
-    assert code != 0 and output.count('error: total_batch_size=100 is not a multiple') == 1 and 'type --total_batch_size=128' in output
-    assert 'exitcode  : 2' in output
-
-
-def test_compiled_equals_eager(dataset, train, tmp_path):
-    assert train(tmp_path / 'eager', '--max_iters=8', '--eval_interval=8', '--arch_preset=llama3', '--num_key_value_heads=1') == 0
-    code, output = run_process('train.py', *arguments(dataset, tmp_path / 'compiled', '--arch_preset=llama3', '--num_key_value_heads=1', '--max_iters=8',
-                                                      '--compile=True'))
-    assert code == 0 and 'Compile: on' in output, output
-    assert close(losses(tmp_path / 'eager'), losses(tmp_path / 'compiled'), 1e-5)
+def test_compiled_equals_eager(dataset, tmp_path):
+    common = ['--max_iters=8', '--arch_preset=llama3', '--num_key_value_heads=1']
+    run(1, *arguments(dataset, tmp_path / 'eager', *common))
+    for name, processes, extra in (('compiled', 1, []), ('FSDP', 2, [*LAYOUTS['ZeRO-3'], '--activation_checkpointing=selective']), ('context', 2, LAYOUTS['context'])):
+        args = [*arguments(dataset, tmp_path / name, *common, *extra), '--compile=True']
+        code, output = run_process('train.py', *args) if processes == 1 else torchrun(2, *args)
+        assert code == 0 and 'Compile: on' in output, output
+        assert close(losses(tmp_path / 'eager'), losses(tmp_path / name), 1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(train, dataset, tmp_path):
+def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(dataset, tmp_path):
     from engine.loader import TrainLoader, WindowOrder, open_dataset
     file = open_dataset(dataset, '/')[0]
     loader = TrainLoader(file, WindowOrder(len(file), 16, 0), batch_size=2, rank=0, world_size=1, position=0, device=torch.device('cuda'))
     assert next(loader.source).is_pinned()
     loader.close()
     for name, last in (('a', 24), ('b', 16)):
-        assert train(tmp_path / name, f'--max_iters={last}', '--eval_interval=8', '--device=cuda', '--dropout=0.1') == 0
-    assert train(tmp_path / 'b', '--init_from=resume', '--max_iters=24', '--device=cuda') == 0
+        run(1, *arguments(dataset, tmp_path / name, f'--max_iters={last}', '--lr_decay_iters=24', '--device=cuda', '--dropout=0.1'))
+    run(1, f'--dataset={dataset}', f'--out_dir={tmp_path}/b', '--init_from=resume', '--max_iters=24', '--device=cuda')
     assert losses(tmp_path / 'a') == losses(tmp_path / 'b')
 
 
-def test_bfloat16_keeps_float32_weights(train, tmp_path):
+def test_bfloat16_keeps_float32_weights(dataset, tmp_path):
     """Matmuls in bf16 move the losses a little; weights and moments stay fp32."""
     for dtype in ('float32', 'bfloat16'):
-        assert train(tmp_path / dtype, '--max_iters=20', '--eval_interval=100', f'--dtype={dtype}', '--arch_preset=llama') == 0
+        run(1, *arguments(dataset, tmp_path / dtype, f'--dtype={dtype}', '--arch_preset=llama'))
     a, b = losses(tmp_path / 'float32'), losses(tmp_path / 'bfloat16')
     assert a != b and close(a, b, 0.02)
     changed = weights(tmp_path / 'bfloat16', 20)['model.transformer.h.0.mlp.c_fc.weight']
     assert changed.dtype == torch.float32 and not torch.equal(changed, changed.bfloat16().float())
+
+
+def test_bfloat16_under_fsdp_gathers_in_it_and_sums_in_float32(dataset, tmp_path):
+    for name, size, extra in (('one', 1, []), ('two', 2, LAYOUTS['ZeRO-3']), ('low', 2, [*LAYOUTS['ZeRO-3'], '--fsdp_reduce_dtype=bfloat16'])):
+        run(size, *arguments(dataset, tmp_path / name, '--arch_preset=qwen3', '--dtype=bfloat16', *extra))
+    one, two, low = (losses(tmp_path / name) for name in ('one', 'two', 'low'))
+    assert close(one, two, 0.01) and close(one, low, 0.02) and two != low
+    assert weights(tmp_path / 'two', 20)['model.lm_head.weight'].dtype == torch.float32

@@ -10,6 +10,7 @@ from conftest import write_dataset
 
 from engine.configurator import ConfigError
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, open_dataset, permute
+from engine.loss import IGNORE
 
 CPU = torch.device('cpu')
 
@@ -110,15 +111,16 @@ def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting
     assert rows == [x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5)]
     flat = sorted(sum(rows, []))
     assert len(flat) == 20 and min(np.diff(flat)) >= 32 and flat[-1] > 800
-    ranks = [[batch and batch[0][:, 0].tolist() for batch in evaluation_batches(file, 32, 4, 5, rank, 2)] for rank in range(2)]
-    assert len(ranks[0]) == len(ranks[1]) == 3 and ranks[1][2] is None  # five batches: the last round is for one rank only
-    assert [ranks[i % 2][i // 2] for i in range(5)] == rows
+    ranks = [list(evaluation_batches(file, 32, 4, 5, rank, 2)) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == 3 and (ranks[1][2][1] == IGNORE).all()  # five batches: in the last round one rank only has targets
+    assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all((y != IGNORE).all() for x, y in [*ranks[0], *ranks[1][:2]])
     for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
         file.tokens = file.tokens[:n_tokens] if len(file.tokens) > n_tokens else np.arange(n_tokens, dtype=np.uint16)
-        assert sum(len(x) for x, _ in evaluation_batches(file, 32, 4, 10**6)) == (n_tokens - 1) // 32
+        batches = list(evaluation_batches(file, 32, 4, 10**6))
+        assert sum((y != IGNORE).sum() for _, y in batches) == (n_tokens - 1) // 32 * 32 and all(x.shape == y.shape == (4, 32) for x, y in batches)
     file = open_split(counting, 'val')
-    everything = [x for x, _ in evaluation_batches(file, 32, 4, 10**6)]
-    assert sum(len(x) for x in everything) == (1000 - 1) // 32  # more asked for than there is
+    everything = list(evaluation_batches(file, 32, 4, 10**6))
+    assert sum((y[:, 0] != IGNORE).sum() for _, y in everything) == (1000 - 1) // 32  # more asked for than there is
 
 
 def test_files_of_nanogpt_are_read_as_they_are(tmp_path):

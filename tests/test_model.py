@@ -138,7 +138,7 @@ def test_tied_head_shares_its_weight():
 def test_an_empty_model_needs_only_weights(preset):
     """Built on the meta device and filled, it computes what the model built in place does: ties and RoPE tables are there."""
     model = build(arch_preset=preset)
-    empty = Model.empty(model.config, 'sdpa', 0.0, 'cpu')
+    empty = Model.on_meta(model.config).allocate('cpu')
     assert (empty.lm_head.weight is empty.transformer.wte.weight) == model.config.weight_tying
     empty.init_weights(0)
     idx = torch.randint(61, (1, 16))

@@ -1,0 +1,156 @@
+"""Context parallelism: exact causal attention over sequences that are split over several ranks (Liu et al., "Ring Attention", 2023).
+
+A sequence is cut into 2k chunks, and rank r of k holds chunks r and 2k - 1 - r (zig-zag), so that causality leaves the same work to all:
+
+    k = 2    rank 0: chunks 0, 3    rank 1: chunks 1, 2
+
+Keys and values travel round the ring. In step s rank r sees those of rank j = r - s (mod k): of its own it needs the causal part; of an earlier
+rank (j < r) the first chunk, for all its queries; of a later one (j > r) both chunks, for its second half of queries. Partial results are
+merged by their log-sum-exp (online softmax). In backward the gradients of keys and values travel along and come home with the last step.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+
+from engine.loss import IGNORE
+
+
+class Ring:
+    """The ranks that share each sequence: this is `rank` of `size` in process group `group`.
+
+    A block_size that is no multiple of 2 * size is filled up at the end; what is there is seen by no real token and has no target.
+    """
+
+    def __init__(self, group, rank, size, block_size, device):
+        self.group, self.rank, self.size = group, rank, size
+        chunk = -(-block_size // (2 * size))
+        first, second = (torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank))
+        positions = torch.cat([first, second])
+        self.beyond = (positions >= block_size).to(device)
+        self.positions = positions.clamp(max=block_size - 1).to(device)  # global position of each local token
+
+    def part(self, x, y):
+        """This rank's tokens of the (B, block_size) int64 inputs x and targets y: two (B, local) tensors."""
+        return x[:, self.positions], y[:, self.positions].masked_fill(self.beyond, IGNORE)
+
+    def send_on(self, tensor):
+        """Start sending `tensor` to the next rank and receiving one like it from the rank before; returns a function that waits for it."""
+        received = torch.empty_like(tensor)
+        following, before = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
+        requests = dist.batch_isend_irecv([dist.P2POp(dist.isend, tensor, following, self.group), dist.P2POp(dist.irecv, received, before, self.group)])
+
+        def wait():
+            for request in requests:
+                request.wait()
+            return received
+        return wait
+
+
+@torch._dynamo.disable  # a compiler leaves sends and receives alone
+def ring_attention(q, k, v, ring, kernel=None):
+    """Causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each rank of `ring` holds the tokens Ring.part() gave it.
+
+    q: (B, n_head, t, head_dim); k, v: (B, n_kv, t, head_dim) with n_head a multiple of n_kv; t = 2 * chunk local tokens. Returns
+    (B, n_head, t, head_dim) in q's dtype. kernel: 'flash' | 'manual' | None (flash where the device has it for this dtype). Every rank must call it,
+    also for the backward pass.
+    """
+    if kernel is None:
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        kernel = 'flash' if q.device.type == 'cpu' or half and q.size(-1) % 8 == 0 and q.size(-1) <= 256 else 'manual'
+    return _RingAttention.apply(q, k, v, ring, _KERNELS[kernel])
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, ring, kernel):
+        kv, out, lse = torch.stack([k, v]), None, None
+        for step in range(ring.size):
+            wait = ring.send_on(kv) if step < ring.size - 1 else None
+            queries, keys, causal = _seen(step, ring, q.size(2))
+            part, part_lse = kernel[0](q[:, :, queries], *_expand(kv[:, :, :, keys], q.size(1)), causal)
+            if step == 0:
+                out, lse = part.to(torch.float32, copy=True), part_lse.clone()
+            else:
+                both = torch.logaddexp(lse[:, :, queries], part_lse)
+                out[:, :, queries] = out[:, :, queries] * (lse[:, :, queries] - both).exp()[..., None] + part.float() * (part_lse - both).exp()[..., None]
+                lse[:, :, queries] = both
+            kv = wait() if wait else None
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring, ctx.kernel = ring, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        ring, kv = ctx.ring, torch.stack([k, v])
+        dq, arriving = torch.zeros(q.shape, dtype=torch.float32, device=q.device), None
+        for step in range(ring.size):
+            wait = ring.send_on(kv) if step < ring.size - 1 else None
+            queries, keys, causal = _seen(step, ring, q.size(2))
+            seen = kv[:, :, :, keys]
+            part_dq, part_dk, part_dv = ctx.kernel[1](grad[:, :, queries], q[:, :, queries], *_expand(seen, q.size(1)), out[:, :, queries], lse[:, :, queries], causal)
+            dq[:, :, queries] += part_dq.float()
+            # a shared key or value gets the sum over the queries' heads that share it
+            part_dkv = torch.stack([part.float().unflatten(1, (k.size(1), -1)).sum(2) for part in (part_dk, part_dv)])
+            dkv = arriving() if arriving else torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
+            dkv[:, :, :, keys] += part_dkv
+            arriving = ring.send_on(dkv)
+            kv = wait() if wait else None
+        dk, dv = arriving().to(k.dtype)
+        return dq.to(q.dtype), dk, dv, None, None
+
+
+def _seen(step, ring, t):
+    """(slice of the local queries, slice of the keys at hand, whether causality matters) in this step of the ring."""
+    everything = slice(0, t)
+    if step == 0:
+        return everything, everything, True
+    if step <= ring.rank:  # keys of an earlier rank
+        return everything, slice(0, t // 2), False
+    return slice(t // 2, t), everything, False
+
+
+def _expand(kv, n_head):
+    """k and v of stacked (2, B, n_kv, t, head_dim), each repeated to (B, n_head, t, head_dim)."""
+    return kv.repeat_interleave(n_head // kv.size(2), dim=2) if kv.size(2) != n_head else kv
+
+
+# ---- kernels: attention of some queries to some keys with its log-sum-exp, and the backward pass that takes those of the whole
+
+def _flash(q, k, v, causal):
+    """(out, lse): (B, H, t, head_dim) in q's dtype and (B, H, t) fp32."""
+    if q.device.type == 'cpu':
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+
+
+def _flash_backward(grad, q, k, v, out, lse, causal):
+    """Gradients of q, k, v, each in its shape."""
+    if q.device.type == 'cpu':
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, seed, seed)
+
+
+def _scores(q, k, causal):
+    scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf) if causal else scores
+
+
+def _manual(q, k, v, causal):
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _scores(q, k, causal)
+        lse = scores.logsumexp(dim=-1)
+        return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
+
+
+def _manual_backward(grad, q, k, v, out, lse, causal):
+    grad = grad.float()
+    weights = (_scores(q, k, causal) - lse[..., None]).exp()
+    by_score = weights * (grad @ v.float().transpose(-2, -1) - (grad * out.float()).sum(-1, keepdim=True)) / math.sqrt(q.size(-1))
+    return by_score @ k.float(), by_score.transpose(-2, -1) @ q.float(), weights.transpose(-2, -1) @ grad
+
+
+_KERNELS = {'flash': (_flash, _flash_backward), 'manual': (_manual, _manual_backward)}

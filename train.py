@@ -161,6 +161,10 @@ def main(argv=None):
     except ConfigError as error:
         parallel.tell(error)
         return 2
+    except RuntimeError:
+        if parallel.was_told():
+            return 2
+        raise
     finally:
         stop.restore()
 

@@ -20,6 +20,7 @@ import gc
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -147,14 +148,20 @@ def tell(error):
     if _store is None:  # before the ranks met: one for each machine
         if local_rank != 0:
             return
-    elif rank == 0:
-        _store.set('told', '')
     else:
-        with contextlib.suppress(dist.DistStoreError):
-            _store.wait(['told'], datetime.timedelta(seconds=3))
-            return
-        where = f' (rank {rank} on {os.uname().nodename})'
+        if rank != 0:
+            for _ in range(30):
+                if was_told():
+                    return
+                time.sleep(0.1)
+            where = f' (rank {rank} on {os.uname().nodename})'
+        _store.set('told', '')
     print(f'error{where}: {error}', file=sys.stderr, flush=True)
+
+
+def was_told():
+    """Whether some rank told() what is wrong with the input and left: then the errors of others, which miss it, say nothing."""
+    return _store is not None and _store.check(['told'])
 
 
 def leave(code):

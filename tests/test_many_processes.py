@@ -1,0 +1,133 @@
+"""What many processes do when one of them differs, fails, hangs or dies; and two machines' worth of them."""
+import os
+import signal
+import time
+
+import pytest
+from conftest import TINY, end_all, equal, losses, records, run_process, start_process, torchrun, weights
+from ranks import train
+
+from engine import checkpoint
+
+PLANT = '''
+"""train.py with a difference on rank 1: argv[1] says which, the rest goes to train.py."""
+import os, sys
+sys.path.insert(0, '.')
+import train
+from engine import loader, parallel
+what, argv = sys.argv[1], sys.argv[2:]
+if __name__ == '__main__':
+    if os.environ['RANK'] == '1':
+        if what == 'data':
+            loader.fingerprint = lambda path: 'another'
+        elif what == 'key':
+            argv.append('--learning_rate=5e-3')
+        elif what == 'missing':
+            real = train.open_dataset
+            train.open_dataset = lambda name, root: real('openwebtext2', root)
+    parallel.leave(train.main(argv))
+'''
+
+
+@pytest.fixture
+def plant(tmp_path):
+    path = tmp_path / 'plant.py'
+    path.write_text(PLANT)
+    return str(path)
+
+
+@pytest.mark.parametrize('what,message', [
+    ('key', 'error: the configuration differs between processes: learning_rate=0.001 on rank 0, 0.005 on rank 1: start all with the same command'),
+    ('data', "error: the data differs between processes: train.bin={'fingerprint': '"),
+    ('missing', 'error (rank 1 on ')])
+def test_ranks_that_differ_stop_at_the_start_with_both_values(dataset, tmp_path, plant, what, message):
+    started = time.monotonic()
+    args = [f'--out_dir={tmp_path}/out', *TINY]
+    if what == 'data':  # a data set without a fingerprint of its own, as nanoGPT's
+        os.makedirs(tmp_path / 'data')
+        for split in ('train', 'val'):
+            os.symlink(f'{dataset}/{split}.bin', tmp_path / 'data' / f'{split}.bin')
+        dataset = f'{tmp_path}/data'
+    code, output = torchrun(2, what, f'--dataset={dataset}', *args, '--vocab_size=64', script=plant)
+    assert code != 0 and 'exitcode  : 2' in output and time.monotonic() - started < 60, output
+    assert not os.path.exists(tmp_path / 'out' / 'checkpoints') and '[rank' not in output, output  # torch puts that before a rank's traceback
+    assert output.count('error: ') + output.count('error (') == 1 and message in output, output
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_path):
+    process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY,
+                            '--max_iters=100000', '--checkpoint_interval=20', '--timeout_minutes=0.05', env={'OMP_NUM_THREADS': '1'})
+    output = ''
+    try:
+        for line in process.stdout:
+            output += line
+            if line.startswith('iter 50:'):
+                os.kill(workers(process.pid)[1], signal.SIGSTOP)
+                stopped = time.monotonic()
+            if 'imed out' in line and 'wait timeout' not in line:
+                break
+        assert time.monotonic() - stopped < 20, output
+        os.kill(workers(process.pid)[-1], signal.SIGCONT)  # so that torchrun need not wait half a minute to end it
+        assert process.wait(60) == 1, output
+    finally:
+        end_all(process)
+    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    assert step >= 40 and not rejected
+
+
+def workers(torchrun_pid):
+    """Process ids of torchrun's workers."""
+    found = []
+    for name in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{name}/stat') as f, open(f'/proc/{name}/cmdline') as g:
+                if int(f.read().rsplit(')', 1)[1].split()[1]) == torchrun_pid and 'train.py' in g.read():
+                    found.append(int(name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', [[], ['--use_fsdp=True']], ids=['DDP', 'FSDP'])
+def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_path, layout):
+    """One rank is killed, twice; --max-restarts starts both again, on a store that still holds the keys of the first attempt."""
+    last = 300 if layout else 900
+    args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', f'--eval_interval={last // 3}', f'--checkpoint_interval={last // 30}']
+    process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3', 'train.py', f'--out_dir={tmp_path}/killed', *args,
+                            env={'OMP_NUM_THREADS': '1'})
+    output, kills = '', 0
+    try:
+        for line in process.stdout:
+            output += line
+            if line.startswith((f'iter {last // 9}:', f'iter {last // 2}:')) and kills < 2:
+                os.kill(workers(process.pid)[kills], signal.SIGKILL)
+                kills += 1
+                time.sleep(0.5)
+        assert process.wait(120) == 0 and kills == 2, output
+    finally:
+        end_all(process)
+    assert output.count('continuing at iter') == 2 and [r['iter'] for r in records(tmp_path / 'killed')] == list(range(1, last + 1))
+    assert checkpoint.newest_whole(str(tmp_path / 'killed')) == (last, [])
+    code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
+    assert code == 0 and losses(tmp_path / 'killed') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'killed', last), weights(tmp_path / 'calm', last))
+
+
+def test_two_machines(dataset, tmp_path):
+    """Two torchrun agents that meet over TCP, two ranks each, as sbatch starts them; hybrid sharding keeps a replica on each."""
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    args = [f'--dataset={dataset}', *TINY, '--max_iters=6', '--use_fsdp=True', '--fsdp_replicas=2', f'--out_dir={tmp_path}/two']
+    command = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=2', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', 'train.py', *args]
+    other = start_process(*command, env={'OMP_NUM_THREADS': '1'})
+    try:
+        code, output = run_process(*command, env={'OMP_NUM_THREADS': '1'})
+        output += other.communicate(timeout=60)[0]
+    finally:
+        end_all(other)
+    assert code == 0 and other.returncode == 0 and output.count('Batch: 4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
+    code, _ = train(4, *args[:-1], f'--out_dir={tmp_path}/one')
+    assert code == 0 and losses(tmp_path / 'one') == losses(tmp_path / 'two')

@@ -268,7 +268,7 @@ def run(argv, stop):
         model.fill(huggingface.weights(hf_folder, shape))
     elif not resumed:
         model.init_weights(c.seed, device)
-    step_model, train_model = parallel.wrap(model, world, c.compile)
+    step_model, train_model = parallel.wrap(model, world, c.compile, accumulation)
 
     # ---- optimizer
     named = dict(model.named_parameters())
@@ -476,7 +476,8 @@ def run(argv, stop):
         log.progress(step)
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
             loss_value = step_loss.item()  # the only wait for the device
-            slowest = parallel.worst({'data_wait_s': loader.wait_s, **memory_gb(device)}, world)
+            memory = memory_gb(device)
+            worst = parallel.worst({**memory, 'data_wait_s': loader.wait_s / interval_steps, **parallel.waited_for_gradients(train_model)}, world)
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
@@ -484,7 +485,8 @@ def run(argv, stop):
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
             bad = guard.counts()
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
-                      data_wait_ms=1000 * slowest.pop('data_wait_s') / interval_steps, wall_s=log.wall_s(), mfu=mfu, memory=slowest, gradients=gradients,
+                      data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, wall_s=log.wall_s(),
+                      mfu=mfu, memory={key: worst[key] for key in memory}, gradients=gradients,
                       skipped={'bad': bad['bad'], 'spikes': bad['spikes']})
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
             log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import datetime
 import gc
+import inspect
 import os
 import re
 import sys
@@ -56,6 +57,7 @@ class World:
     data_rank: int = 0
     data_size: int = 1
     ring: Ring | None = None
+    here: int = 1  # processes on this machine
 
     @property
     def main(self):
@@ -109,7 +111,7 @@ def start(device=None, backend=None, timeout_minutes=10.0):
     else:
         chosen = torch.device('cpu')
         _keep_freed_memory()
-    world = World(rank, size, chosen)
+    world = World(rank, size, chosen, here=here)
     if size > 1:
         _join(world, backend, datetime.timedelta(minutes=timeout_minutes))
     return world
@@ -241,15 +243,31 @@ def shard(model, world, dtype, reduce_dtype, offload):
         block.set_modules_to_forward_prefetch([following])
 
 
-def wrap(model, world, compile):
-    """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same under DistributedDataParallel where the layout needs it."""
-    if compile and world.fsdp:
-        model.compile_units()  # FSDP gathers between them, which is nothing for a compiler
-    step_model = torch.compile(model) if compile and not world.fsdp else model
+def wrap(model, world, compile, accumulation):
+    """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same under DistributedDataParallel where the layout needs it.
+    accumulation: micro-steps of an optimizer step."""
+    in_parts = world.layout != 'single'  # FSDP gathers between them, and DDP sends the gradients of one while the next are computed
+    if compile and in_parts:
+        model.compile_units()
+    step_model = torch.compile(model) if compile and not in_parts else model
     if world.layout not in ('DDP', 'ZeRO-1'):
         return step_model, step_model
-    device_ids = [world.device.index] if world.device.type == 'cuda' else None
-    return step_model, torch.nn.parallel.DistributedDataParallel(step_model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    no_sync_of_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(ddp).parameters else 'broadcast_buffers'  # the new name of torch 2.13
+    return step_model, ddp(step_model, device_ids=[world.device.index] if world.device.type == 'cuda' else None, gradient_as_bucket_view=True,
+                           static_graph=accumulation == 1,  # torch's does not work with no_sync() in the first step
+                           **{no_sync_of_buffers: False})
+
+
+def waited_for_gradients(train_model):
+    """{'comm_wait_s': seconds} from the end of a rank's own backward pass until the gradients of the others were there, as torch's DDP last measured
+    it (in the steps up to the 10th, then in every 100th); {} under a layout that is not measured, or before."""
+    if not isinstance(train_model, torch.nn.parallel.DistributedDataParallel):
+        return {}
+    measured = train_model._get_ddp_logging_data()
+    if 'backward_comm_time' not in measured:
+        return {'comm_wait_s': 0.0}
+    return {'comm_wait_s': (measured['backward_comm_time'] - measured['backward_compute_comm_overlap_time']) / 1e9}
 
 
 def last_micro_step(model, last, world):

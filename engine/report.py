@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from engine import flops
+from engine import flops, topology
 from engine.logger import now
 
 VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
@@ -54,6 +54,7 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
     peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
     per_second = f', peak {peak / 1e12:g} TFLOP/s each' if peak else ', peak not known: no MFU'
     total = counts['total_params']
+    paths, slow_path = topology.describe(topology.read(world.here)) if hardware['gpu_name'] and world.here > 1 and world.main else (None, None)
     return [
         f'Architecture: {c.n_layer}L-{c.n_head}H-{c.n_embd}D-{c.d_ff}ff' +
         (f' with GQA ({c.num_key_value_heads} KV)' if c.num_key_value_heads != c.n_head else '') + f', {c.arch_preset}',
@@ -75,9 +76,13 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
             f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters" for g in startup['optimizer']['param_groups']),
         f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
         f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
+        *([paths] if paths else []),
+        f'Layout: {world.describe()}' + (f", gradients summed in {c.fsdp_reduce_dtype}" if world.fsdp and c.dtype != 'float32' else '')
+        + (', parameters and optimizer state in the memory of the CPU' if c.fsdp_offload and world.fsdp else '')
+        + {'none': '', 'selective': '; backward computes all but matmuls and attention again', 'full': '; backward computes all of each block again'}[c.activation_checkpointing],
         *([] if c.eval_only else [f'Checkpoints: {_checkpoints(c)}']),
         f'Run folder: {c.out_dir}' + (f", continuing at iter {resumed['step']}" if resumed else ''),
-        *(f'Note: {note}' for note in notes),
+        *(f'Note: {note}' for note in [*notes, *([slow_path] if slow_path else [])]),
     ]
 
 

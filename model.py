@@ -145,9 +145,10 @@ class Norm(nn.Module):
         self.rms, self.eps = kind == 'rmsnorm', eps
 
     def forward(self, x):
-        if self.rms:  # its fused kernel wants both in one dtype
-            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))  # FSDP gathers them in bf16; kernels want one dtype
+        if self.rms:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 def rope_table(config):

@@ -1,10 +1,12 @@
 """What many processes do when one of them differs, fails, hangs or dies; and two machines' worth of them."""
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import TINY, end_all, equal, losses, records, run_process, start_process, torchrun, weights
+from conftest import ROOT, TINY, end_all, equal, losses, records, run_process, start_process, torchrun, weights
 from ranks import train
 
 from engine import checkpoint
@@ -131,3 +133,37 @@ def test_two_machines(dataset, tmp_path):
     assert code == 0 and other.returncode == 0 and output.count('Batch: 4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
     code, _ = train(4, *args[:-1], f'--out_dir={tmp_path}/one')
     assert code == 0 and losses(tmp_path / 'one') == losses(tmp_path / 'two')
+
+
+@pytest.mark.slow
+def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
+    """With stand-ins for srun, which starts the command once for each machine and hands TERM on, and for scontrol."""
+    for name, text in (('srun', 'for i in $(seq $SLURM_NNODES); do "$@" & pids="$pids $!"; done; trap \'kill -TERM $pids\' TERM; wait; wait\n'),
+                       ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n')):
+        (tmp_path / name).write_text('#!/bin/bash\n' + text)
+        (tmp_path / name).chmod(0o755)
+
+    def start(port, last):
+        environment = {**os.environ, 'PATH': f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}", 'SLURM_NNODES': '2', 'SLURM_GPUS_ON_NODE': '1', 'SLURM_JOB_ID': '77',
+                       'SLURM_JOB_NODELIST': 'here', 'RDZV_PORT': str(port), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+        return subprocess.Popen(['bash', 'train.sbatch', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *TINY, f'--max_iters={last}', '--lr_decay_iters=20'], cwd=ROOT,
+                                env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    output, told, job = '', False, start(29511, 100000)
+    try:
+        for line in job.stdout:
+            output += line
+            if line.startswith('iter 30:') and not told:
+                os.kill(job.pid, signal.SIGUSR1)
+                told = True
+        job.wait(60)
+    finally:
+        end_all(job)
+    assert (tmp_path / 'queued').read_text() == '77\n' and 'stopped at iter' in output, output
+    step, _ = checkpoint.newest_whole(str(tmp_path / 'run'))
+    assert step >= 30
+    job = start(29512, step + 5)
+    try:
+        output = job.communicate(timeout=120)[0]
+    finally:
+        end_all(job)
+    assert job.returncode == 0 and f'continuing at iter {step}' in output and max(losses(tmp_path / 'run')) == step + 5, output

@@ -74,6 +74,7 @@ def _train(args):
 
 def _serve(rank, size, port, pipe):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    import conftest  # noqa: F401  which sets the threads of the process that imports it, as the modules of the functions do
     torch.set_num_threads(1)
     from engine import parallel
     parallel.start('cpu')

@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import TINY, equal, losses, records, run_process, torchrun, weights
 from ranks import ranks, train
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.tensor.debug import CommDebugMode
 
 from model import resolve_shape
 
@@ -76,16 +78,77 @@ def test_two_ranks_equal_one(single, dataset, tmp_path, family, layout):
         assert final[0].keys() == final[1].keys() and all((final[0][name] - final[1][name]).abs().max() < 1e-4 for name in final[0])
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+TOGETHER = {'context and ZeRO-1': ['--context_parallel=2', '--use_zero1=True'], 'context and hybrid': ['--context_parallel=4', '--use_fsdp=True', '--fsdp_replicas=2']}
+
+
+@pytest.mark.parametrize('layout', [*LAYOUTS, *TOGETHER])
 def test_four_ranks_equal_one_and_repeat_bitwise(single, dataset, tmp_path, layout):
-    for name in 'ab':
-        run(4, *arguments(dataset, tmp_path / name, *FAMILIES['llama3'], *LAYOUTS[layout], '--batch_size=2', '--activation_checkpointing=selective'))
+    for name in 'ab' if layout in LAYOUTS else 'a':
+        run(4, *arguments(dataset, tmp_path / name, *FAMILIES['llama3'], *{**LAYOUTS, **TOGETHER}[layout], '--batch_size=4', '--eval_iters=2', '--activation_checkpointing=selective'))
     assert close(losses(single('llama3')), losses(tmp_path / 'a'), 1e-5) and close(norms(single('llama3')), norms(tmp_path / 'a'), 1e-4)
-    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and equal(weights(tmp_path / 'a', 20), weights(tmp_path / 'b', 20))
+    if layout in LAYOUTS:
+        assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and equal(weights(tmp_path / 'a', 20), weights(tmp_path / 'b', 20))
     header = records(tmp_path / 'a', 'header')[0]
     assert header['metadata']['world_size'] == 4
-    assert header['startup_info']['hardware']['parallelism'] == {'hybrid': 'FSDP (ZeRO-3), 2 replicas', 'context': 'DDP, context parallel 2', 'ZeRO-2': 'FSDP (ZeRO-2)',
-                                                                 'ZeRO-3': 'FSDP (ZeRO-3)'}.get(layout, layout)
+    assert header['startup_info']['hardware']['parallelism'] == {
+        'hybrid': 'FSDP (ZeRO-3), 2 replicas', 'context': 'DDP, context parallel 2', 'ZeRO-2': 'FSDP (ZeRO-2)', 'ZeRO-3': 'FSDP (ZeRO-3)',
+        'context and ZeRO-1': 'ZeRO-1, context parallel 2', 'context and hybrid': 'FSDP (ZeRO-3), 2 replicas, context parallel 4'}.get(layout, layout)
+
+
+def test_a_sequence_that_does_not_divide_into_chunks_is_filled_up(dataset, tmp_path):
+    for name, size, extra in (('one', 1, []), ('two', 2, LAYOUTS['context'])):
+        run(size, *arguments(dataset, tmp_path / name, *FAMILIES['gpt2'], '--block_size=18', '--total_batch_size=144', *extra))
+    assert close(losses(tmp_path / 'one'), losses(tmp_path / 'two'), 1e-5)
+    assert records(tmp_path / 'one', 'eval')[-1]['val_loss'] == pytest.approx(records(tmp_path / 'two', 'eval')[-1]['val_loss'], abs=1e-5)
+
+
+@pytest.mark.parametrize('layout', ['DDP', 'ZeRO-3', 'context'])
+def test_samples_while_training_are_those_of_one_process(dataset, tmp_path, layout):
+    args = ['--sample_interval=10', '--sample_start=the']
+    one = run(1, *arguments(dataset, tmp_path / 'one', *args))
+    two = run(2, *arguments(dataset, tmp_path / 'two', *args, *LAYOUTS[layout]))
+
+    def samples(output):
+        return [part.split('\n----')[0] for part in output.split('---- sample ')[1:]]
+    assert samples(one) == samples(two) and len(samples(one)) == 2
+    assert close(losses(tmp_path / 'one'), losses(tmp_path / 'two'), 1e-5)
+
+
+def traffic(options, micro_steps):
+    """[(gathers, sums)] of each micro-step of an iteration: how often this rank asked for parameters and for sums of gradients."""
+    import train as trainer
+    from engine import parallel
+    from model import Model
+    world = parallel.start('cpu')
+    parallel.arrange(world, trainer.Config(block_size=16, **options), [])
+    model = Model.on_meta(resolve_shape(dict(arch_preset='llama', n_layer=3, n_head=2, n_embd=16, block_size=16, vocab_size=32)), ring=world.ring)
+    parallel.shard(model, world, torch.float32, torch.float32, False)
+    model.allocate('cpu').init_weights(0)
+    _, train_model = parallel.wrap(model, world, False, micro_steps)
+    sums = [0]
+    if hasattr(train_model, 'register_comm_hook'):
+        def count(state, bucket):
+            sums[0] += 1
+            return default_hooks.allreduce_hook(None, bucket)
+        train_model.register_comm_hook(None, count)
+    x, y = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64)
+    counts = []
+    for micro_step in range(micro_steps):
+        with CommDebugMode() as seen, parallel.last_micro_step(train_model, micro_step == micro_steps - 1, world):
+            train_model(x, y).backward()
+        by_name = {str(operator): number for operator, number in seen.get_comm_counts().items()}
+        counts.append((sum(number for name, number in by_name.items() if 'allgather' in name or 'all_gather' in name),
+                       sum(number for name, number in by_name.items() if 'reduce_scatter' in name) + sums[0]))
+    return counts
+
+
+def test_traffic_of_the_micro_steps():
+    """DDP sums in the last alone; ZeRO-2 gathers in the first alone, ZeRO-3 in each, for the backward pass again; both sum in each."""
+    units = 6  # three blocks, the table, norm and head together, and nothing left for the model as a whole
+    ddp, zero2, zero3 = (ranks(2)(traffic, options, 3)[0] for options in ({}, {'use_fsdp': True, 'fsdp_reshard': False}, {'use_fsdp': True}))
+    assert [sums for _, sums in ddp[:2]] == [0, 0] and ddp[2][1] >= 1, ddp
+    assert [gathers for gathers, _ in zero2] == [units - 1, 0, 0] and all(sums == units - 1 for _, sums in zero2), zero2
+    assert all(units - 1 < gathers <= 2 * (units - 1) and sums == units - 1 for gathers, sums in zero3), zero3
 
 
 @pytest.fixture(scope='module')

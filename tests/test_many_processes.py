@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import ROOT, TINY, end_all, equal, losses, records, run_process, start_process, torchrun, weights
-from ranks import train
+from ranks import ranks, train
 
 from engine import checkpoint
 
@@ -54,6 +54,22 @@ def test_ranks_that_differ_stop_at_the_start_with_both_values(dataset, tmp_path,
     assert code != 0 and 'exitcode  : 2' in output and time.monotonic() - started < 60, output
     assert not os.path.exists(tmp_path / 'out' / 'checkpoints') and '[rank' not in output, output  # torch puts that before a rank's traceback
     assert output.count('error: ') + output.count('error (') == 1 and message in output, output
+
+
+def train_with_more_memory_on_rank_1(args):
+    import train as trainer
+    real = trainer.memory_gb
+    trainer.memory_gb = lambda device: {key: value + 1000 * int(os.environ['RANK']) for key, value in real(device).items()}
+    try:
+        return trainer.main(args)
+    finally:
+        trainer.memory_gb = real
+
+
+def test_the_log_has_the_memory_of_the_worst_rank_and_the_wait_for_gradients(dataset, tmp_path):
+    assert ranks(2)(train_with_more_memory_on_rank_1, [f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=4']) == [0, 0]
+    assert all(value > 1000 for record in records(tmp_path) for value in record['memory'].values())
+    assert all(0 <= record['comm_wait_ms'] < record['time_ms'] for record in records(tmp_path)[1:]) and records(tmp_path)[-1]['comm_wait_ms'] > 0
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ class Saver:
 
     def _share(self, tensors):
         owners = _owners({name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}, self.world.size)
-        return {name: tensor for name, tensor in tensors.items() if _first_replica(tensor) if owners.get(name, self.world.rank) == self.world.rank}
+        return {name: tensor for name, tensor in tensors.items() if _first_replica(tensor) and owners.get(name, self.world.rank) == self.world.rank}
 
     def start(self, step, tensors, state, due=None):
         """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint `step`; a save in flight must have been taken by wait().

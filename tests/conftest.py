@@ -102,12 +102,15 @@ def run_process(*command, timeout=240, env=None):
     return process.returncode, output
 
 
-def torchrun(processes, *args, timeout=240, script='train.py'):
-    """(exit code, output) of train.py, or of another script, under torchrun with gloo on this machine."""
+def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    return run_process('-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr', '127.0.0.1', '--master_port', str(port),
+        return s.getsockname()[1]
+
+
+def torchrun(processes, *args, timeout=240, script='train.py'):
+    """(exit code, output) of train.py, or of another script, under torchrun with gloo on this machine."""
+    return run_process('-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr', '127.0.0.1', '--master_port', str(free_port()),
                        script, *args, timeout=timeout, env={'OMP_NUM_THREADS': '1'})
 
 

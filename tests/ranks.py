@@ -2,12 +2,12 @@
 import contextlib
 import io
 import os
-import socket
 import time
 import traceback
 
 import torch
 import torch.multiprocessing as multiprocessing
+from conftest import free_port
 
 RUNNING = {}  # {number of ranks: Ranks}
 
@@ -16,9 +16,7 @@ class Ranks:
     """`size` processes that form one process group: ranks(function, *args) -> [what it returned on each rank]."""
 
     def __init__(self, size):
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            port = s.getsockname()[1]
+        port = free_port()
         context = multiprocessing.get_context('spawn')
         pipes = [context.Pipe() for _ in range(size)]
         self.size, self.pipes = size, [ours for ours, _ in pipes]
@@ -74,8 +72,7 @@ def _train(args):
 
 def _serve(rank, size, port, pipe):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    import conftest  # noqa: F401  which sets the threads of the process that imports it, as the modules of the functions do
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # conftest, imported above, takes two
     from engine import parallel
     parallel.start('cpu')
     while True:

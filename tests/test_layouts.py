@@ -296,3 +296,28 @@ def test_weights_start_alike_on_every_layout(tmp_path, family):
             continue  # its folder has biases, which this model has not
         for rank in ranks(size)(start_of, settings, options, str(tmp_path)):
             assert rank.keys() == from_folder.keys() and all(torch.equal(rank[name], from_folder[name]) for name in rank)
+
+
+def gathered(family):
+    """dtypes under FSDP in bf16 of what the first block gets, of its matmul's weight, of the token table and of the loss."""
+    import train as trainer
+    from engine import parallel
+    from model import Model
+    world = parallel.start('cpu')
+    parallel.arrange(world, trainer.Config(block_size=16, use_fsdp=True), [])
+    model = Model.on_meta(resolve_shape(dict(arch_preset=family, n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=32)))
+    parallel.shard(model, world, torch.bfloat16, torch.float32, False)
+    model.allocate('cpu').init_weights(0)
+    seen = []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(module.weight.dtype))
+    model.transformer.h[0].ln_1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    model.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(module.weight.dtype))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        loss = model(torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 16, dtype=torch.int64))
+    return [str(dtype) for dtype in (*seen, loss.dtype)]
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama'])
+def test_fsdp_in_bfloat16_keeps_the_table_and_the_residual_in_float32(family):
+    for rank in ranks(2)(gathered, family):
+        assert rank == ['torch.float32', 'torch.float32', 'torch.bfloat16', 'torch.float32']

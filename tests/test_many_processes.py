@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, end_all, equal, losses, records, run_process, start_process, torchrun, weights
+from conftest import ROOT, TINY, end_all, equal, free_port, losses, records, run_process, start_process, torchrun, weights
 from ranks import ranks, train
 
 from engine import checkpoint
@@ -44,7 +44,7 @@ def plant(tmp_path):
     ('missing', 'error (rank 1 on ')])
 def test_ranks_that_differ_stop_at_the_start_with_both_values(dataset, tmp_path, plant, what, message):
     started = time.monotonic()
-    args = [f'--out_dir={tmp_path}/out', *TINY]
+    args = [f'--out_dir={tmp_path}/out', *TINY, '--max_iters=10']
     if what == 'data':  # a data set without a fingerprint of its own, as nanoGPT's
         os.makedirs(tmp_path / 'data')
         for split in ('train', 'val'):
@@ -134,10 +134,7 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
 
 def test_two_machines(dataset, tmp_path):
     """Two torchrun agents that meet over TCP, two ranks each, as sbatch starts them; hybrid sharding keeps a replica on each."""
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    port = free_port()
     args = [f'--dataset={dataset}', *TINY, '--max_iters=6', '--use_fsdp=True', '--fsdp_replicas=2', f'--out_dir={tmp_path}/two']
     command = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=2', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', 'train.py', *args]
     other = start_process(*command, env={'OMP_NUM_THREADS': '1'})
@@ -159,12 +156,13 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
         (tmp_path / name).write_text('#!/bin/bash\n' + text)
         (tmp_path / name).chmod(0o755)
 
-    def start(port, last):
+    def start(last):
+        port = free_port()
         environment = {**os.environ, 'PATH': f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}", 'SLURM_NNODES': '2', 'SLURM_GPUS_ON_NODE': '1', 'SLURM_JOB_ID': '77',
                        'SLURM_JOB_NODELIST': 'here', 'RDZV_PORT': str(port), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
         return subprocess.Popen(['bash', 'train.sbatch', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *TINY, f'--max_iters={last}', '--lr_decay_iters=20'], cwd=ROOT,
                                 env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    output, told, job = '', False, start(29511, 100000)
+    output, told, job = '', False, start(100000)
     try:
         for line in job.stdout:
             output += line
@@ -177,7 +175,7 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
     assert (tmp_path / 'queued').read_text() == '77\n' and 'stopped at iter' in output, output
     step, _ = checkpoint.newest_whole(str(tmp_path / 'run'))
     assert step >= 30
-    job = start(29512, step + 5)
+    job = start(step + 5)
     try:
         output = job.communicate(timeout=120)[0]
     finally:

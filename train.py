@@ -206,7 +206,7 @@ def run(argv, stop):
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     dtype = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
-    if dtype == 'float16' and c.fsdp_offload:
+    if dtype == 'float16' and c.use_fsdp and c.fsdp_offload:
         raise ConfigError('dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16')
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
@@ -261,7 +261,7 @@ def run(argv, stop):
     torch.manual_seed(c.seed)
     model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring)
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
-    model.allocate('cpu' if c.fsdp_offload else device, tables_on=device)
+    model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, tables_on=device)
     if nanogpt:
         model.fill(nanogpt['model'].items())
     elif hf_folder:
@@ -571,15 +571,16 @@ def refuse_impossible(c, given, notes):
 
 def note_without_effect(c, given, position_encoding, notes):
     """Note the keys that were given and that other keys make void."""
+    defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for condition, reason, keys in (
-            (not c.use_fsdp, 'without use_fsdp=True', ('fsdp_min_num_params', 'fsdp_activation_checkpointing', 'fsdp_offload')),
+            (not c.use_fsdp, 'without use_fsdp=True', [key for key in defaults if key.startswith('fsdp_')]),
             (not c.use_dataloader, 'without use_dataloader=True', ('dataloader_num_workers', 'dataloader_prefetch_factor')),
             (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
             (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),
             (not c.upload_to, 'without upload_to', ('upload_keep_local',)),
             (position_encoding != 'rope', f'with position_encoding={position_encoding}', ('rope_theta', 'rotary_pct'))):
         # a recipe may name them all, so that one word on the command line turns them on
-        notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key)]
+        notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key) != defaults[key]]
 
 
 def accumulation_steps(c, world_size):

@@ -200,7 +200,7 @@ def arrange(world, c, notes):
     if k > 1 and c.dropout:
         raise ConfigError(f'context_parallel={k} has no dropout in its attention: type --dropout=0 or --context_parallel=1')
     replicas = c.fsdp_replicas
-    if n % replicas:
+    if c.use_fsdp and n % replicas:
         raise ConfigError(f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type --fsdp_replicas='
                           f'{max(d for d in range(1, min(replicas, n) + 1) if n % d == 0)}')
     if c.use_fsdp and n == 1:
@@ -219,7 +219,8 @@ def arrange(world, c, notes):
         world.mesh = init_device_mesh(world.device.type, (n,), mesh_dim_names=('shard',)) if c.use_zero1 else None
     world.data_rank, world.data_size = world.rank // k, n // k
     if k > 1:
-        groups = [dist.new_group(list(range(first, first + k))) for first in range(0, n, k)]  # every rank makes every group
+        timeout = datetime.timedelta(minutes=c.timeout_minutes)
+        groups = [dist.new_group(list(range(first, first + k)), timeout=timeout) for first in range(0, n, k)]  # every rank makes every group
         world.ring = Ring(groups[world.data_rank], world.rank % k, k, c.block_size, world.device)
 
 
@@ -247,6 +248,8 @@ def wrap(model, world, compile, accumulation):
     """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same under DistributedDataParallel where the layout needs it.
     accumulation: micro-steps of an optimizer step."""
     in_parts = world.layout != 'single'  # FSDP gathers between them, and DDP sends the gradients of one while the next are computed
+    if compile and world.ring:
+        world.ring.keep_from_compiler()
     if compile and in_parts:
         model.compile_units()
     step_model = torch.compile(model) if compile and not in_parts else model

@@ -24,6 +24,7 @@ class Ring:
 
     def __init__(self, group, rank, size, block_size, device):
         self.group, self.rank, self.size = group, rank, size
+        self.attend = _RingAttention.apply
         chunk = -(-block_size // (2 * size))
         first, second = (torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank))
         positions = torch.cat([first, second])
@@ -33,6 +34,10 @@ class Ring:
     def part(self, x, y):
         """This rank's tokens of the (B, block_size) int64 inputs x and targets y: two (B, local) tensors."""
         return x[:, self.positions], y[:, self.positions].masked_fill(self.beyond, IGNORE)
+
+    def keep_from_compiler(self):
+        """Let torch.compile leave sends and receives alone. Called when there is something to compile, since this alone imports the compiler (a second)."""
+        self.attend = torch.compiler.disable(self.attend)
 
     def send_on(self, tensor):
         """Start sending `tensor` to the next rank and receiving one like it from the rank before; returns a function that waits for it."""
@@ -47,7 +52,6 @@ class Ring:
         return wait
 
 
-@torch._dynamo.disable  # a compiler leaves sends and receives alone
 def ring_attention(q, k, v, ring, kernel=None):
     """Causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each rank of `ring` holds the tokens Ring.part() gave it.
 
@@ -58,7 +62,7 @@ def ring_attention(q, k, v, ring, kernel=None):
     if kernel is None:
         half = q.dtype in (torch.float16, torch.bfloat16)
         kernel = 'flash' if q.device.type == 'cpu' or half and q.size(-1) % 8 == 0 and q.size(-1) <= 256 else 'manual'
-    return _RingAttention.apply(q, k, v, ring, _KERNELS[kernel])
+    return ring.attend(q, k, v, ring, _KERNELS[kernel])
 
 
 class _RingAttention(torch.autograd.Function):

@@ -166,7 +166,7 @@ def halves(single, dataset, tmp_path_factory):
 
 OFF = {'--use_zero1': 'False', '--use_fsdp': 'False', '--fsdp_reshard': 'True', '--fsdp_replicas': '1', '--context_parallel': '1'}
 PAIRS = [*itertools.product(LAYOUTS, [(1, 'DDP')] + [(2, to) for to in LAYOUTS]),
-         *((layout, (4, to)) for number, layout in enumerate(LAYOUTS) for to in (layout, [*LAYOUTS][number - 1], [*LAYOUTS][number - 3]))]
+         *((layout, (4, to)) for number, layout in enumerate(LAYOUTS) for to in ([*LAYOUTS][number - 1], [*LAYOUTS][number - 3]))]
 
 
 @pytest.fixture(scope='module')

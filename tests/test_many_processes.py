@@ -111,7 +111,7 @@ def workers(torchrun_pid):
 @pytest.mark.parametrize('layout', [[], ['--use_fsdp=True']], ids=['DDP', 'FSDP'])
 def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_path, layout):
     """One rank is killed, twice; --max-restarts starts both again, on a store that still holds the keys of the first attempt."""
-    last = 300 if layout else 900
+    last = 150 if layout else 600
     args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', f'--eval_interval={last // 3}', f'--checkpoint_interval={last // 30}']
     process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3', 'train.py', f'--out_dir={tmp_path}/killed', *args,
                             env={'OMP_NUM_THREADS': '1'})

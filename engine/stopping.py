@@ -5,6 +5,7 @@ evaluation batch). Until there is something to save, and while only evaluating, 
 """
 import os
 import signal
+import threading
 import time
 
 SIGNALS = {signal.SIGTERM: 'SIGTERM', signal.SIGINT: 'Ctrl-C', signal.SIGUSR1: 'SIGUSR1'}
@@ -42,6 +43,10 @@ class StopRequest:
         # torchrun hands the signal that it got on to its workers, which may have it from the terminal or from Slurm already
         self.expected_repeats = 1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self.reading, self.writing = os.pipe()
+        os.set_blocking(self.writing, False)
+        self.wakeup = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(self.reading,), daemon=True, name='signals').start()
 
     def code(self):
         if self.signal is not None:
@@ -67,6 +72,14 @@ class StopRequest:
         self._say(f'{SIGNALS[number]} again: stopped without a checkpoint')
         os._exit(128 + number)
 
+    def _watch(self, pipe):
+        """End the process at once for a main thread that cannot: it may wait, inside torch, for a rank that the same signal ended first."""
+        while number := os.read(pipe, 1):
+            time.sleep(0.3)
+            if number[0] in SIGNALS and self.at_once and self.signal is None:
+                os._exit(128 + number[0])
+        os.close(pipe)
+
     def _say(self, text):
         if self.talk:
             os.write(2, f'\n{text}\n'.encode())  # print() is not safe in a signal handler
@@ -75,3 +88,5 @@ class StopRequest:
         """Give the signals back to whoever handled them before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
+        os.close(self.writing)  # which ends the thread

@@ -32,8 +32,8 @@ from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
-from engine.loss import IGNORE
 from engine.logger import RunLog, new_run_name, now, unsaved_run
+from engine.loss import IGNORE
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
 import huggingface
@@ -192,6 +192,8 @@ def run(argv, stop):
     elif c.init_from != 'scratch':
         c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
     start_step = resumed['step'] if resumed else 0
+    if c.use_fsdp and c.fsdp_activation_checkpointing and 'activation_checkpointing' not in given:
+        c.activation_checkpointing = 'full'
     parallel.arrange(world, c, notes)
     if c.upload_to:
         open_url(c.upload_to)  # a URL that cannot work is known before any checkpoint is renamed
@@ -563,8 +565,6 @@ def refuse_impossible(c, given, notes):
         notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
     if c.decay_lr and c.min_lr > c.learning_rate:
         notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')
-    if c.use_fsdp and c.fsdp_activation_checkpointing and 'activation_checkpointing' not in given:
-        c.activation_checkpointing = 'full'
     if c.use_cuda_graphs:
         notes.append('use_cuda_graphs=True is not in this version: running without; the results are the same')
 

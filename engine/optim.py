@@ -59,7 +59,7 @@ def gradient_statistics(parameters):
                'least': torch.stack([g.min() for g in parts if g.numel()]).min(), 'most': torch.stack([g.max() for g in parts if g.numel()]).max()}
     if isinstance(gradients[0], DTensor):
         mesh = gradients[0].device_mesh
-        for (name, tensor), op in zip(columns.items(), (dist.ReduceOp.SUM, dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
+        for tensor, op in zip(columns.values(), (dist.ReduceOp.SUM, dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
             dist.all_reduce(tensor, op=op, group=mesh.get_group(mesh.ndim - 1))
     norms, mean = columns['squares'].sqrt(), columns['sums'].sum() / count
     variance = columns['squares'].sum() / count - mean.square()

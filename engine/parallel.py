@@ -18,6 +18,7 @@ import ctypes
 import datetime
 import gc
 import inspect
+import math
 import os
 import re
 import sys
@@ -193,16 +194,14 @@ def arrange(world, c, notes):
         raise ConfigError('use_zero1=True and use_fsdp=True are two layouts: type --use_zero1=False (FSDP shards the optimizer state too) or --use_fsdp=False')
     if n % k:
         raise ConfigError(f'context_parallel={k} does not divide the {n} process{"es" * (n > 1)}: start {k} or a multiple of it with torchrun --nproc_per_node, or type '
-                          f'--context_parallel={max(d for d in range(1, min(k, n) + 1) if n % d == 0)}')
+                          f'--context_parallel={_divisor(n, k)}')
     if c.block_size % k:
-        near = sorted({d for d in range(1, n + 1) if n % d == 0 and c.block_size % d == 0})
-        raise ConfigError(f'context_parallel={k} does not divide block_size={c.block_size}: type --block_size={-(-c.block_size // k) * k} or --context_parallel={near[-1]}')
+        raise ConfigError(f'context_parallel={k} does not divide block_size={c.block_size}: type --block_size={-(-c.block_size // k) * k} or --context_parallel={math.gcd(n, c.block_size)}')
     if k > 1 and c.dropout:
         raise ConfigError(f'context_parallel={k} has no dropout in its attention: type --dropout=0 or --context_parallel=1')
     replicas = c.fsdp_replicas
     if c.use_fsdp and n % replicas:
-        raise ConfigError(f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type --fsdp_replicas='
-                          f'{max(d for d in range(1, min(replicas, n) + 1) if n % d == 0)}')
+        raise ConfigError(f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type --fsdp_replicas={_divisor(n, replicas)}')
     if c.use_fsdp and n == 1:
         notes.append('use_fsdp=True on one process: nothing is shared out, the model runs through FSDP all the same')
         _join(world, 'nccl' if world.device.type == 'cuda' else 'gloo', PATIENCE)
@@ -222,6 +221,11 @@ def arrange(world, c, notes):
         timeout = datetime.timedelta(minutes=c.timeout_minutes)
         groups = [dist.new_group(list(range(first, first + k)), timeout=timeout) for first in range(0, n, k)]  # every rank makes every group
         world.ring = Ring(groups[world.data_rank], world.rank % k, k, c.block_size, world.device)
+
+
+def _divisor(number, most):
+    """The largest divisor of `number` up to `most`."""
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 
 def shard(model, world, dtype, reduce_dtype, offload):
@@ -283,26 +287,23 @@ def last_micro_step(model, last, world):
     return contextlib.nullcontext()
 
 
-def rows_of(n_rows, parts, index):
-    """(first, end) of the rows that part `index` of `parts` has, as torch.chunk splits: the last may have fewer, or none."""
-    size = -(-n_rows // parts)
-    return min(index * size, n_rows), min((index + 1) * size, n_rows)
+def rows_of(tensor, mesh):
+    """Slice of the rows of `tensor` that this rank has in the sharding dimension of `mesh`, as torch.chunk splits: the last may have fewer, or none."""
+    size, index = -(-len(tensor) // mesh.size(-1)), mesh.get_local_rank(mesh.ndim - 1)
+    return slice(min(index * size, len(tensor)), min((index + 1) * size, len(tensor)))
 
 
 def put(parameter, tensor):
     """Copy the full `tensor` into a parameter, or into the part of it that this rank holds."""
     if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        first, end = rows_of(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
-        parameter.detach().to_local().copy_(tensor[first:end])
+        parameter.detach().to_local().copy_(tensor[rows_of(tensor, parameter.device_mesh)])
     else:
         parameter.detach().copy_(tensor)
 
 
 def part_of(tensor, mesh):
     """This rank's rows of a tensor that every rank holds, as a DTensor that shares its memory."""
-    first, end = rows_of(len(tensor), mesh.size(), mesh.get_local_rank())
-    return DTensor.from_local(tensor.detach()[first:end], mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(tensor.detach()[rows_of(tensor, mesh)], mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def optimized(named, world):

@@ -1,4 +1,5 @@
 """Memory of each rank is what theory allows: optimizer state, parameters, gradients, and what is kept for the backward pass."""
+import ast
 import gc
 
 import pytest
@@ -57,7 +58,7 @@ def table(layouts, sizes=(1, 2, 4)):
     """{(layout, number of ranks): the sizes of the rank that has most}."""
     rows = {}
     for layout in layouts:
-        options = {key.removeprefix('--'): {'True': True, 'False': False}.get(value) if value in ('True', 'False') else int(value) for key, value in (o.split('=') for o in LAYOUTS[layout])}
+        options = {key.removeprefix('--'): ast.literal_eval(value) for key, value in (o.split('=') for o in LAYOUTS[layout])}
         for size in sizes:
             if size % (options.get('fsdp_replicas') or options.get('context_parallel') or 1) == 0:
                 answers = ranks(size)(bytes_of_a_rank, options)

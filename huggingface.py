@@ -1,4 +1,4 @@
-"""Hugging Face weights in and out: GPT-2, LLaMA-2/3, Qwen3, GPT-NeoX.
+"""Hugging Face weights in and out: GPT-2, LLaMA-2/3, Mistral, Qwen3, GPT-NeoX, and the mixtures of experts Mixtral, Qwen3-MoE, gpt-oss, GLM-4-MoE.
 
 read() gives the model's settings and its state dict under the names of model.py; write() is the way back, so that
 transformers' from_pretrained() opens the folder. Only safetensors files are read.
@@ -10,11 +10,18 @@ import re
 
 import torch
 
+from engine import rope
 from engine.configurator import ConfigError
 from model import ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
-_DEFAULT_THETA = {'llama': 10000.0, 'qwen3': 1000000.0, 'gpt_neox': 10000.0}
+_DEFAULT_THETA = {'llama': 10000.0, 'mistral': 10000.0, 'qwen3': 1000000.0, 'gpt_neox': 10000.0, 'mixtral': 1000000.0, 'qwen3_moe': 1000000.0, 'gpt_oss': 150000.0, 'glm4_moe': 10000.0}
+KINDS = ('gpt2', *_DEFAULT_THETA)
+_CLASSES = {'gpt2': 'GPT2', 'llama': 'Llama', 'mistral': 'Mistral', 'qwen3': 'Qwen3', 'gpt_neox': 'GPTNeoX', 'mixtral': 'Mixtral', 'qwen3_moe': 'Qwen3Moe', 'gpt_oss': 'GptOss',
+            'glm4_moe': 'Glm4Moe'}
+FREE = ('block_size', 'rope_theta', 'rope_scaling', 'rope_factor', 'rope_original_block_size', 'rope_attention_factor', 'rope_beta_fast', 'rope_beta_slow', 'rope_truncate',
+        'rope_low_freq_factor', 'rope_high_freq_factor', 'sliding_window', 'window_pattern')  # keys of the shape that need no other weights
+ROUTING = ('num_experts', 'num_experts_per_tok', 'num_shared_experts', 'expert_d_ff', 'n_dense_layers', 'score_function', 'n_groups', 'topk_groups', 'norm_topk_prob', 'route_scale')
 
 
 def is_source(init_from):
@@ -53,6 +60,10 @@ def read_settings(folder):
 
 def settings_of(hf, folder):
     """The same for the dict `hf` of a config.json; `folder` names it in errors."""
+    return {'rope_scaling': 'none', 'sliding_window': 0, 'window_pattern': 'S', 'attention_sinks': False, 'num_experts': 0, **_settings_of(hf, folder)}
+
+
+def _settings_of(hf, folder):
     kind = hf.get('model_type')
 
     def refuse(what):
@@ -66,31 +77,71 @@ def settings_of(hf, folder):
                     norm_eps=hf.get('layer_norm_epsilon', 1e-5), norm_position='pre', activation=_activation(hf.get('activation_function', 'gelu_new'), refuse),
                     ffn_type='standard', position_encoding='learned_absolute', rope_theta=10000.0, qk_norm=False, parallel_residual=False,
                     weight_tying=hf.get('tie_word_embeddings', True))
-    if kind not in ('llama', 'qwen3', 'gpt_neox'):
-        refuse(f'model_type {kind!r} is not one of gpt2, llama, qwen3, gpt_neox')
-    rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-    if rope.get('rope_type', rope.get('type', 'default')) != 'default':
-        refuse(f"RoPE scaling {rope.get('rope_type', rope.get('type'))!r} is not supported")
-    theta = hf.get('rope_theta') or rope.get('rope_theta') or hf.get('rotary_emb_base') or _DEFAULT_THETA[kind]
+    if kind not in _DEFAULT_THETA:
+        refuse(f'model_type {kind!r} is not one of {", ".join(KINDS)}')
+    rope_settings = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
+    theta = hf.get('rope_theta') or rope_settings.get('rope_theta') or hf.get('rotary_emb_base') or _DEFAULT_THETA[kind]
     shape = dict(n_layer=hf['num_hidden_layers'], n_head=hf['num_attention_heads'], n_embd=hf['hidden_size'], d_ff=hf['intermediate_size'],
                  block_size=hf['max_position_embeddings'], vocab_size=hf['vocab_size'], norm_position='pre', position_encoding='rope',
-                 rope_theta=float(theta), activation=_activation(hf.get('hidden_act', 'silu'), refuse), weight_tying=hf.get('tie_word_embeddings', False))
+                 rope_theta=float(theta), activation=_activation(hf.get('hidden_act', 'silu'), refuse), weight_tying=hf.get('tie_word_embeddings', False),
+                 **_scaling_of(hf, rope_settings, refuse))
+    rotary_pct = hf.get('rotary_pct') or rope_settings.get('partial_rotary_factor') or hf.get('partial_rotary_factor')
     if kind == 'gpt_neox':
         if not hf.get('attention_bias', True):
             refuse('GPT-NeoX without biases in attention is not supported')
-        rotary_pct = hf.get('rotary_pct') or rope.get('partial_rotary_factor') or hf.get('partial_rotary_factor') or 0.25
         return dict(shape, arch_preset='neox', num_key_value_heads=shape['n_head'], head_dim=shape['n_embd'] // shape['n_head'], bias=True,
-                    normalization='layernorm', norm_eps=hf.get('layer_norm_eps', 1e-5), ffn_type='standard', rotary_pct=float(rotary_pct),
+                    normalization='layernorm', norm_eps=hf.get('layer_norm_eps', 1e-5), ffn_type='standard', rotary_pct=float(rotary_pct or 0.25),
                     qk_norm=False, parallel_residual=hf.get('use_parallel_residual', True))
-    if hf.get('use_sliding_window'):
-        refuse('sliding-window attention is not supported')
-    bias = bool(hf.get('attention_bias', False))
-    if bias != bool(hf.get('mlp_bias', False)):
+    shape.update(num_key_value_heads=hf.get('num_key_value_heads') or shape['n_head'], head_dim=hf.get('head_dim') or shape['n_embd'] // shape['n_head'],
+                 bias=bool(hf.get('attention_bias', kind == 'gpt_oss')), normalization='rmsnorm', norm_eps=hf.get('rms_norm_eps', 1e-6), ffn_type='swiglu', rotary_pct=1.0,
+                 qk_norm=kind in ('qwen3', 'qwen3_moe'), parallel_residual=False)
+    if shape['bias'] != bool(hf.get('mlp_bias', kind == 'gpt_oss')):
         refuse('biases in only one of attention and MLP are not supported')
-    return dict(shape, arch_preset='qwen3' if kind == 'qwen3' else 'llama3' if theta != 10000.0 else 'llama',
-                num_key_value_heads=hf.get('num_key_value_heads') or shape['n_head'],
-                head_dim=hf.get('head_dim') or shape['n_embd'] // shape['n_head'], bias=bias, normalization='rmsnorm',
-                norm_eps=hf.get('rms_norm_eps', 1e-6), ffn_type='swiglu', rotary_pct=1.0, qk_norm=kind == 'qwen3', parallel_residual=False)
+    slides = hf.get('use_sliding_window', kind not in ('qwen3', 'qwen3_moe')) and hf.get('sliding_window')
+    if slides:
+        types = hf.get('layer_types') or ['sliding_attention' if kind != 'gpt_oss' or i % 2 == 0 else 'full_attention' for i in range(shape['n_layer'])]
+        if kind in ('qwen3', 'qwen3_moe') and not hf.get('layer_types'):
+            refuse('a sliding window without layer_types is not supported')
+        pattern = ''.join({'sliding_attention': 'S', 'full_attention': 'L'}[t] for t in types)
+        shape.update(sliding_window=slides, window_pattern=next(pattern[:n] for n in range(1, len(pattern) + 1) if (pattern[:n] * len(pattern))[:len(pattern)] == pattern))
+    if kind in ('mistral', 'llama', 'qwen3'):
+        return dict(shape, arch_preset='qwen3' if kind == 'qwen3' else 'llama3' if theta != 10000.0 else 'llama')
+    # mixtures of experts
+    shape.update(num_experts_per_tok=hf['num_experts_per_tok'], expert_d_ff=hf.get('moe_intermediate_size') or hf['intermediate_size'], num_shared_experts=0, n_dense_layers=0,
+                 score_function='softmax', n_groups=1, topk_groups=1, norm_topk_prob=True, route_scale=1.0,
+                 num_experts=next(hf[key] for key in ('num_local_experts', 'num_experts', 'n_routed_experts') if hf.get(key)))
+    if kind == 'mixtral':
+        return dict(shape, arch_preset='mixtral')
+    if kind == 'gpt_oss':
+        if hf.get('swiglu_limit', 7.0) != 7.0 or hf.get('swiglu_alpha', 1.702) != 1.702:
+            refuse('gpt-oss with another swiglu_limit or swiglu_alpha is not supported')
+        return dict(shape, arch_preset='gpt_oss', ffn_type='swiglu_clamped', attention_sinks=True)
+    if kind == 'qwen3_moe':
+        dense = sorted({*(hf.get('mlp_only_layers') or ()), *(i for i in range(shape['n_layer']) if (i + 1) % hf.get('decoder_sparse_step', 1))})
+        if dense != [*range(len(dense))]:
+            refuse(f'the layers {dense} are dense; supported is dense at the beginning only')
+        return dict(shape, arch_preset='qwen3_moe', n_dense_layers=len(dense), norm_topk_prob=bool(hf.get('norm_topk_prob', False)))
+    return dict(shape, arch_preset='moe', score_function='sigmoid', num_shared_experts=hf.get('n_shared_experts') or 0, n_dense_layers=hf.get('first_k_dense_replace', 1),
+                n_groups=hf.get('n_group') or 1, topk_groups=hf.get('topk_group') or 1, norm_topk_prob=bool(hf.get('norm_topk_prob', True)),
+                route_scale=float(hf.get('routed_scaling_factor', 1.0)), qk_norm=bool(hf.get('use_qk_norm', False)), rotary_pct=float(rotary_pct or 0.5))
+
+
+def _scaling_of(hf, settings, refuse):
+    """Our keys for the rope_parameters (or rope_scaling) of a config.json."""
+    kind = settings.get('rope_type', settings.get('type', 'default'))
+    if kind == 'default':
+        return dict(rope_scaling='none')
+    if kind not in rope.SCALINGS or kind == 'yarn' and settings.get('mscale'):
+        refuse(f"RoPE scaling {kind!r}{' with mscale' if settings.get('mscale') else ''} is not supported: {', '.join(rope.SCALINGS)} are")
+    original = settings.get('original_max_position_embeddings') or hf.get('original_max_position_embeddings') or hf['max_position_embeddings']
+    ours = dict(rope_scaling=kind, rope_factor=float(settings.get('factor') or hf['max_position_embeddings'] / original),
+                rope_original_block_size=hf['max_position_embeddings'] if kind == 'dynamic' else original)
+    if kind == 'yarn':
+        ours.update(rope_beta_fast=float(settings.get('beta_fast') or 32), rope_beta_slow=float(settings.get('beta_slow') or 1), rope_truncate=bool(settings.get('truncate', True)),
+                    rope_attention_factor=settings.get('attention_factor'))
+    if kind == 'llama3':
+        ours.update(rope_low_freq_factor=float(settings['low_freq_factor']), rope_high_freq_factor=float(settings['high_freq_factor']))
+    return ours
 
 
 def _activation(name, refuse):
@@ -107,34 +158,73 @@ def find(c, given, shape_keys):
     settings = read_settings(folder)
     if given.get('arch_preset') and {c.arch_preset, settings['arch_preset']} not in ({settings['arch_preset']}, {'llama', 'llama3'}):
         raise ConfigError(f"{given['arch_preset']}: arch_preset={c.arch_preset!r}, but {c.init_from} is {settings['arch_preset']!r}: leave --arch_preset out")
-    if c.block_size > settings['block_size'] and given.get('block_size'):
-        raise ConfigError(f"block_size={c.block_size} is beyond the {settings['block_size']} positions of {c.init_from}: "
-                          f"type --block_size={settings['block_size']} or less")
-    settings['block_size'] = min(c.block_size, settings['block_size'])
+    longer = c.rope_scaling not in (None, 'none') or settings.get('rope_scaling') == 'dynamic'
+    if c.block_size > settings['block_size'] and given.get('block_size') and not longer:
+        raise ConfigError(f"block_size={c.block_size} is beyond the {settings['block_size']} positions of {c.init_from}: type --block_size={settings['block_size']} or less"
+                          + (', or give a --rope_scaling, such as yarn, and its --rope_factor' if settings['position_encoding'] == 'rope' else ''))
+    if c.rope_scaling not in (None, 'none') and settings.get('rope_scaling', 'none') == 'none':
+        settings['rope_original_block_size'] = settings['block_size']
+    settings['block_size'] = c.block_size if longer else min(c.block_size, settings['block_size'])
+    settings.update({key: getattr(c, key) for key in FREE if key != 'block_size' and given.get(key) and getattr(c, key) is not None})
+    if c.upcycle:
+        settings.update(_upcycling(c, given, settings))
     for key in set(shape_keys) - {'arch_preset', 'block_size'}:
-        if given.get(key) and getattr(c, key) is not None and getattr(c, key) != settings[key]:
+        if given.get(key) and getattr(c, key) is not None and key in settings and getattr(c, key) != settings[key]:
             raise ConfigError(f'{given[key]}: {key}={getattr(c, key)!r}, but {c.init_from} has {key}={settings[key]!r}: leave --{key} out')
     return dataclasses.replace(c, **settings), folder
 
 
+def _upcycling(c, given, settings):
+    """The keys of a mixture of experts that begins as the dense model of `settings` (Komatsuzaki et al., "Sparse Upcycling", 2023)."""
+    if settings.get('num_experts'):
+        raise ConfigError(f'upcycle=True, but {c.init_from} is a mixture of experts already: leave --upcycle out')
+    if not c.num_experts:
+        raise ConfigError('upcycle=True needs --num_experts, such as --num_experts=8')
+    for key, value in (('num_shared_experts', 0), ('expert_d_ff', settings['d_ff']), ('norm_topk_prob', True), ('route_scale', 1.0)):
+        if given.get(key) and getattr(c, key) not in (None, value):
+            raise ConfigError(f'upcycle=True makes each expert a copy of the dense layer, so that gates must add up to 1: {key} must be {value}, not {getattr(c, key)}; leave --{key} out')
+    asked = {key: getattr(c, key) for key in ROUTING if given.get(key) and getattr(c, key) is not None}
+    return {**asked, 'num_shared_experts': 0, 'expert_d_ff': settings['d_ff'], 'norm_topk_prob': True, 'route_scale': 1.0}
+
+
+def upcycled(folder, config):
+    """(name, tensor) for each parameter but the routers of a mixture of experts Model(config): weights() of the dense model in `folder`, each expert a copy."""
+    dense = dataclasses.replace(config, num_experts=0)
+    for name, tensor in weights(folder, dense):
+        routed = re.match(r'transformer\.h\.(\d+)\.mlp\.', name)
+        yield name, tensor.expand(config.num_experts, *tensor.shape) if routed and int(routed[1]) in config.expert_layers else tensor
+
+
 def family(config):
-    """'gpt2' | 'llama' | 'qwen3' | 'gpt_neox': the Hugging Face architecture that computes what `config` does.
+    """The Hugging Face architecture (one of KINDS) that computes what `config` does.
 
     Raises ConfigError, naming the switches in the way, where there is none.
     """
-    common = dict(norm_position='pre')
-    llama = dict(common, normalization='rmsnorm', ffn_type='swiglu', position_encoding='rope', rotary_pct=1.0, parallel_residual=False)
+    have = dataclasses.asdict(config)
+    have['windows'] = 'none' if not config.sliding_window else 'all' if None not in config.windows else 'some'
+    have['shared'], have['groups'] = config.num_shared_experts > 0, config.topk_groups < config.n_groups
+    common = dict(norm_position='pre', attention_sinks=False, num_experts=0, windows='none')
+    llama = dict(common, normalization='rmsnorm', ffn_type='swiglu', position_encoding='rope', rotary_pct=1.0, parallel_residual=False, bias=False, qk_norm=False)
+    routed = {key: value for key, value in llama.items() if key != 'num_experts'}
+    softmax = dict(routed, score_function='softmax', shared=False, groups=False, route_scale=1.0)
     wanted = {
         'gpt2': dict(common, normalization='layernorm', ffn_type='standard', position_encoding='learned_absolute', qk_norm=False,
                      parallel_residual=False, num_key_value_heads=config.n_head, head_dim=config.n_embd // config.n_head),
-        'llama': dict(llama, qk_norm=False),
-        'qwen3': dict(llama, qk_norm=True, bias=False),
+        'llama': {key: value for key, value in llama.items() if key != 'bias'},
+        'mistral': dict(llama, windows='all'),
+        'qwen3': {key: value for key, value in dict(llama, qk_norm=True).items() if key != 'windows'},
         'gpt_neox': dict(common, normalization='layernorm', ffn_type='standard', position_encoding='rope', qk_norm=False, bias=True,
                          num_key_value_heads=config.n_head, head_dim=config.n_embd // config.n_head),
+        'mixtral': dict(softmax, norm_topk_prob=True, n_dense_layers=0, windows='none' if have['windows'] == 'none' else 'all'),
+        'qwen3_moe': dict(softmax, qk_norm=True),
+        'gpt_oss': {key: value for key, value in dict(softmax, norm_topk_prob=True, n_dense_layers=0, bias=True, ffn_type='swiglu_clamped', attention_sinks=True).items() if key != 'windows'},
+        'glm4_moe': {key: value for key, value in dict(routed, score_function='sigmoid', shared=True).items() if key not in ('rotary_pct', 'qk_norm')},
     }
-    in_the_way = {kind: [f'{key}={getattr(config, key)!r}' for key, value in switches.items() if getattr(config, key) != value
+    routes = ('mixtral', 'qwen3_moe', 'gpt_oss', 'glm4_moe')
+    names = {'windows': 'window_pattern', 'shared': 'num_shared_experts', 'groups': 'topk_groups'}
+    in_the_way = {kind: [f'{names.get(key, key)}={getattr(config, names.get(key, key))!r}' for key, value in switches.items() if have[key] != value
                          and not (kind == 'gpt2' and key == 'normalization' and config.normalization == 'layernorm_nobias')]
-                  for kind, switches in wanted.items()}
+                  for kind, switches in wanted.items() if (kind in routes) == (config.num_experts > 0)}
     kind = min(in_the_way, key=lambda k: len(in_the_way[k]))
     if in_the_way[kind]:
         raise ConfigError(f"no Hugging Face architecture computes this model; nearest is {kind}, in the way are {', '.join(in_the_way[kind])}")
@@ -144,14 +234,14 @@ def family(config):
 
 
 def name_map(kind, config):
-    """[(our name, [their names], transpose)]: several of theirs are stacked along the output dimension to make ours."""
+    """[(our name, [their names], form)]: how theirs make ours, as _join() does and _part() undoes."""
     biases = ('weight', 'bias') if config.bias else ('weight',)
     norms = ('weight', 'bias') if config.normalization == 'layernorm' or kind in ('gpt2', 'gpt_neox') else ('weight',)
     rows = []
 
-    def add(ours, theirs, parts, transpose=False):
+    def add(ours, theirs, parts, form='rows'):
         for part in parts:
-            rows.append((f'{ours}.{part}', [f'{t}.{part}' for t in theirs], transpose and part == 'weight'))
+            rows.append((f'{ours}.{part}', [f'{t}.{part}' for t in theirs], 'rows' if form == 'transposed' and part == 'bias' else form))
     if kind == 'gpt2':
         # GPT-2 on the hub always has biases; a model without them is written with zeros
         biases = ('weight', 'bias')
@@ -162,7 +252,7 @@ def name_map(kind, config):
             for norm in ('ln_1', 'ln_2'):
                 add(f'{h}.{norm}', [f'{h}.{norm}'], norms)
             for linear in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'):
-                add(f'{h}.{linear}', [f'{h}.{linear}'], biases, transpose=True)  # Conv1D keeps its weight as (in, out)
+                add(f'{h}.{linear}', [f'{h}.{linear}'], biases, 'transposed')  # Conv1D keeps its weight as (in, out)
         add('transformer.ln_f', ['transformer.ln_f'], norms)
         head = 'lm_head'
     elif kind == 'gpt_neox':
@@ -171,8 +261,8 @@ def name_map(kind, config):
             h, theirs = f'transformer.h.{i}', f'gpt_neox.layers.{i}'
             for ours, name in (('ln_1', 'input_layernorm'), ('ln_2', 'post_attention_layernorm')):
                 add(f'{h}.{ours}', [f'{theirs}.{name}'], norms)
-            for ours, name in (('attn.c_attn', 'attention.query_key_value'), ('attn.c_proj', 'attention.dense'),
-                               ('mlp.c_fc', 'mlp.dense_h_to_4h'), ('mlp.c_proj', 'mlp.dense_4h_to_h')):
+            add(f'{h}.attn.c_attn', [f'{theirs}.attention.query_key_value'], biases, 'by head')
+            for ours, name in (('attn.c_proj', 'attention.dense'), ('mlp.c_fc', 'mlp.dense_h_to_4h'), ('mlp.c_proj', 'mlp.dense_4h_to_h')):
                 add(f'{h}.{ours}', [f'{theirs}.{name}'], biases)
         add('transformer.ln_f', ['gpt_neox.final_layer_norm'], norms)
         head = 'embed_out'
@@ -185,10 +275,15 @@ def name_map(kind, config):
             if config.qk_norm:
                 for norm in ('q_norm', 'k_norm'):
                     add(f'{h}.attn.{norm}', [f'{theirs}.self_attn.{norm}'], ('weight',))
+            if config.attention_sinks:
+                rows.append((f'{h}.attn.sinks', [f'{theirs}.self_attn.sinks'], 'rows'))
             add(f'{h}.attn.c_attn', [f'{theirs}.self_attn.{x}_proj' for x in 'qkv'], biases)
             add(f'{h}.attn.c_proj', [f'{theirs}.self_attn.o_proj'], biases)
-            add(f'{h}.mlp.c_fc', [f'{theirs}.mlp.gate_proj', f'{theirs}.mlp.up_proj'], biases)
-            add(f'{h}.mlp.c_proj', [f'{theirs}.mlp.down_proj'], biases)
+            if i in config.expert_layers:
+                rows += _expert_rows(kind, config, h, theirs)
+            else:
+                add(f'{h}.mlp.c_fc', [f'{theirs}.mlp.gate_proj', f'{theirs}.mlp.up_proj'], biases)
+                add(f'{h}.mlp.c_proj', [f'{theirs}.mlp.down_proj'], biases)
         add('transformer.ln_f', ['model.norm'], norms)
         head = 'lm_head'
     if not config.weight_tying:
@@ -196,11 +291,59 @@ def name_map(kind, config):
     return rows
 
 
-def _interleave_heads(tensor, config, back=False):
-    """GPT-NeoX keeps q, k, v of each head together, ours all q, then all k, then all v: reorder the output dimension."""
+def _expert_rows(kind, config, h, theirs):
+    """Rows of name_map() for the mixture of experts of our layer h, their layer theirs."""
+    if kind == 'gpt_oss':  # fused, gate and up interleaved, (E, in, out)
+        mlp = f'{theirs}.mlp'
+        return [(f'{h}.mlp.router.weight', [f'{mlp}.router.weight'], 'rows'), (f'{h}.mlp.router.bias', [f'{mlp}.router.bias'], 'rows'),
+                (f'{h}.mlp.c_fc.weight', [f'{mlp}.experts.gate_up_proj'], 'fused pairs'), (f'{h}.mlp.c_fc.bias', [f'{mlp}.experts.gate_up_proj_bias'], 'pairs'),
+                (f'{h}.mlp.c_proj.weight', [f'{mlp}.experts.down_proj'], 'fused'), (f'{h}.mlp.c_proj.bias', [f'{mlp}.experts.down_proj_bias'], 'rows')]
+    mlp, gate, up, down = (f'{theirs}.block_sparse_moe', 'w1', 'w3', 'w2') if kind == 'mixtral' else (f'{theirs}.mlp', 'gate_proj', 'up_proj', 'down_proj')
+    numbers = range(config.num_experts)
+    rows = [(f'{h}.mlp.router.weight', [f'{mlp}.gate.weight'], 'rows'),
+            (f'{h}.mlp.c_fc.weight', [f'{mlp}.experts.{e}.{name}.weight' for e in numbers for name in (gate, up)], 'experts'),
+            (f'{h}.mlp.c_proj.weight', [f'{mlp}.experts.{e}.{down}.weight' for e in numbers], 'experts')]
+    if kind == 'glm4_moe':
+        rows += [(f'{h}.mlp.router.balance', [f'{mlp}.gate.e_score_correction_bias'], 'rows'),
+                 (f'{h}.mlp.shared.c_fc.weight', [f'{mlp}.shared_experts.{name}.weight' for name in (gate, up)], 'rows'),
+                 (f'{h}.mlp.shared.c_proj.weight', [f'{mlp}.shared_experts.{down}.weight'], 'rows')]
+    return rows
+
+
+def _join(parts, form, config):
+    """Our tensor from theirs."""
+    if form == 'transposed':
+        return parts[0].t().contiguous()
+    if form == 'by head':  # GPT-NeoX keeps q, k, v of each head together, ours all q, then all k, then all v
+        return _reordered(parts[0], config.n_head, 3, config.head_dim)
+    if form == 'experts':
+        return torch.cat(parts).view(config.num_experts, -1, parts[0].size(-1))
+    if form in ('fused', 'fused pairs'):
+        parts = [parts[0].transpose(1, 2)]
+    if form in ('pairs', 'fused pairs'):  # gate and up of each unit side by side, ours all gates, then all ups
+        return torch.cat([parts[0][:, ::2], parts[0][:, 1::2]], dim=1)
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _part(tensor, number, form, config):
+    """Their tensors, `number` of them, from ours."""
+    if form == 'transposed':
+        return [tensor.t()]
+    if form == 'by head':
+        return [_reordered(tensor, 3, config.n_head, config.head_dim)]
+    if form == 'experts':
+        return [part for expert in tensor for part in expert.chunk(number // config.num_experts)]
+    if form in ('pairs', 'fused pairs'):
+        tensor = torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+    if form in ('fused', 'fused pairs'):
+        tensor = tensor.transpose(1, 2)
+    q, kv = config.n_head * config.head_dim, config.num_key_value_heads * config.head_dim
+    return tensor.split({1: [len(tensor)], 2: [len(tensor) // 2] * 2, 3: [q, kv, kv]}[number])
+
+
+def _reordered(tensor, first, second, head_dim):
     rest = tensor.shape[1:]
-    first, second = (config.n_head, 3) if not back else (3, config.n_head)
-    return tensor.view(first, second, config.head_dim, *rest).transpose(0, 1).reshape(-1, *rest).contiguous()
+    return tensor.view(first, second, head_dim, *rest).transpose(0, 1).reshape(-1, *rest).contiguous()
 
 
 def weights(folder, config):
@@ -223,64 +366,99 @@ def weights(folder, config):
     kind = family(config)
     # the hub's gpt2 was saved without its outer module
     prefix = 'transformer.' if kind == 'gpt2' and 'wte.weight' in holder else ''
-    rows = [(ours, [source.removeprefix(prefix) for source in sources], transpose) for ours, sources, transpose in name_map(kind, config)]
+    rows = [(ours, [source.removeprefix(prefix) for source in sources], form) for ours, sources, form in name_map(kind, config)]
     used = {source for _, sources, _ in rows for source in sources} | ({'lm_head.weight', 'embed_out.weight'} if config.weight_tying else set())
     missing = [source for _, sources, _ in rows for source in sources if source not in holder]
-    # masks, constants and rotary tables that older versions of transformers stored
-    left = [name for name in holder if name not in used and not re.search(r'\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$', name)]
+    # masks, constants and rotary tables that older versions of transformers stored; layers of GLM that predict further tokens
+    left = [name for name in holder if name not in used and not re.search(r'\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$', name)
+            and not (kind == 'glm4_moe' and name.startswith(f'model.layers.{config.n_layer}.'))]
     if missing or left:
         raise ConfigError(f"{folder} does not hold the weights of its config.json: missing {missing[:3]}, left over {left[:3]}")
 
     def read():
-        for name, sources, transpose in rows:
-            parts = [holder[source].get_tensor(source).to(torch.float32) for source in sources]
-            tensor = torch.cat([part.t() if transpose else part for part in parts]).contiguous()
-            if kind == 'gpt_neox' and '.c_attn.' in name:
-                tensor = _interleave_heads(tensor, config)
+        for name, sources, form in rows:
+            tensor = _join([holder[source].get_tensor(source).to(torch.float32) for source in sources], form, config)
             yield name, tensor[:config.block_size] if name == 'transformer.wpe.weight' else tensor
     return read()
 
 
-def write(folder, config, state_dict, dtype=torch.float32, eot_id=None):
-    """Write `state_dict` of model.Model(config) as a Hugging Face folder: config.json, model.safetensors, generation_config.json.
+def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_size='5GB'):
+    """Write `state_dict` (Model(config).tensors(); more names do no harm) as a Hugging Face folder: config.json, generation_config.json and safetensors files of
+    at most shard_size with their index.
 
     eot_id: id that ends a text, or None. Raises ConfigError where no architecture computes this model.
     """
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
     kind = family(config)
+    if kind != 'glm4_moe' and any(bool(tensor.any()) for name, tensor in state_dict.items() if name.endswith('router.balance')):
+        raise ConfigError(f'the experts of this model were balanced by a bias, which {kind} does not have: train with --balance_rate=0 (and --aux_loss_weight=0.01), '
+                          f'or with sigmoid affinities and a shared expert, which is glm4_moe')
     theirs = {}
-    for name, targets, transpose in name_map(kind, config):
+    for name, targets, form in name_map(kind, config):
         # a GPT-2 without biases is the same as one whose biases are zero
         tensor = state_dict[name] if name in state_dict else torch.zeros(state_dict[name.replace('.bias', '.weight')].size(0))
-        if kind == 'gpt_neox' and '.c_attn.' in name:
-            tensor = _interleave_heads(tensor, config, back=True)
-        q, kv = config.n_head * config.head_dim, config.num_key_value_heads * config.head_dim
-        sizes = {1: [tensor.size(0)], 2: [config.d_ff] * 2, 3: [q, kv, kv]}[len(targets)]
-        for target, part in zip(targets, tensor.split(sizes)):
-            theirs[target] = (part.t() if transpose else part).to(dtype).contiguous()
+        for target, part in zip(targets, _part(tensor, len(targets), form, config), strict=True):
+            keep = target.endswith('e_score_correction_bias')
+            theirs[target] = part.to(torch.float32 if keep else dtype).contiguous().clone()
     os.makedirs(folder, exist_ok=True)
-    save_file(theirs, os.path.join(folder, 'model.safetensors'), metadata={'format': 'pt'})
+    for name in os.listdir(folder):
+        if re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors(\.index\.json)?', name):
+            os.remove(os.path.join(folder, name))  # of an export before, which may have had more files
+    save_torch_state_dict(theirs, folder, max_shard_size=shard_size)
     for file, content in (('config.json', _hf_config(kind, config, dtype, eot_id)),
                           ('generation_config.json', {'bos_token_id': eot_id, 'eos_token_id': eot_id})):
         with open(os.path.join(folder, file), 'w') as f:
             json.dump(content, f, indent=2)
 
 
+def _rope_config(kind, config):
+    """rope_parameters of a config.json, and the same under the names of transformers 4."""
+    scaling = dict(rope_type='default')
+    if config.rope_scaling != 'none':
+        scaling = dict(rope_type=config.rope_scaling, factor=config.rope_factor)
+    if config.rope_scaling in ('yarn', 'llama3'):
+        scaling.update(original_max_position_embeddings=config.rope_original_block_size)
+    if config.rope_scaling == 'yarn':
+        scaling.update(beta_fast=config.rope_beta_fast, beta_slow=config.rope_beta_slow, truncate=config.rope_truncate)
+        if config.rope_attention_factor:
+            scaling.update(attention_factor=config.rope_attention_factor)
+    if config.rope_scaling == 'llama3':
+        scaling.update(low_freq_factor=config.rope_low_freq_factor, high_freq_factor=config.rope_high_freq_factor)
+    partial = {} if config.rotary_pct == 1 and kind != 'glm4_moe' else dict(partial_rotary_factor=config.rotary_pct)
+    return dict(rope_parameters=dict(scaling, rope_theta=config.rope_theta, **partial), rope_theta=config.rope_theta,
+                rope_scaling=None if config.rope_scaling == 'none' else scaling, **partial)
+
+
 def _hf_config(kind, config: ModelConfig, dtype, eot_id):
     activation = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
-    common = dict(model_type=kind, vocab_size=config.vocab_size, tie_word_embeddings=config.weight_tying,
-                  torch_dtype=str(dtype).removeprefix('torch.'), bos_token_id=eot_id, eos_token_id=eot_id)
+    common = dict(model_type=kind, architectures=[f'{_CLASSES[kind]}{"LMHeadModel" if kind == "gpt2" else "ForCausalLM"}'], vocab_size=config.vocab_size,
+                  tie_word_embeddings=config.weight_tying, torch_dtype=str(dtype).removeprefix('torch.'), bos_token_id=eot_id, eos_token_id=eot_id)
     if kind == 'gpt2':
-        return dict(common, architectures=['GPT2LMHeadModel'], n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+        return dict(common, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
                     n_inner=config.d_ff, n_positions=config.block_size, activation_function=activation, layer_norm_epsilon=config.norm_eps,
                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     common.update(num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, hidden_size=config.n_embd, intermediate_size=config.d_ff,
-                  max_position_embeddings=config.block_size, hidden_act=activation, rope_theta=config.rope_theta)
+                  max_position_embeddings=config.rope_original_block_size if config.rope_scaling == 'dynamic' else config.block_size, hidden_act=activation, **_rope_config(kind, config))
     if kind == 'gpt_neox':
-        return dict(common, architectures=['GPTNeoXForCausalLM'], layer_norm_eps=config.norm_eps, rotary_pct=config.rotary_pct,
+        return dict(common, layer_norm_eps=config.norm_eps, rotary_pct=config.rotary_pct,
                     rotary_emb_base=config.rope_theta, use_parallel_residual=config.parallel_residual, attention_bias=True)
-    common.update(num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-                  attention_bias=config.bias)
+    common.update(num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps, attention_bias=config.bias)
+    types = ['full_attention' if window is None else 'sliding_attention' for window in config.windows]
+    sliding = dict(sliding_window=config.sliding_window or None)
+    if kind == 'llama':
+        return dict(common, mlp_bias=config.bias)
+    if kind == 'mistral':
+        return dict(common, **sliding)
     if kind == 'qwen3':
-        return dict(common, architectures=['Qwen3ForCausalLM'])
-    return dict(common, architectures=['LlamaForCausalLM'], mlp_bias=config.bias)
+        return dict(common, **sliding, use_sliding_window=bool(config.sliding_window), layer_types=types, max_window_layers=0)
+    common.update(num_experts_per_tok=config.num_experts_per_tok, router_aux_loss_coef=0.0)
+    if kind == 'mixtral':
+        return dict(common, **sliding, num_local_experts=config.num_experts, intermediate_size=config.expert_d_ff)
+    if kind == 'gpt_oss':
+        return dict(common, sliding_window=config.sliding_window or config.block_size, layer_types=types, num_local_experts=config.num_experts, intermediate_size=config.expert_d_ff,
+                    swiglu_limit=7.0)
+    common.update(moe_intermediate_size=config.expert_d_ff, norm_topk_prob=config.norm_topk_prob)
+    if kind == 'qwen3_moe':
+        return dict(common, num_experts=config.num_experts, mlp_only_layers=[*range(config.n_dense_layers)], decoder_sparse_step=1, use_sliding_window=False)
+    return dict(common, n_routed_experts=config.num_experts, n_shared_experts=config.num_shared_experts, first_k_dense_replace=config.n_dense_layers,
+                n_group=config.n_groups, topk_group=config.topk_groups, routed_scaling_factor=config.route_scale, use_qk_norm=config.qk_norm)

@@ -1,4 +1,4 @@
-"""One decoder. GPT-2, LLaMA-2, LLaMA-3, Qwen3 and GPT-NeoX are presets of its switches.
+"""One decoder. GPT-2, LLaMA-2, LLaMA-3, Qwen3, GPT-NeoX and Mixtures of Experts are presets of its switches.
 
     sequential block (norm_position='pre')        parallel_residual=True (GPT-NeoX)
 
@@ -6,7 +6,8 @@
           └────────────────────────┘   └──────────────────┘            ├── norm ── mlp ─────────┤
                                                                        └────────────────────────┘
 
-norm_position='post' puts each norm behind its sum instead: x = norm(x + f(x)).
+norm_position='post' puts each norm behind its sum instead: x = norm(x + f(x)). With num_experts the mlp is a mixture of experts, but for the
+first n_dense_layers.
 Parameter names are nanoGPT's (transformer.h.0.attn.c_attn.weight, ...).
 """
 import dataclasses
@@ -18,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, CheckpointPolicy
 
-from engine import parallel
-from engine.attention import DEAR, attention
+from engine import experts, flops, parallel, rope
+from engine.attention import DEAR, attention, visible
 from engine.configurator import ConfigError
 from engine.loader import mix
 from engine.loss import next_token_loss
@@ -35,7 +36,11 @@ ACTIVATIONS = {
 # A preset only fills what the user left open. d_ff is d_ff_ratio * n_embd, rounded up to a multiple of d_ff_multiple.
 _GPT2 = dict(vocab_size=50304, bias=False, normalization='layernorm', norm_eps=1e-5, norm_position='pre', activation='gelu_tanh',
              ffn_type='standard', d_ff_ratio=4, d_ff_multiple=1, position_encoding='learned_absolute', rope_theta=10000.0, rotary_pct=1.0,
-             qk_norm=False, parallel_residual=False, weight_tying=True)
+             qk_norm=False, parallel_residual=False, weight_tying=True,
+             rope_scaling='none', rope_factor=1.0, rope_beta_fast=32.0, rope_beta_slow=1.0, rope_truncate=False, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
+             sliding_window=0, window_pattern='S', attention_sinks=False,
+             num_experts=0, num_experts_per_tok=2, num_shared_experts=0, n_dense_layers=0, score_function='softmax', n_groups=1, topk_groups=1,
+             norm_topk_prob=True, route_scale=1.0)
 _LLAMA = dict(_GPT2, vocab_size=32000, normalization='rmsnorm', activation='silu', ffn_type='swiglu', d_ff_ratio=8 / 3, d_ff_multiple=256,
               position_encoding='rope', weight_tying=False)
 PRESETS = {
@@ -45,6 +50,13 @@ PRESETS = {
     'qwen3': dict(_LLAMA, vocab_size=151936, rope_theta=1000000.0, d_ff_ratio=3, d_ff_multiple=1, norm_eps=1e-6, qk_norm=True),
     'neox': dict(_GPT2, vocab_size=50257, bias=True, activation='gelu', position_encoding='rope', rotary_pct=0.25,
                  parallel_residual=True, weight_tying=False),
+    'moe': dict(_LLAMA, vocab_size=49152, num_experts=8, num_shared_experts=1, score_function='sigmoid'),
+    'mixtral': dict(_LLAMA, rope_theta=1000000.0, d_ff_ratio=3.5, d_ff_multiple=1, num_experts=8),
+    'qwen3_moe': dict(_LLAMA, vocab_size=151936, rope_theta=1000000.0, d_ff_ratio=3, d_ff_multiple=1, norm_eps=1e-6, qk_norm=True, num_experts=128, num_experts_per_tok=8),
+    'deepseek': dict(_LLAMA, vocab_size=129280, norm_eps=1e-6, num_experts=256, num_experts_per_tok=8, num_shared_experts=1, n_dense_layers=3,
+                     score_function='sigmoid', n_groups=8, topk_groups=4, route_scale=2.5),  # DeepSeek-V3 but for its attention
+    'gpt_oss': dict(_LLAMA, vocab_size=201088, rope_theta=150000.0, d_ff_ratio=1, d_ff_multiple=1, bias=True, ffn_type='swiglu_clamped', num_experts=32, num_experts_per_tok=4,
+                    attention_sinks=True, sliding_window=128, window_pattern='SL', rope_scaling='yarn', rope_factor=32.0, rope_original_block_size=4096),
     'custom': _GPT2,
 }
 
@@ -65,29 +77,62 @@ class ModelConfig:
     norm_eps: float
     norm_position: str  # 'pre' | 'post'
     activation: str
-    ffn_type: str  # 'standard' | 'swiglu'
+    ffn_type: str  # 'standard' | 'swiglu' | 'swiglu_clamped'
     position_encoding: str  # 'learned_absolute' | 'rope' | 'none'
     rope_theta: float
     rotary_pct: float  # share of each head that RoPE turns
     qk_norm: bool  # RMSNorm on each head of q and k
     parallel_residual: bool
     weight_tying: bool
+    rope_scaling: str  # 'none' | one of engine.rope.SCALINGS
+    rope_factor: float
+    rope_original_block_size: int  # block_size before the scaling
+    rope_attention_factor: float | None  # of yarn; None: from rope_factor
+    rope_beta_fast: float
+    rope_beta_slow: float
+    rope_truncate: bool
+    rope_low_freq_factor: float  # of llama3
+    rope_high_freq_factor: float
+    sliding_window: int  # tokens that a query of an S layer sees, itself included; 0 = all
+    window_pattern: str  # S and L, repeated over the layers: which slide and which look all the way back
+    attention_sinks: bool
+    num_experts: int  # 0: a dense model
+    num_experts_per_tok: int
+    num_shared_experts: int  # that every token goes to
+    expert_d_ff: int
+    n_dense_layers: int  # first layers without experts
+    score_function: str  # 'sigmoid' | 'softmax'
+    n_groups: int
+    topk_groups: int
+    norm_topk_prob: bool
+    route_scale: float
 
     @property
     def rotary_dims(self):
         return int(self.head_dim * self.rotary_pct)
 
+    @property
+    def windows(self):
+        """The window of each layer, None where it sees everything."""
+        return [self.sliding_window if self.sliding_window and self.window_pattern[i % len(self.window_pattern)] == 'S' else None for i in range(self.n_layer)]
+
+    @property
+    def expert_layers(self):
+        return range(self.n_dense_layers, self.n_layer) if self.num_experts else range(0)
+
     def describe(self):
         """Short form for logs, such as 18L-16H-2048D-GQA8-RoPE-RMS-SwiGLU-PreNorm."""
         position = {'learned_absolute': 'AbsPos', 'rope': 'RoPE', 'none': 'NoPos'}[self.position_encoding]
         norm = 'RMS' if self.normalization == 'rmsnorm' else 'LN'
-        ffn = 'SwiGLU' if self.ffn_type == 'swiglu' else self.activation.upper().replace('_TANH', '')
+        ffn = 'SwiGLU' if self.ffn_type != 'standard' else self.activation.upper().replace('_TANH', '')
         parts = [f'{self.n_layer}L-{self.n_head}H-{self.n_embd}D']
         if self.num_key_value_heads != self.n_head:
             parts.append(f'GQA{self.num_key_value_heads}')
         parts += [position, norm, ffn, 'PostNorm' if self.norm_position == 'post' else 'PreNorm']
         if self.parallel_residual:
             parts.append('Parallel')
+        if self.num_experts:
+            parts.append(f'MoE{self.num_experts}top{self.num_experts_per_tok}' + (f'+{self.num_shared_experts}' if self.num_shared_experts else ''))
         return '-'.join(parts)
 
 
@@ -106,7 +151,7 @@ def resolve_shape(settings, vocab_size=None):
         shape['vocab_size'] = vocab_size
     if given['normalization'] is None and shape['normalization'] == 'layernorm' and not shape['bias']:
         shape['normalization'] = 'layernorm_nobias'
-    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'num_key_value_heads', 'head_dim', 'd_ff'):
+    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'num_key_value_heads', 'head_dim', 'd_ff', 'expert_d_ff', 'rope_original_block_size'):
         if shape[name] is not None and shape[name] < 1:
             raise ConfigError(f'{name}={shape[name]} must be at least 1')
     n_embd, n_head = shape['n_embd'], shape['n_head']
@@ -123,6 +168,12 @@ def resolve_shape(settings, vocab_size=None):
     if shape['d_ff'] is None:
         multiple = preset['d_ff_multiple']
         shape['d_ff'] = math.ceil(preset['d_ff_ratio'] * n_embd / multiple) * multiple
+    if given['n_dense_layers'] is None:
+        shape['n_dense_layers'] = min(shape['n_dense_layers'], shape['n_layer'] - 1)
+    if shape['expert_d_ff'] is None:
+        shape['expert_d_ff'] = shape['d_ff']
+    if shape['rope_original_block_size'] is None:
+        shape['rope_original_block_size'] = shape['block_size']
     config = ModelConfig(**shape)
     if not 0 < config.rotary_pct <= 1 or config.rope_theta <= 0 or config.norm_eps < 0:
         raise ConfigError(f'rotary_pct={config.rotary_pct} must be above 0 and at most 1, rope_theta={config.rope_theta} above 0, '
@@ -132,7 +183,38 @@ def resolve_shape(settings, vocab_size=None):
                           f'{config.rotary_dims} of them: choose an even number')
     if config.parallel_residual and config.norm_position == 'post':
         raise ConfigError("parallel_residual=True needs norm_position='pre'")
+    if config.ffn_type == 'swiglu_clamped' and config.activation != 'silu':
+        raise ConfigError(f"ffn_type=swiglu_clamped has an activation of its own: leave --activation={config.activation} out")
+    if config.sliding_window < 0 or set(config.window_pattern) - {'S', 'L'} or not config.window_pattern:
+        raise ConfigError(f'sliding_window={config.sliding_window} must not be negative, window_pattern={config.window_pattern!r} is of the letters S (slides) and L (looks all the way back), such as SSSL')
+    _check_scaling(config)
+    if config.num_experts:
+        _check_experts(config)
     return config
+
+
+def _check_scaling(c):
+    if c.rope_scaling == 'none':
+        return
+    if c.position_encoding != 'rope':
+        raise ConfigError(f'rope_scaling={c.rope_scaling} needs position_encoding=rope, not {c.position_encoding}')
+    if c.rope_factor < 1 or c.rope_scaling == 'dynamic' and c.rotary_dims <= 2:
+        raise ConfigError(f'rope_factor={c.rope_factor} must be at least 1: type the number of times that the context became longer')
+    if c.rope_scaling == 'llama3' and not 0 < c.rope_low_freq_factor < c.rope_high_freq_factor or c.rope_scaling == 'yarn' and not 0 < c.rope_beta_slow < c.rope_beta_fast:
+        raise ConfigError('rope_scaling: rope_low_freq_factor must be below rope_high_freq_factor, rope_beta_slow below rope_beta_fast, all above 0')
+
+
+def _check_experts(c):
+    if not 1 <= c.num_experts_per_tok <= c.num_experts:
+        raise ConfigError(f'num_experts_per_tok={c.num_experts_per_tok} must be at least 1 and at most num_experts={c.num_experts}')
+    if not 1 <= c.topk_groups <= c.n_groups or c.num_experts % c.n_groups:
+        raise ConfigError(f'num_experts={c.num_experts} must be a multiple of n_groups={c.n_groups}, and topk_groups={c.topk_groups} from 1 to n_groups')
+    within = c.topk_groups * c.num_experts // c.n_groups
+    if c.num_experts_per_tok > within:
+        raise ConfigError(f'num_experts_per_tok={c.num_experts_per_tok} is more than the {within} experts of topk_groups={c.topk_groups} groups of {c.num_experts // c.n_groups}')
+    if c.num_shared_experts < 0 or not 0 <= c.n_dense_layers <= c.n_layer or c.route_scale <= 0:
+        raise ConfigError(f'num_shared_experts={c.num_shared_experts} must not be negative, n_dense_layers={c.n_dense_layers} from 0 to n_layer={c.n_layer}, '
+                          f'route_scale={c.route_scale} above 0')
 
 
 class Norm(nn.Module):
@@ -151,26 +233,8 @@ class Norm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
-def rope_table(config):
-    """(cos, sin), each (block_size, rotary_dims / 2) fp32, of the angles t * theta^(-2i/d) (Su et al., 2021)."""
-    d = config.rotary_dims
-    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
-    angles = torch.outer(torch.arange(config.block_size, dtype=torch.float32), frequencies)
-    return angles.cos(), angles.sin()
-
-
-def apply_rope(x, cos, sin):
-    """Turn the first 2 * cos.size(-1) dimensions of each head, halves paired (i, i + d/2) as in Hugging Face models.
-
-    x: (B, heads, T, head_dim); cos, sin: (T, d/2). Computed in fp32, returned in x's dtype.
-    """
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
-
-
 class Attention(nn.Module):
-    def __init__(self, config, backend, dropout):
+    def __init__(self, config, layer, backend, dropout):
         super().__init__()
         self.heads = (config.n_head, config.num_key_value_heads, config.num_key_value_heads)
         self.head_dim = config.head_dim
@@ -178,69 +242,138 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
-        self.backend, self.dropout = backend, dropout
+        self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.attention_sinks else None
+        self.layer, self.window, self.backend, self.dropout = layer, config.windows[layer], backend, dropout
 
-    def forward(self, x, rope, ring):
+    def forward(self, x, turn, ring, mask, cache):
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).split(self.heads, dim=2)
         if self.q_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        y = attention(q, k, v, self.backend, self.dropout if self.training else 0.0, ring)
+        if turn is not None:
+            q, k = rope.apply(q, *turn), rope.apply(k, *turn)
+        backend = self.backend
+        if cache is not None:  # masks are tensors there
+            k, v = cache.extend(self.layer, k, v)
+            backend = 'sdpa' if self.sinks is None or x.device.type == 'cpu' else 'manual'
+        y = attention(q, k, v, backend, self.dropout if self.training else 0.0, ring, self.window, mask, self.sinks)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
+def bend(config):
+    """(function, ratio): the nonlinearity of an MLP, and how many times wider than its output its input is."""
+    activation = ACTIVATIONS[config.activation]
+    if config.ffn_type == 'standard':
+        return activation, 1
+
+    def swiglu(x):
+        gate, up = x.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    def clamped(x):  # gpt-oss
+        gate, up = x.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return (clamped if config.ffn_type == 'swiglu_clamped' else swiglu), 2
+
+
 class MLP(nn.Module):
-    def __init__(self, config, dropout):
+    def __init__(self, config, d_ff, dropout):
         super().__init__()
-        self.gated = config.ffn_type == 'swiglu'
-        self.c_fc = nn.Linear(config.n_embd, config.d_ff * (2 if self.gated else 1), bias=config.bias)  # gated: gate, then up
-        self.c_proj = nn.Linear(config.d_ff, config.n_embd, bias=config.bias)
-        self.activation, self.dropout = ACTIVATIONS[config.activation], dropout
+        self.bend, ratio = bend(config)
+        self.c_fc = nn.Linear(config.n_embd, d_ff * ratio, bias=config.bias)  # gated: gate, then up
+        self.c_proj = nn.Linear(d_ff, config.n_embd, bias=config.bias)
+        self.dropout = dropout
 
     def forward(self, x):
-        x = self.c_fc(x)
-        if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            x = self.activation(gate) * up
-        else:
-            x = self.activation(x)
-        x = self.c_proj(x)
+        x = self.c_proj(self.bend(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+class Router(nn.Linear):
+    """Which experts a token goes to: (experts, gates, statistics) of engine.experts. Always in fp32."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, config.num_experts, bias=config.bias)
+        self.register_buffer('balance', torch.zeros(config.num_experts))
+        self.how = dict(top_k=config.num_experts_per_tok, **{key: getattr(config, key) for key in ('score_function', 'n_groups', 'topk_groups', 'norm_topk_prob', 'route_scale')})
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            logits = super().forward(x.float())
+            chosen, gates, scores = experts.choose_experts(logits, self.balance, **self.how)
+            return chosen, gates, experts.routing_statistics(logits, scores, chosen)
+
+
+class Experts(nn.Module):
+    """A linear layer for each of E experts: weight (E, out, in), bias (E, out) or None."""
+
+    def __init__(self, number, inputs, outputs, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(number, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(number, outputs)) if bias else None
+
+
+class MoE(nn.Module):
+    def __init__(self, config, dropout, dispatch):
+        super().__init__()
+        self.bend, ratio = bend(config)
+        self.router = Router(config)
+        self.c_fc = Experts(config.num_experts, config.n_embd, config.expert_d_ff * ratio, config.bias)
+        self.c_proj = Experts(config.num_experts, config.expert_d_ff, config.n_embd, config.bias)
+        self.shared = MLP(config, config.num_shared_experts * config.expert_d_ff, 0.0) if config.num_shared_experts else None
+        self.dropout, self.dispatch = dropout, dispatch
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        chosen, gates, statistics = self.router(flat)
+        y = experts.run_experts(flat, chosen, gates, (self.c_fc.weight, self.c_fc.bias), (self.c_proj.weight, self.c_proj.bias), self.bend, self.dispatch)
+        if self.shared is not None:
+            y = y + self.shared(flat)
+        y = y.view_as(x)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y, statistics
+
+
 class Block(nn.Module):
-    def __init__(self, config, backend, dropout):
+    """One layer. forward() returns x and, of a mixture of experts, the statistics of its routing (else None)."""
+
+    def __init__(self, config, layer, backend, dropout, dispatch):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config.normalization, config.norm_eps)
-        self.attn = Attention(config, backend, dropout)
+        self.attn = Attention(config, layer, backend, dropout)
         self.ln_2 = Norm(config.n_embd, config.normalization, config.norm_eps)
-        self.mlp = MLP(config, dropout)
+        self.routed = layer in config.expert_layers
+        self.mlp = MoE(config, dropout, dispatch) if self.routed else MLP(config, config.d_ff, dropout)
         self.post, self.parallel = config.norm_position == 'post', config.parallel_residual
         self.activation_checkpointing = 'none'
 
-    def forward(self, x, rope, ring=None):
+    def forward(self, x, turn, ring=None, mask=None, cache=None):
         if self.activation_checkpointing == 'none' or not torch.is_grad_enabled():
-            return self._forward(x, rope, ring)
+            return self._forward(x, turn, ring, mask, cache)
         keep = {'context_fn': _keep_matmuls} if self.activation_checkpointing == 'selective' else {}
-        return checkpoint(self._forward, x, rope, ring, use_reentrant=False, preserve_rng_state=self.mlp.dropout > 0, **keep)
+        return checkpoint(self._forward, x, turn, ring, mask, cache, use_reentrant=False, preserve_rng_state=self.mlp.dropout > 0, **keep)
 
-    def _forward(self, x, rope, ring):
+    def _forward(self, x, turn, ring, mask, cache):
         if self.parallel:
-            return x + self.attn(self.ln_1(x), rope, ring) + self.mlp(self.ln_2(x))
+            y, statistics = self._mlp(self.ln_2(x))
+            return x + self.attn(self.ln_1(x), turn, ring, mask, cache) + y, statistics
         if self.post:
-            x = self.ln_1(x + self.attn(x, rope, ring))
-            return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x), rope, ring)
-        return x + self.mlp(self.ln_2(x))
+            x = self.ln_1(x + self.attn(x, turn, ring, mask, cache))
+            y, statistics = self._mlp(x)
+            return self.ln_2(x + y), statistics
+        x = x + self.attn(self.ln_1(x), turn, ring, mask, cache)
+        y, statistics = self._mlp(self.ln_2(x))
+        return x + y, statistics
+
+    def _mlp(self, x):
+        return self.mlp(x) if self.routed else (self.mlp(x), None)
 
 
 def _keep_matmuls():
     """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention are kept, and all else is computed again."""
-    kept = {'aten::mm', 'aten::addmm', *DEAR}
+    kept = {'aten::mm', 'aten::addmm', 'onetrain::grouped_mm', *DEAR}
     return create_selective_checkpoint_contexts(
         lambda ctx, operator, *args, **kwargs: CheckpointPolicy.MUST_SAVE if operator.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE)
 
@@ -257,17 +390,19 @@ class Model(nn.Module):
 
     config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout: probability; activation_checkpointing: what backward()
     finds kept of each block: 'none' all of it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring of the
-    ranks that share a sequence, or None. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta
-    device to be counted.
+    ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch returned; aux_loss, z_loss: weights of these losses of
+    engine.experts.routing_statistics in training; document_end: token after which attention and positions start anew, or None. Parameters mean
+    nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
-    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None):
+    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None):
         super().__init__()
-        self.config, self.dropout, self.ring = config, dropout, ring
+        self.config, self.backend, self.dropout, self.ring, self.document_end = config, backend, dropout, ring, document_end
+        self.aux_loss, self.z_loss = aux_loss, z_loss
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position_encoding == 'learned_absolute':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['h'] = nn.ModuleList([Block(config, backend, dropout) for _ in range(config.n_layer)])
+        parts['h'] = nn.ModuleList([Block(config, layer, backend, dropout, dispatch) for layer in range(config.n_layer)])
         parts['ln_f'] = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.transformer = nn.ModuleDict(parts)
         for block in parts['h']:
@@ -277,8 +412,11 @@ class Model(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'
         if self.rope:
-            for name, table in zip(('rope_cos', 'rope_sin'), rope_table(config)):
+            for name, table in zip(('rope_cos', 'rope_sin'), rope.table(config, config.block_size)):
                 self.register_buffer(name, table, persistent=False)
+        self.routed = [block.mlp for block in parts['h'] if block.routed]
+        if self.routed:  # what the micro-steps of a step add up to: tokens of each expert, and sums of the statistics weighted by tokens
+            self.register_buffer('routing', torch.zeros(len(self.routed), config.num_experts + experts.STATISTICS, dtype=torch.float64), persistent=False)
 
     @classmethod
     def on_meta(cls, *args, **kwargs):
@@ -286,57 +424,124 @@ class Model(nn.Module):
         with torch.device('meta'):
             return cls(*args, **kwargs)
 
-    def allocate(self, device, tables_on=None):
+    def allocate(self, device, buffers_on=None):
         """Give a model on the meta device memory on `device`: parameters that hold nothing yet, without the work of torch's own initialisation. Returns it.
 
-        tables_on: device of the RoPE tables where it is another.
+        buffers_on: device of what is no parameter where it is another.
         """
         self.to_empty(device=device)
         if self.config.weight_tying:  # to_empty gives every module a tensor of its own
             self.lm_head.weight = self.transformer.wte.weight
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.zeros_like(buffer, device=buffers_on or device))
         if self.rope:
-            for name, table in zip(('rope_cos', 'rope_sin'), rope_table(self.config)):
-                setattr(self, name, table.to(tables_on or device))
+            self.rope_cos, self.rope_sin = (table.to(buffers_on or device) for table in rope.table(self.config, self.config.block_size))
         return self
+
+    def tensors(self):
+        """{name: tensor} of what a checkpoint holds of the model: the parameters, and the balance of its experts."""
+        return {name: p.detach() for name, p in self.named_parameters()} | {
+            f'transformer.h.{layer}.mlp.router.balance': moe.router.balance for layer, moe in zip(self.config.expert_layers, self.routed)}
 
     def sharding_units(self):
         """(units, others) for engine.parallel.shard(): what is gathered together, in the order of the forward pass; others holds what must be
         gathered in fp32. A tied table is used at both ends and left to the model as a whole."""
+        routers = [moe.router for moe in self.routed]
         if self.config.weight_tying:
-            return list(self.transformer.h), []
-        return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [self.transformer.wte]
+            return list(self.transformer.h), routers
+        return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [self.transformer.wte, *routers]
 
     def compile_units(self):
         """Compile each block and the head for itself."""
         for module in (*self.transformer.h, self.lm_head):
             module.compile()
 
-    def forward(self, idx, targets=None, reduction='mean', last_only=False):
+    def forward(self, idx, targets=None, reduction='mean', last_only=False, cache=None):
         """Loss of next-token prediction, or logits.
 
         idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the fp32 scalar loss and keeps
         no logits: the mean over the targets, or their sum with reduction='sum'; with a ring, idx and targets are what Ring.part()
-        gave this rank, and the loss is that of its tokens. Without targets, returns logits (B, T, V), or (B, 1, V) of the last
-        position with last_only; a ring plays no part then.
+        gave this rank, and the loss is that of its tokens. The losses of routing are in the gradient only, in training. Without targets,
+        returns logits (B, T, V), or (B, 1, V) of the last position with last_only; a ring plays no part then. cache: engine.cache.Cache of the tokens
+        before, which takes up these.
         """
+        T = idx.size(1)
         ring = self.ring if targets is not None else None
-        positions = slice(0, idx.size(1)) if ring is None else ring.positions
+        positions, documents = slice(0, T), None
+        if ring is not None:
+            positions = ring.positions
+        elif cache is not None:
+            positions = cache.begin(T)
+        elif self.document_end is not None:
+            documents, positions = documents_of(idx, self.document_end)
         x = self.transformer.wte(idx)
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        rope = (self.rope_cos[positions], self.rope_sin[positions]) if self.rope else None
+        turn = self._turn(positions, T if cache is None else cache.length + T) if self.rope else None
+        masks = cache.masks if cache is not None else {window: visible(self.backend, T, idx.device, window, documents) for window in set(self.config.windows)}
+        routing = []
         for block in self.transformer.h:
-            x = block(x, rope, ring)
+            x, statistics = block(x, turn, ring, masks[block.attn.window], cache)
+            routing += [statistics] if block.routed else []
+        if cache is not None:
+            cache.end(T)
         x = self.transformer.ln_f(x)
-        return self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
+        loss = self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
+        if routing and targets is not None and self.training:
+            loss = self._routed(loss, torch.stack(routing), idx.numel() if reduction == 'sum' else 1, idx.numel())
+        return loss
+
+    def _turn(self, positions, length):
+        """(cos, sin) for rope.apply()."""
+        if self.config.rope_scaling == 'dynamic' and self.config.rope_original_block_size < self.config.block_size != length:
+            tables = (t.to(self.rope_cos.device) for t in rope.table(self.config, max(length, self.config.rope_original_block_size), length))
+        else:
+            tables = self.rope_cos, self.rope_sin
+        turn = tuple(table[positions] for table in tables)
+        return turn if turn[0].dim() == 2 else tuple(t[:, None] for t in turn)
+
+    def _routed(self, loss, statistics, weight, tokens):
+        """`loss` with the gradients of the losses of routing, and its value as it was. Takes the statistics up into self.routing."""
+        mean = torch.ones_like(statistics[0])
+        mean[self.config.num_experts:] = tokens  # counts are sums, the others means
+        self.routing += (statistics.detach() * mean).double()
+        if not (self.aux_loss or self.z_loss):
+            return loss
+        losses = statistics[:, -2:].sum(0) / len(statistics)
+        extra = weight * (self.aux_loss * losses[0] + self.z_loss * losses[1])
+        return loss + (extra - extra.detach())
+
+    @torch.no_grad()
+    def after_step(self, world, balance_rate, skipped):
+        """Work of the model after an optimizer step: sum the statistics of routing over ranks and move the balance of experts. skipped: scalar tensor,
+        1 if the step left the weights alone. Returns the statistics as a tensor for routing_report(), or None for a dense model."""
+        if not self.routed:
+            return None
+        routing = parallel.sum_over_ranks(self.routing.clone(), world)
+        self.routing.zero_()
+        if balance_rate:
+            experts.balance([moe.router.balance for moe in self.routed], routing[:, :self.config.num_experts], balance_rate, 1 - skipped)
+        return routing
+
+    def routing_report(self, routing, tokens):
+        """What a log says of the routing of a step of `tokens` tokens, given after_step()'s tensor; waits for the device."""
+        counts = routing[:, :self.config.num_experts]
+        expected = tokens * self.config.num_experts_per_tok
+        entropy, auxiliary, z = (routing[:, self.config.num_experts:] / tokens).cpu().unbind(1)
+        layers = [{'layer': layer, 'utilisation': [round(u, 5) for u in (row / row.sum()).tolist()], 'load_score': experts.load_score(row).item(),
+                   'bias_min': moe.router.balance.min().item(), 'bias_max': moe.router.balance.max().item(), 'entropy': entropy[i].item(),
+                   'dropped': expected - int(row.sum())}
+                  for i, (layer, moe, row) in enumerate(zip(self.config.expert_layers, self.routed, counts.cpu()))]
+        return {'load_score': sum(layer['load_score'] for layer in layers) / len(layers), 'aux_loss': auxiliary.mean().item(), 'z_loss': z.mean().item(), 'layers': layers}
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
         """Normal with std 0.02 for the token and position tables and the head, sqrt(2 / (5 n_embd)) for the other matrices
         (Nguyen and Salazar, "Transformers without Tears", 2019; GPT-2's 0.02 at n_embd = 1000), residual projections scaled
-        by 1/sqrt(2 n_layer) on top (GPT-2); norms 1, biases 0.
+        by 1/sqrt(2 n_layer) on top (GPT-2); norms 1, biases and sinks 0.
 
         Every parameter draws from a generator of its own, keyed by (seed, its name): its values do not depend on which
         others exist, nor on how the model is spread over processes. They are drawn in full, one parameter at a time, on `device`
@@ -344,8 +549,8 @@ class Model(nn.Module):
         """
         inner = math.sqrt(2 / (5 * self.config.n_embd))
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith('bias') else 1.0)
+            if parameter.dim() == 1 or name.endswith('bias'):
+                parameter.fill_(0.0 if name.endswith(('bias', 'sinks')) else 1.0)
                 continue
             std = 0.02 if '.h.' not in name else inner / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else inner
             generator = torch.Generator(device or parameter.device)
@@ -353,67 +558,48 @@ class Model(nn.Module):
             parallel.put(parameter, torch.empty(parameter.shape, device=generator.device).normal_(0.0, std, generator=generator))
 
     @torch.no_grad()
-    def fill(self, weights):
+    def fill(self, weights, partly=False):
         """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A second name of a tied table is passed over.
 
-        Raises ConfigError for a parameter that is missing or has another shape.
+        Raises ConfigError for a parameter that has another shape or, unless `partly`, is missing.
         """
-        missing = dict(self.named_parameters())
+        missing = {**self.tensors(), **dict(self.named_parameters())}
         for name, tensor in weights:
             if (parameter := missing.pop(name, None)) is None:
                 continue
             if parameter.shape != tensor.shape:
                 raise ConfigError(f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has {tuple(parameter.shape)}')
             parallel.put(parameter, tensor)
-        if missing:
-            raise ConfigError(f'there are no weights for {", ".join(list(missing)[:3])}')
+        missing = [name for name in missing if not name.endswith('.balance')]
+        if missing and not partly:
+            raise ConfigError(f'there are no weights for {", ".join(missing[:3])}')
 
     def parameter_counts(self):
-        """{'total', 'trainable', 'non_embedding'}: numbers of parameters; non_embedding leaves out the token and position
-        tables (a tied head is the token table, so it is left out too)."""
+        """{'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters; non_embedding leaves out the token and position
+        tables (a tied head is the token table, so it is left out too); active counts of the experts as many as a token goes to."""
         total = sum(p.numel() for p in self.parameters())
         tables = self.transformer.wte.weight.numel() + (self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0)
-        return {'total': total, 'trainable': sum(p.numel() for p in self.parameters() if p.requires_grad), 'non_embedding': total - tables}
+        of_experts = sum(p.numel() for moe in self.routed for part in (moe.c_fc, moe.c_proj) for p in part.parameters())
+        idle = of_experts - of_experts * self.config.num_experts_per_tok // self.config.num_experts if self.routed else 0
+        return {'total': total, 'trainable': sum(p.numel() for p in self.parameters() if p.requires_grad), 'non_embedding': total - tables, 'active': total - idle}
 
-    def matmul_weights(self):
-        """Weights that one token is multiplied with, for engine.flops: {'attention', 'ffn'} of one layer, 'head'."""
+    def flops(self):
+        """engine.flops.TokenFlops of training on one token of a full sequence: experts that it does not go to cost nothing."""
+        config = self.config
+
         def linear(module):
             return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-        block = self.transformer.h[0]
-        return {'attention': linear(block.attn), 'ffn': linear(block.mlp), 'head': self.lm_head.weight.numel()}
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, interrupted=lambda: False):
-        """Continue the (B, T) int64 prompts by max_new_tokens sampled tokens; returns (B, T + max_new_tokens).
-
-        temperature 0 takes the most likely token. top_k keeps the k most likely ones; top_p the fewest whose probability
-        adds up to at least p (nucleus sampling, Holtzman et al., 2019). What lies more than block_size back is forgotten.
-        It ends early when interrupted() is true.
-        """
-        training = self.training
-        self.eval()
-        for _ in range(max_new_tokens):
-            if interrupted():
-                break
-            logits = self(idx[:, -self.config.block_size:], last_only=True)[:, -1].float()
-            if temperature == 0:
-                chosen = logits.argmax(dim=-1, keepdim=True)
-            else:
-                probabilities = truncate(logits / temperature, top_k, top_p).softmax(dim=-1)
-                chosen = torch.multinomial(probabilities, 1, generator=generator)
-            idx = torch.cat([idx, chosen], dim=1)
-        self.train(training)
-        return idx
+        blocks = list(self.transformer.h)
+        chosen = sum(config.num_experts_per_tok * (moe.c_fc.weight[0].numel() + moe.c_proj.weight[0].numel()) for moe in self.routed)
+        seen = [min(window or config.block_size, config.block_size) for window in config.windows]
+        return flops.per_token({'attention': sum(linear(b.attn) for b in blocks), 'ffn': sum(linear(b.mlp) for b in blocks) + chosen, 'head': self.lm_head.weight.numel()},
+                               n_layer=config.n_layer, width=config.n_head * config.head_dim, seen=seen)
 
 
-def truncate(logits, top_k=None, top_p=None):
-    """`logits` ((B, V)) with -inf at what top_k and top_p leave out; the most likely token always stays."""
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, float('-inf'))
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
-    return logits
+def documents_of(idx, end):
+    """(documents, positions), both (B, T) int64: the number of each token's text, which ends with the token `end`, and its place there."""
+    ends = (idx == end).long()
+    documents = ends.cumsum(1) - ends
+    at = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
+    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))  # of a text; that of the row is its first token anyway
+    return documents, at - torch.where(first, at, 0).cummax(1).values

@@ -2,11 +2,13 @@
 Writes text with a trained model.
 
     python sample.py --out_dir=out-demo --start="def " --num_samples=3
-    python sample.py --out_dir=out-demo --start=FILE:prompt.txt --temperature=0.8 --top_k=50
-    python sample.py --hf=path/or/hub-id --start="Once upon a time"
+    python sample.py --out_dir=out-demo --start="def " --start="class " --start=FILE:prompt.txt --temperature=0.8 --top_k=50
+    python sample.py --out_dir=out-demo --interactive
+    python sample.py --hf=path/or/hub-id --start="Once upon a time" --stop="The end"
 
 `--out_dir` is the folder of a run; the checkpoint with the best validation loss is taken (`--step` chooses another).
 Text goes through the tokenizer of the run's data set. With `--hf`, a Hugging Face folder or hub id, through its own.
+All samples of all prompts are written at once; the first is shown while it grows.
 """
 import argparse
 import contextlib
@@ -18,66 +20,110 @@ import torch
 import huggingface
 from data.tokenfile import read_meta
 from data.tokenizer import load_tokenizer, tokenizer_of
-from engine import checkpoint, parallel
+from engine import checkpoint, experts, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError
+from generation import check_prompts, generate
 from model import Model, resolve_shape
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
-def load_run(out_dir, step, device, dtype):
-    """(model, tokenizer, what was loaded) of a run's checkpoint; step None: the best, else the newest whole one."""
+def load_run(out_dir, step, device, dtype, changes=None):
+    """(model, tokenizer, path of the checkpoint, its state) of a run; step None: the best, else the newest whole one. changes: {key: value} of the shape
+    that need no other weights, such as block_size and rope_scaling."""
     if step is None:
         step = checkpoint.best_step(out_dir)
         if step is None or checkpoint.why_broken(checkpoint.path_of(out_dir, step)):
             step, _ = checkpoint.newest_whole(out_dir)
     path = checkpoint.path_of(out_dir, step or 0)
     if step is None or step not in checkpoint.steps(out_dir):
-        raise ConfigError(f'no checkpoint to sample from: {path if step is not None else checkpoint.folder_of(out_dir)} does not exist or is not whole; '
+        raise ConfigError(f'no checkpoint to load: {path if step is not None else checkpoint.folder_of(out_dir)} does not exist or is not whole; '
                           f'give the --out_dir of a run' + (f' and one of the steps {checkpoint.steps(out_dir)}' if checkpoint.steps(out_dir) else ''))
     if reason := checkpoint.why_broken(path):
         raise ConfigError(f'{path} cannot be used: {reason}')
     state = checkpoint.read_state(path)
     config = state['config']
-    shape = resolve_shape(config)
-    model = build(shape, device, dtype, config['attention_backend'])
-    checkpoint.load(path, {f'model.{name}': p.detach() for name, p in model.named_parameters()})
+    model = build(longer(config, changes), device, dtype, config['attention_backend'])
+    checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
     folder = os.path.join(ROOT, 'data', config['dataset'])
     meta = read_meta(folder)
     if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
         print(f'Note: {folder} is not the data that this model was trained with; the text is nonsense if its tokenizer is another', file=sys.stderr)
-    return model, tokenizer_of(folder, meta), path
+    return model, tokenizer_of(folder, meta), path, state
 
 
-def load_huggingface(source, device, dtype):
+def load_huggingface(source, device, dtype, changes=None):
     """(model, tokenizer, folder) of a Hugging Face folder or hub id."""
     folder = huggingface.fetch(source)
-    shape = resolve_shape(huggingface.read_settings(folder))
+    shape = longer(huggingface.read_settings(folder), changes)
     model = build(shape, device, dtype, 'sdpa')
     model.fill(huggingface.weights(folder, shape))
     return model, load_tokenizer(folder), folder
 
 
+def longer(settings, changes):
+    """The ModelConfig of `settings` with `changes`. Raises ConfigError where they need weights that are not there."""
+    shape = resolve_shape(settings)
+    if not changes:
+        return shape
+    if shape.position_encoding == 'learned_absolute' and changes.get('block_size', 0) > shape.block_size:
+        raise ConfigError(f"--block_size={changes['block_size']}: this model learned {shape.block_size} positions and has no others")
+    if changes.get('rope_scaling', 'none') != 'none':
+        original = shape.rope_original_block_size
+        changes = {'rope_original_block_size': original, 'rope_factor': max(1.0, changes.get('block_size', shape.block_size) / original), **changes}
+    return resolve_shape({**settings, **changes})
+
+
 def build(shape, device, dtype, backend):
-    backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim)
-    return Model.on_meta(shape, backend).allocate(device).eval()
+    backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim, window=any(shape.windows), sinks=shape.attention_sinks)
+    dispatch, _ = experts.choose_dispatch('grouped', (shape.n_embd, shape.expert_d_ff), dtype)
+    return Model.on_meta(shape, backend, dispatch=dispatch).allocate(device).eval()
+
+
+def add_model_arguments(parser):
+    """What sample.py and evaluate.py ask alike: which model, and how it runs."""
+    parser.add_argument('--out_dir', default='out', help='folder of a run')
+    parser.add_argument('--hf', help='a Hugging Face folder or hub id instead of a run')
+    parser.add_argument('--step', type=int, help='step of the checkpoint; default: the best validation loss')
+    parser.add_argument('--block_size', type=int, help='a context longer (or shorter) than trained; longer ones want a --rope_scaling')
+    parser.add_argument('--rope_scaling', choices=('none', *rope.SCALINGS))
+    parser.add_argument('--rope_factor', type=float, help='how many times longer the context became; default: block_size over that of the training')
+    parser.add_argument('--device', help="'cpu' | 'cuda'; default: a GPU if there is one")
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16 on a GPU that has it (else float16), float32 on a CPU')
+
+
+def load(args):
+    """(model, tokenizer, what was loaded, state of the checkpoint or None, device, autocast context) for parsed add_model_arguments()."""
+    device = parallel.start(args.device).device
+    dtype = args.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
+    if dtype == 'float16' and device.type == 'cpu':
+        raise ConfigError('--dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
+    changes = {key: getattr(args, key) for key in ('block_size', 'rope_scaling', 'rope_factor') if getattr(args, key) is not None}
+    torch_dtype, state = getattr(torch, dtype), None
+    if args.hf:
+        model, tokenizer, source = load_huggingface(args.hf, device, torch_dtype, changes)
+    else:
+        model, tokenizer, source, state = load_run(args.out_dir, args.step, device, torch_dtype, changes)
+    return model, tokenizer, source, state, device, contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out_dir', default='out', help='folder of a run')
-    parser.add_argument('--hf', help='a Hugging Face folder or hub id instead of a run')
-    parser.add_argument('--step', type=int, help='step of the checkpoint; default: the best validation loss')
-    parser.add_argument('--start', default='\n', help='prompt, or FILE:name of a file that holds it')
-    parser.add_argument('--num_samples', type=int, default=3)
+    add_model_arguments(parser)
+    parser.add_argument('--start', action='append', help='prompt, or FILE:name of a file that holds it; may be given many times')
+    parser.add_argument('--num_samples', type=int, default=3, help='of each prompt')
     parser.add_argument('--max_new_tokens', type=int, default=200)
     parser.add_argument('--temperature', type=float, default=0.8, help='0: always the most likely token')
     parser.add_argument('--top_k', type=int, help='only the k most likely tokens')
     parser.add_argument('--top_p', type=float, help='only the most likely tokens that add up to this probability')
+    parser.add_argument('--min_p', type=float, help='only tokens at least this fraction as likely as the likeliest')
+    parser.add_argument('--repetition_penalty', type=float, default=1.0, help='above 1: what was written already becomes less likely')
+    parser.add_argument('--stop', action='append', default=[], help='text that ends a sample; may be given many times')
+    parser.add_argument('--ignore_eot', action='store_true', help='write on after the end of a text')
     parser.add_argument('--seed', type=int, default=1337)
-    parser.add_argument('--device', help="'cpu' | 'cuda'; default: a GPU if there is one")
-    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: bfloat16 on a GPU that has it (else float16), float32 on a CPU')
+    parser.add_argument('--interactive', action='store_true', help='read prompts from the terminal; each answer sees what was written before')
+    parser.add_argument('--compile', action='store_true', help='compile decoding (with CUDA graphs on a GPU): a slower start, faster tokens')
     args = parser.parse_args(argv)
     try:
         return run(args)
@@ -90,33 +136,108 @@ def run(args):
     for name, low in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0)):
         if not getattr(args, name) >= low:
             raise ConfigError(f'--{name}={getattr(args, name)} must be at least {low}')
-    if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ConfigError('--top_k must be at least 1, --top_p above 0 and at most 1')
-    start = args.start
-    if start.startswith('FILE:'):
-        if not os.path.isfile(start[5:]):
-            raise ConfigError(f'--start={start}: no such file')
-        with open(start[5:], encoding='utf-8') as f:
-            start = f.read()
-    device = parallel.start(args.device).device
-    dtype = args.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
-    torch_dtype = getattr(torch, dtype)
-    model, tokenizer, source = (load_huggingface(args.hf, device, torch_dtype) if args.hf else load_run(args.out_dir, args.step, device, torch_dtype))
-    ids = tokenizer.encode(start)
-    if len(ids) == 0:
-        if tokenizer.eot_id is None:
-            raise ConfigError('--start is empty, and this tokenizer has no end-of-text token to start from: give some text')
-        ids = [tokenizer.eot_id]
-    print(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters\n')
-    prompt = torch.tensor(list(map(int, ids)), device=device)[None]
+    if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1 or args.min_p is not None and not 0 <= args.min_p <= 1:
+        raise ConfigError('--top_k must be at least 1, --top_p above 0 and at most 1, --min_p from 0 to 1')
+    if args.repetition_penalty <= 0:
+        raise ConfigError(f'--repetition_penalty={args.repetition_penalty} must be above 0 (1: none)')
+    starts = []
+    for start in args.start or ['\n']:
+        if start.startswith('FILE:'):
+            if not os.path.isfile(start[5:]):
+                raise ConfigError(f'--start={start}: no such file')
+            with open(start[5:], encoding='utf-8') as f:
+                start = f.read()
+        starts.append(start)
+    model, tokenizer, source, _, device, autocast = load(args)
     generator = torch.Generator(device).manual_seed(args.seed)
-    autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
-    for _ in range(args.num_samples):
+    print(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters\n', flush=True)
+
+    def write(prompts, show=None):
         with autocast:
-            text = model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)[0]
-        print(tokenizer.decode(text.tolist()))
+            return continue_texts(model, tokenizer, prompts, args.max_new_tokens, stop=args.stop, ignore_eot=args.ignore_eot, show=show, temperature=args.temperature,
+                                  top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty, generator=generator, compiled=args.compile)
+
+    if args.interactive:
+        return talk(write, tokenizer, model.config.block_size - args.max_new_tokens, ''.join(args.start and starts or []))
+    prompts = [ids_of(start, tokenizer) for start in starts for _ in range(args.num_samples)]
+    check_prompts(prompts, model)
+    print(starts[0], end='', flush=True)
+    texts = write(prompts, lambda text: print(text, end='', flush=True))
+    print('\n' + '-' * 15, flush=True)
+    for prompt, text in [*zip([start for start in starts for _ in range(args.num_samples)], texts)][1:]:
+        print(prompt + text)
         print('-' * 15, flush=True)
     return 0
+
+
+def ids_of(text, tokenizer):
+    """Token ids of a prompt; an empty one is the end of the text before."""
+    ids = tokenizer.encode(text).tolist()
+    if not ids and tokenizer.eot_id is None:
+        raise ConfigError('--start is empty, and this tokenizer has no end-of-text token to start from: give some text')
+    return ids or [tokenizer.eot_id]
+
+
+def continue_texts(model, tokenizer, prompts, max_new_tokens, *, stop=(), ignore_eot=False, show=None, **how):
+    """What the model writes after each of `prompts` (lists of ids), as texts: each ends before the first of the strings `stop`, or with the end of text
+    unless ignore_eot. show: called with more and more of the first. how: as generation.generate() takes it."""
+    eot = {tokenizer.eot_id} - {None}
+    written, shown = [[] for _ in prompts], 0
+
+    def end_of(text):
+        return min((at for at in (text.find(word) for word in stop) if at >= 0), default=len(text))
+
+    def finished(row):
+        return bool(eot & {*row[-1:]}) and not ignore_eot or bool(stop) and end_of(tokenizer.decode(row)) < len(tokenizer.decode(row))
+
+    def on_tokens(tokens, alive):
+        nonlocal shown
+        for row, token, living in zip(written, tokens, alive):
+            if living and not finished(row):
+                row.append(token)
+        if show is not None:
+            text = tokenizer.decode(clean(written[0]))
+            # what may be half a character, or the beginning of a stop string, waits
+            safe = min(len(text.rstrip('\N{REPLACEMENT CHARACTER}')), end_of(text), len(text) if finished(written[0]) else len(text) - max(map(len, stop), default=1) + 1)
+            if safe > shown:
+                show(text[shown:safe])
+                shown = safe
+
+    def clean(row):
+        return row[:-1] if row and row[-1] in eot and not ignore_eot else row
+
+    generate(model, prompts, max_new_tokens, on_tokens=on_tokens, stop_ids=() if ignore_eot else eot, interrupted=lambda: bool(stop) and all(map(finished, written)), **how)
+    texts = [tokenizer.decode(clean(row)) for row in written]
+    texts = [text[:end_of(text)] for text in texts]
+    if show is not None and len(texts[0]) > shown:
+        show(texts[0][shown:])
+    return texts
+
+
+def talk(write, tokenizer, room, history):
+    """Answer prompts from standard input until it ends."""
+    if room < 1:
+        raise ConfigError(f'--max_new_tokens leaves no room for a prompt: type --max_new_tokens={max(1, room - 1)} or less')
+    print('Type a prompt and Enter; the model goes on from all that stands above. An empty line forgets it. Ctrl-D ends.\n')
+    while True:
+        try:
+            line = input('> ')
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not line:
+            history = ''
+            continue
+        try:
+            ids = ids_of(history + line, tokenizer)
+        except ValueError as error:  # a character that the tokenizer does not know
+            print(f'error: {error}')
+            continue
+        try:
+            history += line + write([ids[-room:]], lambda text: print(text, end='', flush=True))[0]
+        except KeyboardInterrupt:
+            pass
+        print('\n', flush=True)
 
 
 if __name__ == '__main__':

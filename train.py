@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, faults, flops, optim, parallel, resume, stopping
+from engine import checkpoint, experts, faults, flops, optim, parallel, resume, stopping
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
@@ -36,6 +36,7 @@ from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
+from generation import generate
 import huggingface
 from model import Model, ModelConfig, resolve_shape
 
@@ -88,7 +89,7 @@ class Config:
     dataloader_num_workers: int = 4
     dataloader_prefetch_factor: int = 2  # batches each worker prepares ahead
     # model; None = what arch_preset says
-    arch_preset: Literal['gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'custom'] = 'gpt2'
+    arch_preset: Literal['gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe', 'mixtral', 'qwen3_moe', 'deepseek', 'gpt_oss', 'custom'] = 'gpt2'
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -102,14 +103,43 @@ class Config:
     norm_eps: float | None = None
     norm_position: Literal['pre', 'post'] | None = None
     activation: Literal['gelu', 'gelu_tanh', 'silu', 'relu', 'relu2'] | None = None
-    ffn_type: Literal['standard', 'swiglu'] | None = None
+    ffn_type: Literal['standard', 'swiglu', 'swiglu_clamped'] | None = None  # clamped: gpt-oss
     position_encoding: Literal['learned_absolute', 'rope', 'none'] | None = None
     rope_theta: float | None = None
     rotary_pct: float | None = None  # share of each head that RoPE turns
     qk_norm: bool | None = None  # RMSNorm on each head of q and k
     parallel_residual: bool | None = None  # attention and MLP read the same x (GPT-NeoX)
     weight_tying: bool | None = None  # the head is the token table
-    attention_backend: Literal['flash_attn_3', 'flash_attn_2', 'sdpa', 'manual'] = 'sdpa'  # falls back in this order
+    attention_backend: Literal['flash_attn_3', 'flash_attn_2', 'sdpa', 'flex', 'manual'] = 'sdpa'  # falls back in this order
+    attention_sinks: bool | None = None  # a learned logit per head that joins the softmax (gpt-oss)
+    sliding_window: int | None = None  # tokens that a query sees, itself included, 0 = all
+    window_pattern: str | None = None  # S (slides) and L (looks all the way back), repeated over the layers, such as SSSL; None: all slide
+    document_mask: bool = False  # attention and positions start anew after each end-of-text token
+    rope_scaling: Literal['none', 'linear', 'dynamic', 'yarn', 'llama3'] | None = None  # for a block_size above rope_original_block_size
+    rope_factor: float | None = None  # how many times longer the context became
+    rope_original_block_size: int | None = None  # None: block_size
+    rope_attention_factor: float | None = None  # yarn: what cosine and sine are multiplied with; None: 0.1 ln(rope_factor) + 1
+    rope_beta_fast: float | None = None  # yarn: turns within the original context above which a frequency stays
+    rope_beta_slow: float | None = None  # yarn: and below which it is divided
+    rope_truncate: bool | None = None  # yarn: round the borders to whole dimensions
+    rope_low_freq_factor: float | None = None  # llama3: the same borders
+    rope_high_freq_factor: float | None = None
+    # mixture of experts
+    num_experts: int | None = None  # 0: a dense model
+    num_experts_per_tok: int | None = None
+    num_shared_experts: int | None = None  # that every token goes to
+    expert_d_ff: int | None = None  # width of one expert; None: d_ff (alias: moe_intermediate_size)
+    n_dense_layers: int | None = None  # first layers without experts
+    score_function: Literal['sigmoid', 'softmax'] | None = None  # from the router's logits to affinities
+    n_groups: int | None = None  # groups of experts,
+    topk_groups: int | None = None  # of which a token may choose from this many
+    norm_topk_prob: bool | None = None  # gates of a token add up to 1 ...
+    route_scale: float | None = None  # ... times this
+    balance_rate: float = 1e-3  # step of the bias that balances experts without a loss, 0 = off
+    aux_loss_weight: float = 0.0  # of the classic balancing loss (Switch Transformers)
+    z_loss_weight: float = 0.0  # of the router's z-loss (ST-MoE)
+    expert_dispatch: Literal['grouped', 'loop'] = 'grouped'  # one matmul for all experts, or one expert after another
+    upcycle: bool = False  # with init_from: a dense model becomes one of num_experts, each a copy of its feed-forward layer
     # optimiser: AdamW, warm-up and cosine
     learning_rate: float = 6e-4  # at the end of the warm-up
     max_iters: int = 600000  # iterations in all
@@ -148,6 +178,7 @@ class Config:
 
 ALIASES = {
     'intermediate_size': lambda value: {'d_ff': value},
+    'moe_intermediate_size': lambda value: {'expert_d_ff': value},
     'flash_attn': lambda value: {'attention_backend': {True: 'flash_attn_2', False: 'sdpa'}.get(value, f'flash_attn={value}')},
 }
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
@@ -203,7 +234,10 @@ def run(argv, stop):
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
-    note_without_effect(c, given, shape.position_encoding, notes)
+    document_end = end_of_documents(c, meta) if c.document_mask else None
+    if world.ring:
+        refuse_in_parts(c, shape)
+    note_without_effect(c, given, shape, notes)
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
@@ -213,9 +247,16 @@ def run(argv, stop):
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     torch_dtype = getattr(torch, dtype)
-    attention_backend, passed_over = choose_backend(c.attention_backend, device.type, torch_dtype, shape.head_dim, c.dropout)
+    attention_backend, passed_over = choose_backend(c.attention_backend, device.type, torch_dtype, shape.head_dim, c.dropout,
+                                                    window=any(shape.windows), documents=c.document_mask, sinks=shape.attention_sinks)
     if passed_over:
         notes.append(f'attention_backend={c.attention_backend} falls back to {attention_backend} ({"; ".join(passed_over)})')
+    dispatch = None
+    if shape.num_experts:
+        dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), torch_dtype)
+        if reason:
+            notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+        c.expert_dispatch = dispatch
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False
@@ -261,11 +302,14 @@ def run(argv, stop):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
     torch.manual_seed(c.seed)
-    model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring)
+    model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring, dispatch, c.aux_loss_weight, c.z_loss_weight, document_end)
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
-    model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, tables_on=device)
+    model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
     if nanogpt:
         model.fill(nanogpt['model'].items())
+    elif hf_folder and c.upcycle:
+        model.init_weights(c.seed, device)  # the routers
+        model.fill(huggingface.upcycled(hf_folder, shape), partly=True)
     elif hf_folder:
         model.fill(huggingface.weights(hf_folder, shape))
     elif not resumed:
@@ -288,13 +332,13 @@ def run(argv, stop):
             for name, tensor in optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ():
                 parallel.put(tensor, nanogpt['optimizer'][name])
         else:
-            checkpoint.load(resumed['path'], checkpoint_tensors(named, *(() if c.eval_only else (updated, optimizer, guard))), world.size, world.slow_group)
+            checkpoint.load(resumed['path'], checkpoint_tensors(model, *(() if c.eval_only else (updated, optimizer, guard))), world.size, world.slow_group)
             scaler.load_state_dict(resumed['scaler'])
 
     # ---- log and report
     loader_workers = c.dataloader_num_workers if c.use_dataloader else 0
     order = WindowOrder(len(train_file), c.block_size, c.seed)
-    token_flops = flops.per_token(model.matmul_weights(), n_layer=c.n_layer, n_head=c.n_head, head_dim=c.head_dim, block_size=c.block_size)
+    token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops)
     header = {'config': dataclasses.asdict(c), 'startup_info': startup,
@@ -342,7 +386,7 @@ def run(argv, stop):
                  'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
         due = time.perf_counter()
         settle(saver.wait())  # one save at a time
-        saver.start(step, checkpoint_tensors(named, updated, optimizer, guard), state, due)
+        saver.start(step, checkpoint_tensors(model, updated, optimizer, guard), state, due)
         saved_step = step
 
     def settle(outcome):
@@ -379,8 +423,8 @@ def run(argv, stop):
     def sample():
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without; and alike on every rank
         with autocast:
-            ids = model.generate(sample_ids.to(device), 128, temperature=0.8, top_k=50, generator=generator, interrupted=lambda: parallel.largest(stop.code(), world))
-        log.say(f'---- sample at iter {step}\n{tokenizer.decode(ids[0].tolist())}\n----')
+            ids = generate(model, [sample_ids], 128, temperature=0.8, top_k=50, generator=generator, interrupted=lambda: parallel.largest(stop.code(), world))[0]
+        log.say(f'---- sample at iter {step}\n{tokenizer.decode(sample_ids + ids)}\n----')
 
     if c.eval_only:
         losses = evaluate()
@@ -392,7 +436,7 @@ def run(argv, stop):
                          device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
     saver = Saver(c.out_dir, world, keep=c.keep_checkpoints, keep_every=c.keep_every, keep_all=c.keep_all_checkpoints, background=c.checkpoint_async,
                   before_commit=log.sync, copier=copier)
-    saver.reserve(checkpoint_tensors(named, updated, optimizer, guard))
+    saver.reserve(checkpoint_tensors(model, updated, optimizer, guard))
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
     last_evaluation, bad_before = (-1, None), guard.counts()
@@ -469,6 +513,7 @@ def run(argv, stop):
         interval_start += saver.wait_staged()
         step += 1
         guard.step(optimizer, step, step_loss, grad_norm)
+        routing = model.after_step(world, c.balance_rate, optimizer.found_inf)
         model.zero_grad(set_to_none=True)
         position += sequences_per_step
         tokens += tokens_per_step
@@ -489,8 +534,9 @@ def run(argv, stop):
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
                       data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, wall_s=log.wall_s(),
                       mfu=mfu, memory={key: worst[key] for key in memory}, gradients=gradients,
-                      skipped={'bad': bad['bad'], 'spikes': bad['spikes']})
+                      skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step))}))
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
+            shown += '' if routing is None else f", load score {moe['load_score']:.0f}"
             log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "
                     f"{rate:,.0f} tokens/s{shown}")
             for key, what in (('bad', 'loss or gradient not finite'), ('spikes', f'gradient norm above {c.spike_factor:g} times its median')):
@@ -536,7 +582,7 @@ def refuse_impossible(c, given, notes):
                 'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'fsdp_replicas', 'context_parallel', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
         if getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
-    for key in ('sample_interval', 'keep_every', 'max_time', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
+    for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
         if getattr(c, key) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
     for key in ('checkpoint_interval', 'upload_keep_local'):
@@ -547,6 +593,8 @@ def refuse_impossible(c, given, notes):
     if c.auto_resume and resume.is_step(c.resume_from):
         raise ConfigError(f'resume_from={c.resume_from} with auto_resume=True would go back to iteration {c.resume_from} at every start: type --init_from=resume '
                           f'--resume_from={c.resume_from} once, with --auto_resume=False')
+    if c.upcycle and c.init_from == 'scratch':
+        raise ConfigError('upcycle=True needs --init_from with the Hugging Face folder or id of a dense model (export.py makes one of a run)')
     if c.timeout_minutes <= 0:
         raise ConfigError(f'timeout_minutes={c.timeout_minutes} must be above 0')
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
@@ -569,7 +617,24 @@ def refuse_impossible(c, given, notes):
         notes.append('use_cuda_graphs=True is not in this version: running without; the results are the same')
 
 
-def note_without_effect(c, given, position_encoding, notes):
+def end_of_documents(c, meta):
+    """The token after which documents are kept apart. Raises ConfigError where the data set has none."""
+    if meta.get('eot_id') is None:
+        raise ConfigError(f'document_mask=True needs an end-of-text token, and the meta.pkl of {c.dataset} names none: prepare it with a tokenizer that has one, or leave --document_mask out')
+    return meta['eot_id']
+
+
+def refuse_in_parts(c, shape):
+    """Raise ConfigError for what attention and experts cannot do when a sequence is spread over ranks."""
+    for there, key in ((any(shape.windows), 'sliding_window'), (shape.attention_sinks, 'attention_sinks'), (c.document_mask, 'document_mask')):
+        if there:
+            raise ConfigError(f'context_parallel={c.context_parallel} knows plain causal attention only, not {key}: type --context_parallel=1')
+    if shape.num_experts and c.block_size % (2 * c.context_parallel):
+        raise ConfigError(f'a mixture of experts with context_parallel={c.context_parallel} needs a block_size that {2 * c.context_parallel} divides, not {c.block_size}: '
+                          f'type --block_size={-(-c.block_size // (2 * c.context_parallel)) * 2 * c.context_parallel}')
+
+
+def note_without_effect(c, given, shape, notes):
     """Note the keys that were given and that other keys make void."""
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for condition, reason, keys in (
@@ -578,7 +643,11 @@ def note_without_effect(c, given, position_encoding, notes):
             (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
             (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),
             (not c.upload_to, 'without upload_to', ('upload_keep_local',)),
-            (position_encoding != 'rope', f'with position_encoding={position_encoding}', ('rope_theta', 'rotary_pct'))):
+            (shape.position_encoding != 'rope', f'with position_encoding={shape.position_encoding}', ('rope_theta', 'rotary_pct')),
+            (shape.rope_scaling == 'none', 'without rope_scaling', [key for key in defaults if key.startswith('rope_') and key not in ('rope_theta', 'rope_scaling')]),
+            (not shape.sliding_window, 'without sliding_window', ('window_pattern',)),
+            (not shape.num_experts, 'without num_experts', ('num_experts_per_tok', 'num_shared_experts', 'expert_d_ff', 'n_dense_layers', 'score_function', 'n_groups', 'topk_groups',
+                                                            'norm_topk_prob', 'route_scale', 'balance_rate', 'aux_loss_weight', 'z_loss_weight', 'expert_dispatch'))):
         # a recipe may name them all, so that one word on the command line turns them on
         notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key) != defaults[key]]
 
@@ -600,20 +669,20 @@ def accumulation_steps(c, world_size):
 
 
 def sample_prompt(c, meta):
-    """(tokenizer of the data set, ids of c.sample_start as a (1, n) int64 tensor)."""
+    """(tokenizer of the data set, ids of c.sample_start as a list)."""
     try:
         tokenizer = tokenizer_of(os.path.join(ROOT, 'data', c.dataset), meta)
-        ids = torch.from_numpy(tokenizer.encode(c.sample_start).astype('int64'))[None]
+        ids = tokenizer.encode(c.sample_start).tolist()
     except ValueError as error:
         raise ConfigError(f'sample_start={c.sample_start!r}: {error}') from None
-    if ids.size(1) == 0:
-        raise ConfigError('sample_start is empty: give the text that samples begin with, or --sample_interval=0')
+    if not 0 < len(ids) <= c.block_size:
+        raise ConfigError(f'sample_start has {len(ids)} tokens, expected 1 to block_size={c.block_size}: give the text that samples begin with, or --sample_interval=0')
     return tokenizer, ids
 
 
-def checkpoint_tensors(named, updated=None, optimizer=None, guard=None):
-    """What a checkpoint holds, {name: tensor}: parameters, the state of the optimizer over `updated` and of the guard; the first alone to evaluate."""
-    tensors = {f'model.{name}': p.detach() for name, p in named.items()}
+def checkpoint_tensors(model, updated=None, optimizer=None, guard=None):
+    """What a checkpoint holds, {name: tensor}: the model's, the state of the optimizer over `updated` and of the guard; the first alone to evaluate."""
+    tensors = {f'model.{name}': tensor for name, tensor in model.tensors().items()}
     if optimizer is not None:
         tensors.update({f'optimizer.{name}': tensor for name, tensor in optim.named_state(optimizer, updated).items()})
         tensors.update({f'guard.{name}': tensor for name, tensor in guard.state.items()})

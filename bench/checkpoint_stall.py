@@ -65,18 +65,18 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         savers = {name: Saver(os.path.join(folder, name), world, keep=1, background=name == 'background') for name in ('background', 'foreground')}
         for saver in savers.values():
-            saver.reserve(checkpoint_tensors(named, named, optimizer, guard))
+            saver.reserve(checkpoint_tensors(model, named, optimizer, guard))
         for _ in range(3):
             train_step(savers['background'])
         usual = statistics.median(train_step(savers['background']) for _ in range(8))
-        size = sum(t.nbytes for t in checkpoint_tensors(named, named, optimizer, guard).values())
+        size = sum(t.nbytes for t in checkpoint_tensors(model, named, optimizer, guard).values())
         print(f'{sum(p.numel() for p in named.values()):,} parameters, a state of {size / 1e9:.2f} GB, {device}, a step takes {usual:.3f} s; '
               f'torch {torch.__version__}, {torch.get_num_threads()} threads')
         rows = {name: [] for name in savers}
         for turn in range(args.saves):
             for name in ('background', 'foreground') if turn % 2 == 0 else ('foreground', 'background'):
                 saver = savers[name]
-                saver.start(step, checkpoint_tensors(named, named, optimizer, guard), {'config': {}})
+                saver.start(step, checkpoint_tensors(model, named, optimizer, guard), {'config': {}})
                 times = [train_step(saver) for _ in range(args.steps)]
                 outcome = saver.wait()
                 assert outcome.error is None, outcome

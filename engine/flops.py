@@ -1,7 +1,7 @@
 """FLOPs from the structure, peaks of devices, and what follows: model FLOPs utilisation (MFU).
 
 Convention: every matmul that runs, forward and backward, per token of training. A linear layer costs 6 per weight (2
-forward, 4 backward; a tied head counts, an embedding lookup does not), attention scores and their product with the
+forward, 4 backward; a tied head counts, an embedding lookup does not; of experts those that a token goes to), attention scores and their product with the
 values 12 * n_layer * n_head * head_dim * T, causality not halved (Chowdhery et al., "PaLM", 2022, appendix B). The causal
 figure, with half of the attention, stands beside it. torch's FlopCounterMode agrees to the last FLOP (tests/test_flops.py).
 """
@@ -37,26 +37,27 @@ def peak_flops(device_name, dtype):
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of training on one token, by part. Layers are alike, so figures per layer say it all."""
+    """FLOPs of training on one token, by part."""
     n_layer: int
-    attention_per_layer: float  # projections and scores
-    ffn_per_layer: float
+    attention: float  # of all layers: projections and scores
+    ffn: float
     head: float
-    scores: float  # of all layers: the part that causality could halve
+    scores: float  # the part that causality could halve
 
     @property
     def total(self):
-        return self.n_layer * (self.attention_per_layer + self.ffn_per_layer) + self.head
+        return self.attention + self.ffn + self.head
 
     @property
     def causal(self):
         return self.total - self.scores / 2
 
 
-def per_token(weights, *, n_layer, n_head, head_dim, block_size):
-    """TokenFlops of a model. weights: {'attention', 'ffn'} of one layer and 'head', numbers of matmul weights."""
-    scores = 12 * n_head * head_dim * block_size
-    return TokenFlops(n_layer, 6 * weights['attention'] + scores, 6 * weights['ffn'], 6 * weights['head'], n_layer * scores)
+def per_token(weights, *, n_layer, width, seen):
+    """TokenFlops of a model. weights: {'attention', 'ffn', 'head'}, numbers of matmul weights that a token meets, all layers together; width: n_head *
+    head_dim; seen: for each layer the tokens that attention reaches over, the length of the sequence or a window."""
+    scores = 12 * width * sum(seen)
+    return TokenFlops(n_layer, 6 * weights['attention'] + scores, 6 * weights['ffn'], 6 * weights['head'], scores)
 
 
 def utilisation(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
@@ -78,8 +79,8 @@ def utilisation(flops, tokens_per_sec, *, device_name, dtype, num_devices, archi
         'gpu_name': device_name,
         'precision': dtype,
         'num_gpus': num_devices if device_name else 0,
-        'attention_flops_per_layer': flops.attention_per_layer,
-        'ffn_flops_per_layer': flops.ffn_per_layer,
-        'attention_to_ffn_ratio': flops.attention_per_layer / flops.ffn_per_layer,
+        'attention_flops_per_layer': flops.attention / flops.n_layer,
+        'ffn_flops_per_layer': flops.ffn / flops.n_layer,
+        'attention_to_ffn_ratio': flops.attention / flops.ffn,
         'architecture': architecture,
     }

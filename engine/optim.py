@@ -21,9 +21,10 @@ def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iter
 
 
 def decay_groups(named_parameters):
-    """(decayed, others): names of the parameters with two dimensions or more, which get weight decay, and of the rest."""
-    named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    return [n for n, p in named if p.dim() >= 2], [n for n, p in named if p.dim() < 2]
+    """(decayed, others): names of the parameters with two dimensions or more that are no biases (those of experts have two), which get weight decay, and
+    of the rest."""
+    decays = {name: p.dim() >= 2 and not name.endswith('bias') for name, p in named_parameters if p.requires_grad}
+    return [name for name in decays if decays[name]], [name for name in decays if not decays[name]]
 
 
 def build_adamw(named_parameters, *, learning_rate, betas, weight_decay, device_type):

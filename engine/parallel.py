@@ -232,14 +232,14 @@ def shard(model, world, dtype, reduce_dtype, offload):
     """Under FSDP, split the parameters of `model` (on the meta device) over the ranks, unit by unit; under other layouts do nothing.
 
     model.sharding_units(): (units, others), lists of modules (or lists of them that are gathered together): the weights of the first are gathered in
-    `dtype`, that of the matmuls; those of the others, and what is in neither, in float32. Gradients are summed in reduce_dtype.
+    `dtype`, that of the matmuls; those of the others (which may lie within a unit), and what is in neither, in float32. Gradients are summed in reduce_dtype.
     """
     if not world.fsdp:
         return
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False) if dtype != torch.float32 else MixedPrecisionPolicy()
     offloading = CPUOffloadPolicy(pin_memory=world.device.type == 'cuda') if offload else OffloadPolicy()
     units, others = model.sharding_units()
-    for unit in units + others:
+    for unit in others + units:  # what lies within another first
         fully_shard(unit, mesh=world.mesh, reshard_after_forward=world.layout == 'ZeRO-3', offload_policy=offloading, mp_policy=low if unit in units else MixedPrecisionPolicy())
     # what is left is used first and last: it stays gathered in between
     fully_shard(model, mesh=world.mesh, reshard_after_forward=False, offload_policy=offloading)

@@ -33,6 +33,10 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops):
     }
 
 
+def size_of(parameters):
+    return f'~{parameters / 1e9:.3f}B' if parameters >= 1e8 else f'{parameters / 1e6:.3f}M'
+
+
 def _checkpoints(c):
     when = [f'every {c.save_interval:,} iterations'] * bool(c.save_interval) + ['when an evaluation improves'] * (not c.always_save_checkpoint)
     kept = 'all stay' if c.keep_all_checkpoints else (f"the {c.keep_checkpoints} newest" if c.keep_checkpoints > 1 else 'the newest') + (
@@ -48,7 +52,8 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
     family = VOCABULARIES.get(c.vocab_size)
     theta = f'{c.rope_theta / 1e6:g}M' if c.rope_theta >= 1e6 else f'{c.rope_theta / 1e3:g}K'
     position = {'rope': f"{'Extended ' if c.rope_theta > 10000 else ''}RoPE (theta={theta})" +
-                (f' on {c.rotary_pct:.0%} of each head' if c.rotary_pct < 1 else ''),
+                (f' on {c.rotary_pct:.0%} of each head' if c.rotary_pct < 1 else '') +
+                (f', {c.rope_scaling} x {c.rope_factor:g} from {c.rope_original_block_size} tokens' if c.rope_scaling != 'none' else ''),
                 'learned_absolute': 'learned positions', 'none': 'no positions'}[c.position_encoding]
     tokens_per_step = sequences_per_step * c.block_size
     peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
@@ -59,9 +64,15 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
         f'Architecture: {c.n_layer}L-{c.n_head}H-{c.n_embd}D-{c.d_ff}ff' +
         (f' with GQA ({c.num_key_value_heads} KV)' if c.num_key_value_heads != c.n_head else '') + f', {c.arch_preset}',
         f"Blocks: {position}, {c.normalization} ({c.norm_position}-norm, eps {c.norm_eps:g}), {c.ffn_type} FFN with {c.activation}"
-        + (', QK-norm' if c.qk_norm else '') + (', parallel residual' if c.parallel_residual else '') + (', biases' if c.bias else ''),
+        + (', attention sinks' if c.attention_sinks else '') + (f', window of {c.sliding_window} tokens in the layers {c.window_pattern}' if c.sliding_window else '')
+        + (', documents kept apart' if c.document_mask else '') + (', QK-norm' if c.qk_norm else '') + (', parallel residual' if c.parallel_residual else '') + (', biases' if c.bias else ''),
         f'Vocab: {c.vocab_size}' + (f' ({family})' if family else '') + (', tied to the head' if c.weight_tying else ''),
-        f"Parameters: {f'~{total / 1e9:.3f}B' if total >= 1e8 else f'{total / 1e6:.3f}M'} ({total:,}; {counts['non_embedding_params']:,} without embeddings)",
+        *([f'Experts: {c.num_experts} of width {c.expert_d_ff}, {c.num_experts_per_tok} per token' + (f' and {c.num_shared_experts} shared' if c.num_shared_experts else '')
+           + (f', {c.topk_groups} of {c.n_groups} groups' if c.topk_groups < c.n_groups else '') + f', {c.score_function} affinities' + (f' x {c.route_scale:g}' if c.route_scale != 1 else '')
+           + (f'; the first {c.n_dense_layers} layers are dense' if c.n_dense_layers else '') + f'; dispatch: {c.expert_dispatch}, none dropped; balancing bias moves by {c.balance_rate:g}'
+           + (f', auxiliary loss x {c.aux_loss_weight:g}' if c.aux_loss_weight else '') + (f', z-loss x {c.z_loss_weight:g}' if c.z_loss_weight else '')] if c.num_experts else []),
+        f"Parameters: {size_of(total)} ({total:,}; {counts['non_embedding_params']:,} without embeddings)"
+        + (f", {size_of(counts['active_params'])} active ({counts['active_params']:,})" if c.num_experts else ''),
         f'FLOPs per token: {token_flops.total:.4g} forward and backward, attention in full ({token_flops.causal:.4g} causal)',
         f'Batch: {c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} ranks = '
         f'{tokens_per_step:,} tokens per iteration',

@@ -8,11 +8,10 @@ Keys and values travel round the ring. In step s rank r sees those of rank j = r
 rank (j < r) the first chunk, for all its queries; of a later one (j > r) both chunks, for its second half of queries. Partial results are
 merged by their log-sum-exp (online softmax). In backward the gradients of keys and values travel along and come home with the last step.
 """
-import math
-
 import torch
 import torch.distributed as dist
 
+from engine import flash
 from engine.loss import IGNORE
 
 
@@ -59,10 +58,7 @@ def ring_attention(q, k, v, ring, kernel=None):
     (B, n_head, t, head_dim) in q's dtype. kernel: 'flash' | 'manual' | None (flash where the device has it for this dtype). Every rank must call it,
     also for the backward pass.
     """
-    if kernel is None:
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        kernel = 'flash' if q.device.type == 'cpu' or half and q.size(-1) % 8 == 0 and q.size(-1) <= 256 else 'manual'
-    return ring.attend(q, k, v, ring, _KERNELS[kernel])
+    return ring.attend(q, k, v, ring, kernel or flash.kernel_for(q))
 
 
 class _RingAttention(torch.autograd.Function):
@@ -72,7 +68,7 @@ class _RingAttention(torch.autograd.Function):
         for step in range(ring.size):
             wait = ring.send_on(kv) if step < ring.size - 1 else None
             queries, keys, causal = _seen(step, ring, q.size(2))
-            part, part_lse = kernel[0](q[:, :, queries], *_expand(kv[:, :, :, keys], q.size(1)), causal)
+            part, part_lse = flash.forward(kernel, q[:, :, queries], *_expand(kv[:, :, :, keys], q.size(1)), causal)
             if step == 0:
                 out, lse = part.to(torch.float32, copy=True), part_lse.clone()
             else:
@@ -94,7 +90,7 @@ class _RingAttention(torch.autograd.Function):
             wait = ring.send_on(kv) if step < ring.size - 1 else None
             queries, keys, causal = _seen(step, ring, q.size(2))
             seen = kv[:, :, :, keys]
-            part_dq, part_dk, part_dv = ctx.kernel[1](grad[:, :, queries], q[:, :, queries], *_expand(seen, q.size(1)), out[:, :, queries], lse[:, :, queries], causal)
+            part_dq, part_dk, part_dv = flash.backward(ctx.kernel, grad[:, :, queries], q[:, :, queries], *_expand(seen, q.size(1)), out[:, :, queries], lse[:, :, queries], causal)
             dq[:, :, queries] += part_dq.float()
             # a shared key or value gets the sum over the queries' heads that share it
             part_dkv = torch.stack([part.float().unflatten(1, (k.size(1), -1)).sum(2) for part in (part_dk, part_dv)])
@@ -119,42 +115,3 @@ def _seen(step, ring, t):
 def _expand(kv, n_head):
     """k and v of stacked (2, B, n_kv, t, head_dim), each repeated to (B, n_head, t, head_dim)."""
     return kv.repeat_interleave(n_head // kv.size(2), dim=2) if kv.size(2) != n_head else kv
-
-
-# ---- kernels: attention of some queries to some keys with its log-sum-exp, and the backward pass that takes those of the whole
-
-def _flash(q, k, v, causal):
-    """(out, lse): (B, H, t, head_dim) in q's dtype and (B, H, t) fp32."""
-    if q.device.type == 'cpu':
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-
-
-def _flash_backward(grad, q, k, v, out, lse, causal):
-    """Gradients of q, k, v, each in its shape."""
-    if q.device.type == 'cpu':
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse.contiguous(), None, None, q.size(2), k.size(2), 0.0, causal, seed, seed)
-
-
-def _scores(q, k, causal):
-    scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))
-    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -math.inf) if causal else scores
-
-
-def _manual(q, k, v, causal):
-    with torch.autocast(q.device.type, enabled=False):
-        scores = _scores(q, k, causal)
-        lse = scores.logsumexp(dim=-1)
-        return ((scores - lse[..., None]).exp() @ v.float()).to(q.dtype), lse
-
-
-def _manual_backward(grad, q, k, v, out, lse, causal):
-    grad = grad.float()
-    weights = (_scores(q, k, causal) - lse[..., None]).exp()
-    by_score = weights * (grad @ v.float().transpose(-2, -1) - (grad * out.float()).sum(-1, keepdim=True)) / math.sqrt(q.size(-1))
-    return by_score @ k.float(), by_score.transpose(-2, -1) @ q.float(), weights.transpose(-2, -1) @ grad
-
-
-_KERNELS = {'flash': (_flash, _flash_backward), 'manual': (_manual, _manual_backward)}

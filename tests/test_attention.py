@@ -47,7 +47,7 @@ def test_fallback_goes_down_the_list_and_says_why():
     assert chosen == 'sdpa' and len(reasons) == 2 and all('needs an NVIDIA GPU' in r for r in reasons)
     for backend in ('sdpa', 'manual'):
         assert choose_backend(backend, 'cpu', torch.float32, 64) == (backend, [])
-    assert BACKENDS == ('flash_attn_3', 'flash_attn_2', 'sdpa', 'manual')
+    assert BACKENDS == ('flash_attn_3', 'flash_attn_2', 'sdpa', 'flex', 'manual')
 
 
 @pytest.mark.parametrize('backend', ['sdpa', 'manual'])

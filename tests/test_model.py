@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from engine.configurator import ConfigError, resolve
 from engine.loss import next_token_loss
-from model import PRESETS, Model, resolve_shape, truncate
+from model import PRESETS, Model, resolve_shape
 from train import ALIASES, Config
 
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'config', '*.py')))
@@ -56,10 +56,17 @@ def test_a_preset_never_overrides_the_user():
         config = resolve_shape(dict(arch_preset=preset, n_layer=3, n_head=6, n_embd=60, block_size=8, vocab_size=77, num_key_value_heads=2, head_dim=12,
                                     d_ff=50, bias=True, normalization='layernorm', norm_eps=0.1, norm_position='pre', activation='relu2',
                                     ffn_type='standard', position_encoding='rope', rope_theta=7.0, rotary_pct=0.5, qk_norm=True, weight_tying=True))
-        assert dataclasses.asdict(config) == dict(
+        asked = dict(
             n_layer=3, n_head=6, num_key_value_heads=2, n_embd=60, head_dim=12, d_ff=50, block_size=8, vocab_size=77, bias=True,
             normalization='layernorm', norm_eps=0.1, norm_position='pre', activation='relu2', ffn_type='standard', position_encoding='rope',
             rope_theta=7.0, rotary_pct=0.5, qk_norm=True, parallel_residual=preset == 'neox', weight_tying=True)
+        assert {key: getattr(config, key) for key in asked} == asked
+    routed = resolve_shape(dict(arch_preset='deepseek', n_layer=4, n_head=6, n_embd=60, block_size=8, num_experts=6, num_experts_per_tok=1, num_shared_experts=0, expert_d_ff=9,
+                                n_dense_layers=2, score_function='softmax', n_groups=3, topk_groups=1, norm_topk_prob=False, route_scale=1.5, sliding_window=3, window_pattern='LS',
+                                attention_sinks=True, rope_scaling='linear', rope_factor=2.0))
+    assert (routed.num_experts, routed.num_experts_per_tok, routed.num_shared_experts, routed.expert_d_ff, routed.n_dense_layers, routed.score_function, routed.n_groups, routed.topk_groups,
+            routed.norm_topk_prob, routed.route_scale, routed.windows, routed.attention_sinks, routed.rope_scaling, routed.rope_factor) == (
+            6, 1, 0, 9, 2, 'softmax', 3, 1, False, 1.5, [None, 3, None, 3], True, 'linear', 2.0)
 
 
 def test_vocabulary_comes_from_the_user_then_the_data_then_the_preset():
@@ -72,7 +79,7 @@ def test_vocabulary_comes_from_the_user_then_the_data_then_the_preset():
 @pytest.mark.parametrize('settings, message', [
     (dict(n_embd=30), 'n_embd=30 is not divisible by n_head=4: type --n_head=(3|5)'), (dict(num_key_value_heads=3), 'not a multiple of num_key_value_heads=3'),
     (dict(arch_preset='llama', head_dim=5), 'RoPE turns pairs'), (dict(n_layer=0), 'n_layer=0 must be at least 1'),
-    (dict(arch_preset='neox', norm_position='post'), "needs norm_position='pre'"), (dict(arch_preset='moe'), "'moe' is not one of"),
+    (dict(arch_preset='neox', norm_position='post'), "needs norm_position='pre'"), (dict(arch_preset='mamba'), "'mamba' is not one of"),
 ])
 def test_impossible_shapes(settings, message):
     with pytest.raises(ConfigError, match=message):
@@ -143,22 +150,3 @@ def test_an_empty_model_needs_only_weights(preset):
     empty.init_weights(0)
     idx = torch.randint(61, (1, 16))
     assert torch.equal(empty(idx), model(idx))
-
-
-def test_generate():
-    model = build(arch_preset='llama').eval()
-    prompt = torch.randint(61, (2, 5))
-    out = model.generate(prompt, 30, temperature=0)  # longer than block_size
-    assert out.shape == (2, 35) and torch.equal(out[:, :5], prompt)
-    assert torch.equal(out[:, 5], model(prompt)[:, -1].argmax(-1))
-    draws = [model.generate(prompt, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-    assert torch.equal(model.generate(prompt, 8, top_k=1), out[:, :13])
-
-
-def test_truncate():
-    logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
-    assert truncate(logits, top_k=1).isfinite().tolist() == [[True, False, False, False]]
-    assert truncate(logits, top_p=0.6).isfinite().sum() == 2
-    assert truncate(logits, top_p=0.1).isfinite().tolist() == [[True, False, False, False]]
-    assert torch.equal(truncate(logits, top_p=1.0), logits) and torch.equal(truncate(logits, top_k=9), logits)

@@ -2,12 +2,12 @@
 import os
 
 import pytest
-import torch
 from conftest import TEXT
 
 import huggingface
 import sample
 from engine import checkpoint
+from generation import generate
 from model import PRESETS, Model, resolve_shape
 
 
@@ -70,12 +70,12 @@ def test_from_a_hugging_face_folder(tmp_path, capsys):
     model.init_weights(0)
     huggingface.write(str(tmp_path), model.config, model.state_dict())
     code, text = write(capsys, f'--hf={tmp_path}', '--start=the quick brown', '--temperature=0')
-    ids = torch.tensor(tokenizer.encode('the quick brown').ids)[None]
-    assert code == 0 and tokenizer.decode(model.generate(ids, 20, temperature=0)[0].tolist()) in text
+    ids = tokenizer.encode('the quick brown').ids
+    assert code == 0 and tokenizer.decode(ids + generate(model, [ids], 20, temperature=0)[0]) in text
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--out_dir=nowhere'], 'no checkpoint to sample from'), (['--hf=./nowhere'], 'no local folder and could not be fetched'),
+    (['--out_dir=nowhere'], 'no checkpoint to load'), (['--hf=./nowhere'], 'no local folder and could not be fetched'),
     (['--start=FILE:nowhere.txt'], 'no such file'), (['--top_p=2'], '--top_p above 0 and at most 1'), (['--temperature=-1'], '--temperature=-1.0 must be at least 0'),
 ])
 def test_refusals(capsys, args, message):

@@ -1,0 +1,121 @@
+"""Text from a model, token by token: which one comes next, and the loop that asks."""
+import contextlib
+import sys
+
+import torch
+
+from engine.cache import Cache
+from engine.configurator import ConfigError
+
+
+def cache_for(model, batch, size, dtype=None, padding=None, static=False):
+    """An engine.cache.Cache for `batch` rows of up to `size` tokens of `model`. dtype: of its matmuls; None: float32, or autocast's."""
+    c, device = model.config, model.transformer.wte.weight.device
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    return Cache(c.windows, batch, c.num_key_value_heads, c.head_dim, size, device, dtype, padding, static)
+
+
+def likely(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """Probabilities (B, V) to draw from, for fp32 `logits` (B, V); temperature above 0.
+
+    top_k keeps the k most likely tokens; top_p the fewest whose probability adds up to at least p (nucleus sampling, Holtzman et al., 2019); min_p those at
+    least that fraction as likely as the likeliest (Nguyen et al., 2024). The most likely token always stays.
+    """
+    logits = logits / temperature
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float('-inf'))
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
+    probabilities = logits.softmax(dim=-1)
+    if min_p is not None:
+        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), 0.0)
+    return probabilities
+
+
+def penalised(logits, seen, penalty):
+    """`logits` (B, V) of tokens that occur in `seen` (B, V) bool divided by `penalty` where positive, multiplied where negative (Keskar et al., "CTRL", 2019)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def check_prompts(prompts, model):
+    """Raise ConfigError for a prompt (list of ids) that the model cannot begin with."""
+    for prompt in prompts:
+        if not 0 < len(prompt) <= model.config.block_size:
+            raise ConfigError(f'a prompt of {len(prompt)} tokens: expected 1 to {model.config.block_size}, the context of this model; shorten it')
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=(), generator=None,
+             cached=True, compiled=False, on_tokens=None, interrupted=lambda: False):
+    """Continue each of `prompts` (lists of token ids, not empty, at most block_size long) by up to max_new_tokens tokens; returns the new ids, a list for each.
+
+    temperature 0 takes the most likely token. A row ends with the first of stop_ids, which is part of it; the loop ends when all rows have or
+    interrupted() is true. on_tokens(ids, alive): called with each token of all rows (lists of int and bool). When the context is full, its older half
+    is forgotten. cached=False computes all tokens anew for each one, with the same result; compiled: torch.compile decoding (CUDA graphs on a GPU).
+    """
+    c, device = model.config, model.transformer.wte.weight.device
+    check_prompts(prompts, model)
+    by_length = c.rope_scaling == 'dynamic' and max(map(len, prompts)) + max_new_tokens > c.rope_original_block_size  # every key turns anew with the length of its row
+    cached = cached and not by_length
+    training = model.training
+    model.eval()
+    rows, alive = [list(prompt) for prompt in prompts], [True] * len(prompts)
+    read = None  # the state of reading: cache, and where each row begins
+    decode = torch.compile(_read, mode='reduce-overhead' if device.type == 'cuda' else None, fullgraph=True) if compiled else _read
+    seen = None
+    if repetition_penalty != 1.0:
+        seen = torch.zeros(len(rows), c.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+    begins = [0] * len(rows)  # what lies before is forgotten
+    # blocks that training compiled would be compiled anew for every length
+    with torch.compiler.set_stance('force_eager') if not compiled and 'torch._dynamo' in sys.modules else contextlib.nullcontext():
+        for _ in range(max_new_tokens):
+            if interrupted() or not any(alive):
+                break
+            widest = max(len(row) - begin for row, begin in zip(rows, begins))
+            if widest > c.block_size:
+                begins = [max(begin, len(row) - max(1, c.block_size // 2)) for row, begin in zip(rows, begins)]
+                widest, read = max(len(row) - begin for row, begin in zip(rows, begins)), None
+            if by_length:
+                logits = torch.cat([_read(model, torch.tensor([row[begin:]], device=device), cache_for(model, 1, len(row) - begin)) for row, begin in zip(rows, begins)])
+            elif read is None:
+                padding = torch.tensor([widest - len(row) + begin for row, begin in zip(rows, begins)], device=device)
+                idx = torch.tensor([[0] * (widest - len(row) + begin) + row[begin:] for row, begin in zip(rows, begins)], device=device)
+                padding = padding if padding.any() else None
+                room = min(c.block_size, widest + max_new_tokens)
+                read = cache_for(model, len(rows), room if cached else widest, padding=padding, static=compiled and cached)
+                logits = _read(model, idx, read)
+            else:
+                logits = decode(model, torch.tensor([[row[-1]] for row in rows], device=device), read)
+            logits = logits.float()
+            if not cached:
+                read = None
+            if seen is not None:
+                logits = penalised(logits, seen, repetition_penalty)
+            if temperature == 0:
+                chosen = logits.argmax(dim=-1, keepdim=True)
+            else:
+                chosen = torch.multinomial(likely(logits, temperature, top_k, top_p, min_p), 1, generator=generator)
+            if seen is not None:
+                seen.scatter_(1, chosen, True)
+            chosen = chosen[:, 0].tolist()
+            for row, token in zip(rows, chosen):
+                row.append(token)
+            if on_tokens is not None:
+                on_tokens(chosen, list(alive))
+            alive = [living and token not in stop_ids for living, token in zip(alive, chosen)]
+    model.train(training)
+    new = [row[len(prompt):] for row, prompt in zip(rows, prompts)]
+    ends = [next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids)) for ids in new]
+    return [ids[:end] for ids, end in zip(new, ends)]
+
+
+def _read(model, idx, cache):
+    """Logits (B, V) after the (B, T) tokens idx, which the cache takes up."""
+    return model(idx, last_only=True, cache=cache)[:, -1]

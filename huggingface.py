@@ -405,6 +405,9 @@ def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_si
         if re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors(\.index\.json)?', name):
             os.remove(os.path.join(folder, name))  # of an export before, which may have had more files
     save_torch_state_dict(theirs, folder, max_shard_size=shard_size)
+    for name in os.listdir(folder):
+        if name.endswith('.safetensors'):
+            os.chmod(os.path.join(folder, name), 0o644)  # the library makes them readable for their owner only
     for file, content in (('config.json', _hf_config(kind, config, dtype, eot_id)),
                           ('generation_config.json', {'bos_token_id': eot_id, 'eos_token_id': eot_id})):
         with open(os.path.join(folder, file), 'w') as f:

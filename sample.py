@@ -29,9 +29,8 @@ from model import Model, resolve_shape
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
-def load_run(out_dir, step, device, dtype, changes=None):
-    """(model, tokenizer, path of the checkpoint, its state) of a run; step None: the best, else the newest whole one. changes: {key: value} of the shape
-    that need no other weights, such as block_size and rope_scaling."""
+def find_checkpoint(out_dir, step):
+    """(path, state) of a run's checkpoint; step None: the best, else the newest whole one. Raises ConfigError."""
     if step is None:
         step = checkpoint.best_step(out_dir)
         if step is None or checkpoint.why_broken(checkpoint.path_of(out_dir, step)):
@@ -42,7 +41,22 @@ def load_run(out_dir, step, device, dtype, changes=None):
                           f'give the --out_dir of a run' + (f' and one of the steps {checkpoint.steps(out_dir)}' if checkpoint.steps(out_dir) else ''))
     if reason := checkpoint.why_broken(path):
         raise ConfigError(f'{path} cannot be used: {reason}')
-    state = checkpoint.read_state(path)
+    return path, checkpoint.read_state(path)
+
+
+def load_state(out_dir, step):
+    """(ModelConfig, {name: tensor} on the CPU, path, state) of a run's checkpoint."""
+    path, state = find_checkpoint(out_dir, step)
+    shape = resolve_shape(state['config'])
+    tensors = Model.on_meta(shape).allocate('cpu').tensors()
+    checkpoint.load(path, {f'model.{name}': tensor for name, tensor in tensors.items()})
+    return shape, tensors, path, state
+
+
+def load_run(out_dir, step, device, dtype, changes=None):
+    """(model, tokenizer, path of the checkpoint, its state) of a run. changes: {key: value} of the shape that need no other weights, such as block_size
+    and rope_scaling."""
+    path, state = find_checkpoint(out_dir, step)
     config = state['config']
     model = build(longer(config, changes), device, dtype, config['attention_backend'])
     checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})

@@ -34,6 +34,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops):
 
 
 def size_of(parameters):
+    """A number of parameters as people write it: ~1.545B or 60.821M."""
     return f'~{parameters / 1e9:.3f}B' if parameters >= 1e8 else f'{parameters / 1e6:.3f}M'
 
 

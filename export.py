@@ -1,0 +1,160 @@
+"""
+Writes a trained model as a Hugging Face folder, which transformers, vLLM and lm-eval open.
+
+    python export.py --out_dir=out-demo --to=hf-demo
+    python export.py --out_dir=out-demo --to=hf-demo --dtype=bfloat16 --push_to_hub=me/my-model
+
+The folder gets config.json, safetensors files, the tokenizer of the run's data set and a model card with the facts of the training. Afterwards the
+weights are read back: if transformers is installed it must compute the same logits from them as this project does.
+"""
+import argparse
+import json
+import os
+import sys
+
+import torch
+
+import huggingface
+from data.tokenfile import read_meta
+from data.tokenizer import tokenizer_of
+from data.tokenizer_json import save_for_transformers
+from engine.configurator import ConfigError
+from engine.report import size_of
+from model import Model
+from sample import ROOT, build, load_state
+
+SAMPLE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers must agree on it
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out_dir', default='out', help='folder of a run')
+    parser.add_argument('--step', type=int, help='step of the checkpoint; default: the best validation loss')
+    parser.add_argument('--to', required=True, help='folder to write')
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
+    parser.add_argument('--shard_size', default='5GB', help='largest size of one safetensors file')
+    parser.add_argument('--push_to_hub', metavar='ORG/NAME', help='upload the folder to the hub too (log in with `hf auth login` first)')
+    parser.add_argument('--no_check', action='store_true', help='do not compare with transformers')
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ConfigError, ValueError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+
+
+def run(args):
+    shape, tensors, path, state = load_state(args.out_dir, args.step)
+    kind = huggingface.family(shape)
+    if args.push_to_hub:
+        hub(args.push_to_hub)  # known to fail before anything is written
+    dataset = os.path.join(ROOT, 'data', state['config']['dataset'])
+    meta = read_meta(dataset)
+    if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
+        raise ConfigError(f'{dataset} is not the data that this model was trained with, so its tokenizer may be another: prepare it as it was')
+    tokenizer = tokenizer_of(dataset, meta)
+    print(f'{path} as {kind}, {args.dtype}')
+    huggingface.write(args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size)
+    save_for_transformers(tokenizer, args.to)
+    with open(os.path.join(args.to, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(card(shape, state, facts(args.out_dir, state['run_name'], state['step']), kind))
+    if not args.no_check:
+        print(check(args.to, shape, tokenizer))
+    if args.push_to_hub:
+        upload(args.push_to_hub, args.to)
+        print(f'uploaded to https://huggingface.co/{args.push_to_hub}')
+    print(f"wrote {args.to}: AutoModelForCausalLM.from_pretrained('{args.to}') opens it, lm_eval --model hf --model_args pretrained={args.to} scores it")
+    return 0
+
+
+def check(folder, shape, tokenizer):
+    """What was found when transformers read `folder`. Raises ConfigError if its logits or token ids are others than ours."""
+    try:
+        import transformers
+    except ImportError:
+        return 'not compared: transformers is not installed'
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = build(shape, torch.device('cpu'), torch.float32, 'sdpa')
+    ours.fill(huggingface.weights(folder, shape))
+    idx = torch.randint(shape.vocab_size, (1, min(shape.block_size, 64)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = theirs(idx).logits, ours(idx)
+    difference = (a - b).abs().max().item() / max(1.0, a.abs().max().item())
+    if not difference <= 1e-4:
+        raise ConfigError(f'{folder}: transformers computes other logits from it (largest difference {difference:.1e}); do not use it, and report this, please')
+    text = ''.join(c for c in SAMPLE if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else SAMPLE
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)['input_ids']
+    if ids != tokenizer.encode(text).tolist():
+        raise ConfigError(f'{folder}: its tokenizer gives other ids than that of the data set; the weights are right, bring a tokenizer.json of your own')
+    return f'compared with transformers {transformers.__version__}: largest difference of logits {difference:.1e}, token ids are the same'
+
+
+def facts(out_dir, run_name, step):
+    """{'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is not there is left out."""
+    found = {}
+    try:
+        with open(os.path.join(out_dir, f'{run_name}.jsonl'), encoding='utf-8') as f:
+            lines = [json.loads(line) for line in f]
+    except (OSError, ValueError):
+        return found
+    for line in lines:
+        if line['type'] == 'header':
+            found['hardware'] = line['startup_info']['hardware']
+        elif line.get('iter', step + 1) <= step:
+            if line['type'] == 'iter':
+                found['hours'] = line['wall_s'] / 3600
+            elif line['type'] == 'eval':
+                found['val_loss'], found['evaluated'] = line['val_loss'], line['iter']
+    return found
+
+
+def card(shape, state, log, kind):
+    """The text of a model card."""
+    c = state['config']
+    with torch.device('meta'):
+        counts = Model(shape).parameter_counts()
+    hardware = log.get('hardware', {})
+    rows = [
+        ('architecture', f'{shape.describe()} ({kind})'),
+        ('parameters', f"{size_of(counts['total'])} ({counts['total']:,})" + (f", {counts['active']:,} active per token" if shape.num_experts else '')),
+        ('context', f'{shape.block_size} tokens'),
+        ('data set', f"{os.path.basename(c['dataset'])}, fingerprint {state['data']['train']['fingerprint']}"),
+        ('training tokens', f"{state['tokens']:,} in {state['step']:,} iterations of {state['tokens_per_step']:,}"),
+        ('optimizer', f"{state['optimizer']}, learning rate {c['learning_rate']:g} to {c['min_lr'] if c['decay_lr'] else c['learning_rate']:g}, weight decay {c['weight_decay']:g}, "
+                      f"betas {c['beta1']:g} and {c['beta2']:g}, clipping {c['grad_clip']:g}"),
+        ('precision', f"{c['dtype']}, float32 weights"),
+        *([('validation loss', f"{log['val_loss']:.4f} nats per token at iteration {log['evaluated']}")] if 'val_loss' in log else []),
+        *([('hardware', f"{hardware['num_gpus']} x {hardware['gpu_name']}" if hardware.get('gpu_name') else hardware.get('cpu_name', 'CPU'))] if hardware else []),
+        *([('time', f"{log['hours']:.2f} hours")] if 'hours' in log else []),
+        ('software', f"onetrain, torch {state['versions']['torch']}"),
+    ]
+    table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
+    return (f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# A language model trained with onetrain\n\n| | |\n|---|---|\n{table}\n\n'
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nname = 'THIS_FOLDER'\ntokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
+            "ids = tokenizer('Once', return_tensors='pt', return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))\n```\n")
+
+
+def hub(name):
+    """The hub, if it can be written to under `name`. Raises ConfigError."""
+    from huggingface_hub import HfApi
+    api = HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+    except Exception as error:  # the hub's own errors, and any of the network's
+        raise ConfigError(f'--push_to_hub={name} cannot be written to ({type(error).__name__}): log in with `hf auth login`, check the name and the network, or leave it out') from None
+    return api
+
+
+def upload(name, folder):
+    try:
+        hub(name).upload_folder(repo_id=name, folder_path=folder)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f'{folder} is written, but could not be uploaded to {name} ({type(error).__name__}): `hf upload {name} {folder}` tries again') from None
+
+
+if __name__ == '__main__':
+    sys.exit(main())

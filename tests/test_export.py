@@ -1,0 +1,156 @@
+"""export.py: a trained run opened by transformers has the same loss and writes the same text; tokenizers of every kind give the same ids there."""
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TEXT, losses, run_train
+
+import export
+import huggingface
+import sample
+from data.tokenizer import BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from data.tokenizer_json import byte_characters, save_for_transformers
+from generation import generate
+
+transformers = pytest.importorskip('transformers')
+FAMILIES = {
+    'gpt2': [], 'gpt2 biases': ['--bias=True'], 'llama': ['--arch_preset=llama', '--sliding_window=0'], 'llama3': ['--arch_preset=llama3', '--num_key_value_heads=1'], 'qwen3': ['--arch_preset=qwen3'],
+    'neox': ['--arch_preset=neox'], 'mistral': ['--arch_preset=llama', '--sliding_window=5'], 'yarn': ['--arch_preset=llama', '--rope_scaling=yarn', '--rope_factor=2', '--rope_original_block_size=8'],
+    'mixtral': ['--arch_preset=mixtral', '--num_experts=4', '--balance_rate=0', '--aux_loss_weight=0.01'],
+    'qwen3_moe': ['--arch_preset=qwen3_moe', '--num_experts=4', '--num_experts_per_tok=2', '--balance_rate=0', '--expert_d_ff=16'],
+    'gpt_oss': ['--arch_preset=gpt_oss', '--num_experts=4', '--num_experts_per_tok=2', '--balance_rate=0', '--sliding_window=6', '--rope_original_block_size=8'],
+    'moe': ['--arch_preset=moe', '--num_experts=4', '--expert_d_ff=16', '--balance_rate=0.01', '--n_dense_layers=1'],
+}
+# in a fresh process that knows transformers only
+READER = '''
+import json, sys, torch, transformers
+folder, ids, prompt = json.load(open(sys.argv[1]))
+torch.set_num_threads(2)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+x = torch.tensor(ids)
+prompt = tokenizer(prompt, return_tensors='pt', add_special_tokens=False)['input_ids']
+with torch.no_grad():
+    loss = torch.nn.functional.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()).item()
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
+print(json.dumps([loss, tokenizer.decode(written[0]), type(model).__name__]))
+'''
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_trained_exported_and_read_by_transformers(dataset, tmp_path, capsys, family):
+    """The loss of the same batch within 1e-5, the same greedy text."""
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', *FAMILIES[family]) == 0
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 0
+    assert 'compared with transformers' in capsys.readouterr().out
+    model, tokenizer, _, _ = sample.load_run(str(tmp_path / 'run'), None, torch.device('cpu'), torch.float32)
+    x = torch.tensor(tokenizer.encode(TEXT[:34]).tolist()).view(2, 17)
+    prompt = tokenizer.encode('the quick').tolist()
+    with torch.no_grad():
+        loss = model(x[:, :-1], x[:, 1:]).item()
+    text = tokenizer.decode(prompt + generate(model, [prompt], 8, temperature=0)[0])
+    (tmp_path / 'job.json').write_text(json.dumps([str(tmp_path / 'hf'), x.tolist(), 'the quick']))
+    (tmp_path / 'reader.py').write_text(READER)
+    done = subprocess.run([sys.executable, str(tmp_path / 'reader.py'), str(tmp_path / 'job.json')], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs, written, name = json.loads(done.stdout.splitlines()[-1])
+    assert abs(theirs - loss) < 1e-5 and written == text, name
+    # and back in: the loss of the first evaluation is that of the last one of the run
+    assert run_train(dataset, tmp_path / 'again', f'--init_from={tmp_path}/hf', '--max_iters=1', '--eval_interval=1') == 0
+    from conftest import records
+    first, last = records(tmp_path / 'again', 'eval')[0], records(tmp_path / 'run', 'eval')[-1]
+    assert first['val_loss'] == pytest.approx(last['val_loss'], abs=1e-5) and losses(tmp_path / 'again')
+
+
+def test_card_shards_and_dtype(dataset, tmp_path, capsys):
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=4', '--eval_interval=2') == 0
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf', '--dtype=bfloat16', '--shard_size=40KB', '--step=2']) == 0
+    files = [name for name in os.listdir(tmp_path / 'hf') if name.endswith('.safetensors')]
+    assert len(files) > 1 and (tmp_path / 'hf' / 'model.safetensors.index.json').exists()
+    from safetensors.torch import load_file
+    assert {t.dtype for name in files for t in load_file(str(tmp_path / 'hf' / name)).values()} == {torch.bfloat16}
+    card = (tmp_path / 'hf' / 'README.md').read_text()
+    assert '128 in 2 iterations of 64' in card and 'nats per token at iteration 2' in card and 'library_name: transformers' in card
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 0  # what was there before goes
+    assert [name for name in os.listdir(tmp_path / 'hf') if name.endswith('.safetensors')] == ['model.safetensors'] and not (tmp_path / 'hf' / 'model.safetensors.index.json').exists()
+
+
+def test_a_wrong_export_is_noticed(dataset, tmp_path, capsys, monkeypatch):
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=2', '--eval_interval=2', '--arch_preset=llama') == 0
+    real = huggingface._hf_config
+    monkeypatch.setattr(huggingface, '_hf_config', lambda *args: {**real(*args), 'rms_norm_eps': 0.5})
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 2
+    assert 'transformers computes other logits' in capsys.readouterr().err
+    monkeypatch.setattr(huggingface, '_hf_config', real)
+    monkeypatch.setattr(export, 'save_for_transformers', lambda tokenizer, folder: save_for_transformers(CharTokenizer({**tokenizer.stoi, 'a': 0, '\n': tokenizer.stoi['a']}, tokenizer.itos), folder))
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 2
+    assert 'its tokenizer gives other ids' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('family, message', [(['--norm_position=post'], "no Hugging Face architecture computes this model; nearest is gpt2, in the way are norm_position='post'"),
+                                             (['--arch_preset=mixtral', '--num_experts=4'], 'balanced by a bias, which mixtral does not have: train with --balance_rate=0')])
+def test_what_transformers_lacks_is_told(dataset, tmp_path, capsys, family, message):
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=2', '--eval_interval=2', *family) == 0
+    capsys.readouterr()
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count('\n') == 1
+
+
+def test_no_hub_no_run_no_tokenizer(dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=2', '--eval_interval=2') == 0
+    for args, message in (([f'--out_dir={tmp_path}/none'], 'no checkpoint to load'), ([f'--out_dir={tmp_path}/run', '--push_to_hub=me/x'], '--push_to_hub=me/x cannot be written to')):
+        capsys.readouterr()
+        assert export.main([*args, f'--to={tmp_path}/hf']) == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / 'hf').exists()
+
+
+def tiktoken_like(text):
+    """A tiktoken encoding made on the spot: none can be downloaded here."""
+    import tiktoken
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    byte_of = {character: byte for byte, character in byte_characters().items()}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    tokenizer = TiktokenTokenizer.__new__(TiktokenTokenizer)
+    tokenizer.encoding = tiktoken.Encoding('mine', pat_str=pattern, special_tokens={'<|endoftext|>': 400}, mergeable_ranks={bytes(byte_of[c] for c in word): i for word, i in made.get_vocab().items()})
+    tokenizer.name, tokenizer.vocab_size, tokenizer.eot_id = 'mine', 401, 400
+    return tokenizer
+
+
+def sentencepiece_like(text, kind):
+    import sentencepiece
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_writer=file, vocab_size=400, model_type=kind, byte_fallback=True, hard_vocab_limit=False,
+                                             normalization_rule_name='identity', remove_extra_whitespaces=False, character_coverage=0.99, minloglevel=2)
+    return SentencePieceTokenizer(file.getvalue(), 'made.model')
+
+
+def hugging_face_like(text, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, special_tokens=['</s>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    made.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+    return HuggingFaceTokenizer.of_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'char', 'tiktoken', 'bpe', 'unigram', 'hf'])
+def test_every_tokenizer_gives_the_same_ids_in_transformers(tmp_path, kind):
+    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as f:
+        text = f.read()[:8000] + '  héllo wörld — 日本語 \t\n\n x  <|endoftext|> y'
+    (tmp_path / 'own').mkdir()
+    tokenizer = {'bytes': BytesTokenizer, 'char': lambda: CharTokenizer.of_texts([text]), 'tiktoken': lambda: tiktoken_like(text), 'bpe': lambda: sentencepiece_like(text, 'bpe'),
+                 'unigram': lambda: sentencepiece_like(text, 'unigram'), 'hf': lambda: hugging_face_like(text, tmp_path / 'own')}[kind]()
+    save_for_transformers(tokenizer, str(tmp_path / 'hf'))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'hf'))
+    ids = theirs(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
+    assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == tokenizer.decode(ids) and theirs.eos_token_id == tokenizer.eot_id

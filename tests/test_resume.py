@@ -289,3 +289,54 @@ def test_scheduled_state_is_in_the_checkpoint(train, tmp_path):
     assert state['step'] == 20 and state['position'] == 80 and state['tokens'] == 1280 and state['world_size'] == 1
     assert state['best_val_loss'] == min(r['val_loss'] for r in records(tmp_path, 'eval')[:2]) and state['versions']['torch'] == torch.__version__
     assert state['config']['vocab_size'] and state['config']['d_ff'] == 128
+
+
+def descendant_logits(w, idx, n_layer, n_head, n_kv, theta):
+    """A LLaMA as nanoGPT's descendant computes it: q apart from kv, gate from value, RoPE as complex numbers on neighbouring dimensions."""
+    def norm(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+    def turn(x):
+        d, t = x.size(-1), x.size(1)
+        angles = torch.outer(torch.arange(t).float(), theta ** (-torch.arange(0, d, 2).float() / d))
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], d // 2, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]).flatten(-2)
+    x = w['token_embeddings.weight'][idx]
+    for i in range(n_layer):
+        b = f'blocks.{i}.'
+        y = norm(x, w[b + 'norm1.weight'])
+        q = (y @ w[b + 'attn.c_q.weight'].T).unflatten(-1, (n_head, -1))
+        k, v = (y @ w[b + 'attn.c_kv.weight'].T).chunk(2, dim=-1)
+        k, v = (z.unflatten(-1, (n_kv, -1)).repeat_interleave(n_head // n_kv, dim=2) for z in (turn(k.unflatten(-1, (n_kv, -1))).flatten(2), v))
+        out = torch.nn.functional.scaled_dot_product_attention(turn(q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        x = x + out.transpose(1, 2).flatten(2) @ w[b + 'attn.c_proj.weight'].T
+        y = norm(x, w[b + 'norm2.weight'])
+        x = x + (torch.nn.functional.silu(y @ w[b + 'ffn.w_gate.weight'].T) * (y @ w[b + 'ffn.w_value.weight'].T)) @ w[b + 'ffn.w_out.weight'].T
+    return norm(x, w['final_norm.weight']) @ w['lm_head.weight'].T
+
+
+def test_ckpt_of_its_descendant_is_imported(train, tmp_path, dataset, capsys):
+    """Other names, q and kv apart, interleaved RoPE: the imported model computes what its own did, and trains on from its iteration."""
+    from engine import nanogpt
+    from model import Model, resolve_shape
+    sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, num_key_value_heads=2, d_ff=48, norm_eps=1e-5, rope_theta=500.0, vocab_size=41)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+    w = {'token_embeddings.weight': draw(41, 32), 'final_norm.weight': 1 + draw(32), 'lm_head.weight': draw(41, 32)}
+    for i in range(2):
+        for name, *shape in (('norm1', 32), ('norm2', 32), ('attn.c_q', 32, 32), ('attn.c_kv', 32, 32), ('attn.c_proj', 32, 32), ('ffn.w_gate', 48, 32), ('ffn.w_value', 48, 32), ('ffn.w_out', 32, 48)):
+            w[f'blocks.{i}.{name}.weight'] = draw(*shape)
+    torch.save({'model': {f'_orig_mod.{name}': tensor for name, tensor in w.items()}, 'iter_num': 7, 'best_val_loss': 3.25, 'model_args': {**sizes, 'arch_preset': 'llama'},
+                'config': {'learning_rate': 1e-3, 'dtype': 'bfloat16', 'batch_size': 4}}, tmp_path / 'ckpt.pt')
+    read = nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+    model = Model(resolve_shape(read['config']))
+    model.fill(read['model'].items())
+    idx = torch.randint(41, (2, 16), generator=generator)
+    assert torch.allclose(model(idx), descendant_logits(w, idx, 2, 4, 2, 500.0), atol=1e-4)
+    assert train(tmp_path, '--init_from=resume', '--n_head=4', '--max_iters=9', '--eval_interval=9', '--eval_at_start=False') == 0
+    assert 'iter 9: loss' in capsys.readouterr().out
+    torch.save({'model': {'token_embeddings.weight': draw(41, 32), 'blocks.0.mystery.weight': draw(2, 2)}, 'iter_num': 7, 'best_val_loss': 3.25, 'model_args': sizes, 'config': {}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ValueError, match='the weights blocks.0.mystery.weight are not known here'):
+        nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))

@@ -108,8 +108,9 @@ def add_model_arguments(parser):
 
 
 def load(args):
-    """(model, tokenizer, what was loaded, state of the checkpoint or None, device, autocast context) for parsed add_model_arguments()."""
-    device = parallel.start(args.device).device
+    """(model, tokenizer, what was loaded, state of the checkpoint or None, engine.parallel.World, autocast context) for parsed add_model_arguments()."""
+    world = parallel.start(args.device)
+    device = world.device
     dtype = args.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('--dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
@@ -119,7 +120,7 @@ def load(args):
         model, tokenizer, source = load_huggingface(args.hf, device, torch_dtype, changes)
     else:
         model, tokenizer, source, state = load_run(args.out_dir, args.step, device, torch_dtype, changes)
-    return model, tokenizer, source, state, device, contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
+    return model, tokenizer, source, state, world, contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
 
 
 def main(argv=None):
@@ -162,8 +163,8 @@ def run(args):
             with open(start[5:], encoding='utf-8') as f:
                 start = f.read()
         starts.append(start)
-    model, tokenizer, source, _, device, autocast = load(args)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    model, tokenizer, source, _, world, autocast = load(args)
+    generator = torch.Generator(world.device).manual_seed(args.seed)
     print(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters\n', flush=True)
 
     def write(prompts, show=None):

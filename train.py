@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, experts, faults, flops, optim, parallel, resume, stopping
+from engine import checkpoint, experts, faults, flops, optim, parallel, resume, stopping, tasks
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
@@ -54,7 +54,9 @@ class Config:
     eval_at_start: bool = True  # evaluate before the first iteration too
     init_from: str = 'scratch'  # 'scratch' | 'resume' | 'gpt2', 'gpt2-medium', ... | a Hugging Face folder or hub id
     sample_interval: int = 0  # iterations between samples shown on the terminal, 0 = none
-    sample_start: str = '\n'  # their prompt
+    sample_start: str = '\n'  # their prompt, or FILE:name of a file with one on each line
+    eval_tasks: str | None = None  # multiple-choice tasks at each evaluation: NAME or NAME:FILE.jsonl, separated by commas (engine/tasks.py)
+    eval_tasks_limit: int | None = 200  # first items of each, None = all
     save_log_to_json: bool = True  # keep run_*.json beside run_*.jsonl
     log_save_interval: int = 100  # iterations between rewrites of run_*.json
     gradient_log_interval: int = 0  # iterations between gradient statistics (which are logged at once), 0 = none
@@ -277,9 +279,9 @@ def run(argv, stop):
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
-    tokenizer = sample_ids = None
-    if c.sample_interval:
-        tokenizer, sample_ids = sample_prompt(c, meta)
+    tokenizer = text_tokenizer(c, meta) if c.sample_interval or c.eval_tasks else None
+    prompts = sample_prompts(c, tokenizer) if c.sample_interval else []
+    eval_tasks = tasks.load_tasks(c.eval_tasks or '', c.eval_tasks_limit)
 
     # ---- the run's folder
     run_name = copier = None
@@ -360,7 +362,7 @@ def run(argv, stop):
 
     @torch.no_grad()
     def evaluate():
-        """{'train': loss, 'val': loss} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
+        """{'train': loss, 'val': loss, perhaps 'tasks': scores} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
         step_model.eval()
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
@@ -375,8 +377,12 @@ def run(argv, stop):
                 total += torch.stack([loss.double(), (y != IGNORE).sum().double()])
             total = parallel.sum_over_ranks(total, world)
             losses[split] = (total[0] / total[1]).item()
+        if eval_tasks:
+            with autocast:
+                losses['tasks'] = tasks.evaluate(eval_tasks, model, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, c.block_size, c.batch_size, device,
+                                                 lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size, lambda: parallel.largest(stop.code(), world))
         step_model.train()
-        return losses
+        return None if eval_tasks and losses['tasks'] is None else losses
 
     def save():
         nonlocal saved_step
@@ -423,8 +429,9 @@ def run(argv, stop):
     def sample():
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without; and alike on every rank
         with autocast:
-            ids = generate(model, [sample_ids], 128, temperature=0.8, top_k=50, generator=generator, interrupted=lambda: parallel.largest(stop.code(), world))[0]
-        log.say(f'---- sample at iter {step}\n{tokenizer.decode(sample_ids + ids)}\n----')
+            written = generate(model, prompts, 128, temperature=0.8, top_k=50, generator=generator, interrupted=lambda: parallel.largest(stop.code(), world))
+        for prompt, ids in zip(prompts, written):
+            log.say(f'---- sample at iter {step}\n{tokenizer.decode(prompt + ids)}\n----')
 
     if c.eval_only:
         losses = evaluate()
@@ -467,8 +474,9 @@ def run(argv, stop):
                 continue
             if losses:
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
-                          tokens_seen=tokens)
-                log.say(f"iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+                          tokens_seen=tokens, **({'tasks': losses['tasks']} if eval_tasks else {}))
+                log.say(f"iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}" + ''.join(
+                    f", {name} {100 * found['acc_norm']:.1f} %" for name, found in losses.get('tasks', {}).items()))
                 last_evaluation = step, {**losses, 'data': val_file.fingerprint}
                 if losses['val'] < best_val_loss:
                     best_val_loss = losses['val']
@@ -585,7 +593,7 @@ def refuse_impossible(c, given, notes):
     for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
         if getattr(c, key) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
-    for key in ('checkpoint_interval', 'upload_keep_local'):
+    for key in ('checkpoint_interval', 'upload_keep_local', 'eval_tasks_limit'):
         if getattr(c, key) is not None and getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
     if c.spike_factor and c.spike_factor <= 1:
@@ -642,7 +650,7 @@ def note_without_effect(c, given, shape, notes):
             (not c.use_dataloader, 'without use_dataloader=True', ('dataloader_num_workers', 'dataloader_prefetch_factor')),
             (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
             (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),
-            (not c.upload_to, 'without upload_to', ('upload_keep_local',)),
+            (not c.upload_to, 'without upload_to', ('upload_keep_local',)), (not c.eval_tasks, 'without eval_tasks', ('eval_tasks_limit',)),
             (shape.position_encoding != 'rope', f'with position_encoding={shape.position_encoding}', ('rope_theta', 'rotary_pct')),
             (shape.rope_scaling == 'none', 'without rope_scaling', [key for key in defaults if key.startswith('rope_') and key not in ('rope_theta', 'rope_scaling')]),
             (not shape.sliding_window, 'without sliding_window', ('window_pattern',)),
@@ -668,16 +676,30 @@ def accumulation_steps(c, world_size):
     return c.total_batch_size // micro_step
 
 
-def sample_prompt(c, meta):
-    """(tokenizer of the data set, ids of c.sample_start as a list)."""
+def text_tokenizer(c, meta):
     try:
-        tokenizer = tokenizer_of(os.path.join(ROOT, 'data', c.dataset), meta)
-        ids = tokenizer.encode(c.sample_start).tolist()
+        return tokenizer_of(os.path.join(ROOT, 'data', c.dataset), meta)
     except ValueError as error:
-        raise ConfigError(f'sample_start={c.sample_start!r}: {error}') from None
-    if not 0 < len(ids) <= c.block_size:
-        raise ConfigError(f'sample_start has {len(ids)} tokens, expected 1 to block_size={c.block_size}: give the text that samples begin with, or --sample_interval=0')
-    return tokenizer, ids
+        raise ConfigError(f'sample_interval and eval_tasks need the tokenizer of {c.dataset}: {error}') from None
+
+
+def sample_prompts(c, tokenizer):
+    """Token ids of c.sample_start, or of each line of the file that it names."""
+    starts = [c.sample_start]
+    if c.sample_start.startswith('FILE:'):
+        if not os.path.isfile(c.sample_start[5:]):
+            raise ConfigError(f'sample_start={c.sample_start}: no such file')
+        with open(c.sample_start[5:], encoding='utf-8') as f:
+            starts = [line.rstrip('\n') for line in f if line.strip()]
+    prompts = []
+    for start in starts or ['']:
+        try:
+            prompts.append(tokenizer.encode(start).tolist())
+        except ValueError as error:
+            raise ConfigError(f'sample_start={start!r}: {error}') from None
+        if not 0 < len(prompts[-1]) <= c.block_size:
+            raise ConfigError(f'sample_start={start!r} has {len(prompts[-1])} tokens, expected 1 to block_size={c.block_size}: give the text that samples begin with, or --sample_interval=0')
+    return prompts
 
 
 def checkpoint_tensors(model, updated=None, optimizer=None, guard=None):

@@ -54,7 +54,7 @@ CASES = {
     'base of RoPE': (['--arch_preset=llama', '--rope_theta=0'], 'rope_theta=0.0 above 0'),
     'missing package': (['--wandb_log=True'], 'needs the package wandb: pip install wandb'),
     'prompt outside the vocabulary': (['--sample_interval=1', '--sample_start=\u00e9'], "sample_start='\u00e9': "),
-    'empty prompt': (['--sample_interval=1', '--sample_start='], 'sample_start has 0 tokens'),
+    'empty prompt': (['--sample_interval=1', '--sample_start='], 'has 0 tokens, expected 1 to block_size=16'),
     'missing data set': (['--dataset=nowhere'], "no data set 'nowhere'"),
 }
 

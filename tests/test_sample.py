@@ -87,3 +87,40 @@ def test_samples_while_training(train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=6', '--eval_interval=6', '--sample_interval=3', '--sample_start=fox') == 0
     output = capsys.readouterr().out
     assert '---- sample at iter 3\nfox' in output and '---- sample at iter 6\nfox' in output
+    (tmp_path / 'prompts.txt').write_text('lazy dog\njudge\n')
+    assert train(tmp_path / 'many', '--max_iters=2', '--eval_interval=6', '--sample_interval=2', f'--sample_start=FILE:{tmp_path}/prompts.txt') == 0
+    output = capsys.readouterr().out
+    assert '---- sample at iter 2\nlazy dog' in output and '---- sample at iter 2\njudge' in output
+
+
+def test_prompts_stops_and_penalties(train, tmp_path, capsys):
+    assert train(tmp_path, '--max_iters=60', '--eval_interval=60', '--learning_rate=1e-2') == 0
+    capsys.readouterr()
+    code, text = write(capsys, f'--out_dir={tmp_path}', '--start=the ', '--start=quick ', '--num_samples=2', '--min_p=0.01', '--repetition_penalty=1.2')
+    assert code == 0 and text.count('-' * 15) == 4 and text.count('\nquick ') == 2
+    whole = write(capsys, f'--out_dir={tmp_path}', '--start=the ', '--temperature=0', '--max_new_tokens=40')[1].split('parameters\n\n')[1].split('\n---')[0]
+    assert len(whole) == 44
+    stop = whole[20:23]
+    stopped = write(capsys, f'--out_dir={tmp_path}', '--start=the ', '--temperature=0', '--max_new_tokens=40', f'--stop={stop}', '--stop=never there')[1].split('parameters\n\n')[1].split('\n---')[0]
+    assert stopped == 'the ' + whole[4:4 + whole[4:].index(stop)]
+    code, text = write(capsys, f'--out_dir={tmp_path}', f'--start={"the " * 9}')
+    assert code == 2 and 'a prompt of 36 tokens: expected 1 to 16, the context of this model' in text
+
+
+def test_interactive_goes_on_from_what_stands(train, tmp_path, capsys, monkeypatch):
+    assert train(tmp_path, '--max_iters=2', '--eval_interval=2') == 0
+    lines = iter(['the', 'fox', '', 'Ü', 'dog'])
+    monkeypatch.setattr('builtins.input', lambda prompt: _next(lines))
+    seen = []
+    real = sample.continue_texts
+    monkeypatch.setattr(sample, 'continue_texts', lambda model, tokenizer, prompts, *args, **how: seen.append(tokenizer.decode(prompts[0])) or real(model, tokenizer, prompts, *args, **how))
+    capsys.readouterr()
+    code, text = write(capsys, f'--out_dir={tmp_path}', '--interactive', '--max_new_tokens=3', '--temperature=0')
+    assert code == 0 and seen[0] == 'the' and seen[1].startswith('the') and seen[1].endswith('fox') and len(seen[1]) == 9 and seen[2] == 'dog' and "error: the character 'Ü'" in text
+
+
+def _next(lines):
+    try:
+        return next(lines)
+    except StopIteration:
+        raise EOFError from None

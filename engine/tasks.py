@@ -1,0 +1,172 @@
+"""Multiple-choice tasks, scored by the log-likelihood of each answer after its question, as lm-eval does.
+
+    name                        a line of the file (the hub's own fields)                                  question and answers
+    hellaswag                   activity_label, ctx_a, ctx_b, endings, label                               "LABEL: A B" + " " + ending
+    arc_easy, arc_challenge     question, choices {text, label}, answerKey                                 "Question: Q\\nAnswer:" + " " + text
+    openbookqa                  question_stem, choices {text, label}, answerKey                            "STEM" + " " + text
+    piqa                        goal, sol1, sol2, label                                                    "Question: GOAL\\nAnswer:" + " " + sol
+
+`acc` counts the questions whose right answer has the highest log-likelihood, `acc_norm` the same divided by its number of characters.
+"""
+import json
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from engine.configurator import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Item:
+    question: str
+    choices: list
+    answer: int  # index of the right one
+
+
+def _hellaswag(line):
+    def clean(text):  # traces of WikiHow's headings
+        return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
+    return Item(clean(f"{line['activity_label']}: {line['ctx_a']} {line['ctx_b'].capitalize()}"), [clean(ending) for ending in line['endings']], int(line['label']))
+
+
+def _arc(line):
+    return Item(f"Question: {line['question']}\nAnswer:", line['choices']['text'], line['choices']['label'].index(line['answerKey']))
+
+
+def _openbookqa(line):
+    return Item(line['question_stem'], line['choices']['text'], line['choices']['label'].index(line['answerKey'].lstrip()))
+
+
+def _piqa(line):
+    return Item(f"Question: {line['goal']}\nAnswer:", [line['sol1'], line['sol2']], int(line['label']))
+
+
+TASKS = {  # how to read a line; where it is on the hub: repository, configuration, split
+    'hellaswag': (_hellaswag, ('Rowan/hellaswag', None, 'validation')), 'arc_easy': (_arc, ('allenai/ai2_arc', 'ARC-Easy', 'test')),
+    'arc_challenge': (_arc, ('allenai/ai2_arc', 'ARC-Challenge', 'test')), 'openbookqa': (_openbookqa, ('allenai/openbookqa', 'main', 'test')),
+    'piqa': (_piqa, ('baber/piqa', None, 'validation')),
+}
+
+
+def load_tasks(words, limit=None):
+    """{name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file it comes from the hub, through the package datasets.
+
+    limit: first items of each, None for all. Raises ConfigError for a name, file or line that cannot be read.
+    """
+    tasks = {}
+    for word in filter(None, (word.strip() for word in words.split(','))):
+        name, _, path = word.partition(':')
+        if name not in TASKS:
+            raise ConfigError(f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)}; others through `lm_eval` on the folder that export.py writes')
+        lines = _lines_of_file(path) if path else _lines_of_hub(name)
+        items = []
+        for number, line in enumerate(lines if limit is None else lines[:limit], 1):
+            try:
+                items.append(TASKS[name][0](line))
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise ConfigError(f'{path or name}, line {number}: not an item of {name} ({type(error).__name__}: {error}); engine/tasks.py lists the fields') from None
+        if not items:
+            raise ConfigError(f'{path or name} has no items')
+        tasks[name] = items
+    return tasks
+
+
+def _lines_of_file(path):
+    if not os.path.isfile(path):
+        raise ConfigError(f'no such file: {path} (tasks are written NAME or NAME:FILE.jsonl)')
+    try:
+        with open(path, encoding='utf-8') as f:
+            return [json.loads(line) for line in f if line.strip()]
+    except ValueError as error:
+        raise ConfigError(f'{path} is not JSON line by line: {error}') from None
+
+
+def _lines_of_hub(name):
+    repository, configuration, split = TASKS[name][1]
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f'the task {name} comes from the hub, which needs the package datasets: pip install datasets, or give a file: {name}:FILE.jsonl') from None
+    try:
+        return list(datasets.load_dataset(repository, configuration, split=split))
+    except Exception as error:  # the hub's own errors, and any of the network's
+        raise ConfigError(f'the task {name} could not be fetched from the hub ({repository}, {type(error).__name__}): give a file, {name}:FILE.jsonl') from None
+
+
+def requests(items, encode, start, context):
+    """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of which the last n are the answer's.
+
+    encode: str -> list of ids; start: id to begin with where a question has no tokens, or None.
+    """
+    made = []
+    for item in items:
+        question = item.question.rstrip()
+        before = encode(question)
+        for choice in item.choices:
+            whole = encode(question + item.question[len(question):] + ' ' + choice)
+            ids, n = whole, len(whole) - len(before)
+            if not before:
+                if start is None:
+                    raise ConfigError('a question without text needs a tokenizer with an end-of-text token')
+                ids = [start, *ids]
+            made.append((ids[-(context + 1):], min(n, context)))
+    return made
+
+
+@torch.no_grad()
+def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interrupted=lambda: False):
+    """{index in `made`: sum of the log-probabilities of the answer's tokens} of this rank's share, the batches rank, rank + size, ...; None if
+    interrupted() became true, on every rank alike.
+
+    logits_of: (B, T) int64 ids -> (B, T, V). Every rank calls it equally often, since ranks may compute together.
+    """
+    order = sorted(range(len(made)), key=lambda i: -len(made[i][0]))
+    batches = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
+    found = {}
+    for turn in range(0, len(batches), size):
+        if interrupted():
+            return None
+        mine = turn + rank
+        batch = batches[min(mine, len(batches) - 1)]
+        widest = max(len(made[i][0]) for i in batch) - 1
+        idx = torch.zeros(len(batch), widest, dtype=torch.int64)
+        for row, i in enumerate(batch):
+            ids = made[i][0][:-1]
+            idx[row, :len(ids)] = torch.tensor(ids)
+        logits = logits_of(idx.to(device))
+        if mine >= len(batches):
+            continue  # only to keep the others company
+        for row, i in enumerate(batch):
+            ids, n = made[i]
+            scores = F.log_softmax(logits[row, len(ids) - 1 - n:len(ids) - 1].float(), dim=-1)
+            found[i] = scores.gather(1, torch.tensor(ids[-n:], device=device)[:, None]).sum().item() if n else 0.0
+    return found
+
+
+def score(items, values):
+    """{'acc', 'acc_norm', 'items'} from the log-likelihoods of requests(), in their order."""
+    right, right_norm, at = 0, 0, 0
+    for item in items:
+        mine = values[at:at + len(item.choices)]
+        at += len(item.choices)
+        best = max(range(len(mine)), key=lambda i: mine[i])
+        best_norm = max(range(len(mine)), key=lambda i: mine[i] / max(1, len(item.choices[i])))
+        right, right_norm = right + (best == item.answer), right_norm + (best_norm == item.answer)
+    return {'acc': right / len(items), 'acc_norm': right_norm / len(items), 'items': len(items)}
+
+
+def evaluate(tasks, logits_of, encode, start, context, batch_size, device, total=lambda values: values, rank=0, size=1, interrupted=lambda: False):
+    """{name: score()} of load_tasks()'s; total: sums a tensor over the ranks. None if interrupted() became true."""
+    results = {}
+    for name, items in tasks.items():
+        made = requests(items, encode, start, context)
+        mine = log_likelihoods(logits_of, made, batch_size, device, rank, size, interrupted)
+        if mine is None:
+            return None
+        values = torch.zeros(len(made), dtype=torch.float64)
+        values[list(mine)] = torch.tensor(list(mine.values()), dtype=torch.float64)
+        results[name] = score(items, total(values.to(device)).tolist())
+    return results

@@ -1,0 +1,177 @@
+"""
+Measures a trained model: loss on a data set, multiple-choice tasks, speed, and what it writes.
+
+    python evaluate.py --out_dir=out-demo
+    python evaluate.py --out_dir=out-demo --tasks=hellaswag,piqa:my/piqa.jsonl --limit=500
+    python evaluate.py --hf=path/or/hub-id --dataset=pystdlib --speed
+    torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out-llama3 --tokens=10000000
+
+Loss, perplexity and bits per byte are over the whole validation split (or its first --tokens), in windows that do not overlap. Results are added to
+evaluation_STEP.json in the folder of the run, which `python plots/compare_evaluations.py` draws. What is not here, lm-eval measures:
+
+    python export.py --out_dir=out-demo --to=hf-demo
+    lm_eval --model hf --model_args pretrained=hf-demo --tasks=lambada_openai,winogrande
+"""
+import argparse
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+
+from engine import parallel, tasks
+from engine.configurator import ConfigError
+from engine.loader import check_fit, open_dataset
+from engine.logger import now
+from engine.loss import IGNORE
+from generation import cache_for, generate
+from sample import ROOT, add_model_arguments, ids_of, load
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument('--dataset', help='a folder of data/; default: that of the run')
+    parser.add_argument('--split', choices=('train', 'val'), default='val')
+    parser.add_argument('--tokens', type=int, default=0, help='how many of the split, 0: all')
+    parser.add_argument('--batch_size', type=int, default=8)
+    parser.add_argument('--tasks', default='', help=f'of {", ".join(tasks.TASKS)}: NAME from the hub or NAME:FILE.jsonl, separated by commas')
+    parser.add_argument('--limit', type=int, help='first items of each task')
+    parser.add_argument('--speed', action='store_true', help='measure reading and writing for several batches and lengths')
+    parser.add_argument('--prompts', help='a text file with a prompt on each line: write on, always with the most likely token')
+    parser.add_argument('--max_new_tokens', type=int, default=64, help='for --prompts')
+    parser.add_argument('--no_loss', action='store_true', help='leave out the data set')
+    parser.add_argument('--json', help='file of the results; default: evaluation_STEP.json in the folder of the run, evaluation.json in a Hugging Face folder')
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ConfigError, ValueError) as error:
+        parallel.tell(error)
+        return 2
+
+
+def run(args):
+    for name in ('batch_size', 'max_new_tokens') + (('limit',) if args.limit is not None else ()):
+        if getattr(args, name) < 1:
+            raise ConfigError(f'--{name}={getattr(args, name)} must be at least 1')
+    wanted = tasks.load_tasks(args.tasks, args.limit)
+    prompts = []
+    if args.prompts:
+        if not os.path.isfile(args.prompts):
+            raise ConfigError(f'--prompts={args.prompts}: no such file')
+        with open(args.prompts, encoding='utf-8') as f:
+            prompts = [line.rstrip('\n') for line in f if line.strip()]
+    model, tokenizer, source, state, world, autocast = load(args)
+    dataset = args.dataset or state and state['config']['dataset']
+    if not args.no_loss and not dataset:
+        raise ConfigError('a Hugging Face folder names no data set: give --dataset, or --no_loss')
+    say = print if world.main else (lambda *words: None)
+    say(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters, {world.size} process{"es" * (world.size > 1)}')
+    results = {'model': source, 'step': state and state['step'], 'time': now(), 'architecture': model.config.describe(), 'parameters': model.parameter_counts()['total']}
+    with torch.no_grad(), autocast:
+        if not args.no_loss:
+            results['loss'] = losses(model, dataset, args, tokenizer, world)
+            found = results['loss']
+            say(f"{found['dataset']} {found['split']}, {found['tokens']:,} tokens: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
+                + (f", {found['bits_per_byte']:.4f} bits per byte" if found['bits_per_byte'] else '') + f" ({found['seconds']:.1f} s)")
+        if wanted:
+            results['tasks'] = tasks.evaluate(wanted, model, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, model.config.block_size, args.batch_size, world.device,
+                                              lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size)
+            for name, found in results['tasks'].items():
+                say(f"{name}: acc {100 * found['acc']:.2f} %, acc_norm {100 * found['acc_norm']:.2f} % of {found['items']} items")
+        if args.speed:
+            results['speed'] = speed(model, world.device)
+            say('batch  length   reading tokens/s   writing tokens/s')
+            for row in results['speed']:
+                say(f"{row['batch']:5d}  {row['length']:6d}  {row['prefill_tokens_per_s']:17,.0f}  {row['decode_tokens_per_s']:17,.0f}")
+        if prompts:
+            written = generate(model, [ids_of(prompt, tokenizer) for prompt in prompts], args.max_new_tokens, temperature=0, stop_ids={tokenizer.eot_id} - {None})
+            results['written'] = [{'prompt': prompt, 'text': tokenizer.decode(ids)} for prompt, ids in zip(prompts, written)]
+            for row in results['written']:
+                say(f"---- {row['prompt']}\n{row['prompt']}{row['text']}")
+    if world.main:
+        say(f'wrote {record(args, results)}')
+    return 0
+
+
+def losses(model, dataset, args, tokenizer, world):
+    """Loss per token over windows of the context's length, one behind the other; the last one may be shorter."""
+    train, val, meta = open_dataset(dataset, ROOT)
+    file, block = train if args.split == 'train' else val, model.config.block_size
+    check_fit(file, model.config.vocab_size, 1)
+    n = min(args.tokens or len(file), len(file)) - 1  # tokens that have one before them
+    if n < 1:
+        raise ConfigError(f'{args.split}.bin of {dataset} has too few tokens to predict one')
+    started, total = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=world.device)
+    starts = range(0, n, block)
+    for first in range(0, len(starts), args.batch_size * world.size):  # each rank computes as often as the others
+        mine = starts[first + world.rank * args.batch_size:first + (world.rank + 1) * args.batch_size]
+        x, y = (torch.full((max(1, len(mine)), block), fill) for fill in (0, IGNORE))
+        for row, start in enumerate(mine):
+            ids = torch.from_numpy(file.tokens[start:min(start + block, n) + 1].astype(np.int64))
+            x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
+        total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
+    nats = parallel.sum_over_ranks(total, world).item()
+    text_bytes = parallel.from_main(lambda: bytes_of(file.tokens[1:n + 1], tokenizer), world)
+    return {'dataset': dataset, 'split': args.split, 'fingerprint': file.fingerprint, 'tokens': n, 'loss': nats / n, 'perplexity': math.exp(min(nats / n, 700)),
+            'bits_per_byte': nats / math.log(2) / text_bytes if text_bytes else None, 'bytes': text_bytes, 'seconds': time.perf_counter() - started}
+
+
+def bytes_of(ids, tokenizer):
+    """How many bytes of UTF-8 the tokens stand for; those that end a text for none."""
+    total = 0
+    for first in range(0, len(ids), 1 << 16):
+        part = ids[first:first + (1 << 16)]
+        total += len(tokenizer.decode(part[part != tokenizer.eot_id] if tokenizer.eot_id is not None else part).encode('utf-8'))
+    return total
+
+
+def speed(model, device, seconds=1.0):
+    """Tokens per second of reading a prompt and of writing after it, for batches of 1 and 8 and up to three lengths; medians of what `seconds` allow."""
+    rows, block = [], model.config.block_size
+    for batch in (1, 8):
+        for length in sorted({max(1, min(block - 8, n)) for n in (64, 512, 4096)}):
+            idx, times = torch.zeros(batch, length, dtype=torch.int64, device=device), {'prefill': [], 'decode': []}
+            until = time.perf_counter() + seconds
+            while len(times['decode']) < 4 or time.perf_counter() < until:
+                cache = cache_for(model, batch, length + 8)
+                started = synchronised(device)
+                model(idx, last_only=True, cache=cache)
+                times['prefill'].append(synchronised(device) - started)
+                for _ in range(7):
+                    started = synchronised(device)
+                    model(idx[:, :1], last_only=True, cache=cache)
+                    times['decode'].append(synchronised(device) - started)
+            middle = {what: sorted(values[1:])[len(values) // 2 - 1] for what, values in times.items()}  # the first is warm-up
+            rows.append({'batch': batch, 'length': length, 'prefill_tokens_per_s': batch * length / middle['prefill'], 'decode_tokens_per_s': batch / middle['decode']})
+    return rows
+
+
+def synchronised(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def record(args, results):
+    """Add `results` to the JSON file of this checkpoint; what was measured before and not now stays. Returns its path."""
+    path = args.json or (os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json') if args.hf else os.path.join(args.out_dir, f"evaluation_{results['step']:08d}.json"))
+    before = {}
+    if os.path.isfile(path):
+        try:
+            with open(path, encoding='utf-8') as f:
+                before = json.load(f)
+        except ValueError:
+            pass  # half-written by something else: made anew
+    if before.get('model') == results['model']:
+        results = {**before, **results, 'tasks': {**before.get('tasks', {}), **results.get('tasks', {})}}
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(results, f, indent=2)
+    os.replace(path + '.tmp', path)
+    return path
+
+
+if __name__ == '__main__':
+    parallel.leave(main())

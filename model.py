@@ -247,12 +247,14 @@ class Attention(nn.Module):
 
     def forward(self, x, turn, ring, mask, cache):
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).split(self.heads, dim=2)
+        qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+        qk, v = qkv.split((self.heads[0] + self.heads[1], self.heads[2]), dim=1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+            q, k = qk.split(self.heads[:2], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1).to(v.dtype)
         if turn is not None:
-            q, k = rope.apply(q, *turn), rope.apply(k, *turn)
+            qk = rope.apply(qk, *turn)  # all heads at once
+        q, k = qk.split(self.heads[:2], dim=1)
         backend = self.backend
         if cache is not None:  # masks are tensors there
             k, v = cache.extend(self.layer, k, v)

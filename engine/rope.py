@@ -54,5 +54,5 @@ def apply(x, cos, sin):
     x: (B, heads, T, head_dim); cos, sin: (T, d/2), or (B, 1, T, d/2) where each row has positions of its own. Computed in fp32, returned in x's dtype.
     """
     half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], dim=-1)
+    a, b, *rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1) if x.size(-1) > 2 * half else x.chunk(2, dim=-1)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), *rest], dim=-1)

@@ -1,4 +1,4 @@
-"""Draw one run: loss, learning rate, tokens, gradient norm, throughput and MFU, memory.
+"""Draw one run: loss, learning rate, tokens, gradient norm, throughput and MFU, memory; experts and tasks where it has them.
 
     python plots/plot_single_run.py out-llama-1.36b
     cd plots && python plot_single_run.py ../out-llama-1.36b/run_*.json
@@ -196,6 +196,47 @@ def draw_memory(axes, run, window):
     axes.legend(loc='lower right', ncols=2)
 
 
+def draw_load(axes, run, window):
+    for layer in run.each(r'moe\.layers\.\d+\.load_score'):
+        plot_line(axes, run.iters, layer, color=BLUE, alpha=0.3, linewidth=0.8)
+    plot_line(axes, run.iters, run.column('moe.load_score'), color=BLUE, linewidth=2, label='mean of the layers')
+    dropped = sum(np.nan_to_num(layer) for layer in run.each(r'moe\.layers\.\d+\.dropped'))
+    axes.set(title=f'Experts: load score ({int(np.sum(dropped))} tokens dropped)', ylabel='100 × least / most tokens', ylim=(0, 100))
+    axes.legend(loc='lower right')
+
+
+def draw_utilisation(axes, run, window):
+    layers = len(run.each(r'moe\.layers\.\d+\.load_score'))
+    shares = np.array([[expert[np.isfinite(expert)][-1] for expert in run.each(rf'moe\.layers\.{layer}\.utilisation\.\d+')] for layer in range(layers)])
+    times = shares * shares.shape[1]
+    image = axes.imshow(times, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, interpolation='nearest')
+    axes.figure.colorbar(image, ax=axes, label='tokens / fair share')
+    layer_numbers = [int(column[np.isfinite(column)][0]) for column in run.each(r'moe\.layers\.\d+\.layer')]
+    axes.set(title=f'Experts: share of the tokens at iteration {int(run.iters[-1]):,}', ylabel='layer', yticks=range(layers), yticklabels=layer_numbers)
+    axes.grid(False)
+
+
+def draw_router(axes, run, window):
+    low, high = (run.each(rf'moe\.layers\.\d+\.bias_{end}') for end in ('min', 'max'))
+    axes.fill_between(run.iters, np.min(low, axis=0), np.max(high, axis=0), color=GREY, alpha=0.3, label='balancing bias, all layers')
+    axes.set(title='Experts: balancing bias and entropy of the router', ylabel='bias')
+    right = axes.twinx()
+    for layer in run.each(r'moe\.layers\.\d+\.entropy'):
+        plot_line(right, run.iters, layer, color=PURPLE, alpha=0.5, linewidth=0.9)
+    experts = len(run.each(r'moe\.layers\.0\.utilisation\.\d+'))
+    right.axhline(np.log(experts), color=PURPLE, linestyle=':', linewidth=1)
+    right.set_ylabel('entropy (nats; dotted: uniform)', color=PURPLE)
+    right.grid(False)
+    axes.legend(loc='lower left')
+
+
+def draw_tasks(axes, run, window):
+    for number, (name, values) in enumerate(run.eval_tasks.items()):
+        plot_line(axes, run.eval_iters, 100 * values, color=(BLUE, ORANGE, GREEN, PURPLE, GREY)[number % 5], marker='o', markersize=3, label=name)
+    axes.set(title='Multiple-choice tasks', ylabel='right answers (%, by length)')
+    axes.legend(loc='best')
+
+
 # columns of which one must hold data, and the function that draws them
 PANELS = [
     (('loss',), draw_loss),
@@ -204,6 +245,9 @@ PANELS = [
     (('tokens_per_sec', 'mfu_percent'), draw_throughput),
     (('tokens_seen',), draw_tokens),
     (('memory.allocated_gb', 'memory.reserved_gb', 'memory.max_allocated_gb', 'memory.max_reserved_gb'), draw_memory),
+    (('moe.load_score',), draw_load),
+    (('moe.load_score',), draw_utilisation),
+    (('moe.load_score',), draw_router),
 ]
 
 
@@ -242,11 +286,15 @@ def grid(figure, panels):
 def draw_run(run, window=None):
     """The figure of one run, a panel for each thing it logged; `window` is the number of records averaged for smooth lines."""
     window = window or default_window(run)
-    panels = [draw for columns, draw in PANELS if run.has(*columns)]
+    panels = [draw for columns, draw in PANELS if run.has(*columns)] + [draw_tasks] * bool(run.eval_tasks)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 1.2 + 3.3 * ((len(panels) + 1) // 2)), layout='constrained')
         for axes, draw in zip(grid(figure, len(panels)), panels):
             draw(axes, run, window)
+            if draw is draw_utilisation:    # of one iteration
+                axes.set_xlabel('expert')
+                axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+                continue
             if draw is not draw_loss:       # which has them in its legend
                 draw_marks(axes, run)
             axes.set_xlabel('iteration')

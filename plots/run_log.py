@@ -35,6 +35,7 @@ class Run:
     columns: dict
     eval_iters: np.ndarray
     eval_val_loss: np.ndarray
+    eval_tasks: dict            # {name of a multiple-choice task: acc_norm at each of eval_iters}
     checkpoints: np.ndarray     # iterations
     resumes: np.ndarray         # iterations after which a resumed process went on
     mfu_unknown: bool           # MFU was logged as null: the device's peak is not known
@@ -47,6 +48,11 @@ class Run:
     def has(self, *names):
         """Whether any of these columns holds a finite number other than 0, which is the GPU memory of a run on CPU."""
         return any((np.isfinite(values) & (values != 0)).any() for values in map(self.column, names))
+
+    def each(self, pattern):
+        """The columns whose whole name the regular expression `pattern` matches, in the order of the numbers in their names."""
+        names = [name for name in self.columns if re.fullmatch(pattern, name)]
+        return [self.columns[name] for name in sorted(names, key=lambda name: [int(digits) for digits in re.findall(r'\d+', name)])]
 
     def last(self, name):
         """The last finite value of a column, nan if there is none."""
@@ -181,6 +187,8 @@ def build_run(log, notes):
               startup_info=log.get('startup_info') or {}, metadata=log.get('metadata') or {}, iters=iters, columns=columns,
               eval_iters=np.array([record['iter'] for record in log['eval_steps']]),
               eval_val_loss=np.array([record.get('val_loss') for record in log['eval_steps']], dtype=float),
+              eval_tasks={name: np.array([((record.get('tasks') or {}).get(name) or {}).get('acc_norm', np.nan) for record in log['eval_steps']], dtype=float)
+                          for name in sorted({name for record in log['eval_steps'] for name in record.get('tasks') or ()})},
               checkpoints=np.array([record['iter'] for record in log['checkpoints']]),
               resumes=np.array([record['iter'] for record in log['resumes']]),
               mfu_unknown=any(isinstance(record.get('mfu'), dict) and record['mfu'].get('mfu') is None for record in records), notes=notes)
@@ -202,12 +210,12 @@ def build_run(log, notes):
 
 
 def numbers(record, prefix=''):
-    """Every number in a record and the dicts within it, as pairs of dotted name and float."""
-    for key, value in record.items():
-        if isinstance(value, dict):
+    """Every number in a record and the dicts and lists within it, as pairs of dotted name (of a list: the index) and float."""
+    for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+        if isinstance(value, (dict, list)):
             yield from numbers(value, f'{prefix}{key}.')
         elif isinstance(value, (int, float)):
-            yield prefix + key, float(value)
+            yield f'{prefix}{key}', float(value)
 
 
 def first_known(*choices):

@@ -30,6 +30,8 @@ def shrink(command):
     command = command.replace('tail -f', 'tail -n 3')
     if 'sample.py' in command:
         return f'{command} --device=cpu --max_new_tokens=8 --num_samples=1'
+    if 'evaluate.py' in command or 'export.py' in command:
+        return command.replace('--nproc_per_node=8', '--nproc_per_node=4') + ' --device=cpu' * ('evaluate.py' in command)
     if 'allreduce.py' in command:
         return command.replace('--nproc_per_node=8', '--nproc_per_node=4').replace('--largest=16', '--largest=1')
     if 'train.py' not in command or '--help' in command:
@@ -56,6 +58,7 @@ def project(tmp_path_factory):
     text = 'ROMEO:\n' + '\n'.join(' '.join(generator.choice(TEXT.split(), 10)) for _ in range(600))
     (folder / 'data' / 'shakespeare_char' / 'input.txt').write_text(text)
     (folder / 'book.txt').write_text(text)
+    shutil.copy(os.path.join(ROOT, 'tests', 'tasks', 'piqa.jsonl'), folder)
     (folder / 'more').mkdir()
     (folder / 'more' / 'a.jsonl').write_text('\n'.join(json.dumps({'text': line}) for line in text.splitlines()))
     import pyarrow
@@ -101,7 +104,7 @@ def test_commands_run(document, project):
 def test_files_and_keys_that_the_documents_name_exist():
     from train import ALIASES, Config
     known = {*Config.__dataclass_fields__, *ALIASES}
-    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest'}
+    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args'}
     for document in ('README.md', 'TRAINING_GUIDE.md'):
         with open(os.path.join(ROOT, document)) as f:
             text = f.read()

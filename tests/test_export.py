@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, losses, run_train
+from conftest import ROOT, TEXT, records, run_train
 
 import export
 import huggingface
@@ -28,42 +28,52 @@ FAMILIES = {
 # in a fresh process that knows transformers only
 READER = '''
 import json, sys, torch, transformers
-folder, ids, prompt = json.load(open(sys.argv[1]))
+folders, ids, prompt = json.load(open(sys.argv[1]))
 torch.set_num_threads(2)
-model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-x = torch.tensor(ids)
-prompt = tokenizer(prompt, return_tensors='pt', add_special_tokens=False)['input_ids']
-with torch.no_grad():
-    loss = torch.nn.functional.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()).item()
-    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, pad_token_id=0)
-print(json.dumps([loss, tokenizer.decode(written[0]), type(model).__name__]))
+found = []
+for folder in folders:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    x = torch.tensor(ids)
+    start = tokenizer(prompt, return_tensors='pt', add_special_tokens=False)['input_ids']
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()).item()
+        written = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    found.append([loss, tokenizer.decode(written[0]), type(model).__name__])
+print(json.dumps(found))
 '''
 
 
+@pytest.fixture(scope='module')
+def exported(dataset, tmp_path_factory):
+    """{family: (folder, what a process with transformers alone found there)}: every family trained for 50 iterations and exported."""
+    top = tmp_path_factory.mktemp('exported')
+    for number, family in enumerate(FAMILIES):
+        assert run_train(dataset, top / str(number) / 'run', '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', *FAMILIES[family]) == 0
+        assert export.main([f'--out_dir={top}/{number}/run', f'--to={top}/{number}/hf']) == 0
+    ids = CharTokenizer.of_texts([TEXT]).encode(TEXT[:34]).tolist()
+    (top / 'job.json').write_text(json.dumps([[str(top / str(number) / 'hf') for number in range(len(FAMILIES))], [ids[:17], ids[17:]], 'the quick']))
+    (top / 'reader.py').write_text(READER)
+    done = subprocess.run([sys.executable, str(top / 'reader.py'), str(top / 'job.json')], capture_output=True, text=True, timeout=300, cwd=top)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {family: (top / str(number), found) for number, (family, found) in enumerate(zip(FAMILIES, json.loads(done.stdout.splitlines()[-1])))}
+
+
 @pytest.mark.parametrize('family', FAMILIES)
-def test_trained_exported_and_read_by_transformers(dataset, tmp_path, capsys, family):
+def test_trained_exported_and_read_by_transformers(dataset, exported, family):
     """The loss of the same batch within 1e-5, the same greedy text."""
-    assert run_train(dataset, tmp_path / 'run', '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', *FAMILIES[family]) == 0
-    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 0
-    assert 'compared with transformers' in capsys.readouterr().out
-    model, tokenizer, _, _ = sample.load_run(str(tmp_path / 'run'), None, torch.device('cpu'), torch.float32)
+    folder, (theirs, written, name) = exported[family]
+    model, tokenizer, _, _ = sample.load_run(str(folder / 'run'), None, torch.device('cpu'), torch.float32)
     x = torch.tensor(tokenizer.encode(TEXT[:34]).tolist()).view(2, 17)
     prompt = tokenizer.encode('the quick').tolist()
     with torch.no_grad():
         loss = model(x[:, :-1], x[:, 1:]).item()
     text = tokenizer.decode(prompt + generate(model, [prompt], 8, temperature=0)[0])
-    (tmp_path / 'job.json').write_text(json.dumps([str(tmp_path / 'hf'), x.tolist(), 'the quick']))
-    (tmp_path / 'reader.py').write_text(READER)
-    done = subprocess.run([sys.executable, str(tmp_path / 'reader.py'), str(tmp_path / 'job.json')], capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs, written, name = json.loads(done.stdout.splitlines()[-1])
     assert abs(theirs - loss) < 1e-5 and written == text, name
     # and back in: the loss of the first evaluation is that of the last one of the run
-    assert run_train(dataset, tmp_path / 'again', f'--init_from={tmp_path}/hf', '--max_iters=1', '--eval_interval=1') == 0
-    from conftest import records
-    first, last = records(tmp_path / 'again', 'eval')[0], records(tmp_path / 'run', 'eval')[-1]
-    assert first['val_loss'] == pytest.approx(last['val_loss'], abs=1e-5) and losses(tmp_path / 'again')
+    assert run_train(dataset, folder / 'again', f'--init_from={folder}/hf', '--max_iters=1', '--eval_interval=1') == 0
+    first, last = records(folder / 'again', 'eval')[0], records(folder / 'run', 'eval')[-1]
+    assert first['val_loss'] == pytest.approx(last['val_loss'], abs=1e-5)
 
 
 def test_card_shards_and_dtype(dataset, tmp_path, capsys):

@@ -66,8 +66,10 @@ def single(dataset, tmp_path_factory):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('family', FAMILIES)
 def test_two_ranks_equal_one(single, dataset, tmp_path, family, layout):
-    for name, work in WORK.items():
-        out = tmp_path / name
+    # LLaMA-3 does all kinds of work, the others two each, so that every kind is done under every layout
+    names = [*WORK] if family == 'llama3' else [name for number, name in enumerate(WORK) if number % 2 == (family == 'neox')]
+    for name in names:
+        work, out = WORK[name], tmp_path / name
         run(2, *arguments(dataset, out, *FAMILIES[family], *LAYOUTS[layout], *work, '--gradient_log_interval=10'))
         assert close(losses(single(family)), losses(out), 1e-5) and close(norms(single(family)), norms(out), 1e-4), name
         for a, b in zip(records(single(family), 'eval'), records(out, 'eval'), strict=True):

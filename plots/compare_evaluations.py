@@ -1,0 +1,110 @@
+"""Draw what evaluate.py found: checkpoints of a run along their iterations, and several runs or models beside each other.
+
+    python plots/compare_evaluations.py out-a out-b/evaluation_00002000.json hf-demo/evaluation.json
+
+A folder stands for all evaluation*.json in it. The picture is saved as evaluations.png (--output), a table is printed.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, save
+
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+
+
+class EvaluationError(ValueError):
+    """A path that holds no evaluation."""
+
+
+def load(path):
+    """(label, [results, by step]) of an evaluation*.json or a folder of them. Raises EvaluationError."""
+    path = Path(path)
+    files = sorted(path.glob('evaluation*.json')) if path.is_dir() else [path]
+    if not files:
+        raise EvaluationError(f'{path} holds no evaluation*.json: run python evaluate.py --out_dir={path} first')
+    found = []
+    for file in files:
+        try:
+            found.append(json.loads(file.read_text(encoding='utf-8')))
+            if 'architecture' not in found[-1]:
+                raise ValueError('it has other keys')
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f'{file} is not a result of evaluate.py: {error}') from None
+    folder = path if path.is_dir() else path.parent
+    return folder.resolve().name, sorted(found, key=lambda results: results['step'] or 0)
+
+
+def values(results):
+    """{title: number} of one evaluation."""
+    loss, tasks = results.get('loss') or {}, results.get('tasks') or {}
+    found = {}
+    if loss:
+        found[f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss['split']}: loss"] = loss['loss']
+        if loss.get('bits_per_byte'):
+            found['bits per byte'] = loss['bits_per_byte']
+    return {**found, **{f'{name} (%)': 100 * score['acc_norm'] for name, score in tasks.items()}}
+
+
+def draw(models):
+    """The figure: a panel for each measure; a curve where a model has several steps, else a bar."""
+    titles = list(dict.fromkeys(title for _, found in models for results in found for title in values(results)))
+    if not titles:
+        raise EvaluationError('nothing was measured that can be drawn: evaluate with a data set or --tasks')
+    rows = (len(titles) + 1) // 2
+    along_steps = any(len(found) > 1 for _, found in models)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13 if len(titles) > 1 else 7, 1 + 3.3 * rows), layout='constrained')
+        for panel, title in enumerate(titles):
+            axes = figure.add_subplot(rows, min(2, len(titles)), panel + 1)
+            for number, (label, found) in enumerate(models):
+                points = [(results['step'] or 0, values(results)[title]) for results in found if title in values(results)]
+                color = COLORS[number % len(COLORS)]
+                if along_steps and points:
+                    axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
+                elif points:
+                    axes.barh(number, points[0][1], color=color, label=label)
+                    axes.annotate(f'{points[0][1]:.3g}', (points[0][1], number), xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
+            axes.set_title(title)
+            if along_steps:
+                axes.set_xlabel('iteration')
+            else:
+                axes.set(yticks=range(len(models)), yticklabels=[label for label, _ in models])
+                axes.invert_yaxis()
+                axes.margins(x=0.12)
+        if along_steps:
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=min(len(models), 4))
+    return figure
+
+
+def table(models):
+    """Lines of text: a row for each checkpoint."""
+    titles = list(dict.fromkeys(title for _, found in models for results in found for title in values(results)))
+    rows = [('model', 'step', *titles)]
+    for label, found in models:
+        for results in found:
+            mine = values(results)
+            rows.append((label, '-' if results['step'] is None else str(results['step']), *(f'{mine[title]:.4g}' if np.isfinite(mine.get(title, np.nan)) else '-' for title in titles)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [row[0].ljust(widths[0]) + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])) for row in rows]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Draw what evaluate.py found for checkpoints, runs and models.')
+    parser.add_argument('path', nargs='+', help='a folder with evaluation*.json, or one such file')
+    parser.add_argument('--output', type=Path, default=Path('evaluations.png'), metavar='FILE', help='default: evaluations.png in this folder')
+    args = parser.parse_args(argv)
+    try:
+        models = [load(path) for path in args.path]
+        print('\n'.join(table(models)))
+        save(draw(models), args.output, parser)
+    except EvaluationError as error:
+        parser.exit(2, f'{parser.prog}: {error}\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -232,7 +232,7 @@ def draw_router(axes, run, window):
 
 def draw_tasks(axes, run, window):
     for number, (name, values) in enumerate(run.eval_tasks.items()):
-        plot_line(axes, run.eval_iters, 100 * values, color=(BLUE, ORANGE, GREEN, PURPLE, GREY)[number % 5], marker='o', markersize=3, label=name)
+        plot_line(axes, run.eval_iters, 100 * values, color=(BLUE, ORANGE, GREEN, PURPLE, GREY)[number % 5], label=name)
     axes.set(title='Multiple-choice tasks', ylabel='right answers (%, by length)')
     axes.legend(loc='best')
 

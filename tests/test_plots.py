@@ -319,3 +319,50 @@ def test_plots_import_neither_the_trainer_nor_torch():
     code = ('import sys, plot_single_run, compare_runs; '
             'print([name for name in ("torch", "engine", "train", "model", "matplotlib.pyplot") if name in sys.modules])')
     assert subprocess.run([sys.executable, '-c', code], cwd=PLOTS, check=True, capture_output=True, text=True).stdout == '[]\n'
+
+
+def routed(it):
+    layers = [{'layer': layer, 'utilisation': [0.5, 0.25, 0.25, 0.0], 'load_score': 10.0 * layer + it, 'bias_min': -0.01 * it, 'bias_max': 0.02 * it, 'entropy': 1.2, 'dropped': 0} for layer in (1, 2)]
+    return record(it, moe={'load_score': 15.0 + it, 'aux_loss': 1.1, 'z_loss': 2.0, 'layers': layers})
+
+
+def test_experts_and_tasks_have_panels(tmp_path):
+    tasks = {'hellaswag': {'acc': 0.2, 'acc_norm': 0.25, 'items': 8}, 'piqa': {'acc': 0.5, 'acc_norm': 0.6, 'items': 8}}
+    run = load_run([write_jsonl(tmp_path / 'moe', [routed(1), routed(2), {**evaluation(2, 3.0), 'tasks': tasks}, routed(3)])])
+    figure = plot_single_run.draw_run(run)
+    load, shares, router, scores = (axes_named(figure, title) for title in ('Experts: load score (0 tokens dropped)', 'Experts: share of the tokens at iteration 3',
+                                                                            'Experts: balancing bias', 'Multiple-choice tasks'))
+    assert line(load, 'mean').get_ydata().tolist() == [16, 17, 18] and len(load.lines) == 3
+    assert np.allclose(shares.images[0].get_array(), [[2, 1, 1, 0]] * 2) and [label.get_text() for label in shares.get_yticklabels()] == ['1', '2']
+    assert router.get_ylim()[0] <= -0.03 and router.get_ylim()[1] >= 0.06
+    assert line(scores, 'piqa').get_ydata().tolist() == [60.0] and line(scores, 'hellaswag').get_ydata().tolist() == [25.0]
+    plain = load_run([write_jsonl(tmp_path / 'dense', [record(1), record(2)])])
+    assert not any('Experts' in axes.get_title(loc='left') or 'tasks' in axes.get_title(loc='left') for axes in plot_single_run.draw_run(plain).axes)
+
+
+def result(folder, step, loss, **tasks):
+    folder.mkdir(exist_ok=True)
+    name = 'evaluation.json' if step is None else f'evaluation_{step:08d}.json'
+    (folder / name).write_text(json.dumps({'model': 'x', 'step': step, 'architecture': '2L', 'loss': {'dataset': 'text', 'split': 'val', 'loss': loss, 'bits_per_byte': loss / 2},
+                                           'tasks': {name: {'acc': 0.1, 'acc_norm': acc, 'items': 9} for name, acc in tasks.items()}}))
+    return folder / name
+
+
+def test_evaluations_are_drawn_along_steps_and_beside_each_other(tmp_path, capsys):
+    import compare_evaluations
+    result(tmp_path / 'a', 100, 4.0, piqa=0.5)
+    result(tmp_path / 'a', 200, 3.0, piqa=0.75)
+    other = result(tmp_path / 'b', None, 2.5)
+    compare_evaluations.main([str(tmp_path / 'a'), str(other), '--output', str(tmp_path / 'x.png')])
+    out = capsys.readouterr().out
+    assert out.count('\n') == 5 and (tmp_path / 'x.png').stat().st_size > 10000
+    rows = [row.split() for row in out.splitlines()]
+    assert rows[1][:2] == ['a', '100'] and rows[2][-1] == '75' and rows[3][0] == 'b' and rows[3][-1] == '-'
+    figure = compare_evaluations.draw([compare_evaluations.load(tmp_path / 'a'), compare_evaluations.load(other)])
+    assert line(axes_named(figure, 'piqa'), 'a').get_ydata().tolist() == [50.0, 75.0] and line(axes_named(figure, 'text val: loss'), 'b').get_ydata().tolist() == [2.5]
+    bars = compare_evaluations.draw([compare_evaluations.load(tmp_path / 'a' / 'evaluation_00000200.json'), compare_evaluations.load(other)])
+    assert [patch.get_width() for patch in axes_named(bars, 'text val: loss').patches] == [3.0, 2.5]
+    for args, message in (([str(tmp_path)], 'holds no evaluation*.json: run python evaluate.py'), ([str(tmp_path / 'x.png')], 'is not a result of evaluate.py')):
+        with pytest.raises(SystemExit) as stopped:
+            compare_evaluations.main(args)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -21,12 +21,14 @@ import time
 import numpy as np
 import torch
 
+from data.tokenfile import read_meta
+from data.tokenizer import tokenizer_of
 from engine import parallel, tasks
 from engine.configurator import ConfigError
 from engine.loader import check_fit, open_dataset
 from engine.logger import now
 from engine.loss import IGNORE
-from generation import cache_for, generate
+from generation import cache_for, check_prompts, generate
 from sample import ROOT, add_model_arguments, ids_of, load
 
 
@@ -67,33 +69,83 @@ def run(args):
     dataset = args.dataset or state and state['config']['dataset']
     if not args.no_loss and not dataset:
         raise ConfigError('a Hugging Face folder names no data set: give --dataset, or --no_loss')
+    if not args.no_loss:
+        check_tokenizer(dataset, tokenizer)
+    wanted = tasks.encode(wanted, tokenizer, model.config.block_size)
+    prompt_ids = [ids_of(prompt, tokenizer) for prompt in prompts]
+    check_prompts(prompt_ids, model)
+    path = place_of_results(args, state)
     say = print if world.main else (lambda *words: None)
     say(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters, {world.size} process{"es" * (world.size > 1)}')
-    results = {'model': source, 'step': state and state['step'], 'time': now(), 'architecture': model.config.describe(), 'parameters': model.parameter_counts()['total']}
+    results = {'model': source, 'weights': identity(source, state), 'step': state and state['step'], 'time': now(), 'architecture': model.config.describe(),
+               'parameters': model.parameter_counts()['total']}
+
+    def keep():
+        if world.main:
+            record(path, results)
     with torch.no_grad(), autocast:
         if not args.no_loss:
             results['loss'] = losses(model, dataset, args, tokenizer, world)
             found = results['loss']
             say(f"{found['dataset']} {found['split']}, {found['tokens']:,} tokens: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
                 + (f", {found['bits_per_byte']:.4f} bits per byte" if found['bits_per_byte'] else '') + f" ({found['seconds']:.1f} s)")
+            keep()
         if wanted:
-            results['tasks'] = tasks.evaluate(wanted, model, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, model.config.block_size, args.batch_size, world.device,
-                                              lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size)
+            results['tasks'] = tasks.evaluate(wanted, model, args.batch_size, world.device, lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size)
             for name, found in results['tasks'].items():
                 say(f"{name}: acc {100 * found['acc']:.2f} %, acc_norm {100 * found['acc_norm']:.2f} % of {found['items']} items")
+            keep()
         if args.speed:
             results['speed'] = speed(model, world.device)
             say('batch  length   reading tokens/s   writing tokens/s')
             for row in results['speed']:
                 say(f"{row['batch']:5d}  {row['length']:6d}  {row['prefill_tokens_per_s']:17,.0f}  {row['decode_tokens_per_s']:17,.0f}")
+            keep()
         if prompts:
-            written = generate(model, [ids_of(prompt, tokenizer) for prompt in prompts], args.max_new_tokens, temperature=0, stop_ids={tokenizer.eot_id} - {None})
+            written = generate(model, prompt_ids, args.max_new_tokens, temperature=0, stop_ids={tokenizer.eot_id} - {None})
             results['written'] = [{'prompt': prompt, 'text': tokenizer.decode(ids)} for prompt, ids in zip(prompts, written)]
             for row in results['written']:
                 say(f"---- {row['prompt']}\n{row['prompt']}{row['text']}")
-    if world.main:
-        say(f'wrote {record(args, results)}')
+            keep()
+    keep()
+    say(f'wrote {path}')
     return 0
+
+
+def check_tokenizer(dataset, tokenizer):
+    """Raise ConfigError if the data set was made with another tokenizer than the model's."""
+    folder = os.path.join(ROOT, 'data', dataset)
+    meta = read_meta(folder)
+    if not meta:
+        return  # open_dataset() says what is missing; nanoGPT's old sets state nothing
+    theirs, probe = tokenizer_of(folder, meta), 'def f(x):\n    return "Zürich", 3.14  # the quick brown fox'
+    try:
+        same = theirs.vocab_size == tokenizer.vocab_size and theirs.encode(probe).tolist() == tokenizer.encode(probe).tolist()
+    except ValueError:  # characters that one of them does not know
+        same = getattr(theirs, 'stoi', None) == getattr(tokenizer, 'stoi', None)
+    if not same:
+        raise ConfigError(f'the data set {dataset} was made with another tokenizer than the model: prepare it with the model\'s (--tokenizer FOLDER), or give another --dataset')
+
+
+def place_of_results(args, state):
+    """The file of the results; its folder exists and can be written to, or ConfigError."""
+    path = args.json or (os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json') if args.hf else os.path.join(args.out_dir, f"evaluation_{state['step']:08d}.json"))
+    folder = os.path.dirname(path) or '.'
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f'{folder} cannot be made ({error.strerror}): give another --json') from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f'{folder} cannot be written to: give another --json')
+    return path
+
+
+def identity(source, state):
+    """A text that is another one for other weights at the same place."""
+    if state:
+        return f"{state['run_name']} step {state['step']} {state['time']}"
+    files = sorted(name for name in os.listdir(source) if name.endswith('.safetensors'))
+    return ' '.join(f'{name} {os.stat(os.path.join(source, name)).st_size} {os.stat(os.path.join(source, name)).st_mtime_ns}' for name in files)
 
 
 def losses(model, dataset, args, tokenizer, world):
@@ -155,9 +207,8 @@ def synchronised(device):
     return time.perf_counter()
 
 
-def record(args, results):
-    """Add `results` to the JSON file of this checkpoint; what was measured before and not now stays. Returns its path."""
-    path = args.json or (os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json') if args.hf else os.path.join(args.out_dir, f"evaluation_{results['step']:08d}.json"))
+def record(path, results):
+    """Add `results` to the JSON file of this checkpoint; what was measured of the same weights before and not now stays."""
     before = {}
     if os.path.isfile(path):
         try:
@@ -165,12 +216,11 @@ def record(args, results):
                 before = json.load(f)
         except ValueError:
             pass  # half-written by something else: made anew
-    if before.get('model') == results['model']:
+    if before.get('weights') == results['weights']:
         results = {**before, **results, 'tasks': {**before.get('tasks', {}), **results.get('tasks', {})}}
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         json.dump(results, f, indent=2)
     os.replace(path + '.tmp', path)
-    return path
 
 
 if __name__ == '__main__':

@@ -8,9 +8,10 @@ from engine.cache import Cache
 from engine.configurator import ConfigError
 
 
-def cache_for(model, batch, size, dtype=None, padding=None, static=False):
-    """An engine.cache.Cache for `batch` rows of up to `size` tokens of `model`. dtype: of its matmuls; None: float32, or autocast's."""
-    c, device = model.config, model.transformer.wte.weight.device
+def cache_for(model, batch, size, dtype=None, padding=None, static=False, device=None):
+    """An engine.cache.Cache for `batch` rows of up to `size` tokens of `model`. dtype: of its matmuls; None: float32, or autocast's. device: where it
+    computes, None: where its parameters are."""
+    c, device = model.config, device or model.transformer.wte.weight.device
     if dtype is None:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     return Cache(c.windows, batch, c.num_key_value_heads, c.head_dim, size, device, dtype, padding, static)
@@ -51,14 +52,14 @@ def check_prompts(prompts, model):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=(), generator=None,
-             cached=True, compiled=False, on_tokens=None, interrupted=lambda: False):
+             cached=True, compiled=False, device=None, on_tokens=None, interrupted=lambda: False):
     """Continue each of `prompts` (lists of token ids, not empty, at most block_size long) by up to max_new_tokens tokens; returns the new ids, a list for each.
 
     temperature 0 takes the most likely token. A row ends with the first of stop_ids, which is part of it; the loop ends when all rows have or
     interrupted() is true. on_tokens(ids, alive): called with each token of all rows (lists of int and bool). When the context is full, its older half
-    is forgotten. cached=False computes all tokens anew for each one, with the same result; compiled: torch.compile decoding (CUDA graphs on a GPU).
+    is forgotten. cached=False computes all tokens anew for each one, with the same result; compiled: torch.compile decoding (CUDA graphs on a GPU); device: where the model computes, if its parameters lie elsewhere.
     """
-    c, device = model.config, model.transformer.wte.weight.device
+    c, device = model.config, device or model.transformer.wte.weight.device
     check_prompts(prompts, model)
     by_length = c.rope_scaling == 'dynamic' and max(map(len, prompts)) + max_new_tokens > c.rope_original_block_size  # every key turns anew with the length of its row
     cached = cached and not by_length
@@ -80,16 +81,16 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
                 break
             widest = max(len(row) - begin for row, begin in zip(rows, begins))
             if widest > c.block_size:
-                begins = [max(begin, len(row) - max(1, c.block_size // 2)) for row, begin in zip(rows, begins)]
+                begins = [len(row) - max(1, c.block_size // 2) if len(row) - begin > c.block_size else begin for row, begin in zip(rows, begins)]
                 widest, read = max(len(row) - begin for row, begin in zip(rows, begins)), None
             if by_length:
-                logits = torch.cat([_read(model, torch.tensor([row[begin:]], device=device), cache_for(model, 1, len(row) - begin)) for row, begin in zip(rows, begins)])
+                logits = torch.cat([_read(model, torch.tensor([row[begin:]], device=device), cache_for(model, 1, len(row) - begin, device=device)) for row, begin in zip(rows, begins)])
             elif read is None:
                 padding = torch.tensor([widest - len(row) + begin for row, begin in zip(rows, begins)], device=device)
                 idx = torch.tensor([[0] * (widest - len(row) + begin) + row[begin:] for row, begin in zip(rows, begins)], device=device)
                 padding = padding if padding.any() else None
                 room = min(c.block_size, widest + max_new_tokens)
-                read = cache_for(model, len(rows), room if cached else widest, padding=padding, static=compiled and cached)
+                read = cache_for(model, len(rows), room if cached else widest, padding=padding, static=compiled and cached, device=device)
                 logits = _read(model, idx, read)
             else:
                 logits = decode(model, torch.tensor([[row[-1]] for row in rows], device=device), read)

@@ -12,7 +12,7 @@ import torch
 
 from engine import rope
 from engine.configurator import ConfigError
-from model import ModelConfig
+from presets import ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
 _DEFAULT_THETA = {'llama': 10000.0, 'mistral': 10000.0, 'qwen3': 1000000.0, 'gpt_neox': 10000.0, 'mixtral': 1000000.0, 'qwen3_moe': 1000000.0, 'gpt_oss': 150000.0, 'glm4_moe': 10000.0}
@@ -38,7 +38,7 @@ def fetch(source):
     except ImportError:
         raise ConfigError(f'init_from={source!r} needs the package huggingface_hub: pip install huggingface_hub, or give a local folder') from None
     try:
-        return snapshot_download(source, allow_patterns=['*.safetensors', '*.json', 'tokenizer*', '*.txt'])
+        return snapshot_download(source, allow_patterns=['*.safetensors', '*.json', 'tokenizer*', '*.txt'], ignore_patterns=['consolidated*', 'original/*', 'metal/*'])
     except Exception as error:  # the hub's own errors, and any of the network's
         raise ConfigError(f'init_from={source!r} is no local folder and could not be fetched from the hub '
                           f'({type(error).__name__}): give a folder with config.json and safetensors files') from None
@@ -68,6 +68,8 @@ def _settings_of(hf, folder):
 
     def refuse(what):
         raise ConfigError(f'{folder}: {what}')
+    if hf.get('quantization_config'):
+        refuse('its weights are quantised, which are not read: load it with transformers, dequantise it and save_pretrained() it')
     if kind == 'gpt2':
         if hf.get('scale_attn_by_inverse_layer_idx') or not hf.get('scale_attn_weights', True):
             refuse('GPT-2 with another scaling of attention is not supported')
@@ -353,7 +355,7 @@ def weights(folder, config):
     missing or left over.
     """
     from safetensors import SafetensorError, safe_open
-    files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
+    files = sorted(f for f in os.listdir(folder) if re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors', f)) or sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
     if not files:
         raise ConfigError(f'{folder} has no .safetensors file (weights in other formats are not read)')
     holder = {}

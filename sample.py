@@ -24,7 +24,8 @@ from engine import checkpoint, experts, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError
 from generation import check_prompts, generate
-from model import Model, resolve_shape
+from model import Model
+from presets import resolve_shape
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -58,10 +59,10 @@ def load_run(out_dir, step, device, dtype, changes=None):
     and rope_scaling."""
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
-    model = build(longer(config, changes), device, dtype, config['attention_backend'])
-    checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
     folder = os.path.join(ROOT, 'data', config['dataset'])
     meta = read_meta(folder)
+    model = build(longer(config, changes), device, dtype, config['attention_backend'], meta.get('eot_id') if config.get('document_mask') else None)
+    checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
     if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
         print(f'Note: {folder} is not the data that this model was trained with; the text is nonsense if its tokenizer is another', file=sys.stderr)
     return model, tokenizer_of(folder, meta), path, state
@@ -81,18 +82,19 @@ def longer(settings, changes):
     shape = resolve_shape(settings)
     if not changes:
         return shape
-    if shape.position_encoding == 'learned_absolute' and changes.get('block_size', 0) > shape.block_size:
-        raise ConfigError(f"--block_size={changes['block_size']}: this model learned {shape.block_size} positions and has no others")
+    if shape.position_encoding == 'learned_absolute' and changes.get('block_size', shape.block_size) != shape.block_size:
+        raise ConfigError(f"--block_size={changes['block_size']}: this model learned {shape.block_size} positions, no more and no fewer")
+    if 'rope_factor' in changes and changes.get('rope_scaling', shape.rope_scaling) == 'none':
+        raise ConfigError(f"--rope_factor={changes['rope_factor']:g} needs a --rope_scaling, such as yarn")
     if changes.get('rope_scaling', 'none') != 'none':
-        original = shape.rope_original_block_size
-        changes = {'rope_original_block_size': original, 'rope_factor': max(1.0, changes.get('block_size', shape.block_size) / original), **changes}
+        changes = {'rope_original_block_size': shape.rope_original_block_size, 'rope_factor': None, **changes}
     return resolve_shape({**settings, **changes})
 
 
-def build(shape, device, dtype, backend):
-    backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim, window=any(shape.windows), sinks=shape.attention_sinks)
-    dispatch, _ = experts.choose_dispatch('grouped', (shape.n_embd, shape.expert_d_ff), dtype)
-    return Model.on_meta(shape, backend, dispatch=dispatch).allocate(device).eval()
+def build(shape, device, dtype, backend, document_end=None):
+    backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim, window=any(shape.windows), documents=document_end is not None, sinks=shape.attention_sinks)
+    dispatch, _ = experts.choose_dispatch('grouped', (shape.n_embd, shape.expert_d_ff), dtype, device.type)
+    return Model.on_meta(shape, backend, dispatch=dispatch, document_end=document_end).allocate(device).eval()
 
 
 def add_model_arguments(parser):
@@ -173,7 +175,7 @@ def run(args):
                                   top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty, generator=generator, compiled=args.compile)
 
     if args.interactive:
-        return talk(write, tokenizer, model.config.block_size - args.max_new_tokens, ''.join(args.start and starts or []))
+        return talk(write, tokenizer, model.config.block_size, args.max_new_tokens, ''.join(args.start and starts or []))
     prompts = [ids_of(start, tokenizer) for start in starts for _ in range(args.num_samples)]
     check_prompts(prompts, model)
     print(starts[0], end='', flush=True)
@@ -229,10 +231,11 @@ def continue_texts(model, tokenizer, prompts, max_new_tokens, *, stop=(), ignore
     return texts
 
 
-def talk(write, tokenizer, room, history):
+def talk(write, tokenizer, context, max_new_tokens, history):
     """Answer prompts from standard input until it ends."""
+    room = context - max_new_tokens
     if room < 1:
-        raise ConfigError(f'--max_new_tokens leaves no room for a prompt: type --max_new_tokens={max(1, room - 1)} or less')
+        raise ConfigError(f'--max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens: type --max_new_tokens={context // 2}')
     print('Type a prompt and Enter; the model goes on from all that stands above. An empty line forgets it. Ctrl-D ends.\n')
     while True:
         try:

@@ -22,7 +22,8 @@ sys.path.insert(0, ROOT)
 
 from engine import optim, parallel  # noqa: E402
 from engine.saver import Saver  # noqa: E402
-from model import Model, resolve_shape  # noqa: E402
+from model import Model  # noqa: E402
+from presets import resolve_shape  # noqa: E402
 from train import checkpoint_tensors  # noqa: E402
 
 

@@ -12,7 +12,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 
 from engine import parallel  # noqa: E402
-from model import Model, resolve_shape  # noqa: E402
+from model import Model  # noqa: E402
+from presets import resolve_shape  # noqa: E402
 
 
 def main():

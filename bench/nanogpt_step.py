@@ -21,7 +21,8 @@ sys.path.insert(0, ROOT)
 
 from engine import optim, parallel  # noqa: E402
 from engine.loader import TrainLoader, WindowOrder, evaluation_batches, open_dataset  # noqa: E402
-from model import Model, resolve_shape  # noqa: E402
+from model import Model  # noqa: E402
+from presets import resolve_shape  # noqa: E402
 
 T, B = 64, 12
 SHAPE = resolve_shape(dict(arch_preset='gpt2', n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=65, activation='gelu'))

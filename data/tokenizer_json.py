@@ -94,7 +94,7 @@ def _last_merge(token, ranks, rank):
 
 def _of_sentencepiece(tokenizer):
     """(tokenizers.Tokenizer, its eos piece) of a sentencepiece model, unigram or BPE, with its bytes for what it does not know."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     scores = [processor.get_score(i) for i in range(tokenizer.vocab_size)]

@@ -14,15 +14,17 @@ _grouped_mm = getattr(F, 'grouped_mm', None) or getattr(torch, '_grouped_mm', No
 STATISTICS = 3  # columns behind the counts in what Router gives for a layer: entropy, auxiliary loss, z-loss
 
 
-def choose_dispatch(requested, widths, dtype):
+def choose_dispatch(requested, widths, dtype, device_type):
     """(dispatch, reason): 'grouped' or 'loop', and why not the requested one, or None.
 
-    widths: inner sizes of the matmuls, whose rows must be multiples of 16 bytes; dtype: torch dtype of the matmuls.
+    widths: inner sizes of the matmuls, whose rows must be multiples of 16 bytes; dtype: torch dtype of the matmuls; device_type: 'cpu' | 'cuda'.
     """
     if requested == 'loop':
         return 'loop', None
     if _grouped_mm is None:
         return 'loop', 'this torch has no grouped matmul'
+    if device_type == 'cuda' and dtype != torch.bfloat16:
+        return 'loop', f'its matmuls want bfloat16 on a GPU, not {str(dtype).removeprefix("torch.")}'
     multiple = 128 // torch.finfo(dtype).bits
     odd = [width for width in widths if width % multiple]
     if odd:

@@ -258,8 +258,8 @@ def scalars(kind, record):
     flat = {}
 
     def walk(prefix, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
+        if isinstance(value, (dict, list)):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 walk(f'{prefix}/{key}', inner)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[prefix] = value

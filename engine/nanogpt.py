@@ -70,7 +70,8 @@ def _descendant(content):
     kv_heads = (model['transformer.h.0.attn.c_attn.weight'].size(0) // head_dim - args['n_head']) // 2
     if 'transformer.wpe.weight' not in model and args.get('position_encoding', 'rope') == 'rope':
         # neighbours (2i, 2i + 1) become halves (i, i + d/2), in each head of q and k
-        order = torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+        turned = int(head_dim * args.get('rotary_pct', 1.0))
+        order = torch.cat([torch.arange(0, turned, 2), torch.arange(1, turned, 2), torch.arange(turned, head_dim)])
         heads = args['n_head'] + kv_heads
         rows = torch.cat([(torch.arange(heads)[:, None] * head_dim + order).flatten(), torch.arange(heads * head_dim, (heads + kv_heads) * head_dim)])
         for name in model:
@@ -84,5 +85,6 @@ def _descendant(content):
                  d_ff=model['transformer.h.0.mlp.c_proj.weight'].size(1),
                  ffn_type='standard' if model['transformer.h.0.mlp.c_fc.weight'].size(0) == model['transformer.h.0.mlp.c_proj.weight'].size(1) else 'swiglu',
                  position_encoding='learned_absolute' if 'transformer.wpe.weight' in model else args.get('position_encoding', 'rope'))
+    shape['rotary_pct'] = args.get('rotary_pct', 1.0)
     known = {key: value for key, value in args.items() if value is not None and key not in ('dtype', 'compile', 'intermediate_size')}
     return {'model': model, 'optimizer': {}, 'config': {**known, **shape}, 'step': content['iter_num'], 'best_val_loss': float(content['best_val_loss'])}

@@ -70,7 +70,7 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
         f'Vocab: {c.vocab_size}' + (f' ({family})' if family else '') + (', tied to the head' if c.weight_tying else ''),
         *([f'Experts: {c.num_experts} of width {c.expert_d_ff}, {c.num_experts_per_tok} per token' + (f' and {c.num_shared_experts} shared' if c.num_shared_experts else '')
            + (f', {c.topk_groups} of {c.n_groups} groups' if c.topk_groups < c.n_groups else '') + f', {c.score_function} affinities' + (f' x {c.route_scale:g}' if c.route_scale != 1 else '')
-           + (f'; the first {c.n_dense_layers} layers are dense' if c.n_dense_layers else '') + f'; dispatch: {c.expert_dispatch}, none dropped; balancing bias moves by {c.balance_rate:g}'
+           + (f'; the first {c.n_dense_layers} layers are dense' if c.n_dense_layers else '') + f'; none dropped; balancing bias moves by {c.balance_rate:g}'
            + (f', auxiliary loss x {c.aux_loss_weight:g}' if c.aux_loss_weight else '') + (f', z-loss x {c.z_loss_weight:g}' if c.z_loss_weight else '')] if c.num_experts else []),
         f"Parameters: {size_of(total)} ({total:,}; {counts['non_embedding_params']:,} without embeddings)"
         + (f", {size_of(counts['active_params'])} active ({counts['active_params']:,})" if c.num_experts else ''),

@@ -8,6 +8,7 @@
 
 `acc` counts the questions whose right answer has the highest log-likelihood, `acc_norm` the same divided by its number of characters.
 """
+import hashlib
 import json
 import os
 import re
@@ -96,6 +97,21 @@ def _lines_of_hub(name):
         raise ConfigError(f'the task {name} could not be fetched from the hub ({repository}, {type(error).__name__}): give a file, {name}:FILE.jsonl') from None
 
 
+def encode(tasks, tokenizer, context):
+    """{name: (items, requests())} of load_tasks()'s. Raises ConfigError for text that the tokenizer does not know."""
+    try:
+        return {name: (items, requests(items, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, context)) for name, items in tasks.items()}
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f'the tasks {", ".join(tasks)} cannot be asked with this tokenizer: {error}') from None
+
+
+def fingerprint(encoded):
+    """A short text that is the same for the same encode()d tasks."""
+    return hashlib.sha256(repr({name: made for name, (_, made) in encoded.items()}).encode()).hexdigest()[:16]
+
+
 def requests(items, encode, start, context):
     """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of which the last n are the answer's.
 
@@ -158,11 +174,10 @@ def score(items, values):
     return {'acc': right / len(items), 'acc_norm': right_norm / len(items), 'items': len(items)}
 
 
-def evaluate(tasks, logits_of, encode, start, context, batch_size, device, total=lambda values: values, rank=0, size=1, interrupted=lambda: False):
-    """{name: score()} of load_tasks()'s; total: sums a tensor over the ranks. None if interrupted() became true."""
+def evaluate(encoded, logits_of, batch_size, device, total=lambda values: values, rank=0, size=1, interrupted=lambda: False):
+    """{name: score()} of encode()'s; total: sums a tensor over the ranks. None if interrupted() became true."""
     results = {}
-    for name, items in tasks.items():
-        made = requests(items, encode, start, context)
+    for name, (items, made) in encoded.items():
         mine = log_likelihoods(logits_of, made, batch_size, device, rank, size, interrupted)
         if mine is None:
             return None

@@ -46,7 +46,7 @@ def values(results):
     if loss:
         found[f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss['split']}: loss"] = loss['loss']
         if loss.get('bits_per_byte'):
-            found['bits per byte'] = loss['bits_per_byte']
+            found[f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss['split']}: bits per byte"] = loss['bits_per_byte']
     return {**found, **{f'{name} (%)': 100 * score['acc_norm'] for name, score in tasks.items()}}
 
 
@@ -77,7 +77,8 @@ def draw(models):
                 axes.invert_yaxis()
                 axes.margins(x=0.12)
         if along_steps:
-            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=min(len(models), 4))
+            named = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
+            figure.legend(named.values(), named.keys(), loc='outside upper center', ncols=min(len(models), 4))
     return figure
 
 

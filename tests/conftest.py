@@ -16,7 +16,8 @@ sys.path.insert(0, ROOT)
 
 from data.tokenfile import TokenFileWriter  # noqa: E402
 from engine import checkpoint  # noqa: E402
-from model import Model, resolve_shape  # noqa: E402
+from model import Model  # noqa: E402
+from presets import resolve_shape  # noqa: E402
 
 torch.set_num_threads(2)
 TEXT = 'the quick brown fox jumps over the lazy dog; 0123456789 sphinx of black quartz, judge my vow!\n'

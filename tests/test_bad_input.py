@@ -74,7 +74,8 @@ def test_out_dir_that_cannot_be_a_folder(dataset, tmp_path, capsys):
 
 def test_preset_that_contradicts_the_weights(dataset, tmp_path, capsys):
     import huggingface
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     model = Model(resolve_shape(dict(arch_preset='gpt2', n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=80, bias=True)))
     huggingface.write(str(tmp_path / 'hf'), model.config, model.state_dict())
     code = trainer.main([f"--init_from={tmp_path / 'hf'}", '--arch_preset=llama', f'--dataset={dataset}', f"--out_dir={tmp_path / 'out'}", '--device=cpu'])

@@ -72,7 +72,8 @@ def project(tmp_path_factory):
                                                               initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     sys.path.insert(0, ROOT)
     import huggingface
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     model = Model(resolve_shape(dict(arch_preset='llama', n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=300)))
     model.init_weights(0)
     for name in ('llama2_tokenizer', 'path/to/folder'):

@@ -5,7 +5,8 @@ from conftest import TEXT, losses, write_dataset
 from test_attention import inputs
 
 from engine.attention import attention, choose_backend, visible
-from model import Model, documents_of, resolve_shape
+from model import Model, documents_of
+from presets import resolve_shape
 
 END = 7
 

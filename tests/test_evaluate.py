@@ -93,7 +93,7 @@ def test_scores_are_those_of_lm_eval(trained, tmp_path, monkeypatch, capsys):
     # and each log-likelihood
     loaded, tokenizer, _, _ = sample.load_run(str(trained / 'run'), None, torch.device('cpu'), torch.float32)
     for name, items in tasks.load_tasks(WORDS).items():
-        made = tasks.requests(items, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, 64)
+        made = tasks.encode({name: items}, tokenizer, 64)[name][1]
         mine = tasks.log_likelihoods(loaded, made, 4, torch.device('cpu'))
         sampled = sorted(theirs['samples'][f'local_{name}'], key=lambda s: s['doc_id'])
         expected = [float(answer[0]) for s in sampled for answer in s['filtered_resps']]
@@ -140,6 +140,43 @@ def test_bad_input_is_told(trained, capsys, args, message):
     assert evaluate.main([f'--out_dir={trained}/run', '--device=cpu', *args]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count('\n') == 1
+
+
+def test_documents_are_kept_apart_if_they_were_in_training(trained, tmp_path):
+    assert run_train(f'{trained}/data', tmp_path / 'run', '--max_iters=30', '--eval_interval=30', '--arch_preset=llama', '--block_size=64', '--document_mask=True', '--eval_iters=100000') == 0
+    from conftest import records
+    assert evaluate.main([f'--out_dir={tmp_path}/run', '--device=cpu', f'--json={tmp_path}/x.json']) == 0
+    model, _, _, _ = sample.load_run(str(tmp_path / 'run'), None, torch.device('cpu'), torch.float32)
+    assert model.document_end is not None
+    found, logged = json.loads((tmp_path / 'x.json').read_text())['loss']['loss'], records(tmp_path / 'run', 'eval')[-1]['val_loss']
+    assert found == pytest.approx(logged, abs=0.02)  # the last window, which is shorter, is not in the run's
+
+
+def test_results_are_kept_for_the_same_weights_only(trained, tmp_path, capsys):
+    assert export.main([f'--out_dir={trained}/run', f'--to={tmp_path}/hf', '--no_check']) == 0
+    common = ['--device=cpu', f'--tasks=piqa:{FILES["piqa"]}']
+    assert evaluate.main([f'--hf={tmp_path}/hf', *common, '--no_loss']) == 0
+    assert evaluate.main([f'--hf={tmp_path}/hf/', '--device=cpu', f'--dataset={trained}/data', '--tokens=100']) == 0
+    found = json.loads((tmp_path / 'hf' / 'evaluation.json').read_text())
+    assert found['tasks']['piqa']['items'] == 6 and found['loss']['tokens'] == 99
+    assert export.main([f'--out_dir={trained}/run', f'--to={tmp_path}/hf', '--no_check', '--step=75']) == 0
+    assert evaluate.main([f'--hf={tmp_path}/hf', *common, '--no_loss']) == 0
+    assert 'loss' not in json.loads((tmp_path / 'hf' / 'evaluation.json').read_text())
+    assert evaluate.main([f'--out_dir={trained}/run', *common, '--no_loss', f'--json={tmp_path}/new/folder/x.json']) == 0 and (tmp_path / 'new' / 'folder' / 'x.json').exists()
+
+
+def test_data_of_another_tokenizer_and_tasks_it_cannot_spell(trained, dataset, tmp_path, capsys):
+    assert evaluate.main([f'--out_dir={trained}/run', '--device=cpu', f'--dataset={dataset}']) == 2
+    assert 'was made with another tokenizer than the model' in capsys.readouterr().err
+    for more in ([], ['--eval_only=True', '--init_from=resume']):
+        if more:
+            assert run_train(dataset, tmp_path / 'run', '--max_iters=2', '--eval_interval=2') == 0
+            capsys.readouterr()
+        assert run_train(dataset, tmp_path / 'run', '--max_iters=2', f'--eval_tasks=piqa:{FILES["piqa"]}', *more) == 2
+        assert 'the tasks piqa cannot be asked with this tokenizer: the character' in capsys.readouterr().err
+    assert run_train(f'{trained}/data', trained / 'run', '--init_from=resume', '--eval_only=True', '--max_iters=150', '--arch_preset=llama', '--block_size=64', '--n_embd=64',
+                     f'--eval_tasks=piqa:{FILES["piqa"]}') == 0
+    assert ', piqa ' in capsys.readouterr().out
 
 
 def test_hub_that_cannot_be_reached(monkeypatch):

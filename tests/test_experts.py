@@ -7,7 +7,8 @@ from conftest import equal, losses, records, torchrun, weights
 from test_layouts import LAYOUTS, arguments, close, run
 
 from engine import experts
-from model import Model, resolve_shape
+from model import Model
+from presets import resolve_shape
 
 MOE = ['--arch_preset=moe', '--num_experts=4', '--expert_d_ff=32', '--n_dense_layers=1', '--n_layer=3', '--balance_rate=0.01']
 
@@ -50,10 +51,11 @@ def test_autocast_reaches_the_grouped_matmuls():
 
 
 def test_dispatch_falls_back_with_its_reason():
-    assert experts.choose_dispatch('grouped', (64, 36), torch.float32) == ('grouped', None)
-    assert experts.choose_dispatch('loop', (64, 36), torch.float32) == ('loop', None)
-    dispatch, reason = experts.choose_dispatch('grouped', (64, 36), torch.bfloat16)
+    assert experts.choose_dispatch('grouped', (64, 36), torch.float32, 'cpu') == ('grouped', None)
+    assert experts.choose_dispatch('loop', (64, 36), torch.float32, 'cpu') == ('loop', None)
+    dispatch, reason = experts.choose_dispatch('grouped', (64, 36), torch.bfloat16, 'cpu')
     assert dispatch == 'loop' and 'multiples of 8 in bfloat16, not 36' in reason
+    assert 'want bfloat16 on a GPU, not float32' in experts.choose_dispatch('grouped', (64, 64), torch.float32, 'cuda')[1]
 
 
 def by_hand(logits, bias, top_k, score_function, n_groups, topk_groups, norm_topk_prob, route_scale):

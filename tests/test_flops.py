@@ -4,7 +4,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.flops import peak_flops, utilisation
-from model import Experts, Model, resolve_shape
+from model import Experts, Model
+from presets import resolve_shape
 
 FAMILIES = [dict(arch_preset='gpt2'), dict(arch_preset='gpt2', bias=True, weight_tying=False), dict(arch_preset='llama'),
             dict(arch_preset='llama3', num_key_value_heads=2), dict(arch_preset='qwen3', num_key_value_heads=1, head_dim=24), dict(arch_preset='neox'),

@@ -4,7 +4,8 @@ import torch
 
 from engine.configurator import ConfigError
 from generation import generate, likely, penalised
-from model import Model, resolve_shape
+from model import Model
+from presets import resolve_shape
 
 FAMILIES = {
     'gpt2': dict(arch_preset='gpt2', bias=True), 'llama3': dict(arch_preset='llama3', num_key_value_heads=2), 'qwen3': dict(arch_preset='qwen3', head_dim=10), 'neox': dict(arch_preset='neox'),
@@ -47,6 +48,7 @@ def test_a_full_context_forgets_its_older_half(name):
     model = build(name)
     tokens = generate(model, PROMPTS, 110, temperature=0)
     assert tokens == generate(model, PROMPTS, 110, temperature=0, cached=False)
+    assert tokens == [generate(model, [prompt], 110, temperature=0)[0] for prompt in PROMPTS]  # each row by itself
     row = PROMPTS[2] + tokens[2]
     at = next(n for n in range(len(row)) if n == 49)  # the first read after the context was full: of the last 24
     assert row[at] == model(torch.tensor([row[at - 24:at]]))[0, -1].argmax().item()

@@ -7,7 +7,8 @@ import torch
 
 import huggingface
 from engine.configurator import ConfigError
-from model import Model, resolve_shape
+from model import Model
+from presets import resolve_shape
 
 transformers = pytest.importorskip('transformers')
 SIZES = dict(num_hidden_layers=2, vocab_size=97, max_position_embeddings=32, bos_token_id=0, eos_token_id=0)
@@ -156,6 +157,8 @@ def test_what_cannot_be_computed_is_refused(pair, tmp_path):
         return huggingface.read_settings(str(tmp_path))
     with pytest.raises(ConfigError, match="model_type 'mamba' is not one of"):
         settings(model_type='mamba')
+    with pytest.raises(ConfigError, match='its weights are quantised'):
+        settings(quantization_config={'quant_method': 'mxfp4'})
     with pytest.raises(ConfigError, match='activation'):
         settings(activation_function='swish7', hidden_act='swish7')
     if config['model_type'] != 'gpt2':
@@ -209,6 +212,15 @@ def test_gpt2_is_found_in_the_hubs_cache(tmp_path, monkeypatch, dataset):
     assert code == 0 and 'Architecture: 1L-2H-16D-64ff' in output and 'iter 2: loss' in output, output
     code, output = run_process('train.py', '--init_from=gpt2-xl', f'--out_dir={tmp_path}/out2', *common, env=env)
     assert code == 2 and 'could not be fetched' in output, output
+
+
+def test_a_second_copy_of_the_weights_is_passed_over(pair, tmp_path):
+    import shutil
+    _, folder = pair
+    shutil.copytree(folder, tmp_path / 'both')
+    from safetensors.torch import save_file
+    save_file({'layers.0.attention.wq.weight': torch.zeros(2, 2)}, str(tmp_path / 'both' / 'consolidated.safetensors'))
+    assert load(str(tmp_path / 'both')).config == load(folder).config
 
 
 @pytest.mark.parametrize('kind', ['Llama', 'GPTNeoX'])

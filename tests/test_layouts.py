@@ -9,7 +9,7 @@ from ranks import ranks, train
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor.debug import CommDebugMode
 
-from model import resolve_shape
+from presets import resolve_shape
 
 LAYOUTS = {
     'DDP': [],
@@ -267,7 +267,8 @@ def start_of(settings, options, folder=None):
     import huggingface
     import train as trainer
     from engine import parallel
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     world = parallel.start('cpu')
     parallel.arrange(world, trainer.Config(**options), [])
     model = Model.on_meta(resolve_shape(settings), ring=world.ring)

@@ -16,7 +16,8 @@ def bytes_of_a_rank(options):
     parameters."""
     import train
     from engine import optim, parallel
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     config = train.Config(**{'block_size': 32, **options})
     world = parallel.start('cpu')
     parallel.arrange(world, config, [])
@@ -81,7 +82,8 @@ def kept(activation_checkpointing):
     """Bytes that a forward pass leaves alive for the backward pass."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     model = Model(resolve_shape(dict(arch_preset='llama3', n_layer=6, n_head=4, n_embd=64, num_key_value_heads=2, block_size=128, vocab_size=64)), activation_checkpointing=activation_checkpointing)
     model.init_weights(0)
     x = torch.zeros(2, 128, dtype=torch.int64)

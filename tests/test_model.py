@@ -10,7 +10,8 @@ from conftest import ROOT
 
 from engine.configurator import ConfigError, resolve
 from engine.loss import next_token_loss
-from model import PRESETS, Model, resolve_shape
+from model import Model
+from presets import PRESETS, resolve_shape
 from train import ALIASES, Config
 
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'config', '*.py')))
@@ -67,6 +68,12 @@ def test_a_preset_never_overrides_the_user():
     assert (routed.num_experts, routed.num_experts_per_tok, routed.num_shared_experts, routed.expert_d_ff, routed.n_dense_layers, routed.score_function, routed.n_groups, routed.topk_groups,
             routed.norm_topk_prob, routed.route_scale, routed.windows, routed.attention_sinks, routed.rope_scaling, routed.rope_factor) == (
             6, 1, 0, 9, 2, 'softmax', 3, 1, False, 1.5, [None, 3, None, 3], True, 'linear', 2.0)
+
+
+def test_the_factor_of_a_scaling_is_that_of_the_context():
+    longer = shape(arch_preset='llama', block_size=64, rope_scaling='yarn', rope_original_block_size=16)
+    assert longer.rope_factor == 4.0 and shape(arch_preset='llama', block_size=64, rope_scaling='yarn', rope_original_block_size=16, rope_factor=2.0).rope_factor == 2.0
+    assert shape(arch_preset='gpt_oss').rope_factor == 32.0 and shape(arch_preset='llama').rope_factor == 1.0
 
 
 def test_vocabulary_comes_from_the_user_then_the_data_then_the_preset():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from engine import optim
-from model import Model, resolve_shape
+from model import Model
+from presets import resolve_shape
 
 RATES = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110, decay_lr=True)
 

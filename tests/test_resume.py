@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT, TINY, equal, losses, records, run_process, run_train, start_process, weights
 
 from engine import checkpoint
-from model import Model, resolve_shape
+from model import Model
+from presets import resolve_shape
 
 STEPS = 60
 
@@ -318,7 +319,8 @@ def descendant_logits(w, idx, n_layer, n_head, n_kv, theta):
 def test_ckpt_of_its_descendant_is_imported(train, tmp_path, dataset, capsys):
     """Other names, q and kv apart, interleaved RoPE: the imported model computes what its own did, and trains on from its iteration."""
     from engine import nanogpt
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     sizes = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, num_key_value_heads=2, d_ff=48, norm_eps=1e-5, rope_theta=500.0, vocab_size=41)
     generator = torch.Generator().manual_seed(0)
 

@@ -43,7 +43,8 @@ def test_in_bfloat16_it_is_as_exact_as_bfloat16():
 def saved_bytes(context_parallel):
     """Bytes that one forward pass of a small model keeps for the backward pass, on this rank."""
     import torch.distributed as dist
-    from model import Model, resolve_shape
+    from model import Model
+    from presets import resolve_shape
     shape = resolve_shape(dict(arch_preset='llama3', n_layer=2, n_head=4, n_embd=64, num_key_value_heads=2, block_size=512, vocab_size=64))
     ring = Ring(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), 512, torch.device('cpu')) if context_parallel else None
     model = Model(shape, ring=ring)

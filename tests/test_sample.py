@@ -8,7 +8,8 @@ import huggingface
 import sample
 from engine import checkpoint
 from generation import generate
-from model import PRESETS, Model, resolve_shape
+from model import Model
+from presets import PRESETS, resolve_shape
 
 
 def write(capsys, *args):
@@ -103,6 +104,10 @@ def test_prompts_stops_and_penalties(train, tmp_path, capsys):
     stop = whole[20:23]
     stopped = write(capsys, f'--out_dir={tmp_path}', '--start=the ', '--temperature=0', '--max_new_tokens=40', f'--stop={stop}', '--stop=never there')[1].split('parameters\n\n')[1].split('\n---')[0]
     assert stopped == 'the ' + whole[4:4 + whole[4:].index(stop)]
+    for args, message in ((['--block_size=8'], 'this model learned 16 positions, no more and no fewer'), (['--rope_factor=2'], '--rope_factor=2 needs a --rope_scaling'),
+                          (['--interactive'], 'leaves no room for a prompt in a context of 16 tokens: type --max_new_tokens=8')):
+        code, text = write(capsys, f'--out_dir={tmp_path}', *args)
+        assert code == 2 and message in text
     code, text = write(capsys, f'--out_dir={tmp_path}', f'--start={"the " * 9}')
     assert code == 2 and 'a prompt of 36 tokens: expected 1 to 16, the context of this model' in text
 

@@ -1,0 +1,100 @@
+"""What no run can have, and what other keys make void: told before any work starts."""
+import dataclasses
+import importlib.util
+import sys
+
+from engine import faults, resume
+from engine.configurator import ConfigError
+
+
+def refuse_impossible(c, given, notes):
+    """Raise ConfigError for values that no run can have; note options that this version cannot obey and runs without."""
+    faults.check()
+    for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'max_iters',
+                'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'fsdp_replicas', 'context_parallel', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
+        if getattr(c, key) < 1:
+            raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
+    for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
+        if getattr(c, key) < 0:
+            raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
+    for key in ('checkpoint_interval', 'upload_keep_local', 'eval_tasks_limit'):
+        if getattr(c, key) is not None and getattr(c, key) < 1:
+            raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
+    if c.spike_factor and c.spike_factor <= 1:
+        raise ConfigError(f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the gradient norm), or 0 for off')
+    if c.auto_resume and resume.is_step(c.resume_from):
+        raise ConfigError(f'resume_from={c.resume_from} with auto_resume=True would go back to iteration {c.resume_from} at every start: type --init_from=resume '
+                          f'--resume_from={c.resume_from} once, with --auto_resume=False')
+    if c.upcycle and c.init_from == 'scratch':
+        raise ConfigError('upcycle=True needs --init_from with the Hugging Face folder or id of a dense model (export.py makes one of a run)')
+    if c.timeout_minutes <= 0:
+        raise ConfigError(f'timeout_minutes={c.timeout_minutes} must be above 0')
+    if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
+        raise ConfigError(f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True')
+    if not 0 <= c.dropout < 1:
+        raise ConfigError(f'dropout={c.dropout} must be at least 0 and below 1')
+    for key in ('beta1', 'beta2'):
+        if not 0 <= getattr(c, key) < 1:
+            raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
+    if not 0 <= c.seed < 2**63:
+        raise ConfigError(f'seed={c.seed} must be at least 0 and below 2**63')
+    for key, package in (('wandb_log', 'wandb'), ('tensorboard_log', 'tensorboard')):
+        if getattr(c, key) and package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ConfigError(f'{key}=True needs the package {package}: pip install {package}, or leave it out')
+    if c.decay_lr and c.warmup_iters >= c.max_iters and c.init_from != 'resume':
+        notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
+    if c.decay_lr and c.min_lr > c.learning_rate:
+        notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')
+    if c.use_cuda_graphs:
+        notes.append('use_cuda_graphs=True is not in this version: running without; the results are the same')
+
+
+def end_of_documents(c, meta):
+    """The token after which documents are kept apart. Raises ConfigError where the data set has none."""
+    if meta.get('eot_id') is None:
+        raise ConfigError(f'document_mask=True needs an end-of-text token, and the meta.pkl of {c.dataset} names none: prepare it with a tokenizer that has one, or leave --document_mask out')
+    return meta['eot_id']
+
+
+def refuse_in_parts(c, shape):
+    """Raise ConfigError for what attention and experts cannot do when a sequence is spread over ranks."""
+    for there, key in ((any(shape.windows), 'sliding_window'), (shape.attention_sinks, 'attention_sinks'), (c.document_mask, 'document_mask')):
+        if there:
+            raise ConfigError(f'context_parallel={c.context_parallel} knows plain causal attention only, not {key}: type --context_parallel=1')
+    if shape.num_experts and c.block_size % (2 * c.context_parallel):
+        raise ConfigError(f'a mixture of experts with context_parallel={c.context_parallel} needs a block_size that {2 * c.context_parallel} divides, not {c.block_size}: '
+                          f'type --block_size={-(-c.block_size // (2 * c.context_parallel)) * 2 * c.context_parallel}')
+
+
+def note_without_effect(c, given, shape, notes):
+    """Note the keys that were given and that other keys make void."""
+    defaults = {field.name: field.default for field in dataclasses.fields(c)}
+    for condition, reason, keys in (
+            (not c.use_fsdp, 'without use_fsdp=True', [key for key in defaults if key.startswith('fsdp_')]),
+            (not c.use_dataloader, 'without use_dataloader=True', ('dataloader_num_workers', 'dataloader_prefetch_factor')),
+            (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
+            (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),
+            (not c.upload_to, 'without upload_to', ('upload_keep_local',)), (not c.eval_tasks, 'without eval_tasks', ('eval_tasks_limit',)),
+            (shape.position_encoding != 'rope', f'with position_encoding={shape.position_encoding}', ('rope_theta', 'rotary_pct')),
+            (shape.rope_scaling == 'none', 'without rope_scaling', [key for key in defaults if key.startswith('rope_') and key not in ('rope_theta', 'rope_scaling')]),
+            (not shape.sliding_window, 'without sliding_window', ('window_pattern',)),
+            (not shape.num_experts, 'without num_experts', ('num_experts_per_tok', 'num_shared_experts', 'expert_d_ff', 'n_dense_layers', 'score_function', 'n_groups', 'topk_groups',
+                                                            'norm_topk_prob', 'route_scale', 'balance_rate', 'aux_loss_weight', 'z_loss_weight', 'expert_dispatch'))):
+        # a recipe may name them all, so that one word on the command line turns them on
+        notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key) != defaults[key]]
+
+
+def accumulation_steps(c, world_size):
+    """Micro-steps per iteration on each rank. Raises ConfigError if total_batch_size is no multiple of one micro-step."""
+    if not c.total_batch_size:
+        return c.gradient_accumulation_steps
+    micro_step = c.batch_size * c.block_size * world_size
+    if c.total_batch_size % micro_step:
+        below = c.total_batch_size // micro_step * micro_step
+        near = ' or '.join(str(value) for value in (below, below + micro_step) if value)
+        sizes = [size for size in range(c.batch_size, 0, -1) if c.total_batch_size % (size * c.block_size * world_size) == 0][:1]
+        counts = [str(n) for n in range(1, 2 * world_size) if c.total_batch_size % (c.batch_size * c.block_size * n) == 0]
+        raise ConfigError(f'total_batch_size={c.total_batch_size} is not a multiple of batch_size {c.batch_size} x block_size {c.block_size} x '
+                          f'{world_size} ranks = {micro_step} tokens: type --total_batch_size={near}'
+                          + ''.join(f', or --batch_size={size}' for size in sizes) + (f', or share the sequences of a micro-step among {" or ".join(counts)} ranks' if counts and world_size > 1 else ''))
+    return c.total_batch_size // micro_step

@@ -219,14 +219,14 @@ def test_the_clock_of_max_time_runs_on_over_restarts(monkeypatch):
 
 
 def test_a_signal_while_sampling_cuts_the_sample_short(train, tmp_path, capsys, monkeypatch):
-    from model import Model
-    generate, lengths = Model.generate, []
+    import train as trainer
+    generate, lengths = trainer.generate, []
 
-    def signalled(self, ids, *args, **options):
+    def signalled(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        text = generate(self, ids, *args, **options)
-        lengths.append(text.size(1) - ids.size(1))
-        return text
-    monkeypatch.setattr(Model, 'generate', signalled)
+        texts = generate(*args, **options)
+        lengths.append(len(texts[0]))
+        return texts
+    monkeypatch.setattr(trainer, 'generate', signalled)
     assert train(tmp_path, '--max_iters=20', '--eval_interval=100', '--sample_interval=10', '--sample_start=the') == 143
     assert lengths == [0] and checkpoint.newest_whole(str(tmp_path)) == (10, [])

@@ -105,6 +105,15 @@ def model(**changes):
     return made
 
 
+def test_routing_is_in_float32_whatever_comes_in():
+    router = model().routed[0].router
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        chosen, gates, _ = router(x)
+    expected = (x.float() @ router.weight.T).sigmoid().topk(2)
+    assert torch.equal(chosen, expected.indices) and torch.allclose(gates, expected.values / expected.values.sum(1, keepdim=True), atol=1e-6)
+
+
 def test_losses_of_routing_are_in_the_gradient_only():
     x = torch.randint(61, (3, 17), generator=torch.Generator().manual_seed(0))
     gradients, values = [], []

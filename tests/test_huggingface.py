@@ -56,7 +56,7 @@ VARIANTS = {
     **{f'llama-{scaling["rope_type"]}': ('Llama', dict(SIZES, num_attention_heads=2, hidden_size=32, intermediate_size=56, max_position_embeddings=scaling.pop('positions', 32),
                                                        rope_parameters={'rope_theta': 10000.0, **scaling})) for scaling in (
         dict(rope_type='linear', factor=4.0), dict(rope_type='dynamic', factor=2.0, positions=12),
-        dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=8), dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=20), dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                                                     original_max_position_embeddings=16))},
     'llama-yarn-attention-factor': ('Llama', dict(SIZES, num_attention_heads=2, hidden_size=32, intermediate_size=56, rope_parameters={
         'rope_type': 'yarn', 'rope_theta': 500.0, 'factor': 8.0, 'original_max_position_embeddings': 4, 'attention_factor': 1.3, 'beta_fast': 16.0, 'beta_slow': 2.0})),

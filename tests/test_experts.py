@@ -248,3 +248,12 @@ def test_balancing_makes_an_unbalanced_start_even():
     assert off[0] == on[0] < 20 and max(on[-20:]) > 60 and sum(on[-20:]) / 20 > 55 and max(off[-20:]) < 40
 
 
+
+
+def test_biases_of_experts_are_not_decayed():
+    from engine.optim import decay_groups
+    named = dict(model(dispatch='loop').named_parameters()) | dict(Model(resolve_shape(dict(arch_preset='gpt_oss', n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=20, num_experts=4,
+                                                                                           d_ff=8))).named_parameters(prefix='oss'))
+    decayed, others = decay_groups(named.items())
+    assert 'oss.transformer.h.0.mlp.c_fc.bias' in others and 'oss.transformer.h.0.attn.sinks' in others and named['oss.transformer.h.0.mlp.c_fc.bias'].dim() == 2
+    assert 'oss.transformer.h.0.mlp.c_fc.weight' in decayed and len(decayed) + len(others) == len(named)

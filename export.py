@@ -15,13 +15,12 @@ import sys
 import torch
 
 import huggingface
-from data.tokenfile import read_meta
 from data.tokenizer import tokenizer_of
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
 from engine.report import size_of
 from model import Model
-from sample import ROOT, build, load_state
+from sample import build, data_of, load_state
 
 SAMPLE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers must agree on it
 
@@ -48,8 +47,7 @@ def run(args):
     kind = huggingface.family(shape)
     if args.push_to_hub:
         hub(args.push_to_hub)  # known to fail before anything is written
-    dataset = os.path.join(ROOT, 'data', state['config']['dataset'])
-    meta = read_meta(dataset)
+    dataset, meta = data_of(state['config'])
     if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
         raise ConfigError(f'{dataset} is not the data that this model was trained with, so its tokenizer may be another: prepare it as it was')
     tokenizer = tokenizer_of(dataset, meta)

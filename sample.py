@@ -45,6 +45,14 @@ def find_checkpoint(out_dir, step):
     return path, checkpoint.read_state(path)
 
 
+def data_of(config):
+    """(folder, meta) of a run's data set, which knows its tokenizer. Raises ConfigError where it is not here."""
+    folder = os.path.join(ROOT, 'data', config['dataset'])
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in ('meta.pkl', 'train.bin')):
+        raise ConfigError(f"the tokenizer of this run is that of its data set, and {folder} has no meta.pkl: prepare {config['dataset']} here as it was prepared for the training")
+    return folder, read_meta(folder)
+
+
 def load_state(out_dir, step):
     """(ModelConfig, {name: tensor} on the CPU, path, state) of a run's checkpoint."""
     path, state = find_checkpoint(out_dir, step)
@@ -59,8 +67,7 @@ def load_run(out_dir, step, device, dtype, changes=None):
     and rope_scaling."""
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
-    folder = os.path.join(ROOT, 'data', config['dataset'])
-    meta = read_meta(folder)
+    folder, meta = data_of(config)
     model = build(longer(config, changes), device, dtype, config['attention_backend'], meta.get('eot_id') if config.get('document_mask') else None)
     checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
     if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):

@@ -117,6 +117,14 @@ def test_no_hub_no_run_no_tokenizer(dataset, tmp_path, capsys, monkeypatch):
     for args, message in (([f'--out_dir={tmp_path}/none'], 'no checkpoint to load'), ([f'--out_dir={tmp_path}/run', '--push_to_hub=me/x'], '--push_to_hub=me/x cannot be written to')):
         capsys.readouterr()
         assert export.main([*args, f'--to={tmp_path}/hf']) == 2 and message in capsys.readouterr().err
+    import shutil
+    shutil.copytree(dataset, tmp_path / 'data')
+    assert run_train(str(tmp_path / 'data'), tmp_path / 'moved', '--max_iters=2', '--eval_interval=2') == 0
+    shutil.rmtree(tmp_path / 'data')
+    for command in (export.main, sample.main):
+        capsys.readouterr()
+        assert command([f'--out_dir={tmp_path}/moved', *([f'--to={tmp_path}/hf'] if command is export.main else ['--device=cpu'])]) == 2
+        assert 'has no meta.pkl: prepare' in capsys.readouterr().err
     assert not (tmp_path / 'hf').exists()
 
 

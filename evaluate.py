@@ -10,7 +10,7 @@ Loss, perplexity and bits per byte are over the whole validation split (or its f
 evaluation_STEP.json in the folder of the run, which `python plots/compare_evaluations.py` draws. What is not here, lm-eval measures:
 
     python export.py --out_dir=out-demo --to=hf-demo
-    lm_eval --model hf --model_args pretrained=hf-demo --tasks=lambada_openai,winogrande
+    lm_eval run --model hf --model_args pretrained=hf-demo --tasks=lambada_openai,winogrande
 """
 import argparse
 import json
@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from data.tokenfile import read_meta
-from data.tokenizer import tokenizer_of
+from data.tokenizer import PROBE, tokenizer_of
 from engine import parallel, tasks
 from engine.configurator import ConfigError
 from engine.loader import check_fit, open_dataset
 from engine.logger import now
 from engine.loss import IGNORE
-from generation import cache_for, check_prompts, generate
+from generation import cache_for, check_prompts, generate, lines_of
 from sample import ROOT, add_model_arguments, ids_of, load
 
 
@@ -46,12 +46,7 @@ def main(argv=None):
     parser.add_argument('--max_new_tokens', type=int, default=64, help='for --prompts')
     parser.add_argument('--no_loss', action='store_true', help='leave out the data set')
     parser.add_argument('--json', help='file of the results; default: evaluation_STEP.json in the folder of the run, evaluation.json in a Hugging Face folder')
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ConfigError, ValueError) as error:
-        parallel.tell(error)
-        return 2
+    return parallel.answer(run, parser.parse_args(argv))
 
 
 def run(args):
@@ -59,12 +54,7 @@ def run(args):
         if getattr(args, name) < 1:
             raise ConfigError(f'--{name}={getattr(args, name)} must be at least 1')
     wanted = tasks.load_tasks(args.tasks, args.limit)
-    prompts = []
-    if args.prompts:
-        if not os.path.isfile(args.prompts):
-            raise ConfigError(f'--prompts={args.prompts}: no such file')
-        with open(args.prompts, encoding='utf-8') as f:
-            prompts = [line.rstrip('\n') for line in f if line.strip()]
+    prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
     dataset = args.dataset or state and state['config']['dataset']
     if not args.no_loss and not dataset:
@@ -83,6 +73,7 @@ def run(args):
     def keep():
         if world.main:
             record(path, results)
+    keep()
     with torch.no_grad(), autocast:
         if not args.no_loss:
             results['loss'] = losses(model, dataset, args, tokenizer, world)
@@ -107,7 +98,6 @@ def run(args):
             for row in results['written']:
                 say(f"---- {row['prompt']}\n{row['prompt']}{row['text']}")
             keep()
-    keep()
     say(f'wrote {path}')
     return 0
 
@@ -118,9 +108,9 @@ def check_tokenizer(dataset, tokenizer):
     meta = read_meta(folder)
     if not meta:
         return  # open_dataset() says what is missing; nanoGPT's old sets state nothing
-    theirs, probe = tokenizer_of(folder, meta), 'def f(x):\n    return "Zürich", 3.14  # the quick brown fox'
+    theirs = tokenizer_of(folder, meta)
     try:
-        same = theirs.vocab_size == tokenizer.vocab_size and theirs.encode(probe).tolist() == tokenizer.encode(probe).tolist()
+        same = theirs.vocab_size == tokenizer.vocab_size and theirs.encode(PROBE).tolist() == tokenizer.encode(PROBE).tolist()
     except ValueError:  # characters that one of them does not know
         same = getattr(theirs, 'stoi', None) == getattr(tokenizer, 'stoi', None)
     if not same:

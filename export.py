@@ -8,21 +8,20 @@ The folder gets config.json, safetensors files, the tokenizer of the run's data 
 weights are read back: if transformers is installed it must compute the same logits from them as this project does.
 """
 import argparse
-import json
 import os
 import sys
 
 import torch
 
 import huggingface
-from data.tokenizer import tokenizer_of
+from data.tokenizer import PROBE
 from data.tokenizer_json import save_for_transformers
+from engine import parallel
 from engine.configurator import ConfigError
+from engine.logger import read_records
 from engine.report import size_of
 from model import Model
-from sample import build, data_of, load_state
-
-SAMPLE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers must agree on it
+from sample import build, load_state, tokenizer_of_run
 
 
 def main(argv=None):
@@ -34,12 +33,7 @@ def main(argv=None):
     parser.add_argument('--shard_size', default='5GB', help='largest size of one safetensors file')
     parser.add_argument('--push_to_hub', metavar='ORG/NAME', help='upload the folder to the hub too (log in with `hf auth login` first)')
     parser.add_argument('--no_check', action='store_true', help='do not compare with transformers')
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ConfigError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    return parallel.answer(run, parser.parse_args(argv))
 
 
 def run(args):
@@ -47,10 +41,9 @@ def run(args):
     kind = huggingface.family(shape)
     if args.push_to_hub:
         hub(args.push_to_hub)  # known to fail before anything is written
-    dataset, meta = data_of(state['config'])
-    if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
-        raise ConfigError(f'{dataset} is not the data that this model was trained with, so its tokenizer may be another: prepare it as it was')
-    tokenizer = tokenizer_of(dataset, meta)
+    tokenizer, _, elsewhere = tokenizer_of_run(state)
+    if elsewhere:
+        raise ConfigError(f'{elsewhere}, so its tokenizer may be another: prepare it as it was')
     print(f'{path} as {kind}, {args.dtype}')
     huggingface.write(args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size)
     save_for_transformers(tokenizer, args.to)
@@ -61,7 +54,7 @@ def run(args):
     if args.push_to_hub:
         upload(args.push_to_hub, args.to)
         print(f'uploaded to https://huggingface.co/{args.push_to_hub}')
-    print(f"wrote {args.to}: AutoModelForCausalLM.from_pretrained('{args.to}') opens it, lm_eval --model hf --model_args pretrained={args.to} scores it")
+    print(f"wrote {args.to}: AutoModelForCausalLM.from_pretrained('{args.to}') opens it, lm_eval run --model hf --model_args pretrained={args.to} scores it")
     return 0
 
 
@@ -82,7 +75,7 @@ def check(folder, shape, tokenizer):
     difference = (a - b).abs().max().item() / max(1.0, a.abs().max().item())
     if not difference <= 1e-4:
         raise ConfigError(f'{folder}: transformers computes other logits from it (largest difference {difference:.1e}); do not use it, and report this, please')
-    text = ''.join(c for c in SAMPLE if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else SAMPLE
+    text = ''.join(c for c in PROBE if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else PROBE
     ids = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)['input_ids']
     if ids != tokenizer.encode(text).tolist():
         raise ConfigError(f'{folder}: its tokenizer gives other ids than that of the data set; the weights are right, bring a tokenizer.json of your own')
@@ -93,9 +86,8 @@ def facts(out_dir, run_name, step):
     """{'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is not there is left out."""
     found = {}
     try:
-        with open(os.path.join(out_dir, f'{run_name}.jsonl'), encoding='utf-8') as f:
-            lines = [json.loads(line) for line in f]
-    except (OSError, ValueError):
+        lines = read_records(os.path.join(out_dir, f'{run_name}.jsonl'))
+    except OSError:
         return found
     for line in lines:
         if line['type'] == 'header':

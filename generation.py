@@ -1,5 +1,6 @@
 """Text from a model, token by token: which one comes next, and the loop that asks."""
 import contextlib
+import os
 import sys
 
 import torch
@@ -43,6 +44,14 @@ def penalised(logits, seen, penalty):
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def lines_of(path, said):
+    """The prompts of a text file, one on each line. Raises ConfigError where there is none; said: what the user typed before the path."""
+    if not os.path.isfile(path):
+        raise ConfigError(f'{said}{path}: no such file')
+    with open(path, encoding='utf-8') as f:
+        return [line.rstrip('\n') for line in f if line.strip()]
+
+
 def check_prompts(prompts, model):
     """Raise ConfigError for a prompt (list of ids) that the model cannot begin with."""
     for prompt in prompts:
@@ -57,7 +66,8 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
 
     temperature 0 takes the most likely token. A row ends with the first of stop_ids, which is part of it; the loop ends when all rows have or
     interrupted() is true. on_tokens(ids, alive): called with each token of all rows (lists of int and bool). When the context is full, its older half
-    is forgotten. cached=False computes all tokens anew for each one, with the same result; compiled: torch.compile decoding (CUDA graphs on a GPU); device: where the model computes, if its parameters lie elsewhere.
+    is forgotten. cached=False computes all tokens anew for each one, with the same result; compiled: torch.compile decoding (CUDA graphs on a GPU); device:
+    where the model computes, if its parameters lie elsewhere.
     """
     c, device = model.config, device or model.transformer.wte.weight.device
     check_prompts(prompts, model)

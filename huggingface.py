@@ -12,16 +12,15 @@ import torch
 
 from engine import rope
 from engine.configurator import ConfigError
-from presets import ModelConfig
+from presets import ROUTING, ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
 _DEFAULT_THETA = {'llama': 10000.0, 'mistral': 10000.0, 'qwen3': 1000000.0, 'gpt_neox': 10000.0, 'mixtral': 1000000.0, 'qwen3_moe': 1000000.0, 'gpt_oss': 150000.0, 'glm4_moe': 10000.0}
 KINDS = ('gpt2', *_DEFAULT_THETA)
 _CLASSES = {'gpt2': 'GPT2', 'llama': 'Llama', 'mistral': 'Mistral', 'qwen3': 'Qwen3', 'gpt_neox': 'GPTNeoX', 'mixtral': 'Mixtral', 'qwen3_moe': 'Qwen3Moe', 'gpt_oss': 'GptOss',
             'glm4_moe': 'Glm4Moe'}
-FREE = ('block_size', 'rope_theta', 'rope_scaling', 'rope_factor', 'rope_original_block_size', 'rope_attention_factor', 'rope_beta_fast', 'rope_beta_slow', 'rope_truncate',
-        'rope_low_freq_factor', 'rope_high_freq_factor', 'sliding_window', 'window_pattern')  # keys of the shape that need no other weights
-ROUTING = ('num_experts', 'num_experts_per_tok', 'num_shared_experts', 'expert_d_ff', 'n_dense_layers', 'score_function', 'n_groups', 'topk_groups', 'norm_topk_prob', 'route_scale')
+FREE = ('rope_theta', 'rope_scaling', 'rope_factor', 'rope_original_block_size', 'rope_attention_factor', 'rope_beta_fast', 'rope_beta_slow', 'rope_truncate',
+        'rope_low_freq_factor', 'rope_high_freq_factor', 'sliding_window', 'window_pattern')  # keys of the shape, beside block_size, that need no other weights
 
 
 def is_source(init_from):
@@ -167,7 +166,7 @@ def find(c, given, shape_keys):
     if c.rope_scaling not in (None, 'none') and settings.get('rope_scaling', 'none') == 'none':
         settings['rope_original_block_size'] = settings['block_size']
     settings['block_size'] = c.block_size if longer else min(c.block_size, settings['block_size'])
-    settings.update({key: getattr(c, key) for key in FREE if key != 'block_size' and given.get(key) and getattr(c, key) is not None})
+    settings.update({key: getattr(c, key) for key in FREE if given.get(key) and getattr(c, key) is not None})
     if c.upcycle:
         settings.update(_upcycling(c, given, settings))
     for key in set(shape_keys) - {'arch_preset', 'block_size'}:

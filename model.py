@@ -297,7 +297,8 @@ class Model(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        turn = self._turn(positions, T if cache is None else cache.length + T) if self.rope else None
+        length = self.config.block_size if ring is not None else T if cache is None else cache.length + T
+        turn = self._turn(positions, length) if self.rope else None
         masks = cache.masks if cache is not None else {window: visible(self.backend, T, idx.device, window, documents) for window in set(self.config.windows)}
         routing = []
         for block in self.transformer.h:
@@ -345,14 +346,7 @@ class Model(nn.Module):
 
     def routing_report(self, routing, tokens):
         """What a log says of the routing of a step of `tokens` tokens, given after_step()'s tensor; waits for the device."""
-        counts = routing[:, :self.config.num_experts]
-        expected = tokens * self.config.num_experts_per_tok
-        entropy, auxiliary, z = (routing[:, self.config.num_experts:] / tokens).cpu().unbind(1)
-        layers = [{'layer': layer, 'utilisation': [round(u, 5) for u in (row / row.sum()).tolist()], 'load_score': experts.load_score(row).item(),
-                   'bias_min': moe.router.balance.min().item(), 'bias_max': moe.router.balance.max().item(), 'entropy': entropy[i].item(),
-                   'dropped': expected - int(row.sum())}
-                  for i, (layer, moe, row) in enumerate(zip(self.config.expert_layers, self.routed, counts.cpu()))]
-        return {'load_score': sum(layer['load_score'] for layer in layers) / len(layers), 'aux_loss': auxiliary.mean().item(), 'z_loss': z.mean().item(), 'layers': layers}
+        return experts.report(routing.cpu(), self.config.expert_layers, [moe.router.balance.cpu() for moe in self.routed], tokens, self.config.num_experts_per_tok)
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):

@@ -33,6 +33,10 @@ PRESETS = {
 }
 
 
+ROUTING = ('num_experts', 'num_experts_per_tok', 'num_shared_experts', 'expert_d_ff', 'n_dense_layers', 'score_function', 'n_groups', 'topk_groups', 'norm_topk_prob',
+           'route_scale')  # keys of a mixture of experts
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a model: every switch decided. The names are the trainer's keys."""

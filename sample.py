@@ -53,6 +53,13 @@ def data_of(config):
     return folder, read_meta(folder)
 
 
+def tokenizer_of_run(state):
+    """(tokenizer, meta of its data set, None or a sentence that the data here is other data than the run's)."""
+    folder, meta = data_of(state['config'])
+    same = meta.get('fingerprint', {}).get('train') in (None, state['data']['train']['fingerprint'])
+    return tokenizer_of(folder, meta), meta, None if same else f'{folder} is not the data that this model was trained with'
+
+
 def load_state(out_dir, step):
     """(ModelConfig, {name: tensor} on the CPU, path, state) of a run's checkpoint."""
     path, state = find_checkpoint(out_dir, step)
@@ -67,12 +74,12 @@ def load_run(out_dir, step, device, dtype, changes=None):
     and rope_scaling."""
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
-    folder, meta = data_of(config)
+    tokenizer, meta, elsewhere = tokenizer_of_run(state)
     model = build(longer(config, changes), device, dtype, config['attention_backend'], meta.get('eot_id') if config.get('document_mask') else None)
     checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
-    if meta.get('fingerprint', {}).get('train') not in (None, state['data']['train']['fingerprint']):
-        print(f'Note: {folder} is not the data that this model was trained with; the text is nonsense if its tokenizer is another', file=sys.stderr)
-    return model, tokenizer_of(folder, meta), path, state
+    if elsewhere:
+        print(f'Note: {elsewhere}; the text is nonsense if its tokenizer is another', file=sys.stderr)
+    return model, tokenizer, path, state
 
 
 def load_huggingface(source, device, dtype, changes=None):
@@ -148,12 +155,7 @@ def main(argv=None):
     parser.add_argument('--seed', type=int, default=1337)
     parser.add_argument('--interactive', action='store_true', help='read prompts from the terminal; each answer sees what was written before')
     parser.add_argument('--compile', action='store_true', help='compile decoding (with CUDA graphs on a GPU): a slower start, faster tokens')
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ConfigError, ValueError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    return parallel.answer(run, parser.parse_args(argv))
 
 
 def run(args):

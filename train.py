@@ -35,10 +35,10 @@ from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
-from generation import generate
+from generation import generate, lines_of
 import huggingface
 from model import Model
-from presets import ModelConfig, resolve_shape
+from presets import ROUTING, ModelConfig, resolve_shape
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -239,7 +239,7 @@ def run(argv, stop):
     document_end = checks.end_of_documents(c, meta) if c.document_mask else None
     if world.ring:
         checks.refuse_in_parts(c, shape)
-    checks.note_without_effect(c, given, shape, notes)
+    checks.note_without_effect(c, given, shape, ROUTING, notes)
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
@@ -598,10 +598,7 @@ def sample_prompts(c, tokenizer):
     """Token ids of c.sample_start, or of each line of the file that it names."""
     starts = [c.sample_start]
     if c.sample_start.startswith('FILE:'):
-        if not os.path.isfile(c.sample_start[5:]):
-            raise ConfigError(f'sample_start={c.sample_start}: no such file')
-        with open(c.sample_start[5:], encoding='utf-8') as f:
-            starts = [line.rstrip('\n') for line in f if line.strip()]
+        starts = lines_of(c.sample_start[5:], 'sample_start=FILE:')
     prompts = []
     for start in starts or ['']:
         try:

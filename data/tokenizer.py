@@ -25,6 +25,7 @@ import numpy as np
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
 EOT = '<|endoftext|>'
+PROBE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers that are the same agree on it
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 

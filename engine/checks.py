@@ -66,8 +66,8 @@ def refuse_in_parts(c, shape):
                           f'type --block_size={-(-c.block_size // (2 * c.context_parallel)) * 2 * c.context_parallel}')
 
 
-def note_without_effect(c, given, shape, notes):
-    """Note the keys that were given and that other keys make void."""
+def note_without_effect(c, given, shape, routing, notes):
+    """Note the keys that were given and that other keys make void. shape: the resolved one; routing: the keys of a mixture of experts."""
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for condition, reason, keys in (
             (not c.use_fsdp, 'without use_fsdp=True', [key for key in defaults if key.startswith('fsdp_')]),
@@ -78,8 +78,7 @@ def note_without_effect(c, given, shape, notes):
             (shape.position_encoding != 'rope', f'with position_encoding={shape.position_encoding}', ('rope_theta', 'rotary_pct')),
             (shape.rope_scaling == 'none', 'without rope_scaling', [key for key in defaults if key.startswith('rope_') and key not in ('rope_theta', 'rope_scaling')]),
             (not shape.sliding_window, 'without sliding_window', ('window_pattern',)),
-            (not shape.num_experts, 'without num_experts', ('num_experts_per_tok', 'num_shared_experts', 'expert_d_ff', 'n_dense_layers', 'score_function', 'n_groups', 'topk_groups',
-                                                            'norm_topk_prob', 'route_scale', 'balance_rate', 'aux_loss_weight', 'z_loss_weight', 'expert_dispatch'))):
+            (not shape.num_experts, 'without num_experts', (*routing, 'balance_rate', 'aux_loss_weight', 'z_loss_weight', 'expert_dispatch'))):
         # a recipe may name them all, so that one word on the command line turns them on
         notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key) != defaults[key]]
 

@@ -162,3 +162,14 @@ def balance(biases, counts, rate, applied):
 def load_score(counts):
     """100 * least / most of the (..., E) counts: 100 if all experts got as many tokens."""
     return 100 * counts.amin(dim=-1) / counts.amax(dim=-1).clamp(min=1)
+
+
+def report(routing, layers, biases, tokens, top_k):
+    """The `moe` object of the log. routing: (L, E + STATISTICS) on the CPU, sums over the `tokens` tokens of a step as routing_statistics() orders them;
+    layers: their numbers in the model; biases: their balancing biases; top_k: experts of a token."""
+    counts = routing[:, :-STATISTICS]
+    entropy, auxiliary, z = (routing[:, -STATISTICS:] / tokens).unbind(1)
+    rows = [{'layer': layer, 'utilisation': [round(share, 5) for share in (row / row.sum()).tolist()], 'load_score': load_score(row).item(),
+             'bias_min': bias.min().item(), 'bias_max': bias.max().item(), 'entropy': entropy[i].item(), 'dropped': tokens * top_k - int(row.sum())}
+            for i, (layer, bias, row) in enumerate(zip(layers, biases, counts))]
+    return {'load_score': sum(row['load_score'] for row in rows) / len(rows), 'aux_loss': auxiliary.mean().item(), 'z_loss': z.mean().item(), 'layers': rows}

@@ -43,11 +43,15 @@ def unsaved_run(out_dir, config):
     logs = sorted(name for name in os.listdir(out_dir) if re.fullmatch(r'run_\d{8}_\d{6}\.jsonl', name))
     if not logs:
         return None
-    with open(os.path.join(out_dir, logs[-1]), encoding='utf-8', errors='replace') as f:
-        lines = f.readlines()
-    records = [record for record in map(_record, lines) if record]
+    records = read_records(os.path.join(out_dir, logs[-1]))
     same = bool(records) and records[0].get('config') == json.loads(json.dumps(finite(config)))
     return logs[-1].removesuffix('.jsonl') if same and not any(r['type'] in ('checkpoint', 'end') for r in records) else None
+
+
+def read_records(path):
+    """The whole records of a JSONL; lines that were cut or damaged are left out."""
+    with open(path, encoding='utf-8', errors='replace') as f:
+        return [record for record in map(_record, f) if record]
 
 
 # what the other records need of each, beside 'type'

@@ -162,6 +162,15 @@ def tell(error):
     print(f'error{where}: {error}', file=sys.stderr, flush=True)
 
 
+def answer(run, args):
+    """run(args), the exit code of a command; input that cannot be run is told and gives 2."""
+    try:
+        return run(args)
+    except ValueError as error:  # a ConfigError, or what a tokenizer says of a text
+        tell(error)
+        return 2
+
+
 def was_told():
     """Whether some rank told() what is wrong with the input and left: then the errors of others, which miss it, say nothing."""
     return _store is not None and _store.check(['told'])

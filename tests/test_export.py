@@ -78,6 +78,9 @@ def test_trained_exported_and_read_by_transformers(dataset, exported, family):
 
 def test_card_shards_and_dtype(dataset, tmp_path, capsys):
     assert run_train(dataset, tmp_path / 'run', '--max_iters=4', '--eval_interval=2') == 0
+    log = next(name for name in os.listdir(tmp_path / 'run') if name.endswith('.jsonl'))
+    with open(tmp_path / 'run' / log, 'a') as f:
+        f.write('{"type": "iter", "it')  # cut by a kill
     assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf', '--dtype=bfloat16', '--shard_size=40KB', '--step=2']) == 0
     files = [name for name in os.listdir(tmp_path / 'hf') if name.endswith('.safetensors')]
     assert len(files) > 1 and (tmp_path / 'hf' / 'model.safetensors.index.json').exists()

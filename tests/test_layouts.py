@@ -104,6 +104,13 @@ def test_a_sequence_that_does_not_divide_into_chunks_is_filled_up(dataset, tmp_p
     assert records(tmp_path / 'one', 'eval')[-1]['val_loss'] == pytest.approx(records(tmp_path / 'two', 'eval')[-1]['val_loss'], abs=1e-5)
 
 
+def test_context_parallel_turns_by_the_length_of_the_whole_sequence(dataset, tmp_path):
+    """Dynamic RoPE depends on it; a rank has half of the tokens."""
+    for name, size, extra in (('one', 1, []), ('two', 2, LAYOUTS['context'])):
+        run(size, *arguments(dataset, tmp_path / name, '--arch_preset=llama', '--rope_scaling=dynamic', '--rope_original_block_size=8', '--max_iters=4', *extra))
+    assert close(losses(tmp_path / 'one'), losses(tmp_path / 'two'), 1e-5)
+
+
 @pytest.mark.parametrize('layout', ['DDP', 'ZeRO-3', 'context'])
 def test_samples_while_training_are_those_of_one_process(dataset, tmp_path, layout):
     args = ['--sample_interval=10', '--sample_start=the']

@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from engine.cache import Cache
 from engine.configurator import ConfigError
@@ -59,7 +60,6 @@ def check_prompts(prompts, model):
             raise ConfigError(f'a prompt of {len(prompt)} tokens: expected 1 to {model.config.block_size}, the context of this model; shorten it')
 
 
-@torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, stop_ids=(), generator=None,
              cached=True, compiled=False, device=None, on_tokens=None, interrupted=lambda: False):
     """Continue each of `prompts` (lists of token ids, not empty, at most block_size long) by up to max_new_tokens tokens; returns the new ids, a list for each.
@@ -78,14 +78,16 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     rows, alive = [list(prompt) for prompt in prompts], [True] * len(prompts)
     read = None  # the state of reading: cache, and where each row begins
     decode = torch.compile(_read, mode='reduce-overhead' if device.type == 'cuda' else None, fullgraph=True) if compiled else _read
-    seen = None
-    if repetition_penalty != 1.0:
-        seen = torch.zeros(len(rows), c.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
     begins = [0] * len(rows)  # what lies before is forgotten
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())  # FSDP keeps what it gathers
     # blocks that training compiled would be compiled anew for every length
-    with torch.compiler.set_stance('force_eager') if not compiled and 'torch._dynamo' in sys.modules else contextlib.nullcontext():
+    eager = torch.compiler.set_stance('force_eager') if not compiled and 'torch._dynamo' in sys.modules else contextlib.nullcontext()
+    with eager, torch.no_grad() if sharded else torch.inference_mode():
+        seen = None
+        if repetition_penalty != 1.0:
+            seen = torch.zeros(len(rows), c.vocab_size, dtype=torch.bool, device=device)
+            for row, prompt in enumerate(prompts):
+                seen[row, prompt] = True
         for _ in range(max_new_tokens):
             if interrupted() or not any(alive):
                 break
@@ -103,7 +105,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
                 read = cache_for(model, len(rows), room if cached else widest, padding=padding, static=compiled and cached, device=device)
                 logits = _read(model, idx, read)
             else:
-                logits = decode(model, torch.tensor([[row[-1]] for row in rows], device=device), read)
+                logits = decode(model, chosen, read)
             logits = logits.float()
             if not cached:
                 read = None
@@ -115,12 +117,12 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
                 chosen = torch.multinomial(likely(logits, temperature, top_k, top_p, min_p), 1, generator=generator)
             if seen is not None:
                 seen.scatter_(1, chosen, True)
-            chosen = chosen[:, 0].tolist()
-            for row, token in zip(rows, chosen):
+            tokens = chosen[:, 0].tolist()
+            for row, token in zip(rows, tokens):
                 row.append(token)
             if on_tokens is not None:
-                on_tokens(chosen, list(alive))
-            alive = [living and token not in stop_ids for living, token in zip(alive, chosen)]
+                on_tokens(tokens, list(alive))
+            alive = [living and token not in stop_ids for living, token in zip(alive, tokens)]
     model.train(training)
     new = [row[len(prompt):] for row, prompt in zip(rows, prompts)]
     ends = [next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids)) for ids in new]

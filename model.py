@@ -42,7 +42,9 @@ class Norm(nn.Module):
         self.rms, self.eps = kind == 'rmsnorm', eps
 
     def forward(self, x):
-        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))  # FSDP gathers them in bf16; kernels want one dtype
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype:  # FSDP gathers them in bf16; kernels want one dtype
+            weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         if self.rms:
             return F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
@@ -63,13 +65,13 @@ class Attention(nn.Module):
     def forward(self, x, turn, ring, mask, cache):
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
-        qk, v = qkv.split((self.heads[0] + self.heads[1], self.heads[2]), dim=1)
+        qk, v = qkv.split_with_sizes((self.heads[0] + self.heads[1], self.heads[2]), dim=1)
         if self.q_norm is not None:
-            q, k = qk.split(self.heads[:2], dim=1)
+            q, k = qk.split_with_sizes(self.heads[:2], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1).to(v.dtype)
         if turn is not None:
             qk = rope.apply(qk, *turn)  # all heads at once
-        q, k = qk.split(self.heads[:2], dim=1)
+        q, k = qk.split_with_sizes(self.heads[:2], dim=1)
         backend = self.backend
         if cache is not None:  # masks are tensors there
             k, v = cache.extend(self.layer, k, v)

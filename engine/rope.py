@@ -43,16 +43,20 @@ def concentration(c):
 
 
 def table(c, length, size=None):
-    """(cos, sin), each (size, rotary_dims / 2) fp32, of the first `size` positions (None: length) of a sequence of `length` tokens."""
+    """(cos, sin), each (size, d) fp32, of the first `size` positions (None: length) of a sequence of `length` tokens, as apply() takes them: each angle
+    stands at both dimensions of its pair, the first sine with a minus."""
     angles = torch.outer(torch.arange(size or length, dtype=torch.float32), frequencies(c, length))
-    return angles.cos() * concentration(c), angles.sin() * concentration(c)
+    cos, sin = angles.cos() * concentration(c), angles.sin() * concentration(c)
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
 def apply(x, cos, sin):
-    """Turn the first 2 * cos.size(-1) dimensions of each head, halves paired (i, i + d/2) as in Hugging Face models.
+    """Turn the first d = cos.size(-1) dimensions of each head, halves paired (i, i + d/2) as in Hugging Face models.
 
-    x: (B, heads, T, head_dim); cos, sin: (T, d/2), or (B, 1, T, d/2) where each row has positions of its own. Computed in fp32, returned in x's dtype.
+    x: (B, heads, T, head_dim); cos, sin: (T, d) of table(), or (B, 1, T, d) where each row has positions of its own. Computed in fp32, returned in
+    x's dtype.
     """
-    half = cos.size(-1)
-    a, b, *rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1) if x.size(-1) > 2 * half else x.chunk(2, dim=-1)
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), *rest], dim=-1)
+    d = cos.size(-1)
+    part = (x if d == x.size(-1) else x[..., :d]).to(cos.dtype)
+    turned = torch.addcmul(part * cos, part.roll(d // 2, -1), sin).to(x.dtype)
+    return turned if d == x.size(-1) else torch.cat([turned, x[..., d:]], dim=-1)

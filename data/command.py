@@ -1,9 +1,21 @@
-"""What every prepare.py does around its own work: --output, the closing lines, and how a user's error ends it."""
+"""What every prepare.py does around its own work: its options, the closing lines, and how a user's error ends it."""
 import argparse
+import errno
 import os
+import shutil
 import sys
 
+from data import documents, pipeline
+from data.tokenizer import load_tokenizer
+
 DATA = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(DATA)
+OPTIONS = """
+A corpus of any size goes through as many processes as there are cores. Interrupted work continues where it stopped when the same command is
+typed again. Many machines take a share each, --shard 1/3, 2/3, 3/3, and one of them then makes the data set with --merge and the
+--output folders of all. --input takes files, folders, patterns and URLs (s3://, gs://, https://, hf://datasets/OWNER/NAME) of .txt,
+.jsonl, .json (both also .gz and .zst), .parquet and, for token ids, .npz. The result does not depend on --num_proc or --shard.
+"""
 
 
 def argument_parser(docstring, folder):
@@ -11,6 +23,129 @@ def argument_parser(docstring, folder):
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--output', default=folder, metavar='FOLDER', help='where the data set goes, default: the folder of this script')
     return parser
+
+
+def corpus_parser(docstring, folder, *, source=None, tokenizer='gpt2', text_field='text', val_fraction=None):
+    """An ArgumentParser with the options of corpus(). source: default of --input, a list, or None where it must be given; val_fraction: of --val_fraction,
+    None where the source has a split of its own."""
+    parser = argument_parser(docstring + OPTIONS, folder)
+    parser.add_argument('--input', nargs='+', metavar='PATH', default=source, required=source is None, help=f'where the documents are{", default: " + " ".join(source) if source else ""}')
+    parser.add_argument('--tokenizer', default=tokenizer, help=f'bytes, char, a tiktoken name, a folder or a .model file, default: {tokenizer}')
+    parser.add_argument('--text_field', default=text_field, help=f'where JSON and parquet have the text, default: {text_field}')
+    parser.add_argument('--val_fraction', type=float, default=val_fraction, help=f'share that goes to val, default: {val_fraction or "the split of the source"}')
+    parser.add_argument('--num_proc', type=int, help='processes, default: one for each core')
+    parser.add_argument('--limit', type=int, metavar='N', help='only the first N documents')
+    parser.add_argument('--dedup', action='store_true', help='leave out documents whose text came before')
+    parser.add_argument('--max_broken', type=float, default=0.01, metavar='FRACTION', help='of rows without a text, which are left out; more stop the run, default: 0.01')
+    parser.add_argument('--shard', metavar='I/N', help='only the I-th of N shares of the work; --merge makes the data set')
+    parser.add_argument('--merge', nargs='+', metavar='FOLDER', help='make the data set of the shares in these folders')
+    return parser
+
+
+def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, tokenizer_from=None, eot=None, config=None, endings=documents.FOLDER_ENDINGS):
+    """Prepare the data set that `args` (of corpus_parser) describe. Raises ValueError for what the user got wrong.
+
+    published: the source has a validation split, told by names of files; cut_txt: a .txt is cut in two, else it is one document; sharded: a file for each part;
+    tokenizer_from: the hub's name of the tokenizer, for the message where it is missing; eot: how the token is written that must end its texts; config:
+    the recipe made for this data set; endings: of files that are taken from a folder.
+    """
+    shard = check(args)
+    tokenizer = find_tokenizer(args.tokenizer, folder, tokenizer_from, lambda: characters(args, endings))
+    if eot and tokenizer.eot_token != eot:
+        raise ValueError(f'{args.tokenizer} ends texts with {tokenizer.eot_token!r}, these models with {eot!r}: take the tokenizer of the base model'
+                         + (f', `hf download {tokenizer_from} --include "tokenizer*" --local-dir {os.path.basename(args.tokenizer)}`' if tokenizer_from else ''))
+    val_every = round(1 / args.val_fraction) if args.val_fraction else None
+    if args.merge:
+        plan, folders = pipeline.Plan.load(args.merge, tokenizer)
+    else:
+        files, splits = find(args, published, endings)
+        plan = pipeline.Plan.of_files(files, tokenizer, splits=splits, txt_val_fraction=args.val_fraction if cut_txt else None, text_field=args.text_field, limit=args.limit)
+        folders = [plan.folder(args.output)]
+    every = f'every {val_every}th document is val' if val_every else "the source's own validation split is val"
+    if cut_txt:
+        every = f'every {val_every}th line of .jsonl and row of .parquet is val, and the last {args.val_fraction:g} of each .txt, cut at a line end where one is near'
+    with pipeline.alone(plan, args.output, shard):
+        try:
+            if not args.merge:
+                pipeline.tokenize(plan, args.output, num_proc=args.num_proc, shard=shard)
+            if shard[1] > 1:
+                print(f'share {args.shard} is in {folders[0]}; when all {shard[1]} are there, type the same command with --merge and the --output folders of all instead of --shard')
+                return
+            check_room(folders, args.output, sharded)
+            writer, counts = pipeline.assemble(plan, folders, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, sharded=sharded,
+                                               extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if args.tokenizer == 'char' else None)
+        except BaseException as error:
+            pipeline.forget(plan, args.output, finished=plan.size() <= pipeline.PART_BYTES[0] and isinstance(error, ValueError))
+            raise
+        pipeline.clear(plan, args.output)
+    if counts['left_out']:
+        print(counts['left_out'])
+    if args.dedup:
+        print(f"{counts['repeated']:,} documents came before and were left out")
+    if tokenizer.eot_id is None and args.tokenizer != 'char':
+        print(f'{args.tokenizer} names no end of text, so documents follow each other without one')
+    report(writer, folder, config)
+
+
+def check_room(folders, output, sharded):
+    """Raise ValueError where the disk has no room for the ids of the parts in `folders` once more."""
+    needed = sum(os.path.getsize(os.path.join(path, name)) for path in folders for name in os.listdir(path) if name.endswith('.bin'))
+    if not sharded and (free := shutil.disk_usage(output).free) < needed:  # sharded files are the parts themselves
+        raise ValueError(f'{output} needs {needed / 1e9:.1f} GB more and has {free / 1e9:.1f} GB: make room and type the same command again; the tokenized parts are kept')
+
+
+def check(args):
+    """(i, n) of --shard. Raises ValueError for numbers that mean nothing."""
+    if args.val_fraction is not None and not 0 < args.val_fraction <= 0.5:
+        raise ValueError(f'--val_fraction {args.val_fraction} is not a share for val: type a number above 0 and up to 0.5')
+    if not 0 <= args.max_broken <= 1:
+        raise ValueError(f'--max_broken {args.max_broken} is not a fraction: type a number from 0 to 1')
+    for name in ('num_proc', 'limit'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f'--{name} {getattr(args, name)} must be at least 1')
+    words = (args.shard or '1/1').split('/')
+    if len(words) != 2 or not all(word.isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
+        raise ValueError(f'--shard {args.shard} is no share: type 1/3, 2/3 or 3/3 on three machines')
+    if args.merge and args.shard:
+        raise ValueError('--merge makes the data set of all shares: leave --shard out')
+    return int(words[0]), int(words[1])
+
+
+def find(args, published, endings):
+    """(files, {path: split} or None) that --input names. published: take the splits that the files' names say, or with a --val_fraction those for training."""
+    if not published:
+        return documents.find_files(args.input, endings), None
+    splits = {path: documents.published_split(path, given) for given in args.input for path in documents.find_files([given], endings)}
+    splits = {path: split for path, split in splits.items() if split}
+    if args.val_fraction:
+        return [path for path in splits if splits[path] == 'train'], None
+    if set(splits.values()) != {'train', 'val'}:
+        missing = 'val' if 'train' in splits.values() else 'train'
+        raise ValueError(f"--input {' '.join(args.input)}: no file is named as {'the validation split' if missing == 'val' else 'one for training'}, such as "
+                         f"{'validation' if missing == 'val' else 'train'}/a.jsonl: add them, or type --val_fraction 0.0005 for every 2000th document")
+    return list(splits), splits
+
+
+def find_tokenizer(name, folder, tokenizer_from, texts):
+    """The tokenizer that --tokenizer names: a path is looked for here, in the script's folder and in the root. texts: for 'char', a function that gives them."""
+    for place in ('', folder, ROOT):
+        if os.path.exists(os.path.join(place, name)):
+            name = os.path.join(place, name)
+            break
+    else:
+        if tokenizer_from and name.endswith('_tokenizer'):
+            raise ValueError(f'there is no tokenizer {name}: type `hf download {tokenizer_from} --include "tokenizer*" --local-dir {name}` '
+                             f'(after `hf auth login` where its terms ask for it), or name another with --tokenizer')
+    return load_tokenizer(name, texts() if name == 'char' else None)
+
+
+def characters(args, endings):
+    """The texts of --input, for a vocabulary of characters."""
+    if args.merge:
+        raise ValueError('the vocabulary of --tokenizer char is that of all texts: it cannot be merged; prepare them on one machine')
+    for path in documents.find_files(args.input, endings):
+        for unit in documents.units_of(path):
+            yield from (row.content for row in documents.read(unit, args.text_field) if isinstance(row.content, str))
 
 
 def report(writer, folder, config=None):
@@ -32,9 +167,11 @@ def run(main):
     try:
         main()
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = f'the disk is full ({error}): make room and type the same command again; what is finished is kept'
         sys.exit(_say(f'error: {error}', 2))
     except KeyboardInterrupt:
-        sys.exit(_say('interrupted, nothing was written', 130))
+        sys.exit(_say('interrupted: type the same command again to go on', 130))
 
 
 def _say(message, code):

@@ -1,143 +1,207 @@
-"""Documents out of a user's files, a piece at a time, so that memory does not grow with the corpus.
+"""Documents out of files, on this machine or anywhere that fsspec reaches, a stretch at a time.
 
-    .txt                               one document, UTF-8; every kind of line end reads as a newline
-    .jsonl, .json (either also .gz)    a JSON object on each line; its `text_field` is a document
-    .parquet                           a row is a document, in the column `text_field`
+    .txt                                          one document, UTF-8; every kind of line end reads as a newline
+    .jsonl, .json, and either as .gz or .zst      a JSON object on each line; its `text_field` is a document
+    .parquet                                      a row is a document, in the column `text_field`
+    .npz                                          token ids in the array `input_ids`, a row of them is a document
 
-A document goes to train or val whole, every k-th to val, or a .txt is cut in two. A .txt of up to WHOLE_BYTES is one
-piece, so that its ids are those that the tokenizer's own library gives for that text (for which Hugging Face's takes
-140 bytes of memory per byte of text); a larger one comes in pieces of about PIECE_BYTES that end at line ends.
+A Unit is what one process reads in one go: some bytes of a .txt or .jsonl, some row groups of a .parquet, a compressed file or an .npz whole. Units
+depend on the files alone, so that whoever reads them, in whatever order, finds the same documents. A .txt of up to PIECE_BYTES is one
+unit, so that its ids are those that the tokenizer's own library gives for that text (for which Hugging Face's takes 140 bytes of
+memory per byte of text); a larger one is cut at line ends.
 """
 import codecs
+import contextlib
 import glob
 import gzip
 import io
 import json
 import os
+import re
+import zipfile
 import zlib
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-WHOLE_BYTES = 16 * 2**20
-PIECE_BYTES = 16 * 2**20
-LINE_BYTES = 2**20  # how far beyond that a piece reaches for its line end
+PIECE_BYTES = 4 * 2**20
+LINE_BYTES = 2**20  # how far beyond that a piece of a .txt reaches for its line end
+UNIT_BYTES = 8 * 2**20  # of a .jsonl, and of row groups
 
-JSON_ENDINGS = ('.jsonl', '.json', '.jsonl.gz', '.json.gz')
-FOLDER_ENDINGS = ('.txt', '.jsonl', '.jsonl.gz', '.parquet')  # a .json in a folder is more often a tokenizer's than a corpus
-
-
-class Piece(NamedTuple):
-    """A document, or a part of one: the split it goes to, its text, and whether the document ends here (in this split)."""
-    split: str
-    text: str
-    last: bool
+JSON_ENDINGS = tuple(f'{name}{packed}' for packed in ('', '.gz', '.zst') for name in ('.jsonl', '.json'))
+ENDINGS = ('.txt', *JSON_ENDINGS, '.parquet', '.npz')
+FOLDER_ENDINGS = tuple(ending for ending in ENDINGS if ending not in ('.json', '.npz'))  # in a folder these are more often something else
+SPLITS = {'train': 'train', 'validation': 'val', 'val': 'val', 'valid': 'val', 'dev': 'val', 'test': None}  # how publishers name them; test is left out
+TOKENS = 'input_ids'
 
 
-def find_files(inputs):
-    """The files that `inputs` (paths of files and folders, glob patterns) stand for, each once, in that order; a folder's sorted.
+class Unit(NamedTuple):
+    """A stretch of a file: bytes or row groups begin .. end, or where both are 0 all of it. size: bytes of the file that it stands for; split: 'train' or
+    'val', or None where the number of a document says it; last: whether a document that reaches its end is complete."""
+    path: str
+    begin: int
+    end: int
+    size: int
+    split: str | None = None
+    last: bool = True
 
-    Raises ValueError for an input that stands for no file, and for a file of no known kind.
+
+class Row(NamedTuple):
+    """What a unit holds, one by one. content: text, or an array of ids, or None with the problem in words; read: bytes of the unit read so far, about."""
+    content: object
+    problem: str | None
+    read: int
+
+
+def is_url(path):
+    return '://' in path
+
+
+def filesystem(path):
+    """(fsspec filesystem, path there) of a URL. Raises ValueError where its library is missing."""
+    import fsspec
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f'{path} cannot be opened: {error}') from None
+
+
+@contextlib.contextmanager
+def reaching(path):
+    """Errors of the network around `path` as ValueErrors that say what to do."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if not is_url(path):
+            raise
+        if 'Gated' in type(error).__name__ or '401' in str(error) or '403' in str(error):
+            page = f"https://huggingface.co/{'/'.join(path.removeprefix('hf://').split('/')[:3])}" if path.startswith('hf://') else path
+            raise ValueError(f'{path}: no access ({type(error).__name__}): accept its terms at {page}, then type `hf auth login`; or name files that you have with --input') from None
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{path} cannot be reached ({type(error).__name__}: {reason}): connect this machine, or fetch the files and name them with --input') from None
+
+
+def size_of(path):
+    """Bytes of a file."""
+    if not is_url(path):
+        return os.path.getsize(path)
+    with reaching(path):
+        fs, there = filesystem(path)
+        return fs.size(there)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A file of bytes, open to read and to seek in."""
+    if not is_url(path):
+        with open(path, 'rb') as f:
+            yield f
+        return
+    with reaching(path):
+        fs, there = filesystem(path)
+        with fs.open(there, 'rb') as f:
+            yield f
+
+
+def find_files(inputs, endings=FOLDER_ENDINGS):
+    """The files that `inputs` (paths of files and folders, glob patterns, URLs of them) stand for, each once, in that order; a folder's sorted.
+
+    endings: of files that are taken from a folder. Raises ValueError for an input that stands for no file, and for a file of no known kind.
     """
     found = []
     for given in inputs:
-        if os.path.isdir(given):
-            here = [os.path.join(folder, name) for folder, _, names in os.walk(given) for name in names
-                    if name.lower().endswith(FOLDER_ENDINGS) and not name.startswith('.')]
-            if not here:
-                raise ValueError(f'--input {given}: this folder holds no {", ".join(FOLDER_ENDINGS[:-1])} or {FOLDER_ENDINGS[-1]} file')
-        else:
-            here = [given] if os.path.isfile(given) else [path for path in glob.glob(given, recursive=True) if os.path.isfile(path)]
-            if not here:
-                raise ValueError(f'--input {given}: there is no such file or folder, and no file matches it as a pattern')
+        here = _find_url(given, endings) if is_url(given) else _find_local(given, endings)
         for path in here:
-            if not path.lower().endswith(('.txt', '.parquet', *JSON_ENDINGS)):
-                raise ValueError(f'--input {path}: expected .txt, .parquet, {", ".join(JSON_ENDINGS)}; rename it if it is one of these')
+            if not path.lower().endswith(ENDINGS):
+                raise ValueError(f'--input {path}: expected {", ".join(ENDINGS[:-1])} or {ENDINGS[-1]}; rename it if it is one of these')
         found += sorted(here)
     return list(dict.fromkeys(found))
 
 
-class DocumentReader:
-    """Iterates over the pieces of `files`; each iteration reads them again from the start.
-
-    val_every: every val_every-th document goes to val.
-    txt_val_fraction: the share of each .txt that goes to val, its end, cut at a line end where one is near;
-        None: a .txt counts as one document like the others.
-    text_field: where a JSON object or a parquet row has its text.
-    activity: what the progress bar on the terminal says; it counts bytes of the files.
-
-    A JSON line or a row without a text is left out and counted in `broken` (of `rows`); `first_broken` names the first.
-    Raises ValueError at the end of the iteration where these are more than 1 %, or after 1000 rows when all are; and for
-    a file that is damaged, not UTF-8, or without the column.
-    """
-
-    def __init__(self, files, *, val_every, txt_val_fraction=None, text_field='text', activity='tokenizing'):
-        self.files, self.val_every, self.txt_val_fraction = files, val_every, txt_val_fraction
-        self.text_field, self.activity = text_field, activity
-
-    def __iter__(self):
-        self.documents = self.rows = self.broken = 0
-        self.first_broken = None
-        sizes = {path: os.path.getsize(path) for path in self.files}
-        with tqdm(total=sum(sizes.values()), unit='B', unit_scale=True, desc=self.activity, disable=None) as bar:
-            before = 0
-            for path, size in sizes.items():
-                for piece, read in self._txt(path) if path.lower().endswith('.txt') else self._rows(path):
-                    yield piece
-                    bar.update(before + read - bar.n)
-                before += size
-                bar.update(before - bar.n)
-        if self.broken * 100 > self.rows:
-            self._refuse()
-
-    def left_out(self):
-        """What was left out of the last iteration, in one sentence, or ''."""
-        if not self.broken:
-            return ''
-        return f'{self.broken:,} of {self.rows:,} rows have no text and were left out, the first is {self.first_broken}'
-
-    def _refuse(self):
-        raise ValueError(f'{self.broken:,} of {self.rows:,} rows have no text, more than 1 %, so nothing was written; the first is '
-                         f'{self.first_broken}: correct the file, or name the field that holds the text with --text_field')
-
-    def _next_split(self):
-        self.documents += 1
-        return 'train' if self.documents % self.val_every else 'val'
-
-    def _rows(self, path):
-        unit, rows = ('row', _parquet_rows) if path.lower().endswith('.parquet') else ('line', _json_rows)
-        for number, text, problem, read in rows(path, self.text_field):
-            self.rows += 1
-            if problem:
-                self.broken += 1
-                self.first_broken = self.first_broken or f'{path} {unit} {number:,} ({problem})'
-                if self.broken == self.rows == 1000:
-                    self._refuse()
-            elif text:
-                yield Piece(self._next_split(), text, True), read
-
-    def _txt(self, path):
-        size = os.path.getsize(path)
-        with open(path, 'rb') as f:
-            start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
-            if self.txt_val_fraction is None:
-                parts = [(self._next_split(), start, size)]
-            else:
-                cut = _near_line_end(f, start, size, self.txt_val_fraction)
-                parts = [('train', start, cut), ('val', cut, size)]
-            for split, begin, end in parts:
-                for text in _pieces(f, begin, end, WHOLE_BYTES if size <= WHOLE_BYTES else PIECE_BYTES):
-                    yield Piece(split, text, f.tell() == end), f.tell()
+def _find_local(given, endings):
+    if os.path.isdir(given):
+        here = [os.path.join(folder, name) for folder, _, names in os.walk(given) for name in names if _wanted(name, endings)]
+        return here or _nothing(given, endings)
+    here = [given] if os.path.isfile(given) else [path for path in glob.glob(given, recursive=True) if os.path.isfile(path)]
+    if not here:
+        hub = f'; for the data set of that name on the Hugging Face hub type hf://datasets/{given}' if re.fullmatch(r'[\w.-]+/[\w.-]+', given) else ''
+        raise ValueError(f'--input {given}: there is no such file or folder, and no file matches it as a pattern{hub}')
+    return here
 
 
-def write_pieces(writer, pieces, tokenizer):
-    """Tokenize `pieces` (of Piece) into a TokenFileWriter, each document closed by the tokenizer's eot_id where it has one."""
-    for split, text, last in pieces:
-        ids = tokenizer.encode(text)
-        if last and tokenizer.eot_id is not None:
-            ids = np.append(ids, np.uint32(tokenizer.eot_id))
-        writer.write(split, ids, ends_document=last)
+def _find_url(given, endings):
+    fs, there = filesystem(given)
+    with reaching(given):
+        if any(sign in there for sign in '*?['):
+            here = fs.glob(there)
+        elif there.lower().endswith(ENDINGS):
+            here = [there]
+        else:
+            here = [path for path in fs.find(there) if _wanted(path.rsplit('/', 1)[-1], endings)]
+    return [fs.unstrip_protocol(path) for path in here] or _nothing(given, endings)
+
+
+def _wanted(name, endings):
+    return name.lower().endswith(endings) and not name.startswith('.')
+
+
+def _nothing(given, endings):
+    raise ValueError(f'--input {given}: this folder holds no {", ".join(endings[:-1])}{" or " if len(endings) > 1 else ""}{endings[-1]} file')
+
+
+def published_split(path, given):
+    """'train', 'val' or None (to be left out) of a file below the folder `given` whose publisher names splits in folders or files, as in
+    validation/chunk1/a.jsonl.zst, data/test-00000-of-00001.parquet or c4-train.00000-of-01024.json.gz; 'train' where nothing is named."""
+    for word in re.split(r'[/\\._-]+', os.path.relpath(path, given) if not is_url(path) else path.removeprefix(given)):
+        if word in SPLITS:
+            return SPLITS[word]
+    return 'train'
+
+
+def units_of(path, split=None, txt_val_fraction=None):
+    """The units of a file, in order. txt_val_fraction: the share of a .txt that goes to val, its end, cut at a line end where one is near; None: a
+    .txt is one document like others."""
+    lower, size = path.lower(), size_of(path)
+    if lower.endswith('.txt'):
+        with opened(path) as f:
+            return _txt_units(f, path, size, split, txt_val_fraction)
+    if lower.endswith(('.jsonl', '.json')):
+        return [Unit(path, begin, min(begin + UNIT_BYTES, size), min(UNIT_BYTES, size - begin), split) for begin in range(0, size, UNIT_BYTES)]
+    if lower.endswith('.parquet'):
+        with opened(path) as f:
+            return _parquet_units(f, path, size, split)
+    return [Unit(path, 0, 0, size, split)]
+
+
+def _txt_units(f, path, size, split, val_fraction):
+    start = 3 if f.read(3) == codecs.BOM_UTF8 else 0
+    parts = [(split, start, size)]
+    if split is None and val_fraction is not None:
+        cut = _near_line_end(f, start, size, val_fraction)
+        parts = [('train', start, cut), ('val', cut, size)]
+    units = []
+    for part, begin, end in parts:
+        cuts = [begin]
+        while end - cuts[-1] > PIECE_BYTES:
+            cuts.append(_line_end(f, cuts[-1] + PIECE_BYTES, end))
+        cuts += [end] * (cuts[-1] < end)
+        units += [Unit(path, a, b, b - a, part, b == end) for a, b in zip(cuts, cuts[1:])]
+    return units
+
+
+def _line_end(f, at, end):
+    """The end of the line that the byte `at` is in, or where that is far away a place between two characters."""
+    f.seek(at - 1)
+    line = f.readline(min(LINE_BYTES, end - at + 1))
+    cut = at - 1 + len(line)
+    if line.endswith(b'\n') or cut == end:
+        return cut
+    f.seek(cut - 4)
+    around = f.read(5)  # the byte before which is cut is around[4]
+    back = next((n for n in range(4) if around[4 - n] & 0xC0 != 0x80 and around[4 - n - 1] != ord('\r')), 0)
+    return cut - back
 
 
 def _near_line_end(f, start, size, fraction):
@@ -155,34 +219,103 @@ def _near_line_end(f, start, size, fraction):
     return cut
 
 
-def _pieces(f, begin, end, piece_bytes):
-    """The text of the bytes begin .. end, in pieces of `piece_bytes` and what is left of the last line."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True)
-    f.seek(begin)
-    while (at := f.tell()) < end:
-        content = f.read(min(piece_bytes, end - at))
-        content += f.readline(min(LINE_BYTES, end - f.tell()))
-        try:
-            yield decoder.decode(content, final=f.tell() == end)
-        except UnicodeDecodeError as error:
-            raise ValueError(f'{f.name} is not UTF-8 (byte 0x{error.object[error.start]:02x} at or near {at + error.start:,}): '
-                             f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
+def _parquet_file(f, path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f'{path} needs the library pyarrow, which is not installed: type `pip install pyarrow`') from None
+    try:
+        return pyarrow.parquet.ParquetFile(f)
+    except (ValueError, OSError) as error:
+        raise ValueError(f'{path} cannot be read as parquet ({error}): fetch it again') from None
 
 
-def _json_rows(path, field):
-    """(line number, text or None, problem or None, bytes of the file read so far) for each line that is not blank."""
-    with open(path, 'rb') as raw, gzip.open(raw) if path.lower().endswith('.gz') else raw as f:
-        number = 0
-        try:
-            for line in f:
-                number += 1
-                if line.strip():
-                    yield number, *_text_of(line, field), raw.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f'{path} is damaged after line {number:,} ({error}): fetch it again') from None
+def _parquet_units(f, path, size, split):
+    meta = _parquet_file(f, path).metadata
+    weights = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+    units, begin = [], 0
+    for i in range(len(weights)):
+        if sum(weights[begin:i + 1]) >= UNIT_BYTES or i == len(weights) - 1:
+            units.append(Unit(path, begin, i + 1, size * sum(weights[begin:i + 1]) // max(1, sum(weights)), split))
+            begin = i + 1
+    return units
+
+
+def read(unit, text_field='text'):
+    """The Rows of a unit. Raises ValueError for a file that is damaged, not UTF-8, or without the column."""
+    lower = unit.path.lower()
+    with opened(unit.path) as f:
+        if lower.endswith('.txt'):
+            yield Row(_text(f, unit), None, unit.size)
+        elif lower.endswith('.parquet'):
+            yield from _parquet_rows(f, unit, text_field)
+        elif lower.endswith('.npz'):
+            yield from _npz_rows(f, unit)
+        elif lower.endswith(('.gz', '.zst')):
+            yield from _packed_rows(f, unit, text_field)
+        else:
+            yield from _json_rows(f, unit, text_field)
+
+
+def _text(f, unit):
+    f.seek(unit.begin)
+    content = f.read(unit.end - unit.begin)
+    try:
+        return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True).decode(content, final=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{unit.path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {unit.begin + error.start:,}): '
+                         f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
+
+
+def _json_rows(f, unit, field):
+    at = unit.begin
+    if at:  # the line that began before belongs to the unit before
+        f.seek(at - 1)
+        at += len(f.readline()) - 1
+    while at < unit.end:
+        line = f.readline()
+        if not line:
+            break
+        at += len(line)
+        yield Row(*_text_of(line, field), at - unit.begin)
+
+
+def _packed_rows(f, unit, field):
+    number = 0
+    try:
+        for line in gzip.open(f) if unit.path.lower().endswith('.gz') else _zst_lines(f, unit.path):
+            number += 1
+            yield Row(*_text_of(line, field), f.tell())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f'{unit.path} is damaged after line {number:,} ({error}): fetch it again') from None
+
+
+def _zst_lines(f, path):
+    """The lines of a .zst of one frame or more. Raises EOFError for one that is cut short, which the library's own reader takes for its end."""
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f'{path} needs the library zstandard, which is not installed: type `pip install zstandard`') from None
+    frame, rest = None, b''
+    try:
+        while block := f.read(2**18):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                *lines, rest = (rest + frame.decompress(block)).split(b'\n')
+                yield from lines
+                block, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    if frame is not None:
+        raise EOFError('it ends in the middle')
+    if rest:
+        yield rest
 
 
 def _text_of(line, field):
+    """(text, problem) of a line of JSON; (None, None) of a blank one."""
+    if not line.strip():
+        return None, None
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -192,26 +325,36 @@ def _text_of(line, field):
     text = row.get(field)
     if not isinstance(text, str):
         return None, f'{field!r} is a {type(text).__name__}' if field in row else f'no field {field!r}, only {", ".join(list(row)[:9])}'
-    # JSON can spell out half a surrogate pair, which no tokenizer takes
-    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace'), None
+    if b'\\ud' in line or b'\\uD' in line:  # JSON can spell out half a surrogate pair, which no tokenizer takes
+        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return text, None
 
 
-def _parquet_rows(path, field):
-    """The same for the rows of a parquet file."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f'{path} needs the library pyarrow, which is not installed: type `pip install pyarrow`') from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f'{path} cannot be read as parquet ({error}): fetch it again') from None
-    with file:
+def _parquet_rows(f, unit, field):
+    with _parquet_file(f, unit.path) as file:
         if field not in file.schema_arrow.names:
-            raise ValueError(f'{path} has no column {field!r}: name one of {", ".join(file.schema_arrow.names)} with --text_field')
-        size, total, number = os.path.getsize(path), file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
+            raise ValueError(f'{unit.path} has no column {field!r}: name one of {", ".join(file.schema_arrow.names)} with --text_field')
+        groups = range(unit.begin, unit.end)
+        rows, number = sum(file.metadata.row_group(i).num_rows for i in groups), 0
+        for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[field]):
             for text in batch.column(0).to_pylist():
                 number += 1
-                problem = None if isinstance(text, str) else f'{field!r} is a {type(text).__name__}'
-                yield number, text, problem, size * number // total
+                yield Row(*((text, None) if isinstance(text, str) else (None, f'{field!r} is a {type(text).__name__}')), unit.size * number // rows)
+
+
+def _npz_rows(f, unit):
+    try:
+        if not zipfile.is_zipfile(f):
+            raise zipfile.BadZipFile('no archive')
+        f.seek(0)
+        with np.load(f, allow_pickle=False) as arrays:
+            names, ids = arrays.files, arrays[TOKENS] if TOKENS in arrays.files else None
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f'{unit.path} cannot be read as .npz ({error}): fetch it again') from None
+    if ids is None:
+        raise ValueError(f'{unit.path} has no array {TOKENS!r}, only {", ".join(names)}')
+    if ids.dtype.kind not in 'iu' or ids.ndim not in (1, 2):
+        raise ValueError(f'{unit.path}: {TOKENS} is {ids.ndim}-dimensional {ids.dtype}, expected one or two dimensions of integers')
+    rows = np.atleast_2d(ids)
+    for number, row in enumerate(rows, 1):
+        yield Row(row, None, unit.size * number // len(rows))

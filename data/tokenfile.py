@@ -8,14 +8,20 @@ fits and uint32 where not) and `meta.pkl`, a dict of plain builtins:
     tokens        {'train': int, 'val': int}                     documents     the same, in documents
     max_id        {'train': int, 'val': int}, largest id seen    split         one sentence: what went to val
     fingerprint   {'train': hex, 'val': hex}, see fingerprint()
+    ends          {'train': 'train.ends', 'val': 'val.ends'}: files of how many tokens of the split there are up to the end of
+                  each document, raw little-endian uint64
+    files         only where a split lies in several files, which are read as one:
+                  {'train': [('train_000000.bin', tokens), ...], 'val': [...]}
 
 `meta.pkl` is optional when reading: nanoGPT's files have none, or one without a dtype, and mean uint16.
 Only numpy is needed here, so the trainer can read data on a machine without any tokenizer library.
 """
+import contextlib
 import hashlib
 import io
 import os
 import pickle
+import shutil
 
 import numpy as np
 
@@ -73,6 +79,14 @@ def fingerprint(path, blocks=256, block_bytes=4096):
     return digest.hexdigest()
 
 
+def fingerprint_of_files(paths):
+    """The fingerprint of a split that lies in the files `paths`: of the only one its own, of several that of theirs, with no more than 256 blocks read in all,
+    but for one of each."""
+    if len(paths) == 1:
+        return fingerprint(paths[0])
+    return hashlib.sha256(''.join(fingerprint(path, max(1, 256 // len(paths))) for path in paths).encode()).hexdigest()
+
+
 class TokenFileWriter:
     """Streams token ids into `folder`/train.bin and val.bin and describes them in meta.pkl.
 
@@ -85,22 +99,30 @@ class TokenFileWriter:
 
     `vocab_size` is the size of the whole id space (added tokens too): it decides the dtype. `tokenizer` is the dict for
     meta.pkl, or a tokenizer of tokenizer.py, which then writes its files into the folder when the data set is published.
-    `extra` holds further plain-builtin entries for meta.pkl (nanoGPT's stoi and itos, for instance).
+    `extra` holds further plain-builtin entries for meta.pkl (nanoGPT's stoi and itos, for instance). sharded: each append() begins a file of
+    its own, train_000000.bin and so on; then meta.pkl comes last.
     Raises ValueError for an id outside [0, vocab_size), and when a split stayed empty.
     """
 
-    def __init__(self, folder, *, vocab_size, eot_id, tokenizer, split, extra=None):
-        self.folder = folder
+    def __init__(self, folder, *, vocab_size, eot_id, tokenizer, split, extra=None, sharded=False):
+        self.folder, self.sharded = folder, sharded
         self.meta = {'vocab_size': int(vocab_size), 'eot_id': None if eot_id is None else int(eot_id),
                      'dtype': 'uint16' if vocab_size <= 2**16 else 'uint32', 'tokenizer': tokenizer, 'split': split,
                      'tokens': dict.fromkeys(SPLITS, 0), 'documents': dict.fromkeys(SPLITS, 0),
-                     'max_id': dict.fromkeys(SPLITS, -1), **(extra or {})}
+                     'max_id': dict.fromkeys(SPLITS, -1), 'ends': {split: f'{split}.ends' for split in SPLITS}, **(extra or {})}
         self.dtype = token_dtype(self.meta)
 
     def __enter__(self):
         os.makedirs(self.folder, exist_ok=True)
-        self.files = {split: open(self._tmp(f'{split}.bin'), 'wb') for split in SPLITS}
+        self.written = []  # names of all files, without .tmp
+        self.shards = {split: [] for split in SPLITS}  # (name, tokens)
+        self.ends = {split: self._open(f'{split}.ends') for split in SPLITS}
+        self.files = {} if self.sharded else {split: self._open(f'{split}.bin') for split in SPLITS}
         return self
+
+    def _open(self, name):
+        self.written.append(name)
+        return open(self._tmp(name), 'wb')
 
     def write(self, split, ids, ends_document=True):
         """Append the `ids` (1-D, any integer type) of a document to `split`; an empty list counts as no document.
@@ -108,26 +130,58 @@ class TokenFileWriter:
         A document may come in pieces: `ends_document` is True for its last one.
         """
         ids = np.asarray(ids)
-        if ids.size == 0:
+        if ids.size:
+            self.append(split, check_ids(ids, self.meta['vocab_size']).astype(self.dtype), [ids.size] * bool(ends_document))
+
+    def append(self, split, ids, ends):
+        """Append `ids` (1-D, of self.dtype, checked) to `split`: documents that end at `ends` (ascending, counted from the first of ids)."""
+        if not len(ids):
             return
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.meta['vocab_size']:
-            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {self.meta['vocab_size']}")
-        self.files[split].write(ids.astype(self.dtype).tobytes())
-        self.meta['tokens'][split] += int(ids.size)
-        self.meta['documents'][split] += bool(ends_document)
-        self.meta['max_id'][split] = max(self.meta['max_id'][split], high)
+        if self.sharded:
+            self.files[split] = self._open(self._next_shard(split, len(ids)))
+        self.files[split].write(np.ascontiguousarray(ids).data)  # tofile() does not say that a disk is full
+        if self.sharded:
+            _close(self.files.pop(split))
+        self._count(split, len(ids), ends, int(ids.max()))
+
+    def adopt(self, split, path, tokens, ends, max_id):
+        """Append a file of `tokens` ids as append() does, without reading it where the file system can give it a second name."""
+        if not self.sharded:
+            with open(path, 'rb') as f:
+                shutil.copyfileobj(f, self.files[split], 2**22)
+        else:
+            name = self._next_shard(split, tokens)
+            self.written.append(name)
+            if os.path.exists(self._tmp(name)):
+                os.remove(self._tmp(name))
+            try:
+                os.link(path, self._tmp(name))
+            except OSError:
+                shutil.copyfile(path, self._tmp(name))
+        self._count(split, tokens, ends, max_id)
+
+    def _next_shard(self, split, tokens):
+        self.shards[split].append((f'{split}_{len(self.shards[split]):06d}.bin', int(tokens)))
+        return self.shards[split][-1][0]
+
+    def _count(self, split, tokens, ends, max_id):
+        self.ends[split].write((np.asarray(ends, dtype='<u8') + np.uint64(self.meta['tokens'][split])).tobytes())
+        self.meta['tokens'][split] += int(tokens)
+        self.meta['documents'][split] += len(ends)
+        self.meta['max_id'][split] = max(self.meta['max_id'][split], max_id)
 
     def __exit__(self, error_type, error, traceback):
         try:
-            for f in self.files.values():
-                f.flush()
-                os.fsync(f.fileno())
-                f.close()
+            for f in (*self.files.values(), *self.ends.values()):
+                if error_type is None:
+                    _close(f)
+                else:
+                    with contextlib.suppress(OSError):  # a full disk has been told
+                        f.close()
             if error_type is None:
                 self._publish()
         finally:
-            for name in (*(f'{split}.bin' for split in SPLITS), 'meta.pkl'):
+            for name in (*self.written, 'meta.pkl'):
                 if os.path.exists(self._tmp(name)):
                     os.remove(self._tmp(name))
 
@@ -135,18 +189,27 @@ class TokenFileWriter:
         empty = [split for split in SPLITS if not self.meta['tokens'][split]]
         if empty:
             raise ValueError(f"no tokens for {' and '.join(empty)}: the input is too small for this split ({self.meta['split']})")
-        self.meta['fingerprint'] = {split: fingerprint(self._tmp(f'{split}.bin')) for split in SPLITS}
-        # train.bin goes first and comes last: a folder with a train.bin is whole, whenever this is interrupted
-        if os.path.exists(self._final('train.bin')):
-            os.remove(self._final('train.bin'))
+        bins = {split: [name for name, _ in self.shards[split]] or [f'{split}.bin'] for split in SPLITS}
+        self.meta['fingerprint'] = {split: fingerprint_of_files([self._tmp(name) for name in bins[split]]) for split in SPLITS}
+        if self.sharded:
+            self.meta['files'] = self.shards
+        before = _names(self.folder)
+        # what makes a folder a data set goes first and comes last (train.bin, or meta.pkl where it names files): whenever this is interrupted, it is whole or none
+        for name in ('train.bin', *(['meta.pkl'] if self.sharded or 'meta.pkl' in before and 'train.bin' not in before else [])):
+            if os.path.exists(self._final(name)):
+                os.remove(self._final(name))
         if not isinstance(self.meta['tokenizer'], dict):
             self.meta['tokenizer'] = self.meta['tokenizer'].describe(self.folder)
         with open(self._tmp('meta.pkl'), 'wb') as f:
             pickle.dump(self.meta, f)
             f.flush()
             os.fsync(f.fileno())
-        for name in ('meta.pkl', 'val.bin', 'train.bin'):
+        ends = list(self.meta['ends'].values())
+        for name in (*ends, *bins['val'], *bins['train'], 'meta.pkl') if self.sharded else ('meta.pkl', *ends, 'val.bin', 'train.bin'):
             os.replace(self._tmp(name), self._final(name))
+        for name in before - _names(self.folder):
+            if os.path.exists(self._final(name)):
+                os.remove(self._final(name))
 
     def _tmp(self, name):
         return os.path.join(self.folder, name + '.tmp')
@@ -157,6 +220,30 @@ class TokenFileWriter:
     def report(self):
         """Lines for the terminal: what was written and where."""
         for split in SPLITS:
-            path = self._final(f'{split}.bin')
+            shards = self.shards[split]
+            path = self._final(f'{split}.bin') if not shards else f'{self._final(shards[0][0])} to {shards[-1][0]}'
             print(f"{path}: {self.meta['tokens'][split]:,} tokens of {self.meta['documents'][split]:,} documents, "
-                  f"{os.path.getsize(path) / 1e6:.1f} MB {self.meta['dtype']}")
+                  f"{self.meta['tokens'][split] * self.dtype.itemsize / 1e6:.1f} MB {self.meta['dtype']}")
+
+
+def check_ids(ids, vocab_size):
+    """`ids` (an integer array, not empty). Raises ValueError for one outside [0, vocab_size)."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f'token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}')
+    return ids
+
+
+def _names(folder):
+    """The files of token ids that a data set in `folder` has, and its meta.pkl."""
+    try:
+        shards = {name for files in read_meta(folder).get('files', {}).values() for name, _ in files}
+    except ValueError:
+        shards = set()
+    return {name for name in (*shards, 'train.bin', 'val.bin', 'meta.pkl') if os.path.exists(os.path.join(folder, name))}
+
+
+def _close(f):
+    f.flush()
+    os.fsync(f.fileno())
+    f.close()

@@ -9,7 +9,7 @@
 
 Each class below has
     vocab_size          number of ids, added tokens included
-    eot_id              id that ends a document, or None
+    eot_id, eot_token   id that ends a document and how it is written, or None
     encode(text)        1-D uint32 array. No special token is added, and one spelled out in the text is ordinary text:
                         a document that contains "<|endoftext|>" cannot end itself
     decode(ids)         str, from any iterable of ints. Bytes that are no UTF-8 give U+FFFD; an id without a token, which a
@@ -80,7 +80,7 @@ def tokenizer_of(folder, meta):
 
 class BytesTokenizer:
     """UTF-8 bytes, and 256 for the end of a text."""
-    vocab_size, eot_id = 257, 256
+    vocab_size, eot_id, eot_token = 257, 256, EOT
 
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
@@ -94,7 +94,7 @@ class BytesTokenizer:
 
 class CharTokenizer:
     """One id per character. stoi: {character: id}, itos: {id: character}, as in nanoGPT's meta.pkl."""
-    eot_id = None
+    eot_id = eot_token = None
 
     def __init__(self, stoi, itos):
         self.stoi, self.itos, self.vocab_size = stoi, itos, len(itos)
@@ -137,13 +137,17 @@ class TiktokenTokenizer:
             raise ValueError(f'tiktoken could not download the encoding {name!r} ({type(error).__name__}): connect this machine once, set '
                              f'TIKTOKEN_CACHE_DIR to a folder that has it, or name another tokenizer, such as bytes') from None
         self.name, self.vocab_size = name, self.encoding.n_vocab
-        self.eot_id = self.encoding.eot_token if EOT in self.encoding.special_tokens_set else None
+        self.eot_token = EOT if EOT in self.encoding.special_tokens_set else None
+        self.eot_id = self.encoding.eot_token if self.eot_token else None
 
     def encode(self, text):
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
         return _join(self._token(int(i)) for i in ids)
+
+    def __reduce__(self):
+        return TiktokenTokenizer, (self.name,)
 
     def _token(self, i):
         # a model's vocabulary may be padded beyond n_vocab, and some encodings have gaps
@@ -176,6 +180,7 @@ class HuggingFaceTokenizer:
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(max(ids) + 1, self.tokenizer.get_vocab_size(with_added_tokens=True))
         self.eot_id = self._eos()
+        self.eot_token = None if self.eot_id is None else self.tokenizer.id_to_token(self.eot_id)
 
     @classmethod
     def of_folder(cls, folder):
@@ -232,6 +237,10 @@ class SentencePieceTokenizer:
             raise ValueError(f'{source} is no sentencepiece model: fetch it again, or name another tokenizer') from None
         self.vocab_size = self.processor.get_piece_size()
         self.eot_id = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
+        self.eot_token = None if self.eot_id is None else self.processor.id_to_piece(self.eot_id)
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self.model, self.source)
 
     @classmethod
     def of_file(cls, path):

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import command, documents, tinyshakespeare  # noqa: E402
+from data import command, documents, pipeline, tinyshakespeare  # noqa: E402
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import HuggingFaceTokenizer, tokenizer_of  # noqa: E402
 
@@ -147,7 +147,7 @@ def test_pystdlib_is_a_deterministic_hugging_face_data_set(tmp_path, monkeypatch
     for name in ('a', 'b'):
         pystdlib.main(['--output', str(tmp_path / name), '--vocab_size', '300'])
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
-    assert sorted(contents(tmp_path / 'a')) == ['meta.pkl', 'tokenizer/tokenizer.json', 'tokenizer/tokenizer_config.json', 'train.bin', 'val.bin']
+    assert sorted(contents(tmp_path / 'a')) == ['meta.pkl', 'tokenizer/tokenizer.json', 'tokenizer/tokenizer_config.json', 'train.bin', 'train.ends', 'val.bin', 'val.ends']
     meta = read_meta(tmp_path / 'a')
     assert meta['tokenizer'] == {'kind': 'hf', 'path': 'tokenizer'} and (meta['vocab_size'], meta['eot_id']) == (300, 0)
     files = sorted([*root.glob('*.py'), *root.glob('pkg/*.py')], key=lambda path: str(path.relative_to(root)))
@@ -188,27 +188,37 @@ def test_own_text_without_line_ends_is_cut_between_characters(tmp_path):
         assert meta['tokens']['val'] in (int(size * 0.07), int(size * 0.07) + 1) and meta['vocab_size'] == 3
 
 
+def read_txt(path, **options):
+    units = documents.units_of(str(path), **options)
+    return [(unit, row.content) for unit in units for row in documents.read(unit)]
+
+
 def test_large_txt_comes_in_pieces_that_end_at_line_ends(tmp_path, monkeypatch):
     text = ''.join(lines(3000))
     path = tmp_path / 'a.txt'
     path.write_bytes(b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode())  # a byte order mark and another system's line ends
-    reader = documents.DocumentReader([str(path)], val_every=20, txt_val_fraction=0.1)
-    whole = list(reader)
-    assert [(piece.split, piece.last) for piece in whole] == [('train', True), ('val', True)]
-    monkeypatch.setattr(documents, 'WHOLE_BYTES', 3000)
+    whole = read_txt(path, txt_val_fraction=0.1)
+    assert [(unit.split, unit.last) for unit, _ in whole] == [('train', True), ('val', True)]
     monkeypatch.setattr(documents, 'PIECE_BYTES', 1000)
-    pieces = list(reader)
-    assert len(pieces) > 60 and max(len(piece.text) for piece in pieces) < 1100 and all(piece.text.endswith('\n') for piece in pieces)
-    assert [''.join(piece.text for piece in pieces if piece.split == split) for split in ('train', 'val')] == [piece.text for piece in whole]
-    assert ''.join(piece.text for piece in pieces) == text
-    assert [i for i, piece in enumerate(pieces) if piece.last] == [[piece.split for piece in pieces].index('val') - 1, len(pieces) - 1]
+    pieces = read_txt(path, txt_val_fraction=0.1)
+    assert len(pieces) > 60 and max(len(piece) for _, piece in pieces) < 1100 and all(piece.endswith('\n') for _, piece in pieces)
+    assert [''.join(piece for unit, piece in pieces if unit.split == split) for split in ('train', 'val')] == [piece for _, piece in whole]
+    assert ''.join(piece for _, piece in pieces) == text
+    assert [i for i, (unit, _) in enumerate(pieces) if unit.last] == [[unit.split for unit, _ in pieces].index('val') - 1, len(pieces) - 1]
     meta = prepare(tmp_path / 'set', path, tokenizer='bytes', val_fraction=0.1)
-    assert meta['documents'] == {'train': 1, 'val': 1} and read_texts(tmp_path / 'set', 'train') == [whole[0].text]
-    # one endless line: pieces stay bounded, and no character is cut
+    assert meta['documents'] == {'train': 1, 'val': 1} and read_texts(tmp_path / 'set', 'train') == [whole[0][1]]
+    assert np.fromfile(tmp_path / 'set' / 'train.ends', '<u8').tolist() == [meta['tokens']['train']]
+    # one endless line: pieces stay bounded, and neither a character nor a line end of two bytes is cut
     monkeypatch.setattr(documents, 'LINE_BYTES', 500)
-    path.write_text('日本語' * 5000, encoding='utf-8')
-    pieces = list(reader)
-    assert ''.join(piece.text for piece in pieces) == '日本語' * 5000 and max(len(piece.text) for piece in pieces) <= 501
+    for text in ('日本語' * 5000, 'a' + '日本語' * 5000, '\U0001f600' * 3000, 'x\r' * 2 + '\U0001f600' * 3000):
+        path.write_text(text, encoding='utf-8', newline='')
+        pieces = [piece for _, piece in read_txt(path)]
+        assert ''.join(pieces) == text.replace('\r', '\n') and max(map(len, pieces)) <= 501 and len(pieces) > 5
+    monkeypatch.setattr(documents, 'PIECE_BYTES', 7)
+    monkeypatch.setattr(documents, 'LINE_BYTES', 3)
+    for text in ('ab\r\ncd\r\n' * 40, '\r\n' * 99, 'a\r\n' * 50 + '日\r\n' * 50):
+        path.write_text(text, encoding='utf-8', newline='')
+        assert ''.join(piece for _, piece in read_txt(path)) == text.replace('\r\n', '\n')
 
 
 def test_rows_go_to_val_every_kth_whatever_the_format(tmp_path):
@@ -295,13 +305,13 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
 
     assert 'no such file or folder' in refusal(tmp_path / 'no*.txt')
     (tmp_path / 'folder').mkdir()
-    assert 'holds no .txt, .jsonl, .jsonl.gz or .parquet file' in refusal(tmp_path / 'folder')
+    assert 'holds no .txt, .jsonl, .jsonl.gz, .json.gz, .jsonl.zst, .json.zst or .parquet file' in refusal(tmp_path / 'folder')
     assert 'expected .txt' in refusal(file('a.doc', b'x'))
-    assert 'there is no text in this file' in refusal(file('empty.txt'))
+    assert 'there is no text in these files' in refusal(file('empty.txt'))
     assert 'there is no text in these files' in refusal(file('empty.txt'), file('empty.jsonl', b'\n{"text": ""}\n'))
     assert 'no tokens for train' in refusal(file('one.txt', b'x'))
     assert 'type a larger share, such as --val_fraction 0.5' in refusal(write_jsonl(tmp_path / 'few.jsonl', ['x'] * 19))
-    assert 'is not UTF-8 (byte 0xe9 at or near 3)' in refusal(file('latin.txt', 'caf\xe9 noir\n'.encode('latin-1') * 9))
+    assert 'is not UTF-8 (byte 0xe9 at 3)' in refusal(file('latin.txt', 'caf\xe9 noir\n'.encode('latin-1') * 9))
     assert 'is not UTF-8' in refusal(file('cut.txt', ('x' * 100 + '日').encode()[:-1]))
     whole = write_jsonl(tmp_path / 'whole.jsonl.gz', lines(2000)).read_bytes()
     assert 'cut.jsonl.gz is damaged after line' in refusal(file('cut.jsonl.gz', whole[:-3000]))
@@ -334,33 +344,6 @@ def test_the_train_command_that_is_named(capsys):
         assert capsys.readouterr().out == f'next: python train.py {expected}\n'
 
 
-def test_sigkill_while_preparing_leaves_the_older_set_and_its_tokenizer(tmp_path):
-    folders = []
-    for size in (300, 280):
-        folders.append(tmp_path / f'tokenizer{size}')
-        pystdlib.train_tokenizer(lines(40), size).describe(str(folders[-1]))
-    write_jsonl(tmp_path / 'a.jsonl', lines(100))
-    prepare(tmp_path / 'set', tmp_path / 'a.jsonl', tokenizer=folders[0] / 'tokenizer')
-    before = contents(tmp_path / 'set')
-    script = ("import sys, time, importlib; from data import documents\n"
-              "rows = documents._json_rows\n"
-              "def slow(path, field):\n"
-              "    for row in rows(path, field):\n"
-              "        yield row\n"
-              "        if row[0] == 50: print('mid-way', flush=True); time.sleep(60)\n"
-              "documents._json_rows = slow\n"
-              "importlib.import_module('data.own_text.prepare').main(sys.argv[1:])\n")
-    for output, expected in ((tmp_path / 'set', before), (tmp_path / 'fresh', {})):
-        process = subprocess.Popen([sys.executable, '-c', script, '--input', tmp_path / 'a.jsonl', '--tokenizer', folders[1] / 'tokenizer',
-                                    '--output', output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == 'mid-way\n'
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert (output / 'train.bin.tmp').exists() and contents(output) == expected
-    prepare(tmp_path / 'set', tmp_path / 'a.jsonl', tokenizer=folders[1] / 'tokenizer')
-    assert read_meta(tmp_path / 'set')['vocab_size'] == 280 and read_texts(tmp_path / 'set', 'val') == lines(100)[19::20]
-
-
 def test_an_exception_mid_way_leaves_the_older_set(tmp_path, monkeypatch):
     pystdlib.train_tokenizer(lines(40), 300).describe(str(tmp_path))
     path = write_jsonl(tmp_path / 'a.jsonl', lines(100))
@@ -388,8 +371,8 @@ def test_openwebtext_from_local_files(tmp_path):
     meta = prepare(tmp_path / 'set', tmp_path, script=openwebtext, tokenizer='bytes')
     assert read_texts(tmp_path / 'set', 'val') == [texts[1999], texts[3999]] and meta['split'] == 'every 2000th document is val'
     assert read_texts(tmp_path / 'set', 'train') == [text for i, text in enumerate(texts) if i % 2000 != 1999]
-    with pytest.raises(ValueError, match='--num_proc has no meaning with --input'):
-        prepare(tmp_path / 'set', tmp_path, script=openwebtext, num_proc=2)
+    with pytest.raises(ValueError, match='--revision has no meaning with --input'):
+        prepare(tmp_path / 'set', tmp_path, script=openwebtext, revision='main')
     with pytest.raises(ValueError, match='--text_field has no meaning without --input'):
         openwebtext.main(['--text_field', 'content'])
 

@@ -50,7 +50,8 @@ def test_meta_says_what_the_files_hold(tmp_path):
     assert meta['tokens'] == {'train': 5, 'val': 1} and meta['documents'] == {'train': 2, 'val': 1} and meta['max_id'] == {'train': 250, 'val': 3}
     assert (meta['vocab_size'], meta['eot_id'], meta['split'], meta['note']) == (300, 9, 'by hand', 'x')
     assert meta['fingerprint'] == {split: fingerprint(tmp_path / f'{split}.bin') for split in ('train', 'val')}
-    assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'train.ends', 'val.bin', 'val.ends']
+    assert [np.fromfile(tmp_path / name, '<u8').tolist() for name in ('train.ends', 'val.ends')] == [[3, 5], [1]]
 
 
 @pytest.mark.parametrize('bad', [-1, 300])

@@ -15,11 +15,8 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
 
 from data import command
-from data.documents import DocumentReader, find_files, write_pieces
 from data.tokenfile import TokenFileWriter
 from data.tokenizer import load_tokenizer
-
-VAL_EVERY = 2000
 
 
 def write_hub(writer, tokenizer, revision, num_proc):
@@ -49,27 +46,20 @@ def write_hub(writer, tokenizer, revision, num_proc):
 
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
-    parser = command.argument_parser(__doc__, FOLDER)
-    parser.add_argument('--input', nargs='+', metavar='PATH', help='local files, folders or patterns, instead of the hub')
-    parser.add_argument('--text_field', help='where local .jsonl and .parquet have the text, default: text')
-    parser.add_argument('--num_proc', type=int, help='processes that fetch and tokenize from the hub, default: 8')
+    parser = command.corpus_parser(__doc__, FOLDER, source=[], val_fraction=0.0005)
     parser.add_argument('--revision', help="of the hub's data set; refs/convert/parquet for versions of datasets that run no scripts")
-    parser.add_argument('--tokenizer', default='gpt2', help='gpt2 unless given; see data/tokenizer.py')
     args = parser.parse_args(argv)
-    for option in ('num_proc', 'revision') if args.input else ('text_field',):
-        if getattr(args, option) is not None:
-            raise ValueError(f'--{option} has no meaning {"with" if args.input else "without"} --input: leave it out')
-
+    if args.input or args.merge:
+        if args.revision:
+            raise ValueError('--revision has no meaning with --input: leave it out')
+        return command.corpus(args, FOLDER, config='config/train_gpt2.py')
+    for option in ('text_field', 'val_fraction', 'limit', 'dedup', 'max_broken', 'shard'):
+        if getattr(args, option) != parser.get_default(option):
+            raise ValueError(f'--{option} has no meaning without --input: leave it out')
     tokenizer = load_tokenizer(args.tokenizer)
-    split = f'every {VAL_EVERY}th document is val' if args.input else 'train_test_split(test_size=0.0005, seed=2357, shuffle=True)'
-    reader = args.input and DocumentReader(find_files(args.input), val_every=VAL_EVERY, text_field=args.text_field or 'text')
-    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split=split) as writer:
-        if reader:
-            write_pieces(writer, reader, tokenizer)
-        else:
-            write_hub(writer, tokenizer, args.revision, args.num_proc or 8)
-    if reader and reader.broken:
-        print(reader.left_out())
+    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
+                         split='train_test_split(test_size=0.0005, seed=2357, shuffle=True)') as writer:
+        write_hub(writer, tokenizer, args.revision, args.num_proc or 8)
     command.report(writer, FOLDER, 'config/train_gpt2.py')
 
 

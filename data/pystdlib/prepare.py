@@ -17,7 +17,6 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
 
 from data import command
-from data.documents import Piece, write_pieces
 from data.tokenfile import TokenFileWriter
 from data.tokenizer import EOT, HuggingFaceTokenizer
 
@@ -39,13 +38,13 @@ def source_files(root):
 
 
 def read_documents(root):
-    """A Piece for every source file that is not empty."""
+    """(split, text) of every source file that is not empty."""
     documents = []
     for path in source_files(root):
         with tokenize.open(os.path.join(root, path)) as f:  # obeys the coding cookie
             text = f.read()
         if text:
-            documents.append(Piece('val' if len(documents) % VAL_EVERY == VAL_EVERY - 1 else 'train', text, True))
+            documents.append(('val' if len(documents) % VAL_EVERY == VAL_EVERY - 1 else 'train', text))
     return documents
 
 
@@ -75,11 +74,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     documents = read_documents(sysconfig.get_paths()['stdlib'])
-    tokenizer = train_tokenizer([piece.text for piece in documents if piece.split == 'train'], args.vocab_size)
+    tokenizer = train_tokenizer([text for split, text in documents if split == 'train'], args.vocab_size)
     version = '.'.join(map(str, sys.version_info[:3]))
     with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
                          split=f'every {VAL_EVERY}th file is val', extra={'source': f'standard library of Python {version}'}) as writer:
-        write_pieces(writer, documents, tokenizer)
+        for split, text in documents:
+            writer.write(split, [*tokenizer.encode(text).tolist(), tokenizer.eot_id])
     command.report(writer, FOLDER, 'config/demo_pystdlib.py')
 
 

@@ -1,0 +1,29 @@
+"""
+SlimPajama-627B in Qwen3's tokens: 59,166 .jsonl.zst files of train, and its own validation split.
+
+    hf download Qwen/Qwen3-1.7B-Base --include "tokenizer*" --local-dir qwen3_tokenizer
+    python data/slimpajama_627b_qwen3/prepare.py --limit 100000                     # try it first
+    python data/slimpajama_627b_qwen3/prepare.py --input s3://BUCKET/SlimPajama-627B --shard 1/16 --output /big/slimpajama
+    python data/slimpajama_627b_qwen3/prepare.py --merge /big/slimpajama* --output /big/slimpajama
+    python train.py config/full_qwen3_1.8b_optimal.py --dataset=/big/slimpajama
+
+Each document is closed by the tokenizer's eos. The test split is left out. The ids take four bytes each and lie in files of about 1 GB of text, train_000000.bin
+and so on, which are read as one.
+"""
+import os
+import sys
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
+
+from data import command
+
+
+def main(argv=None):
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    parser = command.corpus_parser(__doc__, FOLDER, source=['hf://datasets/cerebras/SlimPajama-627B'], tokenizer='qwen3_tokenizer')
+    command.corpus(parser.parse_args(argv), FOLDER, published=True, sharded=True, tokenizer_from='Qwen/Qwen3-1.7B-Base', config='config/full_qwen3_1.8b_optimal.py')
+
+
+if __name__ == '__main__':
+    command.run(main)

@@ -1,0 +1,27 @@
+"""
+SlimPajama-6B in Qwen3's tokens: a sample of SlimPajama-627B of 5.5 million documents, with its own validation split.
+
+    hf download Qwen/Qwen3-1.7B-Base --include "tokenizer*" --local-dir qwen3_tokenizer
+    python data/slimpajama_6b_qwen3/prepare.py                          # from the Hugging Face hub
+    python data/slimpajama_6b_qwen3/prepare.py --input FOLDER           # from its files on this machine
+    python train.py config/full_qwen3_1.8b_optimal.py
+
+Each document is closed by the tokenizer's eos. The test split is left out.
+"""
+import os
+import sys
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
+
+from data import command
+
+
+def main(argv=None):
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    parser = command.corpus_parser(__doc__, FOLDER, source=['hf://datasets/DKYoon/SlimPajama-6B'], tokenizer='qwen3_tokenizer')
+    command.corpus(parser.parse_args(argv), FOLDER, published=True, tokenizer_from='Qwen/Qwen3-1.7B-Base', config='config/full_qwen3_1.8b_optimal.py')
+
+
+if __name__ == '__main__':
+    command.run(main)

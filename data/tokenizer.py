@@ -23,6 +23,8 @@ import os
 
 import numpy as np
 
+from data.byte_level import twin_of
+
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
 EOT = '<|endoftext|>'
 PROBE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers that are the same agree on it
@@ -164,8 +166,10 @@ class HuggingFaceTokenizer:
     """A tokenizer.json of Hugging Face, read by the `tokenizers` library.
 
     files: {name: bytes} of those of HF_FILES that exist; source: where they are from, for messages.
-    The files are kept, so that describe() can write them even when their folder is gone, or is the one written to.
+    The files are kept, so that describe() can write them even when their folder is gone, or is the one written to. After some text, encode() goes
+    through tiktoken where that gives the same ids faster (byte_level.py).
     """
+    TRIAL = 2**20  # characters that the library itself encodes first
 
     def __init__(self, files, source):
         tokenizers = _library('tokenizers', source)
@@ -181,6 +185,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(max(ids) + 1, self.tokenizer.get_vocab_size(with_added_tokens=True))
         self.eot_id = self._eos()
         self.eot_token = None if self.eot_id is None else self.tokenizer.id_to_token(self.eot_id)
+        self.twin, self.encoded = None, 0
 
     @classmethod
     def of_folder(cls, folder):
@@ -208,8 +213,14 @@ class HuggingFaceTokenizer:
         return eos
 
     def encode(self, text):
+        if self.twin is not None and (ids := self.twin.encode(text)) is not None:
+            return ids
         # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
-        return np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+        ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+        if self.encoded <= self.TRIAL < self.encoded + len(text):  # a corpus, for which it is worth a second
+            self.twin = twin_of(self.files['tokenizer.json'].decode('utf-8'))
+        self.encoded += len(text)
+        return ids
 
     def decode(self, ids):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)

@@ -1,0 +1,130 @@
+"""Proves that tiktoken's loop gives the ids of Hugging Face's byte-level tokenizers, or leaves a text to them."""
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+
+tokenizers = pytest.importorskip('tokenizers')
+pytest.importorskip('tiktoken')
+from conftest import ROOT  # noqa: E402
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+
+from data.byte_level import KNOWN, ranks_of, twin_of  # noqa: E402
+from data.tokenizer import HuggingFaceTokenizer, load_tokenizer  # noqa: E402
+
+EOT = '<|endoftext|>'
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES, BY_REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.ByteLevel(add_prefix_space=False)
+KINDS = {'gpt2': (None, BY_REGEX), 'starcoder2': (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BY_REGEX])),
+         'llama3': (None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), 'isolated'), BYTES])),
+         'qwen3': (normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3.replace('{1,3}', '')), 'isolated'), BYTES]))}
+
+
+def hard_texts(count, seed=0):
+    """Texts of everything that tokenizers stumble over: runs of white space, digits, marks, scripts, emoji, controls, unassigned characters."""
+    draw = random.Random(seed)
+    kinds = [lambda: draw.choice(" \n\r\t\u3000\x85\xa0'"), lambda: chr(draw.randrange(32, 127)), lambda: draw.choice('0123456789²½٣'), lambda: chr(draw.randrange(0x80, 0x600)),
+             lambda: chr(draw.randrange(0x4E00, 0x9FFF)), lambda: chr(draw.randrange(0x1F300, 0x1F700)), lambda: chr(draw.randrange(0x300, 0x370)), lambda: chr(draw.randrange(0xD800)),
+             lambda: draw.choice(["'s", "'LL", '  ', 'the', ' the', '\r\n', EOT])]
+    return [''.join(kind() * draw.choice((1, 1, 2, 5)) for kind in draw.choices(kinds, k=120)) for _ in range(count)]
+
+
+def source():
+    return [open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('train.py', 'model.py', 'TRAINING_GUIDE.md', 'README.md')]
+
+
+def trained(kind, vocab_size=2000, **settings):
+    tokenizer = Tokenizer(models.BPE(**settings))
+    normalizer, tokenizer.pre_tokenizer = KINDS[kind]
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(source() + hard_texts(50), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_ids_are_the_librarys(kind):
+    tokenizer = trained(kind)
+    twin = twin_of(tokenizer.to_str())
+    left = 0
+    for text in [*source(), *hard_texts(600, 1), *' \n\'é5', '', 'aaaaaaa' * 99, ' ' * 999, 'a\n' * 500, "it's IT'S it'ſ", '5' * 99]:
+        ids = twin.encode(text)
+        left += ids is None
+        assert ids is None or ids.dtype == np.uint32 and ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids, repr(text)
+    assert left < (600 if kind == 'qwen3' else 100)  # of hard_texts most are not in NFC
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'qwen3'])
+def test_what_the_library_must_see(kind):
+    tokenizer = trained(kind)
+    tokenizer.add_tokens(['<tool>'])
+    twin = twin_of(tokenizer.to_str())
+    assert twin.encode('a <tool> b') is None and twin.encode(f'a {EOT} b') is not None  # which is ordinary text
+    assert twin.encode(f'a{chr(KNOWN)}') is None
+    assert (twin.encode('e\u0301') is None) == (kind == 'qwen3') and twin.encode('é') is not None
+    assert (twin.encode('\u0378') is None) == (kind == 'qwen3')  # not assigned: its normal form may change
+    assert trained('llama3').pre_tokenizer is not None and twin_of(trained('llama3').to_str()).encode("it'ſ") is None
+
+
+def test_tokenizers_that_have_no_twin():
+    def changed(change):
+        described = json.loads(trained('gpt2', 400).to_str())
+        change(described)
+        return json.dumps(described)
+
+    def set_(path, value):
+        def change(described):
+            for key in path[:-1]:
+                described = described[key]
+            described[path[-1]] = value
+        return change
+    assert twin_of(changed(lambda described: None)) is not None
+    for path, value in ((['pre_tokenizer', 'add_prefix_space'], True), (['pre_tokenizer'], {'type': 'Whitespace'}), (['pre_tokenizer'], None), (['normalizer'], {'type': 'Lowercase'}),
+                        (['model', 'dropout'], 0.1), (['model', 'end_of_word_suffix'], '</w>'), (['model', 'byte_fallback'], True)):
+        assert twin_of(changed(set_(path, value))) is None, path
+    assert twin_of(changed(lambda described: described['model']['vocab'].pop('Ā'))) is None  # the byte 0
+    assert twin_of(changed(lambda described: described['model']['merges'].append(described['model']['merges'][0]))) is None
+    assert twin_of(changed(lambda described: described['model']['merges'].reverse())) is None
+
+
+def test_tokens_that_merges_do_not_make():
+    letters = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+    def model(words, merges, **more):
+        return {'vocab': {**letters, **{word: 256 + i for i, word in enumerate(words)}}, 'merges': merges, **more}
+    # abc can only be made of a and bc, but ab is made before
+    hidden = model(['ab', 'bc', 'abc'], [['a', 'b'], ['b', 'c'], ['a', 'bc']])
+    assert [token for token, _ in ranks_of(hidden, tokenizers)[256:]] == [b'ab', b'bc']
+    library = Tokenizer(models.BPE(hidden['vocab'], [tuple(merge) for merge in hidden['merges']]))
+    library.pre_tokenizer = BY_REGEX
+    twin = twin_of(library.to_str())
+    for text in ('abc', 'abcabc', 'bc abc', 'xabcx'):
+        assert twin.encode(text).tolist() == library.encode(text).ids
+    # two ways to one token, as in LLaMA-3's list
+    both = model(['ab', 'bc', 'abc'], [['b', 'c'], ['a', 'b'], ['a', 'bc'], ['ab', 'c']])
+    assert [token for token, _ in ranks_of(both, tokenizers)[256:]] == [b'bc', b'ab', b'abc']
+    # with ignore_merges a piece that is a token is taken whole: fine where any merge makes it, or none does
+    assert ranks_of({**both, 'ignore_merges': True}, tokenizers) and ranks_of({**hidden, 'ignore_merges': True}, tokenizers) is None
+    assert ranks_of(model(['xyz'], [], ignore_merges=True), tokenizers) is None
+
+
+def test_a_corpus_goes_through_the_twin_and_a_few_lines_do_not(tmp_path, monkeypatch):
+    tokenizer = trained('gpt2')
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': EOT}))
+    monkeypatch.setattr(HuggingFaceTokenizer, 'TRIAL', 1000)
+    own = load_tokenizer(str(tmp_path))
+    own.encode('x' * 900)
+    assert own.twin is None
+    texts = source() + hard_texts(20, 2)
+    for text in texts:
+        assert own.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert own.twin is not None
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    without = load_tokenizer(str(tmp_path))
+    assert [without.encode(text).tolist() for text in texts[:3]] == [own.encode(text).tolist() for text in texts[:3]] and without.twin is None

@@ -25,7 +25,7 @@ from data.tokenfile import read_meta
 from data.tokenizer import PROBE, tokenizer_of
 from engine import parallel, tasks
 from engine.configurator import ConfigError
-from engine.loader import check_fit, open_dataset
+from engine.dataset import check_fit, folder_of, open_dataset, shares_of
 from engine.logger import now
 from engine.loss import IGNORE
 from generation import cache_for, check_prompts, generate, lines_of
@@ -44,6 +44,7 @@ def main(argv=None):
     parser.add_argument('--speed', action='store_true', help='measure reading and writing for several batches and lengths')
     parser.add_argument('--prompts', help='a text file with a prompt on each line: write on, always with the most likely token')
     parser.add_argument('--max_new_tokens', type=int, default=64, help='for --prompts')
+    parser.add_argument('--data_url', help='URL of the folder of --dataset, as in training')
     parser.add_argument('--no_loss', action='store_true', help='leave out the data set')
     parser.add_argument('--json', help='file of the results; default: evaluation_STEP.json in the folder of the run, evaluation.json in a Hugging Face folder')
     return parallel.answer(run, parser.parse_args(argv))
@@ -76,7 +77,7 @@ def run(args):
     keep()
     with torch.no_grad(), autocast:
         if not args.no_loss:
-            results['loss'] = losses(model, dataset, args, tokenizer, world)
+            results['loss'] = losses(model, dataset, args, tokenizer, world, state)
             found = results['loss']
             say(f"{found['dataset']} {found['split']}, {found['tokens']:,} tokens: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
                 + (f", {found['bits_per_byte']:.4f} bits per byte" if found['bits_per_byte'] else '') + f" ({found['seconds']:.1f} s)")
@@ -104,7 +105,7 @@ def run(args):
 
 def check_tokenizer(dataset, tokenizer):
     """Raise ConfigError if the data set was made with another tokenizer than the model's."""
-    folder = os.path.join(ROOT, 'data', dataset)
+    folder = folder_of(dataset, ROOT)
     meta = read_meta(folder)
     if not meta:
         return  # open_dataset() says what is missing; nanoGPT's old sets state nothing
@@ -138,9 +139,11 @@ def identity(source, state):
     return ' '.join(f'{name} {os.stat(os.path.join(source, name)).st_size} {os.stat(os.path.join(source, name)).st_mtime_ns}' for name in files)
 
 
-def losses(model, dataset, args, tokenizer, world):
+def losses(model, dataset, args, tokenizer, world, state):
     """Loss per token over windows of the context's length, one behind the other; the last one may be shorter."""
-    train, val, meta = open_dataset(dataset, ROOT)
+    if len(shares_of(dataset)) > 1:
+        raise ConfigError(f'{dataset} is a mixture: evaluate one data set at a time, with --dataset={shares_of(dataset)[0][0]}')
+    train, val, meta = open_dataset(dataset, ROOT, args.data_url or (state['config'].get('data_url') if state and not args.dataset else None))
     file, block = train if args.split == 'train' else val, model.config.block_size
     check_fit(file, model.config.vocab_size, 1)
     n = min(args.tokens or len(file), len(file)) - 1  # tokens that have one before them
@@ -152,20 +155,20 @@ def losses(model, dataset, args, tokenizer, world):
         mine = starts[first + world.rank * args.batch_size:first + (world.rank + 1) * args.batch_size]
         x, y = (torch.full((max(1, len(mine)), block), fill) for fill in (0, IGNORE))
         for row, start in enumerate(mine):
-            ids = torch.from_numpy(file.tokens[start:min(start + block, n) + 1].astype(np.int64))
+            ids = torch.from_numpy(file.slice(start, min(start + block, n) + 1).astype(np.int64))
             x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
         total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
     nats = parallel.sum_over_ranks(total, world).item()
-    text_bytes = parallel.from_main(lambda: bytes_of(file.tokens[1:n + 1], tokenizer), world)
+    text_bytes = parallel.from_main(lambda: bytes_of(file, n, tokenizer), world)
     return {'dataset': dataset, 'split': args.split, 'fingerprint': file.fingerprint, 'tokens': n, 'loss': nats / n, 'perplexity': math.exp(min(nats / n, 700)),
             'bits_per_byte': nats / math.log(2) / text_bytes if text_bytes else None, 'bytes': text_bytes, 'seconds': time.perf_counter() - started}
 
 
-def bytes_of(ids, tokenizer):
-    """How many bytes of UTF-8 the tokens stand for; those that end a text for none."""
+def bytes_of(file, n, tokenizer):
+    """How many bytes of UTF-8 the tokens 1 .. n stand for; those that end a text for none."""
     total = 0
-    for first in range(0, len(ids), 1 << 16):
-        part = ids[first:first + (1 << 16)]
+    for first in range(1, n + 1, 1 << 16):
+        part = file.slice(first, min(first + (1 << 16), n + 1))
         total += len(tokenizer.decode(part[part != tokenizer.eot_id] if tokenizer.eot_id is not None else part).encode('utf-8'))
     return total
 

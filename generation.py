@@ -76,7 +76,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     training = model.training
     model.eval()
     rows, alive = [list(prompt) for prompt in prompts], [True] * len(prompts)
-    read = None  # the state of reading: cache, and where each row begins
+    read = chosen = None  # the state of reading, and the last tokens
     decode = torch.compile(_read, mode='reduce-overhead' if device.type == 'cuda' else None, fullgraph=True) if compiled else _read
     begins = [0] * len(rows)  # what lies before is forgotten
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # FSDP keeps what it gathers

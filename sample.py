@@ -23,6 +23,7 @@ from data.tokenizer import load_tokenizer, tokenizer_of
 from engine import checkpoint, experts, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError
+from engine.dataset import folder_of, shares_of
 from generation import check_prompts, generate
 from model import Model
 from presets import resolve_shape
@@ -47,7 +48,7 @@ def find_checkpoint(out_dir, step):
 
 def data_of(config):
     """(folder, meta) of a run's data set, which knows its tokenizer. Raises ConfigError where it is not here."""
-    folder = os.path.join(ROOT, 'data', config['dataset'])
+    folder = folder_of(config['dataset'], ROOT)
     if not any(os.path.isfile(os.path.join(folder, name)) for name in ('meta.pkl', 'train.bin')):
         raise ConfigError(f"the tokenizer of this run is that of its data set, and {folder} has no meta.pkl: prepare {config['dataset']} here as it was prepared for the training")
     return folder, read_meta(folder)
@@ -56,7 +57,7 @@ def data_of(config):
 def tokenizer_of_run(state):
     """(tokenizer, meta of its data set, None or a sentence that the data here is other data than the run's)."""
     folder, meta = data_of(state['config'])
-    same = meta.get('fingerprint', {}).get('train') in (None, state['data']['train']['fingerprint'])
+    same = len(shares_of(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get('train') in (None, state['data']['train']['fingerprint'])
     return tokenizer_of(folder, meta), meta, None if same else f'{folder} is not the data that this model was trained with'
 
 

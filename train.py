@@ -30,7 +30,8 @@ from engine import checkpoint, checks, experts, flops, optim, parallel, resume, 
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
-from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, mix, open_dataset
+from engine.dataset import check_fit, folder_of, open_dataset
+from engine.loader import TrainLoader, evaluation_batches, mix, order_of
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE
 from engine.report import memory_gb, report, startup_info
@@ -81,7 +82,8 @@ class Config:
     max_bad_steps: int = 3  # iterations in a row with a loss or gradient that is not finite (each is skipped) after which the run stops
     spike_factor: float = 0.0  # skip iterations with a gradient norm above this many times the running median, 0 = off
     # data
-    dataset: str = 'openwebtext'  # a folder of data/ with train.bin and val.bin
+    dataset: str = 'openwebtext'  # a folder of data/ with train.bin and val.bin, or a mixture of some: 'a:0.7,b:0.3'
+    data_url: str | None = None  # URL (s3://, gs://, https://) of a prepared data set's folder, read as needed; what was read is kept in data/DATASET/copy
     gradient_accumulation_steps: int = 40  # micro-steps per iteration on each rank
     batch_size: int = 12  # sequences per micro-step on each rank
     block_size: int = 1024  # tokens per sequence
@@ -232,7 +234,7 @@ def run(argv, stop):
         open_url(c.upload_to)  # a URL that cannot work is known before any checkpoint is renamed
 
     # ---- data and the model's shape
-    train_file, val_file, meta = open_dataset(c.dataset, ROOT)
+    train_file, val_file, meta = open_dataset(c.dataset, ROOT, c.data_url)
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
@@ -339,7 +341,7 @@ def run(argv, stop):
 
     # ---- log and report
     loader_workers = c.dataloader_num_workers if c.use_dataloader else 0
-    order = WindowOrder(len(train_file), c.block_size, c.seed)
+    order = order_of(train_file, c.block_size, c.seed)
     token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops)
@@ -589,7 +591,7 @@ def summary(step, losses):
 
 def text_tokenizer(c, meta):
     try:
-        return tokenizer_of(os.path.join(ROOT, 'data', c.dataset), meta)
+        return tokenizer_of(folder_of(c.dataset, ROOT), meta)
     except ValueError as error:
         raise ConfigError(f'sample_interval and eval_tasks need the tokenizer of {c.dataset}: {error}') from None
 

@@ -20,7 +20,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from engine import optim, parallel  # noqa: E402
-from engine.loader import TrainLoader, WindowOrder, evaluation_batches, open_dataset  # noqa: E402
+from engine.dataset import open_dataset  # noqa: E402
+from engine.loader import TrainLoader, WindowOrder, evaluation_batches  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 

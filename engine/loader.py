@@ -1,4 +1,4 @@
-"""Token files to batches.
+"""Tokens to batches.
 
 The training stream is a fixed sequence of windows of block_size + 1 tokens. Position p, counted in sequences since the
 start of training, names a window as a pure function of (seed, p): epoch p // n, and within it a keyed permutation of
@@ -7,7 +7,6 @@ resume is one integer, an epoch shows every token once (but for less than two wi
 sees does not depend on the number of ranks, the micro-batch, evaluation or logging.
 """
 import atexit
-import os
 import queue
 import threading
 import time
@@ -15,9 +14,8 @@ import time
 import numpy as np
 import torch
 
-from data.tokenfile import fingerprint, read_meta, token_dtype
 from engine import stopping
-from engine.configurator import ConfigError, nearest
+from engine.dataset import Mixture, cycle_of
 from engine.loss import IGNORE
 
 _MASK = 2**64 - 1
@@ -81,9 +79,12 @@ class WindowOrder:
 
     def starts(self, position, count):
         """First token of the windows at positions position .. position + count - 1: (count,) int64 array."""
-        positions = np.arange(position, position + count, dtype=np.int64)
+        return self.at(np.arange(position, position + count, dtype=np.int64))
+
+    def at(self, positions):
+        """The same for an array of positions."""
         epochs = positions // self.per_epoch
-        starts = np.empty(count, dtype=np.int64)
+        starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             key = mix(self.seed, int(epoch))
@@ -92,73 +93,38 @@ class WindowOrder:
         return starts
 
 
-class TokenFile:
-    """One split of a data set, memory-mapped and checked.
+class MixedOrder:
+    """The same for a Mixture. Of each cycle of positions a source gets its share, spread evenly: always the one that is furthest behind. Its windows
+    are those of its own order, one after the other."""
 
-    path: the .bin file; meta: the dict of meta.pkl ({} when there is none). `len()` is the number of tokens.
-    Raises ConfigError for a file that cannot be what meta says.
-    """
+    def __init__(self, mixture, block_size, seed):
+        self.block_size = block_size
+        self.orders = [WindowOrder(len(source), block_size, seed) for source in mixture.sources]
+        self.shares, self.firsts = mixture.shares, mixture.firsts
+        cycle = cycle_of(self.shares)
+        self.counts = np.array([int(share * cycle) for share in self.shares])
+        self.source, self.before = np.empty(cycle, np.int64), np.empty(cycle, np.int64)  # whose turn a position of a cycle is, and how many it had
+        used = np.zeros(len(self.counts), np.int64)
+        for turn in range(cycle):
+            self.source[turn] = last = np.argmax(self.counts * (turn + 1) - used * cycle)
+            self.before[turn] = used[last]
+            used[last] += 1
+        # an epoch is over when the first source has been read through
+        self.per_epoch = int(min(order.per_epoch / share for order, share in zip(self.orders, self.shares)))
 
-    def __init__(self, path, split, meta):
-        self.path, self.split, self.dtype = path, split, token_dtype(meta)
-        size = os.path.getsize(path)
-        if size == 0 or size % self.dtype.itemsize:
-            raise ConfigError(f'{path} has {size} bytes, which is not a whole number of {self.dtype.name} tokens: '
-                              f'the file is damaged or its dtype is another; run the prepare.py of this data set again')
-        self.tokens = np.asarray(np.memmap(path, dtype=self.dtype, mode='r'))
-        self.fingerprint = fingerprint(path)
-        stated = meta.get('fingerprint', {}).get(split)
-        if stated and stated != self.fingerprint:
-            raise ConfigError(f'{path} is not the file that its meta.pkl describes (fingerprint {self.fingerprint[:12]}, '
-                              f'expected {stated[:12]}): run the prepare.py of this data set again')
-        if 'dtype' not in meta and self._looks_like_uint32():
-            raise ConfigError(f'{path} looks like uint32 tokens (every second 16-bit number is tiny), but no meta.pkl says so, '
-                              f"which means uint16: write a meta.pkl with dtype 'uint32', or prepare the data set again")
-        # a file of many GB that its fingerprint vouches for is not read through at every start
-        known = meta.get('max_id', {}).get(split) if stated and size > 2**30 else None
-        self.max_id = int(self.tokens.max()) if known is None else known
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def _looks_like_uint32(self):
-        head = self.tokens[:65536]
-        return len(head) >= 64 and int(head[1::2].max()) <= 4 < int(head[0::2].max())
-
-    def windows(self, starts, block_size):
-        """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor."""
-        view = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)
-        return torch.from_numpy(view[starts].astype(np.int64))
+    def starts(self, position, count):
+        positions = np.arange(position, position + count, dtype=np.int64)
+        source, turn = self.source[positions % len(self.source)], positions // len(self.source)
+        within, starts = turn * self.counts[source] + self.before[positions % len(self.source)], np.empty(count, np.int64)
+        for number, order in enumerate(self.orders):
+            here = source == number
+            starts[here] = self.firsts[number] + order.at(within[here])
+        return starts
 
 
-def open_dataset(name, root):
-    """(train, val, meta) of the data set `name` under `root`/data. Raises ConfigError, naming the command that prepares it."""
-    folder = os.path.join(root, 'data', name)
-    missing = [split for split in ('train', 'val') if not os.path.isfile(os.path.join(folder, f'{split}.bin'))]
-    if missing:
-        if os.path.isfile(os.path.join(folder, 'prepare.py')):
-            raise ConfigError(f"data set {name!r} is not prepared ({folder} has no {' and no '.join(f'{s}.bin' for s in missing)}): "
-                              f"run `python data/{name}/prepare.py` first")
-        known = sorted(d for d in os.listdir(os.path.join(root, 'data')) if os.path.isfile(os.path.join(root, 'data', d, 'prepare.py')))
-        raise ConfigError(f"no data set {name!r} in {os.path.join(root, 'data')}{nearest(name, known)}; known are {', '.join(known)}; for text of your "
-                          f"own run `python data/own_text/prepare.py --input FILE --output data/{name}`")
-    try:
-        meta = read_meta(folder)
-        return *(TokenFile(os.path.join(folder, f'{split}.bin'), split, meta) for split in ('train', 'val')), meta
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def check_fit(file, vocab_size, block_size):
-    """Raise ConfigError unless `file` has ids for this vocabulary and tokens for one block."""
-    if file.max_id >= vocab_size:
-        raise ConfigError(f'{file.path} holds token id {file.max_id}, beyond vocab_size={vocab_size}: '
-                          f'type --vocab_size={file.max_id + 1} or more, or prepare the data with the tokenizer of this model')
-    if len(file) < block_size + 1:
-        raise ConfigError(f'{file.path} has {len(file)} tokens, too few for one block of block_size={block_size} and its target: '
-                          f'type --block_size={max(1, len(file) - 1)} or less, or prepare more text')
+def order_of(file, block_size, seed):
+    """The order in which training reads an engine.dataset.Tokens or Mixture."""
+    return MixedOrder(file, block_size, seed) if isinstance(file, Mixture) else WindowOrder(len(file), block_size, seed)
 
 
 def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1):
@@ -168,10 +134,8 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
     evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many batches of the same
     shape, since ranks compute together: what fills them up has no target (IGNORE).
     """
-    available = (len(file) - 1) // block_size
-    count = min(n_batches * batch_size, available)
-    starts = np.arange(count) * available // count * block_size
-    for first in range(0, count, world_size * batch_size):
+    starts = file.evaluation_starts(block_size, n_batches * batch_size)
+    for first in range(0, len(starts), world_size * batch_size):
         mine = starts[first + rank * batch_size:first + (rank + 1) * batch_size]
         window = file.windows(np.resize(mine if len(mine) else starts[:1], batch_size), block_size)
         x, y = window[:, :-1], window[:, 1:].clone()
@@ -186,8 +150,8 @@ class TrainLoader:
     one process with accumulation 4 and two with accumulation 2 see the same steps. `next()` returns
     (x, y, position of its first sequence); x and y are (batch_size, block_size) int64 on `device`.
 
-    On CUDA the windows are gathered into pinned memory by a thread that runs ahead and copied without waiting. With
-    `num_workers` > 0 torch's DataLoader gathers in that many processes, `prefetch_factor` batches ahead each.
+    On CUDA the windows are gathered into pinned memory by a thread that runs ahead and copied without waiting; files that lie elsewhere are read by such
+    a thread too. With `num_workers` > 0 torch's DataLoader gathers in that many processes, `prefetch_factor` batches ahead each.
     `wait_s` adds up the seconds that next() spent waiting.
     """
 
@@ -204,7 +168,7 @@ class TrainLoader:
                 pin_memory=self.pin, worker_init_fn=_ignore_signals))
             self.source = self.workers
             atexit.register(self.close)  # before multiprocessing waits for workers that ignore its SIGTERM
-        if num_workers or self.pin:
+        if num_workers or self.pin or file.remote:
             self.queue = queue.Queue(maxsize=2 if num_workers else 4)
             threading.Thread(target=self._run_ahead, daemon=True, name='batches').start()
 

@@ -5,6 +5,8 @@ import platform
 import torch
 
 from engine import flops, topology
+from engine.dataset import shares_of
+from engine.loader import WindowOrder
 from engine.logger import now
 
 VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
@@ -77,9 +79,11 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
         f'FLOPs per token: {token_flops.total:.4g} forward and backward, attention in full ({token_flops.causal:.4g} causal)',
         f'Batch: {c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} ranks = '
         f'{tokens_per_step:,} tokens per iteration',
-        f"Data: {c.dataset}, {meta.get('tokens', {}).get('train', order.per_epoch * c.block_size):,} training tokens = "
-        f'{order.per_epoch / sequences_per_step:,.1f} iterations per epoch; {c.max_iters:,} iterations = '
-        f'{c.max_iters * sequences_per_step / order.per_epoch:.2f} epochs',
+        f"Data: {c.data_url or c.dataset}, {meta.get('tokens', {}).get('train', order.per_epoch * c.block_size):,} training tokens" + (
+            f' = {order.per_epoch / sequences_per_step:,.1f} iterations per epoch; {c.max_iters:,} iterations = {c.max_iters * sequences_per_step / order.per_epoch:.2f} epochs'
+            if isinstance(order, WindowOrder) else f'; {c.max_iters:,} iterations are ' + ', '.join(
+                f'{float(share * c.max_iters * sequences_per_step) / of_source.per_epoch:.2f} epochs of {name}'
+                for (name, share), of_source in zip(shares_of(c.dataset), order.orders))),
         f"DataLoader: {f'{loader_workers} worker processes' if loader_workers else 'a thread with pinned memory' if world.device.type == 'cuda' else 'in process'}",
         f'Attention backend: {c.attention_backend}',
         f"CUDA Graphs: off. Compile: {'on, the first iteration takes longer' if c.compile else 'off'}. Precision: "

@@ -233,7 +233,8 @@ def test_compiled_equals_eager(dataset, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(dataset, tmp_path):
-    from engine.loader import TrainLoader, WindowOrder, open_dataset
+    from engine.dataset import open_dataset
+    from engine.loader import TrainLoader, WindowOrder
     file = open_dataset(dataset, '/')[0]
     loader = TrainLoader(file, WindowOrder(len(file), 16, 0), batch_size=2, rank=0, world_size=1, position=0, device=torch.device('cuda'))
     assert next(loader.source).is_pinned()

@@ -9,7 +9,8 @@ import torch
 from conftest import write_dataset
 
 from engine.configurator import ConfigError
-from engine.loader import TrainLoader, WindowOrder, check_fit, evaluation_batches, open_dataset, permute
+from engine.dataset import Tokens, check_fit, open_dataset
+from engine.loader import TrainLoader, WindowOrder, evaluation_batches, permute
 from engine.loss import IGNORE
 
 CPU = torch.device('cpu')
@@ -115,7 +116,7 @@ def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting
     assert len(ranks[0]) == len(ranks[1]) == 3 and (ranks[1][2][1] == IGNORE).all()  # five batches: in the last round one rank only has targets
     assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all((y != IGNORE).all() for x, y in [*ranks[0], *ranks[1][:2]])
     for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
-        file.tokens = file.tokens[:n_tokens] if len(file.tokens) > n_tokens else np.arange(n_tokens, dtype=np.uint16)
+        file = Tokens('val.bin', 'val', [np.arange(n_tokens, dtype=np.uint16)], '', n_tokens)
         batches = list(evaluation_batches(file, 32, 4, 10**6))
         assert sum((y != IGNORE).sum() for _, y in batches) == (n_tokens - 1) // 32 * 32 and all(x.shape == y.shape == (4, 32) for x, y in batches)
     file = open_split(counting, 'val')
@@ -129,7 +130,7 @@ def test_files_of_nanogpt_are_read_as_they_are(tmp_path):
     for split in ('train', 'val'):
         np.arange(3000, dtype=np.uint16).tofile(folder / f'{split}.bin')
     train, _, meta = open_dataset(str(folder), '/')
-    assert meta == {} and train.dtype == np.uint16 and train.max_id == 2999
+    assert meta == {} and train.pieces[0].dtype == np.uint16 and train.max_id == 2999
     with open(folder / 'meta.pkl', 'wb') as f:
         pickle.dump({'vocab_size': 3000, 'itos': {0: 'a'}, 'stoi': {'a': 0}}, f)
     train, _, meta = open_dataset(str(folder), '/')

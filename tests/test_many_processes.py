@@ -16,17 +16,17 @@ PLANT = '''
 import os, sys
 sys.path.insert(0, '.')
 import train
-from engine import loader, parallel
+from engine import dataset, parallel
 what, argv = sys.argv[1], sys.argv[2:]
 if __name__ == '__main__':
     if os.environ['RANK'] == '1':
         if what == 'data':
-            loader.fingerprint = lambda path: 'another'
+            dataset.fingerprint_of_files = lambda paths: 'another'
         elif what == 'key':
             argv.append('--learning_rate=5e-3')
         elif what == 'missing':
             real = train.open_dataset
-            train.open_dataset = lambda name, root: real('openwebtext2', root)
+            train.open_dataset = lambda name, root, url: real('openwebtext2', root, url)
     parallel.leave(train.main(argv))
 '''
 

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import types
@@ -17,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import command, documents, pipeline, tinyshakespeare  # noqa: E402
+from data import command, documents, tinyshakespeare  # noqa: E402
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import HuggingFaceTokenizer, tokenizer_of  # noqa: E402
 

@@ -268,7 +268,8 @@ def test_ckpt_of_nanogpt_is_imported_and_continued(train, tmp_path, dataset):
                 'best_val_loss': torch.tensor(3.5), 'config': {'learning_rate': 1e-3, 'dtype': 'float16', 'batch_size': 4, 'device': 'cuda'}}, tmp_path / 'ckpt.pt')
     assert train(tmp_path, '--init_from=resume', '--max_iters=4', '--warmup_iters=0', '--decay_lr=False', '--weight_decay=0.1') == 0
     # one step by hand from the same state
-    from engine.loader import WindowOrder, open_dataset
+    from engine.dataset import open_dataset
+    from engine.loader import WindowOrder
     file = open_dataset(dataset, '/')[0]
     window = file.windows(WindowOrder(len(file), 16, 1337).starts(3 * 4, 4), 16)
     loss = model(window[:, :-1], window[:, 1:])

@@ -76,7 +76,6 @@ def test_a_signal_while_waiting_for_data(dataset, tmp_path):
     """A worker process hangs in its file system from the 40th batch on."""
     script = tmp_path / 'hanging.py'
     script.write_text('import sys, time\nsys.path.insert(0, ".")\nimport train\nfrom engine import loader\n'
-                      'windows = loader.TokenFile.windows\n'
                       'get = loader.TrainLoader.__getitem__\n'
                       'def hang(self, micro):\n    if micro > 40:\n        time.sleep(1000)\n    return get(self, micro)\n'
                       'loader.TrainLoader.__getitem__ = hang\nsys.exit(train.main())\n')

@@ -1,0 +1,264 @@
+"""Data sets: what a name in `dataset` stands for, opened and checked.
+
+    name                  the folder data/name with train.bin and val.bin, or with the files that its meta.pkl names, which are read as one
+    a:0.7,b:0.3           a mixture: of 10 sequences 7 are the next ones of a and 3 of b, each in the order that it would have alone
+    with data_url         files in object storage, read as they are needed and kept in data/name/copy
+"""
+import fractions
+import hashlib
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import torch
+
+from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, token_dtype
+from engine.configurator import ConfigError, nearest
+from engine.remote import RemoteFile, Storage, read_together
+
+MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to the last one
+
+
+class Tokens:
+    """One split of a data set. `len()` is the number of tokens.
+
+    path: for messages; pieces: arrays or RemoteFiles of tokens, one behind the other; fingerprint: hex that tells it from others; max_id: largest id.
+    """
+
+    def __init__(self, path, split, pieces, fingerprint, max_id):
+        self.path, self.split, self.pieces, self.fingerprint, self.max_id = path, split, pieces, fingerprint, max_id
+        self.remote = isinstance(pieces[0], RemoteFile)
+        self.firsts = np.cumsum([0, *map(len, pieces)])
+        self.sources = [self]
+
+    def __len__(self):
+        return int(self.firsts[-1])
+
+    def parts(self, start, end):
+        """[(piece, begin, end)] that make up the tokens start .. end."""
+        found, number = [], int(np.searchsorted(self.firsts, start, 'right')) - 1
+        while start < end:
+            stop = min(end, int(self.firsts[number + 1]))
+            if stop > start:
+                found.append((self.pieces[number], start - int(self.firsts[number]), stop - int(self.firsts[number])))
+            start, number = stop, number + 1
+        return found
+
+    def slice(self, start, end):
+        """The tokens start .. end: an array of the file's dtype."""
+        parts = self.parts(start, end)
+        found = read_together(parts) if self.remote else [piece[begin:stop] for piece, begin, stop in parts]
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, np.uint16)
+
+    def windows(self, starts, block_size):
+        """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor."""
+        if len(self.pieces) == 1 and not self.remote:
+            view = np.lib.stride_tricks.sliding_window_view(self.pieces[0], block_size + 1)
+            return torch.from_numpy(view[starts].astype(np.int64))
+        rows, parts = np.empty((len(starts), block_size + 1), np.int64), [self.parts(int(start), int(start) + block_size + 1) for start in starts]
+        found = iter(read_together([part for row in parts for part in row]) if self.remote else [piece[begin:end] for row in parts for piece, begin, end in row])
+        for row, of_row in zip(rows, parts):
+            at = 0
+            for _, begin, end in of_row:
+                row[at:at + end - begin] = next(found)
+                at += end - begin
+        return torch.from_numpy(rows)
+
+    def evaluation_starts(self, block_size, count):
+        """Where the windows of evaluation begin: `count`, or as many as there are, evenly spaced and never overlapping."""
+        available = (len(self) - 1) // block_size
+        count = min(count, available)
+        return np.arange(count) * available // max(1, count) * block_size
+
+
+class Mixture:
+    """A split of several data sets, as if one lay behind the other. shares: fractions.Fraction of each, which add up to 1."""
+
+    def __init__(self, sources, shares):
+        self.sources, self.shares, self.split = sources, shares, sources[0].split
+        self.path = ' and '.join(source.path for source in sources)
+        self.firsts = np.cumsum([0, *map(len, sources)])
+        self.max_id, self.remote = max(source.max_id for source in sources), any(source.remote for source in sources)
+        self.fingerprint = hashlib.sha256(json.dumps([[str(share), source.fingerprint] for share, source in zip(shares, sources)]).encode()).hexdigest()
+
+    def __len__(self):
+        return int(self.firsts[-1])
+
+    def windows(self, starts, block_size):
+        """As of Tokens; no window of a source may reach into the next."""
+        starts, rows = np.asarray(starts), torch.empty(len(starts), block_size + 1, dtype=torch.int64)
+        which = np.searchsorted(self.firsts, starts, 'right') - 1
+        for number in np.unique(which):
+            here = np.flatnonzero(which == number)
+            rows[here] = self.sources[number].windows(starts[here] - self.firsts[number], block_size)
+        return rows
+
+    def evaluation_starts(self, block_size, count):
+        """As of Tokens, of each source as many as its share."""
+        edges = [round(edge * count) for edge in itertools.accumulate(self.shares, initial=0)]
+        counts = np.diff(edges)  # `count` in all
+        return np.concatenate([first + source.evaluation_starts(block_size, n) for first, source, n in zip(self.firsts, self.sources, counts)])
+
+
+def shares_of(dataset):
+    """[(name, share)] of a `dataset`: one with the share 1, or those of a mixture such as a:0.7,b:0.3. Raises ConfigError."""
+    words = [word.strip() for word in dataset.split(',')]
+    pairs = [word.rpartition(':') for word in words]
+    if len(words) == 1 and not (pairs[0][1] and _number(pairs[0][2])):
+        return [(dataset, fractions.Fraction(1))]
+    if not all(name and _number(weight) for name, _, weight in pairs):
+        raise ConfigError(f'dataset={dataset!r} is no mixture: type names and weights as in --dataset=a:0.7,b:0.3')
+    weights = [fractions.Fraction(weight) for _, _, weight in pairs]
+    if min(weights) <= 0 or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ConfigError(f'dataset={dataset!r}: weights must be above 0 and names different')
+    shares = [weight / sum(weights) for weight in weights]
+    if cycle_of(shares) > MAX_CYCLE:
+        raise ConfigError(f'dataset={dataset!r}: these weights repeat after {cycle_of(shares):,} sequences only: round them')
+    return [(name, share) for (name, _, _), share in zip(pairs, shares)]
+
+
+def cycle_of(shares):
+    """The number of sequences after which the shares are met exactly."""
+    return math.lcm(*(share.denominator for share in shares))
+
+
+def _number(word):
+    try:
+        fractions.Fraction(word)
+        return True
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def folder_of(dataset, root):
+    """The folder of a data set under `root`/data, of a mixture that of its first: where its tokenizer lies."""
+    return os.path.join(root, 'data', shares_of(dataset)[0][0])
+
+
+def open_dataset(dataset, root, url=None):
+    """(train, val, meta) of `dataset` under `root`/data; url: where its files are instead. Raises ConfigError, naming the command that prepares it."""
+    named = shares_of(dataset)
+    if url and len(named) > 1:
+        raise ConfigError(f'data_url={url} holds one data set, not the mixture {dataset}: leave one of them out')
+    found = [_open_url(name, root, url) if url else _open(name, root) for name, _ in named]
+    if len(found) == 1:
+        return found[0]
+    first, shares = found[0][2], [share for _, share in named]
+    for (name, _), (_, _, meta) in zip(named, found):
+        if any(meta.get(key) != first.get(key) for key in ('vocab_size', 'eot_id', 'tokenizer', 'stoi')) or _tokenizer_files(name, root, meta) != _tokenizer_files(named[0][0], root, first):
+            raise ConfigError(f'{named[0][0]} and {name} were made with different tokenizers: prepare them with the same one')
+    meta = {**first, 'tokens': {split: sum(len(one[i]) for one in found) for i, split in enumerate(SPLITS)}}
+    return *(Mixture([one[i] for one in found], shares) for i in range(2)), meta
+
+
+def _tokenizer_files(name, root, meta):
+    """{name: bytes} of what a data set keeps of its tokenizer."""
+    stated = meta.get('tokenizer')
+    path = os.path.join(root, 'data', name, stated.get('path', '') or 'none') if isinstance(stated, dict) else ''
+    files = [os.path.join(path, file) for file in sorted(os.listdir(path))] if os.path.isdir(path) else [path] if os.path.isfile(path) else []
+    return {os.path.basename(file): open(file, 'rb').read() for file in files}
+
+
+def _open(name, root):
+    folder = os.path.join(root, 'data', name)
+    try:
+        meta = read_meta(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    files = meta.get('files') or {split: [(f'{split}.bin', None)] for split in SPLITS}
+    missing = [file for split in SPLITS for file, _ in files[split] if not os.path.isfile(os.path.join(folder, file))]
+    if missing:
+        if os.path.isfile(os.path.join(folder, 'prepare.py')):
+            raise ConfigError(f"data set {name!r} is not prepared ({folder} has no {' and no '.join(missing[:3])}): run `python data/{name}/prepare.py` first")
+        if meta.get('files'):
+            raise ConfigError(f'{folder} has no {missing[0]}, which its meta.pkl names: copy it there, or prepare the data set again')
+        known = sorted(d for d in os.listdir(os.path.join(root, 'data')) if os.path.isfile(os.path.join(root, 'data', d, 'prepare.py')))
+        raise ConfigError(f"no data set {name!r} in {os.path.join(root, 'data')}{nearest(name, known)}; known are {', '.join(known)}; for text of your "
+                          f"own run `python data/own_text/prepare.py --input FILE --output data/{name}`")
+    try:
+        return *(_open_split(folder, split, files[split], meta) for split in SPLITS), meta
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _open_split(folder, split, files, meta):
+    """Tokens of local files. Raises ConfigError for one that cannot be what meta says."""
+    dtype, paths, pieces = token_dtype(meta), [os.path.join(folder, name) for name, _ in files], []
+    for path, (_, tokens) in zip(paths, files):
+        size = os.path.getsize(path)
+        if size == 0 or size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
+            raise ConfigError(f'{path} has {size} bytes, which is not {"a whole number of" if tokens is None else f"{tokens:,}"} {dtype.name} tokens: '
+                              f'the file is damaged or its dtype is another; run the prepare.py of this data set again')
+        pieces.append(np.asarray(np.memmap(path, dtype=dtype, mode='r')))
+    path = paths[0] if len(paths) == 1 else f'{os.path.join(folder, split)}_*.bin'
+    known, stated = fingerprint_of_files(paths), meta.get('fingerprint', {}).get(split)
+    if stated and stated != known:
+        raise ConfigError(f'{path} is not the file that its meta.pkl describes (fingerprint {known[:12]}, '
+                          f'expected {stated[:12]}): run the prepare.py of this data set again')
+    if 'dtype' not in meta and _looks_like_uint32(pieces[0]):
+        raise ConfigError(f'{path} looks like uint32 tokens (every second 16-bit number is tiny), but no meta.pkl says so, '
+                          f"which means uint16: write a meta.pkl with dtype 'uint32', or prepare the data set again")
+    # a split of many GB that its fingerprint vouches for is not read through at every start
+    max_id = meta.get('max_id', {}).get(split) if stated and sum(piece.nbytes for piece in pieces) > 2**30 else None
+    return Tokens(path, split, pieces, known, max(int(piece.max()) for piece in pieces) if max_id is None else max_id)
+
+
+def _looks_like_uint32(tokens):
+    head = tokens[:65536]
+    return len(head) >= 64 and int(head[1::2].max()) <= 4 < int(head[0::2].max())
+
+
+def _open_url(name, root, url):
+    folder = os.path.join(root, 'data', name)
+    if os.path.isfile(os.path.join(folder, 'train.bin')) or not os.path.isdir(os.path.join(folder, 'copy')) and os.path.isfile(os.path.join(folder, 'meta.pkl')):
+        raise ConfigError(f'{folder} holds a data set already, so it cannot keep the copy of data_url={url}: leave --data_url out, or give another --dataset name')
+    try:
+        storage = Storage(url)
+        sizes = storage.sizes()
+        if 'meta.pkl' not in sizes:
+            raise ConfigError(f'data_url={url} has no meta.pkl: copy the whole folder of a prepared data set there')
+        os.makedirs(os.path.join(folder, 'copy'), exist_ok=True)
+        _copy(storage, folder, ['meta.pkl'])
+        meta = read_meta(folder)
+        stated = meta.get('tokenizer')
+        path = stated.get('path') if isinstance(stated, dict) else None
+        _copy(storage, folder, [file for file in sizes if path and (file == path or file.startswith(f'{path}/'))])
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except Exception as error:  # each file system has its own
+        raise ConfigError(f"data_url={url} cannot be reached ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+    dtype, splits = token_dtype(meta), []
+    for split in SPLITS:
+        pieces = []
+        for file, tokens in meta.get('files', {}).get(split) or [(f'{split}.bin', meta.get('tokens', {}).get(split))]:
+            if tokens is None or sizes.get(file) != tokens * dtype.itemsize:
+                raise ConfigError(f'data_url={url}: {file} has {sizes.get(file, "no")} bytes, its meta.pkl says {tokens and tokens * dtype.itemsize}: copy the folder there again')
+            pieces.append(RemoteFile(storage, file, sizes[file], os.path.join(folder, 'copy', f"{meta['fingerprint'][split][:8]}_{file}"), dtype))
+        splits.append(Tokens(f'{url}/{split}', split, pieces, meta['fingerprint'][split], meta['max_id'][split]))
+    return *splits, meta
+
+
+def _copy(storage, folder, names):
+    for name in names:
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f'{path}.{os.getpid()}.tmp', 'wb') as f:
+            f.write(storage.read(name))
+        os.replace(f.name, path)
+
+
+def check_fit(file, vocab_size, block_size):
+    """Raise ConfigError unless `file` has ids for this vocabulary and tokens for one block."""
+    for source in file.sources:
+        if source.max_id >= vocab_size:
+            raise ConfigError(f'{source.path} holds token id {source.max_id}, beyond vocab_size={vocab_size}: '
+                              f'type --vocab_size={source.max_id + 1} or more, or prepare the data with the tokenizer of this model')
+        if len(source) < block_size + 1:
+            raise ConfigError(f'{source.path} has {len(source)} tokens, too few for one block of block_size={block_size} and its target: '
+                              f'type --block_size={max(1, len(source) - 1)} or less, or prepare more text')

@@ -1,0 +1,140 @@
+"""Token files in object storage, read as they are needed: ranges of bytes, kept in a local copy that fills up.
+
+The copy of a file is a sparse file of its size and, beside it, the checksum of each block that is there (0: not yet). A block counts only if its checksum is
+right, so that a copy which a crash left half-written is fetched again, not trusted. Processes of a machine share it.
+"""
+import os
+import threading
+import time
+import zlib
+
+import numpy as np
+
+BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbours at other times
+TRIES = 6
+
+
+class Storage:
+    """The fsspec file system of a URL, made anew after a fork(), which its threads do not survive."""
+
+    def __init__(self, url):
+        self.url, self.pid, self.lock = url.rstrip('/'), None, threading.Lock()
+
+    def __reduce__(self):
+        return Storage, (self.url,)
+
+    def connected(self):
+        """(file system, path there)."""
+        import fsspec
+        with self.lock:
+            if self.pid != os.getpid():
+                self.fs, self.root = fsspec.core.url_to_fs(self.url)
+                self.pid = os.getpid()
+        return self.fs, self.root
+
+    def sizes(self):
+        """{name: bytes} of what lies there. Raises OSError."""
+        fs, root = self.connected()
+        fs.invalidate_cache()
+        return {path[len(root):].lstrip('/'): info['size'] for path, info in fs.find(root, detail=True).items()}
+
+    def read(self, name):
+        """All bytes of a small file."""
+        fs, root = self.connected()
+        return fs.cat_file(f'{root}/{name}')
+
+    def ranges(self, wanted):
+        """The bytes of each (name, begin, end), fetched together; tried again a few times where the network fails."""
+        fs, root = self.connected()
+        for turn in range(TRIES):
+            try:
+                found = fs.cat_ranges([f'{root}/{name}' for name, _, _ in wanted], [begin for _, begin, _ in wanted], [end for _, _, end in wanted], on_error='raise')
+                if [len(content) for content in found] == [end - begin for _, begin, end in wanted]:
+                    return found
+                error = OSError('fewer bytes than asked for')
+            except Exception as problem:  # each file system has its own
+                error = problem
+            if turn + 1 < TRIES:
+                time.sleep(min(2.0 ** turn, 15) * 0.5)
+        raise OSError(f'{self.url}/{wanted[0][0]} cannot be read ({type(error).__name__}: {error})') from error
+
+
+class RemoteFile:
+    """Tokens of a file in `storage`: len() and slices as of an array. copy: path of its local copy; size: in bytes."""
+
+    def __init__(self, storage, name, size, copy, dtype):
+        self.storage, self.name, self.size, self.copy, self.dtype = storage, name, size, copy, dtype
+        self.room = True  # on the local disk
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        self.data = os.open(copy, os.O_RDWR | os.O_CREAT, 0o666)
+        if os.fstat(self.data).st_size != size:
+            os.truncate(copy, 0)  # of another file
+            os.truncate(copy, size)
+            if os.path.exists(f'{copy}.blocks'):
+                os.truncate(f'{copy}.blocks', 0)
+        with open(f'{copy}.blocks', 'ab') as f:
+            f.truncate(-(-size // BLOCK) * 4)
+        self.sums = np.memmap(f'{copy}.blocks', dtype='<u4', mode='r+')
+        self.fetched = 0  # bytes
+
+    def __len__(self):
+        return self.size // self.dtype.itemsize
+
+    def __getitem__(self, part):
+        return read_together([(self, part.start, part.stop)])[0]
+
+    def blocks_of(self, begin, end):
+        """Numbers of the blocks with the tokens begin .. end."""
+        return range(begin * self.dtype.itemsize // BLOCK, -(-end * self.dtype.itemsize // BLOCK))
+
+    def have(self, block):
+        """The bytes of a block in the local copy, or None."""
+        if not self.sums[block]:
+            return None
+        content = os.pread(self.data, BLOCK, block * BLOCK)
+        return content if _sum(content) == self.sums[block] else None
+
+    def keep(self, block, content):
+        """Put fetched blocks from `block` on into the local copy, while there is room."""
+        self.fetched += len(content)
+        if not self.room:
+            return
+        try:
+            os.pwrite(self.data, content, block * BLOCK)
+        except OSError as error:
+            self.room = False
+            print(f'{self.copy}: no room for a local copy ({error.strerror}); going on without', flush=True)
+            return
+        for i in range(0, len(content), BLOCK):
+            self.sums[block + i // BLOCK] = _sum(content[i:i + BLOCK])
+
+
+def _sum(content):
+    return zlib.crc32(content) or 1
+
+
+def read_together(wanted):
+    """Arrays of the tokens begin .. end of each (RemoteFile, begin, end), with what is not here fetched at once."""
+    blocks = {}
+    for file, begin, end in wanted:
+        for block in file.blocks_of(begin, end):
+            if (file, block) not in blocks:
+                blocks[file, block] = file.have(block)
+    runs = []  # (file, first block, number of blocks) that are missing
+    for file, block in sorted((key for key, content in blocks.items() if content is None), key=lambda key: (key[0].name, key[1])):
+        if runs and runs[-1][0] is file and runs[-1][1] + runs[-1][2] == block:
+            runs[-1][2] += 1
+        else:
+            runs.append([file, block, 1])
+    if runs:
+        found = runs[0][0].storage.ranges([(file.name, first * BLOCK, min((first + count) * BLOCK, file.size)) for file, first, count in runs])
+        for (file, first, count), content in zip(runs, found):
+            file.keep(first, content)
+            for i in range(count):
+                blocks[file, first + i] = content[i * BLOCK:(i + 1) * BLOCK]
+    result = []
+    for file, begin, end in wanted:
+        numbers, width = file.blocks_of(begin, end), file.dtype.itemsize
+        content = b''.join(blocks[file, block] for block in numbers)
+        result.append(np.frombuffer(content, dtype=file.dtype, count=end - begin, offset=begin * width - (numbers.start * BLOCK if len(numbers) else 0)))
+    return result

@@ -1,0 +1,233 @@
+"""Proves that a split in many files, in object storage or in a mixture is read as the same tokens in the same order."""
+import fractions
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, losses, run_train, write_dataset
+from test_copier import s3  # noqa: F401
+
+from data.tokenfile import TokenFileWriter
+from engine import remote
+from engine.configurator import ConfigError
+from engine.dataset import open_dataset, shares_of
+from engine.loader import MixedOrder, WindowOrder, evaluation_batches, order_of
+from engine.loss import IGNORE
+
+CPU = torch.device('cpu')
+
+
+def write_shards(folder, train, val, sizes=(700, 1, 16, 300), vocab_size=5000):
+    """The same set as write_dataset() makes, in files of these sizes, again and again."""
+    with TokenFileWriter(str(folder), vocab_size=vocab_size, eot_id=None, tokenizer={'kind': 'bytes'}, split='by hand', sharded=True) as writer:
+        for split, ids in (('train', train), ('val', val)):
+            first = turn = 0
+            while first < len(ids):
+                size = sizes[turn % len(sizes)]
+                writer.append(split, np.asarray(ids[first:first + size], dtype=writer.dtype), [min(size, len(ids) - first)])
+                first, turn = first + size, turn + 1
+    return str(folder)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """The same tokens in one file and in many."""
+    train, val = np.arange(5000), np.arange(1000)[::-1]
+    return write_dataset(str(tmp_path / 'one'), train, val, vocab_size=5000), write_shards(tmp_path / 'many', train, val)
+
+
+def same(a, b, T=32):
+    assert len(a) == len(b) and a.max_id == b.max_id
+    assert [a.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(a)), (len(a), 0))] == [b.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(b)), (len(b), 0))]
+    starts = order_of(a, T, 3).starts(0, 400)
+    assert torch.equal(a.windows(starts, T), b.windows(starts, T))
+    assert all(torch.equal(u, v) for x, y in zip(evaluation_batches(a, T, 4, 5), evaluation_batches(b, T, 4, 5), strict=True) for u, v in zip(x, y))
+
+
+def test_many_files_are_read_as_one(pair):
+    one, many = (open_dataset(folder, '/') for folder in pair)
+    assert len(many[0].pieces) > 10
+    for a, b in zip(one[:2], many[:2]):
+        same(a, b)
+    assert many[0].fingerprint == many[2]['fingerprint']['train'] != one[0].fingerprint
+
+
+def test_damaged_and_missing_files_of_many(pair):
+    path = os.path.join(pair[1], 'train_000004.bin')
+    with open(path, 'r+b') as f:
+        f.write(b'xx')
+    with pytest.raises(ConfigError, match='not the file that its meta.pkl describes'):
+        open_dataset(pair[1], '/')
+    with open(path, 'ab') as f:
+        f.write(b'xx')
+    with pytest.raises(ConfigError, match='has 1402 bytes, which is not 700 uint16 tokens'):
+        open_dataset(pair[1], '/')
+    os.remove(path)
+    with pytest.raises(ConfigError, match='train_000004.bin'):
+        open_dataset(pair[1], '/')
+
+
+def test_names_and_weights():
+    assert shares_of('a') == [('a', 1)] and shares_of('/x/y:z') == [('/x/y:z', 1)]
+    assert shares_of('a:0.7,b:0.3') == [('a', fractions.Fraction(7, 10)), ('b', fractions.Fraction(3, 10))] == shares_of('a:7, b:3')
+    for bad, message in (('a,b', 'is no mixture'), ('a:0.5,b', 'is no mixture'), ('a:1,b:0', 'above 0'), ('a:1,a:2', 'different'), ('a:0.123457,b:0.654321', 'round them')):
+        with pytest.raises(ConfigError, match=message):
+            shares_of(bad)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three sets of different size whose tokens tell where they are from."""
+    return [write_dataset(str(tmp_path / name), first + np.arange(n), first + np.arange(n // 4), vocab_size=60_000) for name, first, n in (('a', 0, 9000), ('b', 20_000, 3000), ('c', 40_000, 1000))]
+
+
+@pytest.mark.parametrize('weights', [(0.7, 0.3), (0.5, 0.3, 0.2), (1, 1, 1), (0.9, 0.05, 0.05), (0.123, 0.877)])
+def test_shares_are_exact_and_every_source_keeps_its_order(three, weights):
+    spec = ','.join(f'{folder}:{weight}' for folder, weight in zip(three, weights))
+    train, val, meta = open_dataset(spec, '/')
+    order, T = order_of(train, 32, 3), 32
+    assert isinstance(order, MixedOrder) and meta['tokens']['train'] == len(train) == sum(len(source) for source in train.sources)
+    tokens = train.windows(order.starts(0, 5000), T)
+    source = tokens[:, 0].numpy() // 20_000
+    assert (tokens[:, 1:] - tokens[:, :-1] == 1).all()  # no window crosses from one to the next
+    for number, weight in enumerate(weights):
+        had, share = np.cumsum(source == number), weight / sum(weights)
+        assert np.abs(had - share * np.arange(1, 5001)).max() <= 1
+        of_1000 = had[1000:] - had[:-1000]
+        assert np.abs(of_1000 - 1000 * share).max() <= 1
+        alone = WindowOrder(len(train.sources[number]), T, 3).starts(0, had[-1])
+        assert (tokens[source == number][:, 0].numpy() - 20_000 * number == alone).all()
+    pieces = np.concatenate([order.starts(p, 7) for p in range(0, 700, 7)])
+    assert (pieces == order.starts(0, 700)).all()
+    firsts = torch.cat([x[y[:, 0] != IGNORE][:, 0] for x, y in evaluation_batches(val, T, 10, 2)]).numpy()
+    counts = np.bincount(firsts // 20_000, minlength=len(weights))
+    assert all(abs(n - min(20 * w / sum(weights), (len(s) - 1) // T)) < 1 for n, w, s in zip(counts, weights, val.sources)) and len(set(firsts)) == len(firsts)
+
+
+def test_a_run_on_a_mixture_resumes_on_the_same_bits(three, tmp_path):
+    spec = f'{three[0]}:0.75,{three[1]}:0.25'
+    arguments = ['--eval_interval=4', '--vocab_size=60000', '--keep_all_checkpoints=True']
+    assert run_train(spec, tmp_path / 'whole', '--max_iters=8', *arguments) == 0
+    assert run_train(spec, tmp_path / 'part', '--max_iters=4', *arguments) == 0
+    assert run_train(spec, tmp_path / 'part', '--max_iters=8', '--init_from=resume', *arguments) == 0
+    assert losses(tmp_path / 'whole') == losses(tmp_path / 'part')
+    assert run_train(spec.replace('0.75', '0.7'), tmp_path / 'part', '--max_iters=9', '--init_from=resume', *arguments) == 2  # other data
+    text = next((tmp_path / 'whole').glob('*.log')).read_text()
+    assert 'epochs of' in text and '10000 training' not in text
+
+
+def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
+    other = write_dataset(str(tmp_path / 'other'), np.arange(5000), np.arange(1000), vocab_size=5000)
+    with pytest.raises(ConfigError, match='were made with different tokenizers'):
+        open_dataset(f'{three[0]}:1,{other}:1', '/')
+    for folder, content in ((three[0], b'x'), (three[1], b'y')):
+        os.makedirs(os.path.join(folder, 'tokenizer'))
+        with open(os.path.join(folder, 'tokenizer', 'tokenizer.json'), 'wb') as f:
+            f.write(content)
+    import pickle
+    for folder in three[:2]:
+        with open(os.path.join(folder, 'meta.pkl'), 'rb') as f:
+            meta = pickle.load(f)
+        with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
+            pickle.dump({**meta, 'tokenizer': {'kind': 'hf', 'path': 'tokenizer'}}, f)
+    with pytest.raises(ConfigError, match='were made with different tokenizers'):
+        open_dataset(f'{three[0]}:1,{three[1]}:1', '/')
+    with pytest.raises(ConfigError, match='no data set'):
+        open_dataset(f'{three[0]}:1,{tmp_path}/none:1', ROOT)
+
+
+# ---- object storage
+
+@pytest.fixture
+def stored(s3, pair, tmp_path):  # noqa: F811
+    """(URLs of both sets, root with an empty data/)."""
+    import fsspec
+    fs, urls = fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']), []
+    for folder in pair:
+        urls.append(f's3://bucket/{tmp_path.name}/{os.path.basename(folder)}')
+        fs.put(folder, urls[-1], recursive=True)
+    (tmp_path / 'root' / 'data').mkdir(parents=True)
+    return urls, tmp_path / 'root'
+
+
+@pytest.mark.parametrize('which', [0, 1])
+def test_object_storage_gives_the_same_tokens(stored, pair, which, monkeypatch):
+    monkeypatch.setattr(remote, 'BLOCK', 256)
+    (urls, root), local = stored, open_dataset(pair[which], '/')
+    far = open_dataset('x', str(root), urls[which])
+    assert far[2] == local[2] and [file.fingerprint for file in far[:2]] == [file.fingerprint for file in local[:2]]
+    for a, b in zip(local[:2], far[:2]):
+        same(a, b)
+    far[0].slice(0, len(far[0]))
+    assert sum(piece.fetched for piece in far[0].pieces) == sum(piece.size for piece in far[0].pieces)  # each byte once
+    again = open_dataset('x', str(root), urls[which])
+    same(local[0], again[0])
+    assert sum(piece.fetched for piece in again[0].pieces) == 0  # it is all here
+
+
+def test_a_damaged_copy_is_fetched_again(stored, pair, monkeypatch):
+    monkeypatch.setattr(remote, 'BLOCK', 256)
+    (urls, root), local = stored, open_dataset(pair[0], '/')
+    same(local[0], open_dataset('x', str(root), urls[0])[0])
+    copy, = (root / 'data' / 'x' / 'copy').glob('*_train.bin')
+    content = bytearray(copy.read_bytes())
+    content[1000] ^= 1
+    copy.write_bytes(content)
+    far = open_dataset('x', str(root), urls[0])[0]
+    same(local[0], far)
+    assert far.pieces[0].fetched == 256
+
+
+def test_a_full_disk_only_ends_the_copy(stored, pair, monkeypatch, capsys):
+    monkeypatch.setattr(remote, 'BLOCK', 256)
+    (urls, root), local = stored, open_dataset(pair[0], '/')
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'pwrite', full)
+    same(local[0], open_dataset('x', str(root), urls[0])[0])
+    assert capsys.readouterr().out.count('no room for a local copy') == 1
+
+
+def test_a_network_that_fails_is_asked_again(stored, pair, monkeypatch):
+    (urls, root), local = stored, open_dataset(pair[0], '/')
+    far = open_dataset('x', str(root), urls[0])[0]
+    monkeypatch.setattr(remote.time, 'sleep', lambda seconds: None)
+    fs, _ = far.pieces[0].storage.connected()
+    real, calls = fs.cat_ranges, []
+
+    def fails(*args, **more):
+        calls.append(1)
+        if len(calls) <= 2:
+            raise ConnectionError('reset')
+        return [content[:-1] for content in real(*args, **more)] if len(calls) == 3 else real(*args, **more)
+    monkeypatch.setattr(fs, 'cat_ranges', fails)
+    assert far.slice(0, 99).tolist() == local[0].slice(0, 99).tolist() and len(calls) == 4
+    monkeypatch.setattr(fs, 'cat_ranges', lambda *args, **more: 1 / 0)
+    with pytest.raises(OSError, match=r's3://.*/train.bin cannot be read \(ZeroDivisionError'):
+        far.pieces[0].storage.ranges([('train.bin', 0, 9)])
+
+
+def test_a_run_from_object_storage_is_the_local_one(stored, pair, tmp_path, s3):  # noqa: F811
+    arguments = ['--max_iters=6', '--eval_interval=3', '--vocab_size=5000']
+    assert run_train(pair[0], tmp_path / 'near', *arguments) == 0
+    for name, more in (('far', []), ('workers', ['--use_dataloader=True', '--dataloader_num_workers=2'])):
+        assert run_train(str(tmp_path / 'copies' / name), tmp_path / name, f'--data_url={stored[0][1]}', *arguments, *more) == 0
+        assert losses(tmp_path / name) == losses(tmp_path / 'near')
+    assert not list((tmp_path / 'copies' / 'far').glob('*.bin'))
+
+
+def test_urls_that_are_no_data_set(stored, pair, s3):  # noqa: F811
+    (urls, root), (near, _) = stored, pair
+    for url, message in ((f'{urls[0]}/none', 'has no meta.pkl'), ('nonsense://x', 'cannot be reached|nonsense')):
+        with pytest.raises(ConfigError, match=message):
+            open_dataset('x', str(root), url)
+    with pytest.raises(ConfigError, match='holds a data set already'):
+        open_dataset(near, '/', urls[0])
+    with pytest.raises(ConfigError, match='holds one data set, not the mixture'):
+        open_dataset('a:1,b:1', str(root), urls[0])
+    import fsspec
+    fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']).pipe(f'{urls[0]}/train.bin', b'xx')
+    with pytest.raises(ConfigError, match='train.bin has 2 bytes, its meta.pkl says 10000'):
+        open_dataset('x', str(root), urls[0])

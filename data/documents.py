@@ -152,9 +152,11 @@ def _nothing(given, endings):
 
 
 def published_split(path, given):
-    """'train', 'val' or None (to be left out) of a file below the folder `given` whose publisher names splits in folders or files, as in
-    validation/chunk1/a.jsonl.zst, data/test-00000-of-00001.parquet or c4-train.00000-of-01024.json.gz; 'train' where nothing is named."""
-    for word in re.split(r'[/\\._-]+', os.path.relpath(path, given) if not is_url(path) else path.removeprefix(given)):
+    """'train', 'val' or None (to be left out) of a file that --input `given` (a folder, pattern or file) stands for, whose publisher names splits in folders or
+    files, as in validation/chunk1/a.jsonl.zst, data/test-00000-of-00001.parquet or c4-train.00000-of-01024.json.gz; 'train' where nothing is named."""
+    fixed = re.split(r'[*?[]', given)[0]
+    base = fixed.rstrip('/') + '/' if fixed == given != path else fixed[:fixed.rfind('/') + 1]  # what the user named says nothing of its files
+    for word in re.split(r'[/\\._-]+', path.removeprefix(base)):
         if word in SPLITS:
             return SPLITS[word]
     return 'train'

@@ -361,7 +361,7 @@ def test_tokenizers_that_are_missing_or_of_another_family(tmp_path, monkeypatch)
                 script.main(arguments)
         else:
             script.main(arguments)
-            assert sum(read_meta(tmp_path / 'set')['documents'].values()) == 59
+            assert sum(read_meta(tmp_path / 'set')['documents'].values()) == (50 if 'slimpajama' in name else 59)  # with its own validation split left out
 
 
 def test_two_runs_of_one_command_do_not_meet(corpus, tmp_path, monkeypatch):

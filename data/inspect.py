@@ -1,0 +1,189 @@
+"""
+What is in a prepared data set: counts, how its vocabulary is used, how long its documents are, and its text at any place.
+
+    python data/inspect.py shakespeare_char
+    python data/inspect.py slimpajama_6b_llama --at 1000000 --tokens 300
+    python data/inspect.py openwebtext --split val
+
+Draws the lengths of documents and the use of ids into inspect_SPLIT.png in the folder of the data set (--output FILE elsewhere). All ids are counted, unless
+there are more than --sample of them (default: 200 million): then evenly spaced stretches, and it says so.
+"""
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[0] = ROOT  # this folder must not be searched first: this file has the name of a module of Python's own
+
+import argparse  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from data.tokenfile import read_meta, token_dtype  # noqa: E402
+from data.tokenizer import tokenizer_of  # noqa: E402
+
+STRETCH = 2**20  # tokens
+MOST = 2**21  # ids that are told apart
+
+
+def main(argv=None):
+    """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong. Returns what was found, a dict."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('dataset', help='a folder of data/, or a path')
+    parser.add_argument('--split', default='train', choices=('train', 'val'))
+    parser.add_argument('--at', type=int, default=0, metavar='N', help='the token from which text is shown, negative: from the end')
+    parser.add_argument('--tokens', type=int, default=200, help='how many tokens of text are shown')
+    parser.add_argument('--sample', type=int, default=200_000_000, help='how many tokens are counted at most')
+    parser.add_argument('--output', metavar='FILE', help='of the picture')
+    args = parser.parse_args(argv)
+    folder = next((path for path in (args.dataset, os.path.join(ROOT, 'data', args.dataset)) if os.path.isdir(path)), None)
+    if folder is None:
+        raise ValueError(f'there is no data set {args.dataset}: type the name of a folder of data/ or a path')
+    meta, pieces = open_split(folder, args.split)
+    total = sum(map(len, pieces))
+    if not -total <= args.at < total:
+        raise ValueError(f'--at {args.at} is beyond the {total:,} tokens of {args.split}')
+    found = {'tokens': total, **use_of_ids(pieces, meta, args.sample), 'lengths': lengths(folder, args.split, meta, pieces, args.sample)}
+    found['doubts'] = doubts(found, pieces, meta, args.split)
+    for line in describe(folder, args.split, meta, pieces, found):
+        print(line)
+    show(folder, meta, pieces, args.at % total, args.tokens, found)
+    path = args.output or os.path.join(folder, f'inspect_{args.split}.png')
+    draw(path, f'{os.path.basename(os.path.abspath(folder))}, {args.split}', found)
+    print(f'\nwrote {path}')
+    return found
+
+
+def open_split(folder, split):
+    """(meta, arrays of tokens) of a split. Raises ValueError where it is not here."""
+    meta = read_meta(folder)
+    names = [name for name, _ in meta.get('files', {}).get(split, [])] or [f'{split}.bin']
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise ValueError(f'{folder} has no {missing[0]}: run its prepare.py first')
+    dtype = token_dtype(meta)
+    for name in names:
+        size = os.path.getsize(os.path.join(folder, name))
+        if not size or size % dtype.itemsize:
+            raise ValueError(f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of {dtype.name} tokens')
+    return meta, [np.memmap(os.path.join(folder, name), dtype=dtype, mode='r') for name in names]
+
+
+def take(pieces, begin, end):
+    """The tokens begin .. end of the pieces, one behind the other."""
+    parts = []
+    for piece in pieces:
+        if begin < len(piece) and end > 0:
+            parts.append(piece[max(0, begin):end])
+        begin, end = begin - len(piece), end - len(piece)
+    return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+
+
+def stretches(total, sample):
+    """(begin, end) of all tokens, or of evenly spaced stretches with about `sample` of them."""
+    count = -(-total // STRETCH)
+    wanted = count if total <= sample else max(1, sample // STRETCH)
+    for i in range(wanted):
+        begin = (i * count // wanted) * STRETCH
+        yield begin, min(begin + STRETCH, total)
+
+
+def use_of_ids(pieces, meta, sample):
+    """{'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd': share of ids at odd places that are below 16, 'even': at even ones}."""
+    counts, counted, small, largest = np.zeros(meta.get('vocab_size', 1), np.int64), 0, np.zeros(2, np.int64), 0
+    for begin, end in stretches(sum(map(len, pieces)), sample):
+        ids = take(pieces, begin, end)
+        largest = max(largest, int(ids.max()))
+        here = np.bincount(np.minimum(ids.astype(np.int64), MOST), minlength=len(counts))
+        counts = np.pad(counts, (0, len(here) - len(counts))) + here
+        small += [(ids[::2] < 16).sum(), (ids[1::2] < 16).sum()]
+        counted += len(ids)
+    return {'counts': counts, 'largest': largest, 'counted': counted, 'even': float(small[0]) / -(-counted // 2), 'odd': float(small[1]) / max(1, counted // 2)}
+
+
+def lengths(folder, split, meta, pieces, sample):
+    """Tokens of each document, an array: of train.ends where there is one, else by the id that ends a document; None where neither tells."""
+    path = os.path.join(folder, meta.get('ends', {}).get(split, 'none'))
+    if os.path.isfile(path):
+        ends = np.fromfile(path, '<u8').astype(np.int64)
+    elif meta.get('eot_id') is not None:
+        ends = np.concatenate([np.flatnonzero(take(pieces, begin, min(begin + STRETCH, sample)) == meta['eot_id']) + begin + 1
+                               for begin in range(0, min(sum(map(len, pieces)), sample), STRETCH)])
+    else:
+        return None
+    return np.diff(ends, prepend=0)
+
+
+def doubts(found, pieces, meta, split):
+    """Sentences on what looks wrong."""
+    said, counts, size = [], found['counts'], meta.get('vocab_size')
+    if pieces[0].dtype.itemsize == 2 and found['odd'] > 0.9 and found['even'] < 0.5:
+        said.append(f'{found["odd"]:.0%} of the ids at odd places are below 16, {found["even"]:.0%} of the others: these are uint32 tokens read as uint16')
+    if pieces[0].dtype.itemsize == 4 and size and len(counts) > size and counts[2**16:].sum() > 0.5 * found['counted']:
+        said.append('most ids are above 65,535 and beyond the vocabulary: these are uint16 tokens read as uint32')
+    if size and len(counts) > size and counts[size:].any():
+        said.append(f'{int(counts[size:].sum()):,} ids are beyond the vocabulary of {size:,}, the largest is {found["largest"]:,}')
+    stated = meta.get('tokens', {}).get(split)
+    if stated is not None and stated != found['tokens']:
+        said.append(f'meta.pkl states {stated:,} tokens')
+    eot = meta.get('eot_id')
+    if eot is not None and found['counted'] == found['tokens'] and not counts[eot]:
+        said.append(f'the id {eot}, which ends a document, never occurs')
+    return said
+
+
+def describe(folder, split, meta, pieces, found):
+    counts, size = found['counts'], meta.get('vocab_size')
+    used = int((counts > 0).sum())
+    yield f'{folder}, {split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name}, {len(pieces)} file{"s" if len(pieces) > 1 else ""}, {sum(piece.nbytes for piece in pieces) / 1e6:,.1f} MB'
+    if not meta:
+        yield 'there is no meta.pkl, so these are taken for uint16 tokens of GPT-2'
+    yield f'tokenizer: {meta.get("tokenizer", "not stated")}, end of text: {meta.get("eot_id")}; {meta.get("split", "no word on the split")}'
+    part = '' if found['counted'] == found['tokens'] else f' (of {found["counted"]:,} tokens that were counted)'
+    never = max(size, len(counts)) - used if size else None
+    yield f'ids: {used:,} of {size:,} occur{part}, {never:,} never; the largest is {found["largest"]:,}' if size else f'ids: {used:,} occur{part}, the largest is {found["largest"]:,}'
+    share = counts[counts > 0] / found['counted']
+    entropy = -(share * np.log2(share)).sum()
+    yield f'entropy of single ids: {entropy:.2f} bits, as of {2 ** entropy:,.0f} equally frequent ones'
+    if found['lengths'] is not None and len(found['lengths']):
+        low, middle, high = np.percentile(found['lengths'], (10, 50, 90))
+        yield (f'documents: {len(found["lengths"]):,}, of {found["lengths"].mean():,.0f} tokens in the mean; 10 % have {low:,.0f} or fewer, '
+               f'half {middle:,.0f}, 10 % {high:,.0f} or more, the longest {found["lengths"].max():,}')
+    yield from (f'LOOK: {doubt}' for doubt in found['doubts'])
+
+
+def show(folder, meta, pieces, at, count, found):
+    """Print text of the data set, and its most frequent tokens."""
+    try:
+        tokenizer = tokenizer_of(folder, meta)
+    except ValueError as error:
+        print(f'no text: {error}')
+        return
+    top = np.argsort(found['counts'])[::-1][:12]
+    print('most frequent: ' + ', '.join(f'{tokenizer.decode([i])!r} {found["counts"][i] / found["counted"]:.1%}' for i in top if found['counts'][i]))
+    ids = take(pieces, at, at + count)
+    print(f'---- tokens {at:,} to {at + len(ids):,}\n{tokenizer.decode(ids.tolist())}\n----')
+
+
+def draw(path, title, found):
+    """A picture of the lengths of documents and of how often ids occur."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    known = found['lengths'] is not None and len(found['lengths'])
+    figure, axes = pyplot.subplots(1, 2 if known else 1, figsize=(12 if known else 6.5, 4.2), squeeze=False)
+    if known:
+        longest = max(2, int(found['lengths'].max()))
+        axes[0][0].hist(np.maximum(found['lengths'], 1), bins=np.unique(np.geomspace(1, longest + 1, 60).astype(int)))
+        axes[0][0].set(xscale='log', xlabel='tokens', ylabel='documents', title=f'{len(found["lengths"]):,} documents')
+    often = np.sort(found['counts'][found['counts'] > 0])[::-1]
+    axes[0][-1].loglog(np.arange(1, len(often) + 1), often)
+    axes[0][-1].set(xlabel='rank of the id', ylabel='times', title=f'{len(often):,} ids that occur')
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == '__main__':
+    from data import command
+    command.run(main)

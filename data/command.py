@@ -129,8 +129,9 @@ def find(args, published, endings):
 def find_tokenizer(name, folder, tokenizer_from, texts):
     """The tokenizer that --tokenizer names: a path is looked for here, in the script's folder and in the root. texts: for 'char', a function that gives them."""
     for place in ('', folder, ROOT):
-        if os.path.exists(os.path.join(place, name)):
-            name = os.path.join(place, name)
+        path = os.path.join(place, name)
+        if os.path.isfile(path) or any(os.path.isfile(os.path.join(path, file)) for file in ('tokenizer.json', 'tokenizer.model')):
+            name = path
             break
     else:
         if tokenizer_from and name.endswith('_tokenizer'):

@@ -23,11 +23,12 @@ import os
 
 import numpy as np
 
-from data.byte_level import twin_of
+from data.byte_level import grouped, twin_of
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
 EOT = '<|endoftext|>'
 PROBE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers that are the same agree on it
+TRIAL = 2**20  # characters of text after which it is taken for a corpus, for which a second's preparation is worth it
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
@@ -138,12 +139,20 @@ class TiktokenTokenizer:
         except OSError as error:  # what requests raises too
             raise ValueError(f'tiktoken could not download the encoding {name!r} ({type(error).__name__}): connect this machine once, set '
                              f'TIKTOKEN_CACHE_DIR to a folder that has it, or name another tokenizer, such as bytes') from None
-        self.name, self.vocab_size = name, self.encoding.n_vocab
+        self.name, self.vocab_size, self.encoded = name, self.encoding.n_vocab, 0
         self.eot_token = EOT if EOT in self.encoding.special_tokens_set else None
         self.eot_id = self.encoding.eot_token if self.eot_token else None
 
     def encode(self, text):
+        if self.encoded <= TRIAL < self.encoded + len(text):
+            self._hurry()
+        self.encoded += len(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def _hurry(self):
+        old = self.encoding
+        if (pattern := grouped(old._pat_str)) != old._pat_str:
+            self.encoding = type(old)(old.name, pat_str=pattern, mergeable_ranks=old._mergeable_ranks, special_tokens=old._special_tokens)
 
     def decode(self, ids):
         return _join(self._token(int(i)) for i in ids)
@@ -169,7 +178,6 @@ class HuggingFaceTokenizer:
     The files are kept, so that describe() can write them even when their folder is gone, or is the one written to. After some text, encode() goes
     through tiktoken where that gives the same ids faster (byte_level.py).
     """
-    TRIAL = 2**20  # characters that the library itself encodes first
 
     def __init__(self, files, source):
         tokenizers = _library('tokenizers', source)
@@ -217,7 +225,7 @@ class HuggingFaceTokenizer:
             return ids
         # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
         ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
-        if self.encoded <= self.TRIAL < self.encoded + len(text):  # a corpus, for which it is worth a second
+        if self.encoded <= TRIAL < self.encoded + len(text):
             self.twin = twin_of(self.files['tokenizer.json'].decode('utf-8'))
         self.encoded += len(text)
         return ids

@@ -12,8 +12,9 @@ pytest.importorskip('tiktoken')
 from conftest import ROOT  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
-from data.byte_level import KNOWN, ranks_of, twin_of  # noqa: E402
-from data.tokenizer import HuggingFaceTokenizer, load_tokenizer  # noqa: E402
+from data import tokenizer as tokenizer_module  # noqa: E402
+from data.byte_level import GPT2, GPT2_DIGITS, KNOWN, grouped, ranks_of, twin_of  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
 
 EOT = '<|endoftext|>'
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -117,7 +118,7 @@ def test_a_corpus_goes_through_the_twin_and_a_few_lines_do_not(tmp_path, monkeyp
     tokenizer = trained('gpt2')
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': EOT}))
-    monkeypatch.setattr(HuggingFaceTokenizer, 'TRIAL', 1000)
+    monkeypatch.setattr(tokenizer_module, 'TRIAL', 1000)
     own = load_tokenizer(str(tmp_path))
     own.encode('x' * 900)
     assert own.twin is None
@@ -128,3 +129,17 @@ def test_a_corpus_goes_through_the_twin_and_a_few_lines_do_not(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
     without = load_tokenizer(str(tmp_path))
     assert [without.encode(text).tolist() for text in texts[:3]] == [own.encode(text).tolist() for text in texts[:3]] and without.twin is None
+
+
+def test_alternatives_in_a_group_find_the_same():
+    import tiktoken
+    from tiktoken_ext import openai_public
+    letters = {bytes([byte]): byte for byte in range(256)}
+    for pattern, expected in ((GPT2, r"(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"), (GPT2_DIGITS, None), (LLAMA3, None), (openai_public.r50k_pat_str, None),
+                              (r'a|[|(\]]|(b|c)+|\||x++y|d++|e', r'(?:a|[|(\]]|(b|c)+|\|)|x++y|(?:d+|e)'), (r'a|\p{L}{1,2}+|\bx|y', r'(?:a|\p{L}{1,2})|\bx|y'), (r'a', 'a'), (r'\++|b', r'(?:\++|b)')):
+        assert grouped(pattern) == (expected or grouped(pattern)) and (grouped(pattern) != pattern or pattern == 'a')
+        old, new = (tiktoken.Encoding('x', pat_str=way, mergeable_ranks={**letters, **{bytes([a, b]): 256 + i for i, (a, b) in enumerate((a, b) for a in range(97, 123) for b in b' aeiou\n')}}, special_tokens={})
+                    for way in (pattern, grouped(pattern)))
+        for text in [*source(), *hard_texts(100, 3)]:
+            assert old.encode_ordinary(text) == new.encode_ordinary(text)
+    assert grouped(openai_public.r50k_pat_str).startswith("(?:'(?:[sdmt]|ll|ve|re)| ?\\p{L}+|")

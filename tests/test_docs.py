@@ -65,7 +65,8 @@ def project(tmp_path_factory):
     import pyarrow
     import pyarrow.parquet
     (folder / 'FOLDER').mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({'text': text.splitlines()}), folder / 'FOLDER' / 'a.parquet')
+    for name in ('train-00000-of-00001', 'validation-00000-of-00001'):
+        pyarrow.parquet.write_table(pyarrow.table({'text': text.splitlines()}), folder / 'FOLDER' / f'{name}.parquet')
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -81,7 +82,7 @@ def project(tmp_path_factory):
         huggingface.write(str(folder / name), model.config, model.state_dict())
         tokenizer.save(str(folder / name / 'tokenizer.json'))
         (folder / name / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
-    for name in ('slimpajama_6b_llama', 'slimpajama_6b_gpt2', 'slimpajama_6b_llama3', 'own_text'):
+    for name in ('slimpajama_6b_gpt2', 'slimpajama_6b_llama3', 'own_text'):
         write_dataset(str(folder / 'data' / name), generator.integers(0, 60, 4000), generator.integers(0, 60, 400))
     return folder
 
@@ -154,7 +155,7 @@ def test_commands_run(document, project):
 def test_files_and_keys_that_the_documents_name_exist():
     from train import ALIASES, Config
     known = {*Config.__dataclass_fields__, *ALIASES}
-    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args'}
+    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args', 'limit', 'shard', 'merge', 'max_broken', 'dedup', 'num_proc', 'val_fraction', 'at', 'vocab_size'}
     for document in ('README.md', 'TRAINING_GUIDE.md'):
         with open(os.path.join(ROOT, document)) as f:
             text = f.read()

@@ -134,6 +134,7 @@ def main():
     parser.add_argument('--mb', type=float, default=200)
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--vocab_size', type=int, default=32000)
+    parser.add_argument('--only', choices=('tiktoken', 'hugging_face'))
     parser.add_argument('--batched', action='store_true', help='also the recipe with batched=True')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +153,8 @@ def main():
             return time.perf_counter() - started
         print(f'{size / 1e6:.0f} MB of text, a vocabulary of {args.vocab_size:,}, 2 processes, medians of {args.rounds}', flush=True)
         for kind, name in (('tiktoken', 'stdlib_bpe'), ('Hugging Face', f'{folder}/tokenizer')):
+            if args.only and args.only != kind.lower().replace(' ', '_'):
+                continue
             ways = {'prepare.py': [f'{ROOT}/data/own_text/prepare.py', '--input', source, '--tokenizer', name, '--output', f'{folder}/set', '--num_proc', '2'],
                     'datasets.map': [f'{folder}/recipe.py', source, name, f'{folder}/out', f'{folder}/cache', 'False'],
                     **({'datasets.map batched': [f'{folder}/recipe.py', source, name, f'{folder}/out', f'{folder}/cache', 'True']} if args.batched else {})}

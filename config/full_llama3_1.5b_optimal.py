@@ -8,8 +8,7 @@
 # gradient_accumulation_steps by the same factor) when memory runs out.
 # Batch: 8 sequences x 2048 tokens x 16 micro-steps = 262,144 tokens per iteration on each GPU;
 # 50,000 iterations on one GPU are 13.1 B tokens. total_batch_size fixes the batch for any number of GPUs.
-# Data: SlimPajama-6B with the LLaMA-3.1 tokenizer; `python data/own_text/prepare.py --input FOLDER/*.parquet --tokenizer ./llama3_tokenizer
-#   --output data/slimpajama_6b_llama3` prepares a downloaded copy.
+# Data: SlimPajama-6B with the LLaMA-3.1 tokenizer, `python data/slimpajama_6b_llama3/prepare.py`.
 # Expect a first loss of ln(128256) = 11.8 and up to half of one more (12.0 with one layer of it on a CPU).
 # No full run of this recipe has been made yet.
 

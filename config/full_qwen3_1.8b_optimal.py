@@ -8,8 +8,7 @@
 # gradient_accumulation_steps by the same factor) when memory runs out.
 # Batch: 6 sequences x 2048 tokens x 32 micro-steps = 393,216 tokens per iteration on each GPU;
 # 25,000 iterations on one GPU are 9.8 B tokens. total_batch_size fixes the batch for any number of GPUs.
-# Data: SlimPajama-6B with the Qwen3 tokenizer; `python data/own_text/prepare.py --input FOLDER/*.parquet --tokenizer ./qwen3_tokenizer
-#   --output data/slimpajama_6b_qwen3` prepares a downloaded copy.
+# Data: SlimPajama-6B with the Qwen3 tokenizer, `python data/slimpajama_6b_qwen3/prepare.py`.
 # Expect a first loss of ln(151936) = 11.9 and up to half of one more (12.4 with one layer of it on a CPU).
 # No full run of this recipe has been made yet.
 

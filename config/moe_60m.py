@@ -1,6 +1,6 @@
 # A mixture of experts of 60 million parameters: one layer, 4 experts of which a token goes to 2, and one that all go to.
 #
-#   python data/own_text/prepare.py --input FOLDER --tokenizer path/to/starcoder2 --output data/codeparrot_starcoder2
+#   python data/codeparrot_starcoder2/prepare.py
 #   python train.py config/moe_60m.py
 #
 # Parameters: 60,820,992 (vocabulary 49,152 twice, 50.3 M; 5 experts of width 1280, 9.8 M), 56,888,832 of them active for each token.

@@ -1,6 +1,6 @@
 # A mixture of experts of 0.8 billion parameters: 16 layers, 8 experts of which a token goes to 2, and one that all go to.
 #
-#   python data/own_text/prepare.py --input FOLDER --tokenizer path/to/starcoder2 --output data/codeparrot_starcoder2
+#   python data/codeparrot_starcoder2/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/moe_800m.py --gradient_accumulation_steps=4
 #
 # Parameters: 793,936,896 (0.79 B), 359,826,432 (0.36 B) of them active for each token.

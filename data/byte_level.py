@@ -58,7 +58,8 @@ def twin_of(content):
     ranks = ranks_of(model, tokenizers)
     if ranks is None:
         return None
-    encoding = tiktoken.Encoding('twin', pat_str=grouped(pattern), mergeable_ranks={token: rank for rank, (token, _) in enumerate(ranks)}, special_tokens={})
+    # tiktoken looks for special tokens first: with none at all it looks at every character
+    encoding = tiktoken.Encoding('twin', pat_str=grouped(pattern), mergeable_ranks={token: rank for rank, (token, _) in enumerate(ranks)}, special_tokens={'<|none|>': len(ranks)})
     unsafe = disagreements(pattern, tiktoken, tokenizers)
     if normalizer is not None:  # of characters that are younger than Python's tables the normal form is not known
         unsafe[:KNOWN] |= np.array([unicodedata.category(chr(i)) == 'Cn' for i in range(KNOWN)])

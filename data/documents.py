@@ -26,7 +26,7 @@ import numpy as np
 
 PIECE_BYTES = 4 * 2**20
 LINE_BYTES = 2**20  # how far beyond that a piece of a .txt reaches for its line end
-UNIT_BYTES = 8 * 2**20  # of a .jsonl, and of row groups
+UNIT_BYTES = 4 * 2**20  # of a .jsonl, and of row groups
 
 JSON_ENDINGS = tuple(f'{name}{packed}' for packed in ('', '.gz', '.zst') for name in ('.jsonl', '.json'))
 ENDINGS = ('.txt', *JSON_ENDINGS, '.parquet', '.npz')

@@ -29,7 +29,7 @@ from data import documents
 from data.documents import Unit
 from data.tokenfile import SPLITS, TokenFileWriter, check_ids, token_dtype
 
-PART_BYTES = 8 * 2**20, 2**30  # of source: the smallest and the largest part
+PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between
 DOCUMENT = np.dtype([('tokens', '<u8'), ('last', '?'), ('hash', '<u8', 2)])  # a document, or a piece of one; last: it ends here; hash 0: not to be compared
 BUCKET = 2**22  # documents that repeated() sorts at once
@@ -440,10 +440,7 @@ class _temporary:
 
     def __exit__(self, error_type, error, traceback):
         try:
-            with self.file:
-                if error_type is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
+            self.file.close()  # the checksum in the record vouches for it, not fsync()
             if error_type is None:
                 os.replace(self.file.name, self.path)
         finally:
@@ -454,8 +451,6 @@ class _temporary:
 def _publish(path, content):
     with open(f'{path}.{os.getpid()}.tmp', 'wb') as f:
         f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
     os.replace(f.name, path)
 
 

@@ -158,6 +158,8 @@ class TokenFileWriter:
                 os.link(path, self._tmp(name))
             except OSError:
                 shutil.copyfile(path, self._tmp(name))
+            with open(self._tmp(name), 'rb') as f:
+                os.fsync(f.fileno())
         self._count(split, tokens, ends, max_id)
 
     def _next_shard(self, split, tokens):

@@ -31,7 +31,7 @@ class Tokens:
         self.path, self.split, self.pieces, self.fingerprint, self.max_id = path, split, pieces, fingerprint, max_id
         self.remote = isinstance(pieces[0], RemoteFile)
         self.firsts = np.cumsum([0, *map(len, pieces)])
-        self.sources = [self]
+        self.sources, self.view = [self], None
 
     def __len__(self):
         return int(self.firsts[-1])
@@ -55,10 +55,18 @@ class Tokens:
     def windows(self, starts, block_size):
         """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor."""
         if len(self.pieces) == 1 and not self.remote:
-            view = np.lib.stride_tricks.sliding_window_view(self.pieces[0], block_size + 1)
-            return torch.from_numpy(view[starts].astype(np.int64))
-        rows, parts = np.empty((len(starts), block_size + 1), np.int64), [self.parts(int(start), int(start) + block_size + 1) for start in starts]
-        found = iter(read_together([part for row in parts for part in row]) if self.remote else [piece[begin:end] for row in parts for piece, begin, end in row])
+            if self.view is None or self.view.shape[1] != block_size + 1:
+                self.view = np.lib.stride_tricks.sliding_window_view(self.pieces[0], block_size + 1)
+            return torch.from_numpy(self.view[starts].astype(np.int64))
+        starts, rows = np.asarray(starts), np.empty((len(starts), block_size + 1), np.int64)
+        if not self.remote:
+            which = np.searchsorted(self.firsts, starts, 'right') - 1
+            for row, number, at, start in zip(rows, which.tolist(), (starts - self.firsts[which]).tolist(), starts.tolist()):
+                window = self.pieces[number][at:at + block_size + 1]
+                row[:] = window if len(window) == block_size + 1 else self.slice(start, start + block_size + 1)
+            return torch.from_numpy(rows)
+        parts = [self.parts(start, start + block_size + 1) for start in starts.tolist()]
+        found = iter(read_together([part for row in parts for part in row]))
         for row, of_row in zip(rows, parts):
             at = 0
             for _, begin, end in of_row:

@@ -19,6 +19,7 @@ from engine.dataset import Mixture, cycle_of
 from engine.loss import IGNORE
 
 _MASK = 2**64 - 1
+STARTS_AHEAD = 64  # micro-steps
 
 
 def mix(*numbers):
@@ -113,9 +114,11 @@ class MixedOrder:
         self.per_epoch = int(min(order.per_epoch / share for order, share in zip(self.orders, self.shares)))
 
     def starts(self, position, count):
-        positions = np.arange(position, position + count, dtype=np.int64)
+        return self.at(np.arange(position, position + count, dtype=np.int64))
+
+    def at(self, positions):
         source, turn = self.source[positions % len(self.source)], positions // len(self.source)
-        within, starts = turn * self.counts[source] + self.before[positions % len(self.source)], np.empty(count, np.int64)
+        within, starts = turn * self.counts[source] + self.before[positions % len(self.source)], np.empty(len(positions), np.int64)
         for number, order in enumerate(self.orders):
             here = source == number
             starts[here] = self.firsts[number] + order.at(within[here])
@@ -160,6 +163,7 @@ class TrainLoader:
         self.rank, self.world_size, self.first = rank, world_size, position
         self.device, self.pin = device, device.type == 'cuda'
         self.wait_s, self.micro = 0.0, 0
+        self.starts = None, None  # (number of a run of STARTS_AHEAD micro-steps, where their windows begin)
         self.workers, self.queue, self.stopped = None, None, threading.Event()
         self.source = (self[micro] for micro in _Count())
         if num_workers:
@@ -177,8 +181,12 @@ class TrainLoader:
         return self.first + (micro * self.world_size + self.rank) * self.batch_size
 
     def __getitem__(self, micro):
-        starts = self.order.starts(self.position_of(micro), self.batch_size)
-        return self.file.windows(starts, self.order.block_size)
+        run = micro // STARTS_AHEAD
+        if self.starts[0] != run:  # numpy is quicker with many positions at once
+            first = self.position_of(run * STARTS_AHEAD + np.arange(STARTS_AHEAD))
+            positions = first[:, None] + np.arange(self.batch_size)
+            self.starts = run, self.order.at(positions.ravel()).reshape(positions.shape)
+        return self.file.windows(self.starts[1][micro % STARTS_AHEAD], self.order.block_size)
 
     def next(self, interrupted=lambda: False):
         """The next (x, y, position), or None if interrupted() became true while waiting for it."""

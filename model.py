@@ -198,10 +198,11 @@ def _keep_matmuls():
 
 
 class Head(nn.Linear):
-    """From the last hidden state to logits, or straight to the loss."""
+    """From the last hidden state to logits, or straight to the loss. chunk: as next_token_loss() takes it."""
+    chunk = 0
 
     def forward(self, x, targets=None, reduction='mean'):
-        return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction)
+        return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction, self.chunk)
 
 
 class Model(nn.Module):
@@ -210,11 +211,11 @@ class Model(nn.Module):
     config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout: probability; activation_checkpointing: what backward()
     finds kept of each block: 'none' all of it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring of the
     ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch returned; aux_loss, z_loss: weights of these losses of
-    engine.experts.routing_statistics in training; document_end: token after which attention and positions start anew, or None. Parameters mean
-    nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
+    engine.experts.routing_statistics in training; document_end: token after which attention and positions start anew, or None; loss_chunk: tokens
+    whose logits are in memory at a time in training, 0 for all. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
-    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None):
+    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None, loss_chunk=0):
         super().__init__()
         self.config, self.backend, self.dropout, self.ring, self.document_end = config, backend, dropout, ring, document_end
         self.aux_loss, self.z_loss = aux_loss, z_loss
@@ -227,6 +228,7 @@ class Model(nn.Module):
         for block in parts['h']:
             block.activation_checkpointing = activation_checkpointing
         self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.chunk = loss_chunk
         if config.weight_tying:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'
@@ -272,8 +274,8 @@ class Model(nn.Module):
         return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [self.transformer.wte, *routers]
 
     def compile_units(self):
-        """Compile each block and the head for itself."""
-        for module in (*self.transformer.h, self.lm_head):
+        """Compile each block and the head for itself; a head that goes chunk by chunk has nothing to gain."""
+        for module in (*self.transformer.h, *([] if self.lm_head.chunk else [self.lm_head])):
             module.compile()
 
     def forward(self, idx, targets=None, reduction='mean', last_only=False, cache=None):

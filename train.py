@@ -33,7 +33,7 @@ from engine.copier import Copier, open_url
 from engine.dataset import check_fit, folder_of, open_dataset
 from engine.loader import TrainLoader, evaluation_batches, mix, order_of
 from engine.logger import RunLog, new_run_name, now, unsaved_run
-from engine.loss import IGNORE
+from engine.loss import IGNORE, choose_chunk
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
 from generation import generate, lines_of
@@ -162,6 +162,7 @@ class Config:
     activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
     deterministic: bool = True  # kernels that repeat to the last bit
     use_cuda_graphs: bool = False  # (not in this version: runs without and says so)
+    loss_chunk: int | None = None  # tokens whose logits are in memory at a time (the same loss in less memory), 0: all; None: chunks where logits are large
     # many processes: under torchrun each trains on its share of the batch (DDP)
     backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
     timeout_minutes: float = 10.0  # how long a process waits for another in training before it gives up
@@ -260,6 +261,12 @@ def run(argv, stop):
         dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), torch_dtype, device.type)
         if reason:
             notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+    tokens_at_once = c.batch_size * c.block_size // c.context_parallel
+    loss_chunk, reason = choose_chunk(c.loss_chunk, tokens_at_once, shape.vocab_size, device.type, torch_dtype)
+    if reason:
+        notes.append(f'loss_chunk={c.loss_chunk} has no effect: {reason}')
+    elif loss_chunk and loss_chunk < tokens_at_once:
+        notes.append(f'loss in chunks of {loss_chunk} tokens: the logits of a micro-step would take {tokens_at_once * shape.vocab_size * 4 / 1e9:.2f} GB')
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False
@@ -306,7 +313,7 @@ def run(argv, stop):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
     torch.manual_seed(c.seed)
-    model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring, dispatch, c.aux_loss_weight, c.z_loss_weight, document_end)
+    model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring, dispatch, c.aux_loss_weight, c.z_loss_weight, document_end, loss_chunk)
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
     model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
     if nanogpt:

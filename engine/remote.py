@@ -3,6 +3,7 @@
 The copy of a file is a sparse file of its size and, beside it, the checksum of each block that is there (0: not yet). A block counts only if its checksum is
 right, so that a copy which a crash left half-written is fetched again, not trusted. Processes of a machine share it.
 """
+import fcntl
 import os
 import threading
 import time
@@ -67,6 +68,7 @@ class RemoteFile:
         self.room = True  # on the local disk
         os.makedirs(os.path.dirname(copy), exist_ok=True)
         self.data = os.open(copy, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(self.data, fcntl.LOCK_EX)  # other ranks begin at the same time
         if os.fstat(self.data).st_size != size:
             os.truncate(copy, 0)  # of another file
             os.truncate(copy, size)
@@ -74,6 +76,7 @@ class RemoteFile:
                 os.truncate(f'{copy}.blocks', 0)
         with open(f'{copy}.blocks', 'ab') as f:
             f.truncate(-(-size // BLOCK) * 4)
+        fcntl.flock(self.data, fcntl.LOCK_UN)
         self.sums = np.memmap(f'{copy}.blocks', dtype='<u4', mode='r+')
         self.fetched = 0  # bytes
 

@@ -4,50 +4,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import time
 
-import fsspec
 import pytest
 from conftest import TINY, end_all, equal, losses, records, run_process, start_process, weights
 
 import checkpoints
 from engine import checkpoint, copier, faults
-
-KEYS = {'AWS_ACCESS_KEY_ID': 'test', 'AWS_SECRET_ACCESS_KEY': 'test', 'AWS_DEFAULT_REGION': 'us-east-1', 'AWS_MAX_ATTEMPTS': '1'}
-
-
-class Server:
-    """An S3-compatible server on loopback, which can be stopped and started with what it holds."""
-
-    def __init__(self):
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            self.port = s.getsockname()[1]
-        self.environment = {**KEYS, 'AWS_ENDPOINT_URL': f'http://127.0.0.1:{self.port}', 'FSSPEC_S3_ENDPOINT_URL': f'http://127.0.0.1:{self.port}'}
-
-    def start(self):
-        from moto.server import ThreadedMotoServer
-        self.server = ThreadedMotoServer(ip_address='127.0.0.1', port=self.port, verbose=False)
-        self.server.start()
-
-    def stop(self):
-        self.server.stop()
-
-
-@pytest.fixture(scope='module')
-def s3():
-    pytest.importorskip('moto')
-    pytest.importorskip('s3fs')
-    server = Server()
-    server.start()
-    os.environ.update(server.environment)
-    fsspec.filesystem('s3', endpoint_url=server.environment['AWS_ENDPOINT_URL']).mkdir('bucket')
-    yield server
-    server.stop()
-    for key in server.environment:
-        os.environ.pop(key)
-
 
 @pytest.fixture(params=['file', 's3'])
 def url(request, tmp_path):

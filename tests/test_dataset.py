@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, losses, run_train, write_dataset
-from test_copier import s3  # noqa: F401
 
 from data.tokenfile import TokenFileWriter
 from engine import remote
@@ -140,7 +139,7 @@ def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
 # ---- object storage
 
 @pytest.fixture
-def stored(s3, pair, tmp_path):  # noqa: F811
+def stored(s3, pair, tmp_path):
     """(URLs of both sets, root with an empty data/)."""
     import fsspec
     fs, urls = fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']), []
@@ -209,7 +208,7 @@ def test_a_network_that_fails_is_asked_again(stored, pair, monkeypatch):
         far.pieces[0].storage.ranges([('train.bin', 0, 9)])
 
 
-def test_a_run_from_object_storage_is_the_local_one(stored, pair, tmp_path, s3):  # noqa: F811
+def test_a_run_from_object_storage_is_the_local_one(stored, pair, tmp_path, s3):
     arguments = ['--max_iters=6', '--eval_interval=3', '--vocab_size=5000']
     assert run_train(pair[0], tmp_path / 'near', *arguments) == 0
     for name, more in (('far', []), ('workers', ['--use_dataloader=True', '--dataloader_num_workers=2'])):
@@ -218,7 +217,7 @@ def test_a_run_from_object_storage_is_the_local_one(stored, pair, tmp_path, s3):
     assert not list((tmp_path / 'copies' / 'far').glob('*.bin'))
 
 
-def test_urls_that_are_no_data_set(stored, pair, s3):  # noqa: F811
+def test_urls_that_are_no_data_set(stored, pair, s3):
     (urls, root), (near, _) = stored, pair
     for url, message in ((f'{urls[0]}/none', 'has no meta.pkl'), ('nonsense://x', 'cannot be reached|nonsense')):
         with pytest.raises(ConfigError, match=message):

@@ -141,7 +141,7 @@ def test_killed_twenty_times_at_random_and_continued(corpus, tmp_path):
             process = subprocess.Popen([sys.executable, str(script), '--input', str(folder), '--tokenizer=bytes', f'--output={output}', f'--num_proc={1 + turn % 2}'],
                                        env={**os.environ, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             try:
-                said = process.communicate(timeout=draw.uniform(0.3, 1.5))[0]
+                said = process.communicate(timeout=draw.uniform(0.3, 1.2))[0]
                 assert process.returncode == 0, said
                 break
             except subprocess.TimeoutExpired:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_byte_level import KINDS
-from test_copier import s3  # noqa: F401
 from test_prepare import contents, prepare, read_ids, tiny_encoding, write_jsonl  # noqa: F401
 
 from data import command, documents, pipeline
@@ -160,7 +159,7 @@ def test_a_corpus_with_its_kind_of_tokenizer(name, tmp_path, monkeypatch, tiny_e
     assert meta['split'] == ("the source's own validation split is val" if make in (slimpajama_6b, slimpajama_627b, c4) else 'every 2000th document is val')
 
 
-def test_a_bucket_gives_the_same_as_this_machine(s3, tmp_path, monkeypatch):  # noqa: F811
+def test_a_bucket_gives_the_same_as_this_machine(s3, tmp_path, monkeypatch):
     import fsspec
     monkeypatch.setattr(pipeline, 'PART_BYTES', (4000, 4000))
     monkeypatch.setattr(documents, 'UNIT_BYTES', 3000)

@@ -1,0 +1,85 @@
+"""Proves that the loss in chunks is the plain one, in value and gradients, and that it needs less memory."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, losses, run_train
+
+from engine.loss import IGNORE, choose_chunk, next_token_loss
+
+
+def both(chunk, dtype=torch.float32, reduction='mean', autocast=False, frozen=False, scale=1.0):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 50, 24), torch.randn(97, 24) * 0.3
+    targets = torch.randint(0, 97, (3, 50))
+    targets[0, :7] = targets[2, 40:] = IGNORE
+    found = []
+    for size in (0, chunk):
+        h, w = hidden.to(dtype).clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+            loss = next_token_loss(h, w, targets, reduction, size)
+        (loss * scale).backward()
+        found.append([loss.detach(), h.grad, w.grad])
+    return found
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 50, 149, 150, 1000])
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_chunks_give_the_plain_loss_and_its_gradients(chunk, reduction):
+    plain, chunked = both(chunk, reduction=reduction, scale=3.0)
+    for a, b in zip(plain, chunked):
+        assert a.dtype == b.dtype and (a - b).abs().max() < 2e-6 * a.abs().max()
+
+
+def test_bf16_matmuls_with_a_loss_in_fp32():
+    plain, chunked = both(32, autocast=True)
+    assert chunked[0].dtype == torch.float32 and abs(plain[0] - chunked[0]) < 2e-3
+    for a, b in zip(plain[1:], chunked[1:]):
+        assert a.dtype == b.dtype and (a - b).norm() < 0.02 * a.norm()
+
+
+def test_without_gradients_and_with_a_frozen_head():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(40, 8), torch.randn(11, 8), torch.randint(0, 11, (40,))
+    with torch.no_grad():
+        assert torch.allclose(next_token_loss(hidden, weight, targets), next_token_loss(hidden, weight, targets, chunk=6))
+    plain, chunked = both(32, frozen=True)
+    assert chunked[2] is None and torch.allclose(plain[1], chunked[1], atol=1e-6)
+    assert next_token_loss(hidden, weight, torch.full((40,), IGNORE), chunk=6).isnan() and next_token_loss(hidden, weight, torch.full((40,), IGNORE), 'sum', 6) == 0
+
+
+def test_which_chunk_is_taken():
+    assert choose_chunk(None, 1024, 50304, 'cpu', torch.float32) == (0, None)
+    assert choose_chunk(None, 2048, 128256, 'cpu', torch.float32) == (256, None) and choose_chunk(0, 2048, 128256, 'cpu', torch.float32) == (0, None)
+    assert choose_chunk(None, 24 * 2048, 128256, 'cuda', torch.bfloat16) == (1024, None) and choose_chunk(None, 4096, 10**7, 'cpu', torch.float32)[0] == 128
+    assert choose_chunk(64, 2048, 128256, 'cuda', torch.float16)[0] == 0 and 'float16' in choose_chunk(64, 2048, 128256, 'cuda', torch.float16)[1]
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_run_in_chunks_is_the_plain_run(dataset, tmp_path, compiled):
+    arguments = ['--max_iters=6', '--eval_interval=3', '--arch_preset=llama', '--batch_size=4', f'--compile={compiled}']
+    for tied in (False, True):
+        for name, chunk in (('plain', 0), ('chunks', 24)):
+            assert run_train(dataset, tmp_path / f'{name}{tied}', *arguments, f'--loss_chunk={chunk}', f'--weight_tying={tied}') == 0
+        plain, chunks = losses(tmp_path / f'plain{tied}'), losses(tmp_path / f'chunks{tied}')
+        assert plain.keys() == chunks.keys() and all(abs(plain[i] - chunks[i]) < 1e-5 for i in plain)
+        assert 'loss in chunks of 24 tokens' in next((tmp_path / f'chunks{tied}').glob('*.log')).read_text()
+    assert run_train(dataset, tmp_path / 'bad', '--loss_chunk=-1') == 2
+
+
+MEMORY = '''
+import sys, resource, torch
+sys.path.insert(0, '.')
+from engine.loss import next_token_loss
+hidden, weight = torch.randn(1024, 32, requires_grad=True), torch.randn(200000, 32, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+next_token_loss(hidden, weight, torch.zeros(1024, dtype=torch.int64), chunk=int(sys.argv[1])).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+'''
+
+
+def test_chunks_need_less_memory():
+    grown = {chunk: int(subprocess.run([sys.executable, '-c', MEMORY, str(chunk)], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ).stdout) * 1024 for chunk in (0, 128)}
+    assert grown[0] > 1024 * 200000 * 4 and grown[128] < grown[0] / 3

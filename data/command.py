@@ -75,7 +75,7 @@ def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, token
             writer, counts = pipeline.assemble(plan, folders, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, sharded=sharded,
                                                extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if args.tokenizer == 'char' else None)
         except BaseException as error:
-            pipeline.forget(plan, args.output, finished=plan.size() <= pipeline.PART_BYTES[0] and isinstance(error, ValueError))
+            pipeline.forget(plan, args.output, finished=not args.merge and plan.size() <= pipeline.PART_BYTES[0] and isinstance(error, ValueError))
             raise
         pipeline.clear(plan, args.output)
     if counts['left_out']:

@@ -87,7 +87,7 @@ def test_parts_are_bounded_and_more_than_a_few(corpus):
     assert pipeline.Plan.of_files(files, load_tokenizer('bytes')).digest() == plan.digest() != pipeline.Plan.of_files(files, load_tokenizer('bytes'), limit=5).digest()
 
 
-def test_three_machines_and_a_merge(corpus, tmp_path, capsys):
+def test_three_machines_and_a_merge(corpus, tmp_path, capsys, monkeypatch):
     folder, _ = corpus
     prepare(tmp_path / 'whole', folder, tokenizer='bytes')
     for i in (3, 1):
@@ -99,6 +99,10 @@ def test_three_machines_and_a_merge(corpus, tmp_path, capsys):
         own_text.main(['--output', str(tmp_path / 'set'), '--tokenizer', tokenizer, '--input', 'gone', '--merge', *map(str, folders)])
     with pytest.raises(ValueError, match=r'\d+ of \d+ parts are missing or damaged, the first is \d+: run each --shard'):
         merge(tmp_path / 'm1', tmp_path / 'm3')
+    monkeypatch.setattr(pipeline, 'PART_BYTES', (2**30, 2**30))  # parts of others are not thrown away, however little work they were
+    with pytest.raises(ValueError, match='parts are missing'):
+        own_text.main(['--output', str(tmp_path / 'm1'), '--tokenizer', 'bytes', '--input', 'gone', '--merge', str(tmp_path / 'm1'), str(tmp_path / 'm3')])
+    monkeypatch.setattr(pipeline, 'PART_BYTES', (20_000, 20_000))
     prepare(tmp_path / 'm2', folder, tokenizer='bytes', shard='2/3')
     with pytest.raises(ValueError, match='was made with another tokenizer'):
         pystdlib.train_tokenizer(lines(40), 300).describe(str(tmp_path))

@@ -199,7 +199,10 @@ def _keep_matmuls():
 
 class Head(nn.Linear):
     """From the last hidden state to logits, or straight to the loss. chunk: as next_token_loss() takes it."""
-    chunk = 0
+
+    def __init__(self, config, chunk):
+        super().__init__(config.n_embd, config.vocab_size, bias=False)
+        self.chunk = chunk
 
     def forward(self, x, targets=None, reduction='mean'):
         return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction, self.chunk)
@@ -227,8 +230,7 @@ class Model(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         for block in parts['h']:
             block.activation_checkpointing = activation_checkpointing
-        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.chunk = loss_chunk
+        self.lm_head = Head(config, loss_chunk)
         if config.weight_tying:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'

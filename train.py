@@ -83,7 +83,7 @@ class Config:
     spike_factor: float = 0.0  # skip iterations with a gradient norm above this many times the running median, 0 = off
     # data
     dataset: str = 'openwebtext'  # a folder of data/ with train.bin and val.bin, or a mixture of some: 'a:0.7,b:0.3'
-    data_url: str | None = None  # URL (s3://, gs://, https://) of a prepared data set's folder, read as needed; what was read is kept in data/DATASET/copy
+    data_url: str | None = None  # URL (s3://bucket/folder) of a prepared data set's folder, read as needed; what was read is kept in data/DATASET/copy
     gradient_accumulation_steps: int = 40  # micro-steps per iteration on each rank
     batch_size: int = 12  # sequences per micro-step on each rank
     block_size: int = 1024  # tokens per sequence
@@ -261,12 +261,8 @@ def run(argv, stop):
         dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), torch_dtype, device.type)
         if reason:
             notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
-    tokens_at_once = c.batch_size * c.block_size // c.context_parallel
-    loss_chunk, reason = choose_chunk(c.loss_chunk, tokens_at_once, shape.vocab_size, device.type, torch_dtype)
-    if reason:
-        notes.append(f'loss_chunk={c.loss_chunk} has no effect: {reason}')
-    elif loss_chunk and loss_chunk < tokens_at_once:
-        notes.append(f'loss in chunks of {loss_chunk} tokens: the logits of a micro-step would take {tokens_at_once * shape.vocab_size * 4 / 1e9:.2f} GB')
+    loss_chunk, note = choose_chunk(c.loss_chunk, c.batch_size * c.block_size // c.context_parallel, shape.vocab_size, device.type, torch_dtype)
+    notes += [note] if note else []
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 
-from data import documents, pipeline
+from data import assembly, documents, pipeline
 from data.tokenizer import load_tokenizer
 
 DATA = os.path.dirname(os.path.abspath(__file__))
@@ -60,19 +60,17 @@ def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, token
     else:
         files, splits = find(args, published, endings)
         plan = pipeline.Plan.of_files(files, tokenizer, splits=splits, txt_val_fraction=args.val_fraction if cut_txt else None, text_field=args.text_field, limit=args.limit)
-        folders = [plan.folder(args.output)]
     every = f'every {val_every}th document is val' if val_every else "the source's own validation split is val"
     if cut_txt:
         every = f'every {val_every}th line of .jsonl and row of .parquet is val, and the last {args.val_fraction:g} of each .txt, cut at a line end where one is near'
     with pipeline.alone(plan, args.output, shard):
         try:
-            if not args.merge:
-                pipeline.tokenize(plan, args.output, num_proc=args.num_proc, shard=shard)
+            made = pipeline.find(plan, folders) if args.merge else pipeline.tokenize(plan, args.output, num_proc=args.num_proc, shard=shard)
             if shard[1] > 1:
-                print(f'share {args.shard} is in {folders[0]}; when all {shard[1]} are there, type the same command with --merge and the --output folders of all instead of --shard')
+                print(f'share {args.shard} is in {plan.folder(args.output)}; when all {shard[1]} are there, type the same command with --merge and the --output folders of all instead of --shard')
                 return
-            check_room(folders, args.output, sharded)
-            writer, counts = pipeline.assemble(plan, folders, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, sharded=sharded,
+            check_room(made, args.output, sharded)
+            writer, counts = assembly.assemble(plan, made, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, sharded=sharded,
                                                extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if args.tokenizer == 'char' else None)
         except BaseException as error:
             pipeline.forget(plan, args.output, finished=not args.merge and plan.size() <= pipeline.PART_BYTES[0] and isinstance(error, ValueError))
@@ -87,9 +85,9 @@ def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, token
     report(writer, folder, config)
 
 
-def check_room(folders, output, sharded):
-    """Raise ValueError where the disk has no room for the ids of the parts in `folders` once more."""
-    needed = sum(os.path.getsize(os.path.join(path, name)) for path in folders for name in os.listdir(path) if name.endswith('.bin'))
+def check_room(made, output, sharded):
+    """Raise ValueError where the disk has no room for the ids of the Parts `made` once more."""
+    needed = sum(part.record['size'] for part in made)
     if not sharded and (free := shutil.disk_usage(output).free) < needed:  # sharded files are the parts themselves
         raise ValueError(f'{output} needs {needed / 1e9:.1f} GB more and has {free / 1e9:.1f} GB: make room and type the same command again; the tokenized parts are kept')
 

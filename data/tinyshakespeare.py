@@ -3,6 +3,8 @@ import http.client
 import os
 import urllib.request
 
+from data.tokenfile import replacing
+
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SPLIT = 'the last 10 % of the characters are val'
 
@@ -36,6 +38,5 @@ def _download(path):
     except (OSError, http.client.HTTPException) as error:
         raise ValueError(f'{URL} could not be downloaded ({error}): put the file at {path}, or name it with --input FILE') from None
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + '.tmp', 'wb') as f:
+    with replacing(path) as f:
         f.write(content)
-    os.replace(path + '.tmp', path)

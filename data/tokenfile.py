@@ -62,6 +62,19 @@ def token_dtype(meta):
     return np.dtype(name).newbyteorder('<')
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A file of bytes to write, which takes the place of `path` when the block ends without an error and is gone otherwise."""
+    name = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(name, 'wb') as f:
+            yield f
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(name)
+
+
 def fingerprint(path, blocks=256, block_bytes=4096):
     """SHA-256 (hex) of a file's size and of `blocks` evenly spaced blocks of it.
 

@@ -10,11 +10,12 @@ import itertools
 import json
 import math
 import os
+import pathlib
 
 import numpy as np
 import torch
 
-from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, token_dtype
+from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, replacing, token_dtype
 from engine.configurator import ConfigError, nearest
 from engine.remote import RemoteFile, Storage, read_together
 
@@ -166,7 +167,7 @@ def _tokenizer_files(name, root, meta):
     stated = meta.get('tokenizer')
     path = os.path.join(root, 'data', name, stated.get('path', '') or 'none') if isinstance(stated, dict) else ''
     files = [os.path.join(path, file) for file in sorted(os.listdir(path))] if os.path.isdir(path) else [path] if os.path.isfile(path) else []
-    return {os.path.basename(file): open(file, 'rb').read() for file in files}
+    return {os.path.basename(file): pathlib.Path(file).read_bytes() for file in files}
 
 
 def _open(name, root):
@@ -256,9 +257,8 @@ def _copy(storage, folder, names):
     for name in names:
         path = os.path.join(folder, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f'{path}.{os.getpid()}.tmp', 'wb') as f:
+        with replacing(path) as f:
             f.write(storage.read(name))
-        os.replace(f.name, path)
 
 
 def check_fit(file, vocab_size, block_size):

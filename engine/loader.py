@@ -67,7 +67,13 @@ def permute(index, n, key):
     return x.astype(np.int64)
 
 
-class WindowOrder:
+class _Order:
+    def starts(self, position, count):
+        """First token of the windows at positions position .. position + count - 1: (count,) int64 array."""
+        return self.at(np.arange(position, position + count, dtype=np.int64))
+
+
+class WindowOrder(_Order):
     """Where the window at each position of the training stream starts.
 
     n_tokens: tokens in the split; block_size: T, a window is T + 1 tokens and windows start T apart.
@@ -78,12 +84,8 @@ class WindowOrder:
         self.max_offset = min(block_size - 1, n_tokens - 1 - block_size)
         self.per_epoch = (n_tokens - 1 - self.max_offset) // block_size
 
-    def starts(self, position, count):
-        """First token of the windows at positions position .. position + count - 1: (count,) int64 array."""
-        return self.at(np.arange(position, position + count, dtype=np.int64))
-
     def at(self, positions):
-        """The same for an array of positions."""
+        """First token of the windows at `positions`, an int64 array."""
         epochs = positions // self.per_epoch
         starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
@@ -94,7 +96,7 @@ class WindowOrder:
         return starts
 
 
-class MixedOrder:
+class MixedOrder(_Order):
     """The same for a Mixture. Of each cycle of positions a source gets its share, spread evenly: always the one that is furthest behind. Its windows
     are those of its own order, one after the other."""
 
@@ -112,9 +114,6 @@ class MixedOrder:
             used[last] += 1
         # an epoch is over when the first source has been read through
         self.per_epoch = int(min(order.per_epoch / share for order, share in zip(self.orders, self.shares)))
-
-    def starts(self, position, count):
-        return self.at(np.arange(position, position + count, dtype=np.int64))
 
     def at(self, positions):
         source, turn = self.source[positions % len(self.source)], positions // len(self.source)

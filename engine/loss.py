@@ -13,7 +13,7 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0):
     hidden: (..., C); weight: (V, C), the output head; targets: (...) int64, IGNORE where there is none.
     reduction 'mean' (over the targets) or 'sum'. chunk: tokens whose logits are in memory at a time, 0: all. Returns a scalar fp32 tensor.
     """
-    if chunk and chunk < targets.numel():
+    if 0 < chunk < targets.numel():
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
         return loss if reduction == 'sum' else loss / (targets != IGNORE).sum()
@@ -22,14 +22,15 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0):
 
 
 def choose_chunk(asked, tokens, vocab_size, device_type, dtype):
-    """(chunk for next_token_loss, None or why what was asked is not done), for micro-steps of `tokens` tokens. asked: the key loss_chunk."""
+    """(chunk for next_token_loss, a sentence for the report or None), for micro-steps of `tokens` tokens. asked: the key loss_chunk."""
+    whole = 4 * tokens * vocab_size
     if dtype == torch.float16:  # the scale of its gradients comes too late for them
-        return 0, 'dtype=float16 computes the loss at once' if asked else None
-    if asked is not None:
-        return asked, None
-    if tokens * vocab_size * 4 <= PLAIN_BYTES[device_type]:
+        return 0, f'loss_chunk={asked} has no effect: dtype=float16 computes the loss at once' if asked else None
+    if asked is None:
+        asked = max(128, CHUNK_BYTES[device_type] // (4 * vocab_size) // 128 * 128) if whole > PLAIN_BYTES[device_type] else 0
+    if not 0 < asked < tokens:
         return 0, None
-    return max(128, CHUNK_BYTES[device_type] // (4 * vocab_size) // 128 * 128), None
+    return asked, f'loss in chunks of {asked} tokens: the logits of a micro-step would take {whole / 1e9:.2f} GB'
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -58,5 +58,5 @@ def apply(x, cos, sin):
     """
     d = cos.size(-1)
     part = (x if d == x.size(-1) else x[..., :d]).to(cos.dtype)
-    turned = torch.addcmul(part * cos, part.roll(d // 2, -1), sin).to(x.dtype)
+    turned = (part * cos + part.roll(d // 2, -1) * sin).to(x.dtype)
     return turned if d == x.size(-1) else torch.cat([turned, x[..., d:]], dim=-1)

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from test_prepare import contents, lines, own_text, prepare, pystdlib, read_ids, read_texts, write_jsonl
 
-from data import command, documents, pipeline
+from data import assembly, command, documents, parts, pipeline
 from data.tokenfile import fingerprint, fingerprint_of_files, read_meta
 from data.tokenizer import load_tokenizer
 
@@ -84,7 +84,7 @@ def test_parts_are_bounded_and_more_than_a_few(corpus):
     sizes = [sum(unit.size for unit in part) for part in plan.parts]
     assert len(sizes) > 10 and max(sizes[:-1]) < 40_000
     assert sum(sizes) == plan.size() and 0 <= sum(os.path.getsize(path) for path in files) - plan.size() < 10  # row groups are rounded
-    assert pipeline.Plan.of_files(files, load_tokenizer('bytes')).digest() == plan.digest() != pipeline.Plan.of_files(files, load_tokenizer('bytes'), limit=5).digest()
+    assert pipeline.Plan.of_files(files, load_tokenizer('bytes')).digest == plan.digest != pipeline.Plan.of_files(files, load_tokenizer('bytes'), limit=5).digest
 
 
 def test_three_machines_and_a_merge(corpus, tmp_path, capsys, monkeypatch):
@@ -118,16 +118,16 @@ def test_three_machines_and_a_merge(corpus, tmp_path, capsys, monkeypatch):
 
 KILLED = """
 import sys
-from data import command, documents, pipeline
+from data import assembly, command, documents, parts, pipeline
 from data.own_text import prepare
 from data.tokenizer import BytesTokenizer
 pipeline.PART_BYTES, documents.UNIT_BYTES = (20_000, 20_000), 10_000
-make = pipeline.make_part
+make = parts.make
 import time
 def slow(*args, **more):
     time.sleep(0.02)
     return make(*args, **more)
-pipeline.make_part = slow
+parts.make = slow
 if __name__ == '__main__':
     command.run(lambda: prepare.main(sys.argv[1:]))
 """
@@ -163,23 +163,23 @@ def test_killed_twenty_times_at_random_and_continued(corpus, tmp_path):
 def test_a_damaged_part_and_a_changed_file_are_made_again(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     prepare(tmp_path / 'whole', folder, tokenizer='bytes')
-    made, make = [], pipeline.make_part
+    made, make = [], parts.make
 
-    def noted(plan, folder, index, *more):
+    def noted(folder, index, *more, **options):
         made.append(index)
         if len(made) == 9:
             raise KeyboardInterrupt
-        return make(plan, folder, index, *more)
-    monkeypatch.setattr(pipeline, 'make_part', noted)
+        return make(folder, index, *more, **options)
+    monkeypatch.setattr(parts, 'make', noted)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1)
-    parts, = (tmp_path / 'set').glob('parts-*')
-    assert made == list(range(9)) and len(list(parts.glob('*.bin'))) == 8 and not (tmp_path / 'set' / 'train.bin').exists()
-    content = bytearray((parts / '000002.bin').read_bytes())
+    folder_of_parts, = (tmp_path / 'set').glob('parts-*')
+    assert made == list(range(9)) and len(list(folder_of_parts.glob('*.bin'))) == 8 and not (tmp_path / 'set' / 'train.bin').exists()
+    content = bytearray((folder_of_parts / '000002.bin').read_bytes())
     content[100] ^= 1
-    (parts / '000002.bin').write_bytes(content)
-    (parts / '000004.docs').write_bytes((parts / '000004.docs').read_bytes()[:-1])
-    (parts / '000005.json').write_text('{')
+    (folder_of_parts / '000002.bin').write_bytes(content)
+    (folder_of_parts / '000004.docs').write_bytes((folder_of_parts / '000004.docs').read_bytes()[:-1])
+    (folder_of_parts / '000005.json').write_text('{')
     made[:] = [None] * 20
     prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1)
     assert made[20:24] == [2, 4, 5, 8] and contents(tmp_path / 'set') == contents(tmp_path / 'whole')
@@ -208,7 +208,7 @@ def test_limit_and_repeated_documents(corpus, tmp_path, capsys):
 
 def test_repeated_documents_are_found_in_buckets_too(tmp_path, monkeypatch):
     draw = np.random.default_rng(0)
-    table = np.zeros(3000, pipeline.DOCUMENT)
+    table = np.zeros(3000, parts.DOCUMENT)
     table['hash'] = draw.integers(1, 40, (3000, 2))
     table['hash'][::50] = 0  # not to be compared
     for i, part in enumerate(np.split(table, [700, 700, 1800])):
@@ -218,8 +218,8 @@ def test_repeated_documents_are_found_in_buckets_too(tmp_path, monkeypatch):
         expected.append(key in seen)
         seen |= {key} - {(0, 0)}
     for bucket in (10_000, 100):
-        monkeypatch.setattr(pipeline, 'BUCKET', bucket)
-        assert pipeline.repeated([str(tmp_path / f'{i}.docs') for i in range(4)], str(tmp_path)).tolist() == expected
+        monkeypatch.setattr(assembly, 'BUCKET', bucket)
+        assert assembly.repeated([str(tmp_path / f'{i}.docs') for i in range(4)], str(tmp_path)).tolist() == expected
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -295,8 +295,8 @@ def test_a_full_disk_leaves_what_is_finished_and_nothing_that_looks_so(corpus, t
     with pytest.raises(SystemExit) as ended:
         command.run(lambda: prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1))
     assert ended.value.code == 2 and 'error: the disk is full' in capsys.readouterr().err
-    parts, = (tmp_path / 'set').iterdir()
-    assert len(list(parts.glob('*.json'))) == 4 and not list(parts.glob('*.tmp'))  # three parts and the plan
+    left, = (tmp_path / 'set').iterdir()
+    assert len(list(left.glob('*.json'))) == 4 and not list(left.glob('*.tmp'))  # three parts and the plan
     prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1)
     assert contents(tmp_path / 'set') == contents(tmp_path / 'whole')
     del opened_[:]
@@ -369,20 +369,20 @@ def test_tokenizers_that_are_missing_or_of_another_family(tmp_path, monkeypatch)
 
 
 def test_two_runs_of_one_command_do_not_meet(corpus, tmp_path, monkeypatch):
-    make = pipeline.make_part
+    make = parts.make
 
-    def meets(*args):
+    def meets(*args, **options):
         with pytest.raises(ValueError, match='is held by another process'):
             prepare(tmp_path / 'set', corpus[0], tokenizer='bytes', num_proc=1)
-        monkeypatch.setattr(pipeline, 'make_part', make)
-        return make(*args)
-    monkeypatch.setattr(pipeline, 'make_part', meets)
+        monkeypatch.setattr(parts, 'make', make)
+        return make(*args, **options)
+    monkeypatch.setattr(parts, 'make', meets)
     prepare(tmp_path / 'set', corpus[0], tokenizer='bytes', num_proc=1)
 
 
 def test_a_killed_worker_is_told(corpus, tmp_path):
     script = tmp_path / 'dies.py'
-    script.write_text(KILLED.replace('time.sleep(0.02)', "os.kill(os.getpid(), 9) if args[2] == 7 else None").replace('import sys', 'import os, sys', 1))
+    script.write_text(KILLED.replace('time.sleep(0.02)', "os.kill(os.getpid(), 9) if args[1] == 7 else None").replace('import sys', 'import os, sys', 1))
     done = subprocess.run([sys.executable, str(script), '--input', str(corpus[0]), '--tokenizer=bytes', f'--output={tmp_path}/set', '--num_proc=2'],
                           env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and 'a process that tokenizes was killed' in done.stderr and 'Traceback' not in done.stderr

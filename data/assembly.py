@@ -1,0 +1,112 @@
+"""From finished parts to a data set: here documents get their numbers, in the order of the corpus. Every k-th goes to val, and a repeated one is left out."""
+import os
+import tempfile
+
+import numpy as np
+from tqdm import tqdm
+
+from data.parts import DOCUMENT
+from data.tokenfile import SPLITS, TokenFileWriter
+
+BUCKET = 2**22  # documents that repeated() sorts at once
+
+
+def assemble(plan, made, output, *, split, val_every=None, dedup=False, max_broken=0.01, sharded=False, extra=None):
+    """Make the data set of `made`, the Parts of `plan` in order; returns (the closed TokenFileWriter, a dict of counts).
+
+    split: one sentence for meta.pkl; val_every: every k-th document of those whose source does not say goes to val, None: none; dedup: leave out a document whose
+    text came before; max_broken: fraction of rows that may be without a text; sharded: one file for each part. Raises ValueError for too many
+    broken rows, and when a split stays empty.
+    """
+    counts = count(plan, made, max_broken)
+    dropped = repeated([part.path('docs') for part in made], output) if dedup else None
+    tokenizer = plan.tokenizer
+    writer = TokenFileWriter(output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split=split, extra=extra, sharded=sharded)
+    number = taken = row = 0  # documents numbered so far, documents taken, rows of tables read
+    with writer, tqdm(total=sum(part.record['size'] for part in made), unit='B', unit_scale=True, desc='writing', disable=None) as bar:
+        for part in made:
+            table = np.fromfile(part.path('docs'), dtype=DOCUMENT)
+            own = plan.parts[part.index][0].split
+            keep = np.ones(len(table), bool) if dropped is None else ~dropped[row:row + len(table)]
+            row += len(table)
+            before = np.cumsum(keep & table['last']) - (keep & table['last'])  # documents kept in this part that ended before
+            if plan.limit is not None:
+                keep &= taken + before < plan.limit
+            to_val = np.full(len(table), own == 'val')
+            if own is None and val_every:
+                to_val = (number + before) % val_every == val_every - 1
+            ended = int((keep & table['last']).sum())
+            number, taken = number + ended * (own is None), taken + ended
+            _write(writer, part, table, {'val': keep & to_val, 'train': keep & ~to_val})
+            bar.update(part.record['size'])
+        if not sum(writer.meta['tokens'].values()):
+            raise ValueError('there is no text in these files')
+        if val_every and number and not writer.meta['tokens']['val']:
+            raise ValueError(f'{number:,} documents are too few for every {val_every}th to go to val: give more, or type a larger share, such as --val_fraction 0.5')
+    counts['repeated'] = 0 if dropped is None else int(dropped.sum())
+    return writer, counts
+
+
+def count(plan, made, max_broken):
+    """{'rows', 'broken', 'left_out': a sentence or ''}. Raises ValueError where more than max_broken of the rows have no text."""
+    rows, broken = (sum(part.record[key] for part in made) for key in ('rows', 'broken'))
+    said = ''
+    if broken:
+        part = next(part for part in made if part.record['broken'])
+        number, line, problem = part.record['first']
+        unit, lines = plan.parts[part.index][number], 0
+        for other in made:
+            lines += sum(n for u, n in zip(plan.parts[other.index], other.record['lines']) if u.path == unit.path and (other.index, u.begin) < (part.index, unit.begin))
+        kind = 'row' if unit.path.lower().endswith('.parquet') else 'line'
+        first = f'{unit.path} {kind} {lines + line:,} ({problem})'
+        said = f'{broken:,} of {rows:,} rows have no text and were left out, the first is {first}'
+        if broken > max_broken * rows:
+            raise ValueError(f'{broken:,} of {rows:,} rows have no text, more than {100 * max_broken:g} %, so nothing was written; the first is {first}: '
+                             f'correct the file, or name the field that holds the text with --text_field, or type --max_broken {-(-100 * broken // rows) / 100:g}')
+    return {'rows': rows, 'broken': broken, 'left_out': said}
+
+
+def _write(writer, part, table, to):
+    """Write the pieces of a part that `to` {split: bool array} names, in order, to their splits."""
+    for split in SPLITS:
+        if len(table) and to[split].all():
+            writer.adopt(split, part.path('bin'), part.record['tokens'], np.cumsum(table['tokens'])[table['last']], part.record['max_id'])
+            return
+    if not part.record['tokens']:
+        return
+    ids, edges = np.memmap(part.path('bin'), dtype=writer.dtype, mode='r'), np.concatenate([[0], np.cumsum(table['tokens'])]).astype(np.int64)
+    for split in SPLITS:
+        wanted = np.flatnonzero(to[split])
+        if not len(wanted):
+            continue
+        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
+        writer.append(split, np.concatenate([ids[edges[run[0]]:edges[run[-1] + 1]] for run in runs]), np.cumsum(table['tokens'][wanted])[table['last'][wanted]])
+
+
+def repeated(tables, scratch):
+    """A bool array (in a file below `scratch` that is gone already) over the rows of all `tables` (.docs files): True for a document that came before. Memory holds
+    BUCKET rows: they are dealt by hash to files, each sorted for itself."""
+    rows = sum(os.path.getsize(path) // DOCUMENT.itemsize for path in tables)
+    buckets = max(1, -(-rows // BUCKET))
+    entry = np.dtype([('hash', '<u8', 2), ('row', '<u8')])
+    with tempfile.TemporaryDirectory(dir=scratch, prefix='hashes-') as folder:
+        first = 0
+        for path in tables:
+            table = np.fromfile(path, dtype=DOCUMENT)
+            entries = np.empty(len(table), entry)
+            entries['hash'], entries['row'] = table['hash'], first + np.arange(len(table))
+            entries = entries[(table['hash'] != 0).any(axis=1)]
+            first += len(table)
+            mine = entries['hash'][:, 0] % np.uint64(buckets)
+            for bucket in np.unique(mine):
+                with open(os.path.join(folder, str(bucket)), 'ab') as f:
+                    f.write(entries[mine == bucket].tobytes())
+        with tempfile.TemporaryFile(dir=scratch) as f:
+            f.truncate(max(1, rows))
+            dropped = np.memmap(f, dtype=bool, mode='r+', shape=(max(1, rows),))
+        for bucket in range(buckets):
+            if os.path.exists(path := os.path.join(folder, str(bucket))):
+                entries = np.fromfile(path, dtype=entry)
+                entries = entries[np.lexsort((entries['row'], entries['hash'][:, 1], entries['hash'][:, 0]))]
+                dropped[entries['row'][1:][(entries['hash'][1:] == entries['hash'][:-1]).all(axis=1)]] = True
+    return dropped[:rows]

@@ -1,0 +1,151 @@
+"""A part: the ids of some MB of a corpus, made by one process in one go and read again when the data set is put together.
+
+    parts-DIGEST/000000.bin     the ids of all its documents, one behind the other
+                 000000.docs    a DOCUMENT for each
+                 000000.json    its record, written last: with it the part is finished
+
+Memory holds one document. Whoever makes a part, it is the same.
+"""
+import hashlib
+import json
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from data import documents
+from data.tokenfile import check_ids, replacing, token_dtype
+
+DOCUMENT = np.dtype([('tokens', '<u8'), ('last', '?'), ('hash', '<u8', 2)])  # a document, or a piece of one; last: it ends here; hash 0: not to be compared
+EVERY_S = 0.2
+
+
+class Part(NamedTuple):
+    """A finished part: its number, the folder where it is, and its record, see make()."""
+    index: int
+    folder: str
+    record: dict
+
+    def path(self, kind):
+        return path(self.folder, self.index, kind)
+
+
+def path(folder, index, kind):
+    return os.path.join(folder, f'{index:06d}.{kind}')
+
+
+def make(folder, index, units, tokenizer, *, text_field='text', limit=None, advance=lambda done, tokens, texts: None):
+    """Tokenize the `units` of part `index` into `folder`, at most `limit` documents; advance() is told now and then of more bytes of source, tokens and
+    documents. Returns the record, a dict:
+
+    tokens, documents, max_id; sha256 (hex) and size of the ids, number of pieces; lines of each unit; rows that are not blank, broken ones among them,
+    the first (unit, line, problem) or None; modified: times of the files. Raises ValueError for a file that cannot be read and for ids beyond the vocabulary.
+    """
+    dtype = token_dtype({'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'})
+    rows, progress, digest, table = _Rows(units, text_field), _Progress(advance), hashlib.sha256(), []
+    tokens = texts = max_id = 0
+    modified = [_modified(unit.path) for unit in units]
+    with replacing(path(folder, index, 'bin')) as f:  # the checksum in the record vouches for it, not fsync()
+        for unit, content in rows:
+            ids = _ids(unit, content, tokenizer, dtype)
+            if len(ids):
+                f.write(ids.data)
+                digest.update(ids.data)
+                max_id = max(max_id, int(ids.max()))
+            table.append(len(ids).to_bytes(8, 'little') + bytes([unit.last]) + _key(unit, content))
+            tokens, texts = tokens + len(ids), texts + unit.last
+            progress(rows.done, tokens, texts)
+            if texts == limit:
+                break
+    with replacing(path(folder, index, 'docs')) as f:
+        f.write(b''.join(table))
+    progress(sum(unit.size for unit in units), tokens, texts, wait=0)
+    record = {'tokens': tokens, 'documents': texts, 'pieces': len(table), 'max_id': max_id, 'size': tokens * dtype.itemsize, 'sha256': digest.hexdigest(), 'lines': rows.lines,
+              'rows': rows.count, 'broken': rows.broken, 'first': rows.first, 'modified': modified}
+    with replacing(path(folder, index, 'json')) as f:
+        f.write(json.dumps(record).encode())
+    return record
+
+
+def read(folder, index, units=None):
+    """The Part `index` in `folder`, or None where it is not whole; with `units`, their files must not have changed since either."""
+    try:
+        with open(path(folder, index, 'json')) as f:
+            record = json.load(f)
+        sizes = [os.path.getsize(path(folder, index, kind)) for kind in ('bin', 'docs')]
+    except (OSError, ValueError):
+        return None
+    if sizes != [record['size'], record['pieces'] * DOCUMENT.itemsize]:
+        return None
+    if units is not None and record['modified'] != [_modified(unit.path) for unit in units]:
+        return None
+    with open(path(folder, index, 'bin'), 'rb') as f:
+        digest = hashlib.file_digest(f, 'sha256').hexdigest()
+    return Part(index, folder, record) if digest == record['sha256'] else None
+
+
+class _Rows:
+    """Iterates over (unit, content) of all rows with content of `units`, and counts what it meets: lines of each unit so far, rows that are not blank,
+    broken ones, the first of these as (unit, line, problem). done: bytes of source."""
+
+    def __init__(self, units, text_field):
+        self.units, self.text_field = units, text_field
+        self.lines, self.count, self.broken, self.first, self.done = [], 0, 0, None, 0
+
+    def __iter__(self):
+        before = 0
+        for unit in self.units:
+            self.lines.append(0)
+            for content, problem, read in documents.read(unit, self.text_field):
+                self.lines[-1] += 1
+                self.count += content is not None or problem is not None
+                self.done = before + min(read, unit.size)
+                if problem:
+                    self._note(unit, problem)
+                elif content is not None and len(content):
+                    yield unit, content
+            before += unit.size
+
+    def _note(self, unit, problem):
+        self.broken += 1
+        self.first = self.first or (len(self.lines) - 1, self.lines[-1], problem)
+        if self.broken == self.count == 1000:
+            raise ValueError(f'1,000 of 1,000 rows have no text, so nothing was written; the last is in {unit.path} ({problem}): '
+                             f'correct the file, or name the field that holds the text with --text_field')
+
+
+class _Progress:
+    """Tells advance() what was added since it was told last, every EVERY_S seconds."""
+
+    def __init__(self, advance):
+        self.advance, self.told, self.at = advance, (0, 0, 0), time.monotonic()
+
+    def __call__(self, *now, wait=EVERY_S):
+        if time.monotonic() - self.at >= wait:
+            self.advance(*(a - b for a, b in zip(now, self.told)))
+            self.told, self.at = now, time.monotonic()
+
+
+def _ids(unit, content, tokenizer, dtype):
+    """The ids of a document or a piece of one, with that which ends it; content may be ids already."""
+    made = isinstance(content, np.ndarray)
+    try:
+        ids = content if made else tokenizer.encode(content)
+        ids = (check_ids(ids, tokenizer.vocab_size) if len(ids) else ids).astype(dtype)
+    except ValueError as error:
+        raise ValueError(f'{unit.path}: {error}') from None
+    if made or not unit.last or tokenizer.eot_id is None:
+        return ids
+    return np.concatenate([ids, np.array([tokenizer.eot_id], dtype)])
+
+
+def _key(unit, content):
+    """16 bytes that tell documents apart; zeros for ids and for pieces."""
+    if isinstance(content, np.ndarray) or not unit.last or unit.begin and unit.path.lower().endswith('.txt'):
+        return bytes(16)
+    return hashlib.blake2b(content.encode('utf-8', 'replace'), digest_size=16).digest()
+
+
+def _modified(path):
+    return None if documents.is_url(path) else os.stat(path).st_mtime_ns

@@ -12,7 +12,8 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[0] = ROOT  # this folder must not be searched first: this file has the name of a module of Python's own
+if __name__ == '__main__':
+    sys.path[0] = ROOT  # this folder must not be searched first: this file has the name of a module of Python's own
 
 import argparse  # noqa: E402
 
@@ -20,6 +21,7 @@ import numpy as np  # noqa: E402
 
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import tokenizer_of  # noqa: E402
+from engine.dataset import Tokens  # noqa: E402
 
 STRETCH = 2**20  # tokens
 MOST = 2**21  # ids that are told apart
@@ -38,15 +40,15 @@ def main(argv=None):
     folder = next((path for path in (args.dataset, os.path.join(ROOT, 'data', args.dataset)) if os.path.isdir(path)), None)
     if folder is None:
         raise ValueError(f'there is no data set {args.dataset}: type the name of a folder of data/ or a path')
-    meta, pieces = open_split(folder, args.split)
-    total = sum(map(len, pieces))
+    meta, tokens = open_split(folder, args.split)
+    total = len(tokens)
     if not -total <= args.at < total:
         raise ValueError(f'--at {args.at} is beyond the {total:,} tokens of {args.split}')
-    found = {'tokens': total, **use_of_ids(pieces, meta, args.sample), 'lengths': lengths(folder, args.split, meta, pieces, args.sample)}
-    found['doubts'] = doubts(found, pieces, meta, args.split)
-    for line in describe(folder, args.split, meta, pieces, found):
+    found = {'tokens': total, **use_of_ids(tokens, meta, args.sample), 'lengths': lengths(folder, args.split, meta, tokens, args.sample)}
+    found['doubts'] = doubts(found, tokens, meta)
+    for line in describe(folder, tokens, meta, found):
         print(line)
-    show(folder, meta, pieces, args.at % total, args.tokens, found)
+    show(folder, meta, tokens, args.at % total, args.tokens, found)
     path = args.output or os.path.join(folder, f'inspect_{args.split}.png')
     draw(path, f'{os.path.basename(os.path.abspath(folder))}, {args.split}', found)
     print(f'\nwrote {path}')
@@ -54,7 +56,7 @@ def main(argv=None):
 
 
 def open_split(folder, split):
-    """(meta, arrays of tokens) of a split. Raises ValueError where it is not here."""
+    """(meta, Tokens) of a split. Raises ValueError where it is not here."""
     meta = read_meta(folder)
     names = [name for name, _ in meta.get('files', {}).get(split, [])] or [f'{split}.bin']
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
@@ -65,17 +67,7 @@ def open_split(folder, split):
         size = os.path.getsize(os.path.join(folder, name))
         if not size or size % dtype.itemsize:
             raise ValueError(f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of {dtype.name} tokens')
-    return meta, [np.memmap(os.path.join(folder, name), dtype=dtype, mode='r') for name in names]
-
-
-def take(pieces, begin, end):
-    """The tokens begin .. end of the pieces, one behind the other."""
-    parts = []
-    for piece in pieces:
-        if begin < len(piece) and end > 0:
-            parts.append(piece[max(0, begin):end])
-        begin, end = begin - len(piece), end - len(piece)
-    return np.concatenate(parts) if parts else np.empty(0, np.uint16)
+    return meta, Tokens(folder, split, [np.memmap(os.path.join(folder, name), dtype=dtype, mode='r') for name in names], '', None)
 
 
 def stretches(total, sample):
@@ -87,11 +79,11 @@ def stretches(total, sample):
         yield begin, min(begin + STRETCH, total)
 
 
-def use_of_ids(pieces, meta, sample):
+def use_of_ids(tokens, meta, sample):
     """{'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd': share of ids at odd places that are below 16, 'even': at even ones}."""
     counts, counted, small, largest = np.zeros(meta.get('vocab_size', 1), np.int64), 0, np.zeros(2, np.int64), 0
-    for begin, end in stretches(sum(map(len, pieces)), sample):
-        ids = take(pieces, begin, end)
+    for begin, end in stretches(len(tokens), sample):
+        ids = tokens.slice(begin, end)
         largest = max(largest, int(ids.max()))
         here = np.bincount(np.minimum(ids.astype(np.int64), MOST), minlength=len(counts))
         counts = np.pad(counts, (0, len(here) - len(counts))) + here
@@ -100,29 +92,29 @@ def use_of_ids(pieces, meta, sample):
     return {'counts': counts, 'largest': largest, 'counted': counted, 'even': float(small[0]) / -(-counted // 2), 'odd': float(small[1]) / max(1, counted // 2)}
 
 
-def lengths(folder, split, meta, pieces, sample):
+def lengths(folder, split, meta, tokens, sample):
     """Tokens of each document, an array: of train.ends where there is one, else by the id that ends a document; None where neither tells."""
     path = os.path.join(folder, meta.get('ends', {}).get(split, 'none'))
     if os.path.isfile(path):
         ends = np.fromfile(path, '<u8').astype(np.int64)
     elif meta.get('eot_id') is not None:
-        ends = np.concatenate([np.flatnonzero(take(pieces, begin, min(begin + STRETCH, sample)) == meta['eot_id']) + begin + 1
-                               for begin in range(0, min(sum(map(len, pieces)), sample), STRETCH)])
+        ends = np.concatenate([np.flatnonzero(tokens.slice(begin, min(begin + STRETCH, sample, len(tokens))) == meta['eot_id']) + begin + 1
+                               for begin in range(0, min(len(tokens), sample), STRETCH)])
     else:
         return None
     return np.diff(ends, prepend=0)
 
 
-def doubts(found, pieces, meta, split):
+def doubts(found, tokens, meta):
     """Sentences on what looks wrong."""
-    said, counts, size = [], found['counts'], meta.get('vocab_size')
-    if pieces[0].dtype.itemsize == 2 and found['odd'] > 0.9 and found['even'] < 0.5:
+    said, counts, size, dtype = [], found['counts'], meta.get('vocab_size'), tokens.pieces[0].dtype
+    if dtype.itemsize == 2 and found['odd'] > 0.9 and found['even'] < 0.5:
         said.append(f'{found["odd"]:.0%} of the ids at odd places are below 16, {found["even"]:.0%} of the others: these are uint32 tokens read as uint16')
-    if pieces[0].dtype.itemsize == 4 and size and len(counts) > size and counts[2**16:].sum() > 0.5 * found['counted']:
+    if dtype.itemsize == 4 and size and len(counts) > size and counts[2**16:].sum() > 0.5 * found['counted']:
         said.append('most ids are above 65,535 and beyond the vocabulary: these are uint16 tokens read as uint32')
     if size and len(counts) > size and counts[size:].any():
         said.append(f'{int(counts[size:].sum()):,} ids are beyond the vocabulary of {size:,}, the largest is {found["largest"]:,}')
-    stated = meta.get('tokens', {}).get(split)
+    stated = meta.get('tokens', {}).get(tokens.split)
     if stated is not None and stated != found['tokens']:
         said.append(f'meta.pkl states {stated:,} tokens')
     eot = meta.get('eot_id')
@@ -131,10 +123,10 @@ def doubts(found, pieces, meta, split):
     return said
 
 
-def describe(folder, split, meta, pieces, found):
-    counts, size = found['counts'], meta.get('vocab_size')
+def describe(folder, tokens, meta, found):
+    pieces, counts, size = tokens.pieces, found['counts'], meta.get('vocab_size')
     used = int((counts > 0).sum())
-    yield f'{folder}, {split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name}, {len(pieces)} file{"s" if len(pieces) > 1 else ""}, {sum(piece.nbytes for piece in pieces) / 1e6:,.1f} MB'
+    yield f'{folder}, {tokens.split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name}, {len(pieces)} file{"s" if len(pieces) > 1 else ""}, {sum(piece.nbytes for piece in pieces) / 1e6:,.1f} MB'
     if not meta:
         yield 'there is no meta.pkl, so these are taken for uint16 tokens of GPT-2'
     yield f'tokenizer: {meta.get("tokenizer", "not stated")}, end of text: {meta.get("eot_id")}; {meta.get("split", "no word on the split")}'
@@ -151,7 +143,7 @@ def describe(folder, split, meta, pieces, found):
     yield from (f'LOOK: {doubt}' for doubt in found['doubts'])
 
 
-def show(folder, meta, pieces, at, count, found):
+def show(folder, meta, tokens, at, count, found):
     """Print text of the data set, and its most frequent tokens."""
     try:
         tokenizer = tokenizer_of(folder, meta)
@@ -160,7 +152,7 @@ def show(folder, meta, pieces, at, count, found):
         return
     top = np.argsort(found['counts'])[::-1][:12]
     print('most frequent: ' + ', '.join(f'{tokenizer.decode([i])!r} {found["counts"][i] / found["counted"]:.1%}' for i in top if found['counts'][i]))
-    ids = take(pieces, at, at + count)
+    ids = tokens.slice(at, min(at + count, len(tokens)))
     print(f'---- tokens {at:,} to {at + len(ids):,}\n{tokenizer.decode(ids.tolist())}\n----')
 
 

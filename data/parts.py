@@ -80,9 +80,11 @@ def read(folder, index, units=None):
         return None
     if units is not None and record['modified'] != [_modified(unit.path) for unit in units]:
         return None
+    digest = hashlib.sha256()
     with open(path(folder, index, 'bin'), 'rb') as f:
-        digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    return Part(index, folder, record) if digest == record['sha256'] else None
+        while block := f.read(2**22):
+            digest.update(block)
+    return Part(index, folder, record) if digest.hexdigest() == record['sha256'] else None
 
 
 class _Rows:

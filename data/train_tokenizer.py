@@ -11,20 +11,20 @@ A tokenizer of your own text, as a folder that prepare.py, sample.py and export.
     sp_bpe      sentencepiece's BPE as LLaMA-2's, likewise
 
 The text is that of .txt, .jsonl, .json.gz, .parquet and so on (data/documents.py). Of more than --max_mb of it evenly spaced documents are taken, so
-that memory stays bounded; BPE takes about 20 bytes for each byte of different words, sentencepiece about 30 for each of all text. The id 0 ends
-a text in bpe, 2 in the others.
+that memory stays bounded. The id 0 ends a text in bpe, 2 in the others.
 """
 import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[0] = ROOT  # not this folder, where inspect.py hides a module of Python's own
+if __name__ == '__main__':
+    sys.path[0] = ROOT  # not this folder, where inspect.py hides a module of Python's own
 
 import argparse  # noqa: E402
 import json  # noqa: E402
 
 from data import command, documents  # noqa: E402
-from data.tokenizer import EOT, load_tokenizer  # noqa: E402
+from data.tokenizer import EOT, HuggingFaceTokenizer, load_tokenizer  # noqa: E402
 
 GPT2, LLAMA3 = 'gpt2', 'llama3'
 PATTERNS = {GPT2: None, LLAMA3: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
@@ -41,14 +41,19 @@ def main(argv=None):
     parser.add_argument('--text_field', default='text', help='where JSON and parquet have the text, default: text')
     parser.add_argument('--max_mb', type=float, default=1000, help='of text that is looked at, default: 1000')
     args = parser.parse_args(argv)
-    least = 258 if args.kind == 'bpe' else 300
+    least = 257 if args.kind == 'bpe' else 300
     if args.vocab_size < least:
         raise ValueError(f'--vocab_size {args.vocab_size} is too small for 256 bytes and the special tokens: type {least} or more')
     if args.kind != 'bpe' and args.pattern != GPT2:
         raise ValueError(f'--pattern {args.pattern} has no meaning with --kind {args.kind}: leave it out')
     texts = Texts(args.input, args.text_field, args.max_mb * 1e6)
     os.makedirs(args.output, exist_ok=True)
-    (train_bpe if args.kind == 'bpe' else train_sentencepiece)(texts, args)
+    if args.kind == 'bpe':
+        for name, content in train_bpe(texts, args.vocab_size, args.pattern).files.items():
+            with open(os.path.join(args.output, name), 'wb') as f:
+                f.write(content)
+    else:
+        train_sentencepiece(texts, args)
     if not texts.bytes:
         raise ValueError(f"--input {' '.join(args.input)}: there is no text in these files")
     path = args.output if args.kind == 'bpe' else os.path.join(args.output, 'tokenizer.model')
@@ -80,17 +85,22 @@ class Texts:
                         yield row.content
 
 
-def train_bpe(texts, args):
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_bpe(texts, vocab_size, pattern=GPT2):
+    """A HuggingFaceTokenizer: byte-level BPE of `texts` with `vocab_size` ids, of which 0 ends a text. Raises ValueError for a size below 257."""
+    if vocab_size < 257:
+        raise ValueError(f'--vocab_size {vocab_size} is too small for 256 bytes and the end of text: type 257 or more')
+    try:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ValueError('byte-level BPE is trained with the library tokenizers, which is not installed: type `pip install tokenizers`') from None
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if PATTERNS[args.pattern]:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS[args.pattern]), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if PATTERNS[pattern]:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERNS[pattern]), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=args.vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty()))
-    tokenizer.save(os.path.join(args.output, 'tokenizer.json'))
-    with open(os.path.join(args.output, 'tokenizer_config.json'), 'w') as f:
-        json.dump({'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'clean_up_tokenization_spaces': False}, f, indent=2)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty()))
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'clean_up_tokenization_spaces': False}
+    return HuggingFaceTokenizer({'tokenizer.json': tokenizer.to_str(pretty=True).encode(), 'tokenizer_config.json': json.dumps(config, indent=2).encode()}, 'the tokenizer trained here')
 
 
 def train_sentencepiece(texts, args):

@@ -14,11 +14,12 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_prepare import contents, lines, own_text, prepare, pystdlib, read_ids, read_texts, write_jsonl
+from test_prepare import contents, lines, own_text, prepare, read_ids, read_texts, write_jsonl
 
 from data import assembly, command, documents, parts, pipeline
 from data.tokenfile import fingerprint, fingerprint_of_files, read_meta
 from data.tokenizer import load_tokenizer
+from data.train_tokenizer import train_bpe
 
 EOT = '<|endoftext|>'
 
@@ -105,7 +106,7 @@ def test_three_machines_and_a_merge(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, 'PART_BYTES', (20_000, 20_000))
     prepare(tmp_path / 'm2', folder, tokenizer='bytes', shard='2/3')
     with pytest.raises(ValueError, match='was made with another tokenizer'):
-        pystdlib.train_tokenizer(lines(40), 300).describe(str(tmp_path))
+        train_bpe(lines(40), 300).describe(str(tmp_path))
         merge(tmp_path / 'm1', tokenizer=str(tmp_path / 'tokenizer'))
     with pytest.raises(ValueError, match='there is no parts-'):
         merge(tmp_path / 'whole')
@@ -358,7 +359,7 @@ def test_tokenizers_that_are_missing_or_of_another_family(tmp_path, monkeypatch)
         script = importlib.import_module(f'data.{name}.prepare')
         with pytest.raises(ValueError, match=f'there is no tokenizer .*_tokenizer: type `hf download {hub} --include "tokenizer\\*" --local-dir'):
             script.main(['--input', str(tmp_path), '--output', str(tmp_path / 'set')])
-        pystdlib.train_tokenizer(lines(40), 300).describe(str(tmp_path))
+        train_bpe(lines(40), 300).describe(str(tmp_path))
         arguments = ['--input', str(tmp_path), '--output', str(tmp_path / 'set'), '--tokenizer', 'tokenizer', '--text_field', 'text', '--val_fraction', '0.1']
         if needed not in (None, EOT):
             with pytest.raises(ValueError, match=f'ends texts with .{EOT}., these models with .{needed}.: take the tokenizer of the base model'.replace('|', '\\|')):

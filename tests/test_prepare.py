@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from data import command, documents, tinyshakespeare  # noqa: E402
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import HuggingFaceTokenizer, tokenizer_of  # noqa: E402
+from data.train_tokenizer import train_bpe  # noqa: E402
 
 own_text, openwebtext, pystdlib, shakespeare, shakespeare_char = (
     importlib.import_module(f'data.{name}.prepare') for name in ('own_text', 'openwebtext', 'pystdlib', 'shakespeare', 'shakespeare_char'))
@@ -247,7 +249,7 @@ def test_special_token_text_and_half_surrogates_in_documents(tmp_path):
 def test_hugging_face_ids_are_those_of_the_library_on_the_whole_text(tmp_path):
     tokenizers = pytest.importorskip('tokenizers')
     texts = lines(40) + [f'{EOT} in a text\n']
-    own = pystdlib.train_tokenizer(texts, 300)
+    own = train_bpe(texts, 300)
     own.describe(str(tmp_path))
     (tmp_path / 'a.txt').write_text(''.join(texts), encoding='utf-8')
     meta = prepare(tmp_path / 'set', tmp_path / 'a.txt', tokenizer=tmp_path / 'tokenizer')
@@ -343,8 +345,35 @@ def test_the_train_command_that_is_named(capsys):
         assert capsys.readouterr().out == f'next: python train.py {expected}\n'
 
 
+def test_sigkill_while_preparing_leaves_the_older_set_and_its_tokenizer(tmp_path):
+    folders = []
+    for size in (300, 280):
+        folders.append(tmp_path / f'tokenizer{size}')
+        train_bpe(lines(40), size).describe(str(folders[-1]))
+    write_jsonl(tmp_path / 'a.jsonl', lines(100))
+    prepare(tmp_path / 'set', tmp_path / 'a.jsonl', tokenizer=folders[0] / 'tokenizer')
+    before = contents(tmp_path / 'set')
+    script = ("import sys, time, importlib; from data import documents\n"
+              "read = documents.read\n"
+              "def slow(unit, field):\n"
+              "    for number, row in enumerate(read(unit, field)):\n"
+              "        yield row\n"
+              "        if number == 50: print('mid-way', flush=True); time.sleep(60)\n"
+              "documents.read = slow\n"
+              "importlib.import_module('data.own_text.prepare').main(sys.argv[1:])\n")
+    for output, expected in ((tmp_path / 'set', before), (tmp_path / 'fresh', {})):
+        process = subprocess.Popen([sys.executable, '-c', script, '--input', tmp_path / 'a.jsonl', '--tokenizer', folders[1] / 'tokenizer',
+                                    '--output', output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == 'mid-way\n'
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert list(output.glob('parts-*/000000.bin.*.tmp')) and {name: content for name, content in contents(output).items() if not name.startswith('parts-')} == expected
+    prepare(tmp_path / 'set', tmp_path / 'a.jsonl', tokenizer=folders[1] / 'tokenizer')
+    assert read_meta(tmp_path / 'set')['vocab_size'] == 280 and read_texts(tmp_path / 'set', 'val') == lines(100)[19::20] and not list((tmp_path / 'set').glob('parts-*'))
+
+
 def test_an_exception_mid_way_leaves_the_older_set(tmp_path, monkeypatch):
-    pystdlib.train_tokenizer(lines(40), 300).describe(str(tmp_path))
+    train_bpe(lines(40), 300).describe(str(tmp_path))
     path = write_jsonl(tmp_path / 'a.jsonl', lines(100))
     prepare(tmp_path / 'set', path, tokenizer=tmp_path / 'tokenizer')
     before = contents(tmp_path / 'set')

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_byte_level import KINDS
+from test_byte_level import trained
 from test_prepare import contents, prepare, read_ids, tiny_encoding, write_jsonl  # noqa: F401
 
 from data import command, documents, pipeline
@@ -26,18 +26,11 @@ def texts_of(count, seed=0):
 
 
 def hugging_face(folder, kind, eos):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    tokenizer = Tokenizer(models.BPE())
-    normalizer, tokenizer.pre_tokenizer = KINDS[kind]
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts_of(300, 9), trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = trained(kind, 500)
     tokenizer.add_special_tokens([eos])  # behind the vocabulary, as LLaMA-3's and Qwen's
     folder.mkdir()
     tokenizer.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': eos}))
-    tokenizer.encode_special_tokens = True
     return str(folder), lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id(eos), tokenizer.get_vocab_size()
 
 

@@ -2,7 +2,7 @@
 C4, the English part, in StarCoder2's tokens (49152), with its own validation split.
 
     hf download bigcode/starcoder2-3b --include "tokenizer*" --local-dir starcoder2_tokenizer
-    python data/c4_starcoder2/prepare.py                              # from the Hugging Face hub, 1024 and 8 .json.gz files
+    python data/c4_starcoder2/prepare.py                              # from the Hugging Face hub
     python data/c4_starcoder2/prepare.py --input FOLDER               # from its files on this machine
     python train.py config/moe_60m.py --dataset=c4_starcoder2
 

@@ -7,7 +7,6 @@ and every 20th goes to val. Tests, tables and installers are left out; 8 to 9 MB
     python data/pystdlib/prepare.py
     python train.py config/demo_pystdlib.py
 """
-import json
 import os
 import sys
 import sysconfig
@@ -18,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
 
 from data import command
 from data.tokenfile import TokenFileWriter
-from data.tokenizer import EOT, HuggingFaceTokenizer
+from data.train_tokenizer import train_bpe
 
 VAL_EVERY = 20
 # tests, data in the shape of source, other projects' code that is bundled, and what belongs to this installation
@@ -48,25 +47,6 @@ def read_documents(root):
     return documents
 
 
-def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE as GPT-2's, with `vocab_size` ids, of which 0 ends a text. Raises ValueError for a size below 257."""
-    if vocab_size < 257:
-        raise ValueError(f'--vocab_size {vocab_size} is too small for 256 bytes and the end of text: type 257 or more')
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise ValueError('this data set trains its tokenizer with the library tokenizers, which is not installed: '
-                         'type `pip install tokenizers`') from None
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': EOT, 'clean_up_tokenization_spaces': False}
-    return HuggingFaceTokenizer({'tokenizer.json': tokenizer.to_str(pretty=True).encode(),
-                                 'tokenizer_config.json': json.dumps(config, indent=2).encode()}, 'the standard library')
-
-
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
     parser = command.argument_parser(__doc__, FOLDER)
@@ -74,7 +54,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     documents = read_documents(sysconfig.get_paths()['stdlib'])
-    tokenizer = train_tokenizer([text for split, text in documents if split == 'train'], args.vocab_size)
+    tokenizer = train_bpe([text for split, text in documents if split == 'train'], args.vocab_size)
     version = '.'.join(map(str, sys.version_info[:3]))
     with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
                          split=f'every {VAL_EVERY}th file is val', extra={'source': f'standard library of Python {version}'}) as writer:

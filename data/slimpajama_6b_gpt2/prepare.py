@@ -1,5 +1,5 @@
 """
-SlimPajama-6B in GPT-2's tokens: a sample of SlimPajama-627B of 5.5 million documents, with its own validation split.
+SlimPajama-6B in GPT-2's tokens: a sample of SlimPajama-627B, with its own validation split.
 
     python data/slimpajama_6b_gpt2/prepare.py                          # from the Hugging Face hub
     python data/slimpajama_6b_gpt2/prepare.py --input FOLDER           # from its files on this machine
@@ -7,20 +7,16 @@ SlimPajama-6B in GPT-2's tokens: a sample of SlimPajama-627B of 5.5 million docu
 
 Each document is closed by <|endoftext|>. The test split is left out.
 """
+import functools
 import os
 import sys
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
 
-from data import command
+from data import command, slimpajama
 
-
-def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
-    parser = command.corpus_parser(__doc__, FOLDER, source=['hf://datasets/DKYoon/SlimPajama-6B'], tokenizer='gpt2')
-    command.corpus(parser.parse_args(argv), FOLDER, published=True, eot='<|endoftext|>', config='config/full_gpt2_1.36b.py')
-
+main = functools.partial(slimpajama.prepare, '6b', 'gpt2', __doc__, FOLDER)
 
 if __name__ == '__main__':
     command.run(main)

@@ -1,5 +1,5 @@
 """
-SlimPajama-6B in LLaMA-2's tokens: a sample of SlimPajama-627B of 5.5 million documents, with its own validation split.
+SlimPajama-6B in LLaMA-2's tokens: a sample of SlimPajama-627B, with its own validation split.
 
     hf download meta-llama/Llama-2-7b-hf --include "tokenizer*" --local-dir llama2_tokenizer
     python data/slimpajama_6b_llama/prepare.py                          # from the Hugging Face hub
@@ -8,20 +8,16 @@ SlimPajama-6B in LLaMA-2's tokens: a sample of SlimPajama-627B of 5.5 million do
 
 Each document is closed by </s>. The test split is left out.
 """
+import functools
 import os
 import sys
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
 
-from data import command
+from data import command, slimpajama
 
-
-def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
-    parser = command.corpus_parser(__doc__, FOLDER, source=['hf://datasets/DKYoon/SlimPajama-6B'], tokenizer='llama2_tokenizer')
-    command.corpus(parser.parse_args(argv), FOLDER, published=True, tokenizer_from='meta-llama/Llama-2-7b-hf', eot='</s>', config='config/full_llama_1.36b.py')
-
+main = functools.partial(slimpajama.prepare, '6b', 'llama', __doc__, FOLDER)
 
 if __name__ == '__main__':
     command.run(main)

@@ -74,7 +74,7 @@ def _write(writer, part, table, to):
             return
     if not part.record['tokens']:
         return
-    ids, edges = np.memmap(part.path('bin'), dtype=writer.dtype, mode='r'), np.concatenate([[0], np.cumsum(table['tokens'])]).astype(np.int64)
+    ids, edges = np.fromfile(part.path('bin'), dtype=writer.dtype), np.concatenate([[0], np.cumsum(table['tokens'])]).astype(np.int64)
     for split in SPLITS:
         wanted = np.flatnonzero(to[split])
         if not len(wanted):

@@ -4,7 +4,7 @@ Both libraries cut a text with one regular expression and merge bytes within eac
 listed, or any pair that makes up a token. That is the same where every token of the vocabulary is what the listed merges make of its own bytes:
 merges inside a stretch of text do not depend on what is around it, as long as none crosses its ends, so whenever a stretch is down to two parts that make
 up a token, they are the two that the listed merges leave, and their merge is the next. twin_of() checks this token by token, and asks that parts come
-before what is made of them. Where the two engines of regular expressions do not agree on a character's class, which is tried with all of them, and where a
+before what is made of them. A pattern with ^, $ or \b is left to the library, where they mean something else. Where the two engines of regular expressions do not agree on a character's class, which is tried with all of them, and where a
 text is not in the normal form that the tokenizer wants, or spells out an added token, Twin.encode() leaves it to the library itself.
 """
 import itertools
@@ -51,7 +51,7 @@ def twin_of(content):
         return None
     described = json.loads(content)
     model, pattern, normalizer = described['model'], pattern_of(described['pre_tokenizer']), described.get('normalizer')
-    if pattern is None or model.get('type') != 'BPE' or normalizer not in (None, {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}):
+    if pattern is None or re.search(r'[$^\\]', ATOM.sub('x', pattern)) or model.get('type') != 'BPE' or normalizer not in (None, {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}):
         return None
     if model.get('dropout') or model.get('byte_fallback') or model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'):
         return None
@@ -84,10 +84,12 @@ def grouped(pattern):
         i += 1
     alternatives.append(pattern[start:])
     plain = [ATOM.sub('x', alternative) for alternative in alternatives]
-    # at the end of an alternative nothing can ask a quantifier to give back, so a possessive one is an ordinary one
-    ends = [bool(re.search(r'[*+?}]\+$', one)) for one in plain]
-    alternatives = [alternative[:-1] if end else alternative for alternative, end in zip(alternatives, ends)]
-    hard = [bool(HARD.search(one[:-1] if end else one)) for one, end in zip(plain, ends)]
+    for i, one in enumerate(plain):
+        # at the end of an alternative nothing can ask a quantifier to give back, so a possessive one is an ordinary one; so is that of one character up to the end of the text
+        if re.search(r'[*+?}]\+$|^x[*+]\+\$$', one):
+            at = -2 if one.endswith('$') else -1
+            alternatives[i], plain[i] = (was[:at] + was[at:][1:] for was in (alternatives[i], one))
+    hard = [bool(HARD.search(one.removesuffix('$'))) for one in plain]
     groups = [(is_hard, [alternative for _, alternative in group]) for is_hard, group in itertools.groupby(zip(hard, alternatives), key=lambda pair: pair[0])]
     return '|'.join('|'.join(group) if is_hard or len(group) == 1 else f'(?:{"|".join(group)})' for is_hard, group in groups)
 

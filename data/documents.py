@@ -316,7 +316,7 @@ def _zst_lines(f, path):
 
 def _text_of(line, field):
     """(text, problem) of a line of JSON; (None, None) of a blank one."""
-    if not line.strip():
+    if not line or line.isspace():
         return None, None
     try:
         row = json.loads(line)
@@ -327,7 +327,7 @@ def _text_of(line, field):
     text = row.get(field)
     if not isinstance(text, str):
         return None, f'{field!r} is a {type(text).__name__}' if field in row else f'no field {field!r}, only {", ".join(list(row)[:9])}'
-    if b'\\ud' in line or b'\\uD' in line:  # JSON can spell out half a surrogate pair, which no tokenizer takes
+    if b'\\u' in line and (b'\\ud' in line or b'\\uD' in line):  # JSON can spell out half a surrogate pair, which no tokenizer takes
         text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     return text, None
 

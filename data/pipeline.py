@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -29,6 +30,7 @@ from data.tokenfile import replacing
 
 PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between
+THREADED = {'tokenizers', 'pyarrow', 'fsspec', 'torch'}
 
 
 @dataclasses.dataclass
@@ -181,7 +183,8 @@ def _make(plan, folder, todo, num_proc, advance):
         for index in todo:
             yield index, _make_one(plan, folder, index, advance)
         return
-    context = multiprocessing.get_context('spawn')  # tokenizers have threads, which fork() would cut off
+    # fork() starts sooner, and cuts off the threads that other libraries have
+    context = multiprocessing.get_context('spawn' if THREADED & set(sys.modules) or threading.active_count() > 1 else 'fork')
     counters = context.Array('q', 3)
     seen = [0, 0, 0]
 

@@ -88,6 +88,9 @@ def test_tokenizers_that_have_no_twin():
     for path, value in ((['pre_tokenizer', 'add_prefix_space'], True), (['pre_tokenizer'], {'type': 'Whitespace'}), (['pre_tokenizer'], None), (['normalizer'], {'type': 'Lowercase'}),
                         (['model', 'dropout'], 0.1), (['model', 'end_of_word_suffix'], '</w>'), (['model', 'byte_fallback'], True)):
         assert twin_of(changed(set_(path, value))) is None, path
+    for pattern, expected in ((LLAMA3, True), (LLAMA3 + '|^x', False), (r'\s+$|' + LLAMA3, False), (r'\bx|' + LLAMA3, False)):  # where a line, a text and a word end differs
+        steps = {'type': 'Sequence', 'pretokenizers': [json.loads(pre_tokenizers.Split(Regex(pattern), 'isolated').__getstate__()), json.loads(BYTES.__getstate__())]}
+        assert (twin_of(changed(set_(['pre_tokenizer'], steps))) is not None) == expected, pattern
     assert twin_of(changed(lambda described: described['model']['vocab'].pop('Ā'))) is None  # the byte 0
     assert twin_of(changed(lambda described: described['model']['merges'].append(described['model']['merges'][0]))) is None
     assert twin_of(changed(lambda described: described['model']['merges'].reverse())) is None
@@ -136,8 +139,8 @@ def test_alternatives_in_a_group_find_the_same():
     from tiktoken_ext import openai_public
     letters = {bytes([byte]): byte for byte in range(256)}
     for pattern, expected in ((GPT2, r"(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"), (GPT2_DIGITS, None), (LLAMA3, None), (openai_public.r50k_pat_str, None),
-                              (r'a|[|(\]]|(b|c)+|\||x++y|d++|e', r'(?:a|[|(\]]|(b|c)+|\|)|x++y|(?:d+|e)'), (r'a|\p{L}{1,2}+|\bx|y', r'(?:a|\p{L}{1,2})|\bx|y'), (r'a', 'a'), (r'\++|b', r'(?:\++|b)')):
-        assert grouped(pattern) == (expected or grouped(pattern)) and (grouped(pattern) != pattern or pattern == 'a')
+                              (r'a|[|(\]]|(b|c)+|\||x++y|d++|e', r'(?:a|[|(\]]|(b|c)+|\|)|x++y|(?:d+|e)'), (r'a|\p{L}{1,2}+|\bx|y', r'(?:a|\p{L}{1,2})|\bx|y'), (r'a', 'a'), (r'\++|b', r'(?:\++|b)'), (r'\s++$|a', r'(?:\s+$|a)'), (r'(\sa)++$|a', r'(\sa)++$|a'), (r'a$b|\s+$|b', r'a$b|(?:\s+$|b)')):
+        assert grouped(pattern) == (expected or grouped(pattern)) and (grouped(pattern) != pattern or pattern in ('a', r'(\sa)++$|a'))
         old, new = (tiktoken.Encoding('x', pat_str=way, mergeable_ranks={**letters, **{bytes([a, b]): 256 + i for i, (a, b) in enumerate((a, b) for a in range(97, 123) for b in b' aeiou\n')}}, special_tokens={})
                     for way in (pattern, grouped(pattern)))
         for text in [*source(), *hard_texts(100, 3)]:

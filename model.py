@@ -275,6 +275,11 @@ class Model(nn.Module):
             return list(self.transformer.h), routers
         return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [self.transformer.wte, *routers]
 
+    def matrices(self):
+        """Names of the parameters that Muon is for: matrices within the layers. Tables, the head and routers stand for single tokens and experts, row by row, and
+        experts are three-dimensional."""
+        return [name for name, p in self.named_parameters() if '.h.' in name and p.dim() == 2 and not name.endswith('bias') and '.router.' not in name]
+
     def compile_units(self):
         """Compile each block and the head for itself; a head that goes chunk by chunk has nothing to gain."""
         for module in (*self.transformer.h, *([] if self.lm_head.chunk else [self.lm_head])):

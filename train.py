@@ -144,7 +144,9 @@ class Config:
     z_loss_weight: float = 0.0  # of the router's z-loss (ST-MoE)
     expert_dispatch: Literal['grouped', 'loop'] = 'grouped'  # one matmul for all experts, or one expert after another
     upcycle: bool = False  # with init_from: a dense model becomes one of num_experts, each a copy of its feed-forward layer
-    # optimiser: AdamW, warm-up and cosine
+    # optimiser, warm-up and cosine
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the layers, AdamW for the rest, both by the same learning rate
+    muon_momentum: float = 0.95
     learning_rate: float = 6e-4  # at the end of the warm-up
     max_iters: int = 600000  # iterations in all
     weight_decay: float = 1e-1  # on parameters with two dimensions or more
@@ -327,7 +329,7 @@ def run(argv, stop):
     named = dict(model.named_parameters())
     parameters = list(named.values())
     updated = parallel.optimized(named, world)
-    optimizer = optim.build_adamw(updated, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=parameters[0].device.type)
+    optimizer = optim.build_optimizer(updated, matrices=model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=parameters[0].device.type)
     parallel.bind(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)

@@ -33,7 +33,7 @@ def refuse_impossible(c, given, notes):
         raise ConfigError(f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True')
     if not 0 <= c.dropout < 1:
         raise ConfigError(f'dropout={c.dropout} must be at least 0 and below 1')
-    for key in ('beta1', 'beta2'):
+    for key in ('beta1', 'beta2', 'muon_momentum'):
         if not 0 <= getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
     if not 0 <= c.seed < 2**63:
@@ -71,6 +71,7 @@ def note_without_effect(c, given, shape, routing, notes):
     defaults = {field.name: field.default for field in dataclasses.fields(c)}
     for condition, reason, keys in (
             (not c.use_fsdp, 'without use_fsdp=True', [key for key in defaults if key.startswith('fsdp_')]),
+            (c.optimizer != 'muon', 'without optimizer=muon', ('muon_momentum',)),
             (not c.use_dataloader, 'without use_dataloader=True', ('dataloader_num_workers', 'dataloader_prefetch_factor')),
             (not c.wandb_log, 'without wandb_log=True', ('wandb_project', 'wandb_run_name')),
             (not c.decay_lr, 'with decay_lr=False', ('warmup_iters', 'min_lr', 'lr_decay_iters')),

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, clipping, the guard against bad steps, gradient statistics, and the optimizer's state by parameter name."""
+"""The optimizer with its decay groups, clipping, the guard against bad steps, gradient statistics, and the optimizer's state by parameter name."""
 import inspect
 import math
 from types import SimpleNamespace
@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+
+from engine.muon import Muon
 
 
 def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr):
@@ -25,6 +27,16 @@ def decay_groups(named_parameters):
     of the rest."""
     decays = {name: p.dim() >= 2 and not name.endswith('bias') for name, p in named_parameters if p.requires_grad}
     return [name for name in decays if decays[name]], [name for name in decays if not decays[name]]
+
+
+def build_optimizer(named_parameters, *, matrices=(), momentum=0.95, learning_rate, betas, weight_decay, device_type):
+    """AdamW, or with `matrices`, names of parameters, Muon for these and AdamW for the rest; weight decay as decay_groups() says."""
+    if not matrices:
+        return build_adamw(named_parameters, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay, device_type=device_type)
+    named, matrices = dict(named_parameters), set(matrices)
+    decayed, others = decay_groups(named.items())
+    groups = [(True, weight_decay, [name for name in decayed if name in matrices]), (False, weight_decay, [name for name in decayed if name not in matrices]), (False, 0.0, others)]
+    return Muon([{'params': [named[n] for n in names], 'weight_decay': decay, 'muon': muon} for muon, decay, names in groups if names], learning_rate, betas, momentum)
 
 
 def build_adamw(named_parameters, *, learning_rate, betas, weight_decay, device_type):
@@ -72,23 +84,22 @@ def gradient_statistics(parameters):
 
 
 def named_state(optimizer, named_parameters):
-    """The optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor, 'exp_avg_sq.<name>': ..., 'step.<name>': ...}; DTensors where a rank has a part.
+    """The optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor, 'exp_avg_sq.<name>': ..., 'step.<name>': ...}, of a matrix of Muon's
+    {'momentum.<name>': tensor}; DTensors where a rank has a part.
 
     State that does not exist yet is created as zeros, so that a checkpoint can be read into it in place. The keys hold no
     index and no rank: the state can be loaded under another order, layout or number of processes.
     """
-    named = dict(named_parameters)
+    matrices = {p for group in optimizer.param_groups if group.get('muon') for p in group['params']}
     tensors = {}
-    for name, p in named.items():
+    for name, p in dict(named_parameters).items():
         if not p.requires_grad:
             continue
-        state = optimizer.state[p]
-        if not state:
-            fused = optimizer.defaults.get('fused')
-            state['step'] = torch.zeros((), dtype=torch.float32, device=p.device if fused else 'cpu')
-            state['exp_avg'] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state['exp_avg_sq'] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        for key in ('step', 'exp_avg', 'exp_avg_sq'):
+        state, keys = optimizer.state[p], ('momentum',) if p in matrices else ('step', 'exp_avg', 'exp_avg_sq')
+        for key in keys:
+            if key not in state:
+                device = p.device if optimizer.defaults.get('fused') else 'cpu'
+                state[key] = torch.zeros((), dtype=torch.float32, device=device) if key == 'step' else torch.zeros_like(p, memory_format=torch.preserve_format)
             tensors[f'{key}.{name}'] = state[key]
     return tensors
 

@@ -26,7 +26,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops):
         'model': {**{f'{kind}_params': count for kind, count in counts.items()}, 'architecture': model.config.describe(),
                   'flops_per_token': token_flops.total, 'flops_per_token_causal': token_flops.causal},
         'optimizer': {'type': type(optimizer).__name__, 'fused': bool(optimizer.defaults.get('fused')), 'param_groups': [
-            {'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
+            {'kind': 'Muon' if group.get('muon') else 'AdamW', 'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
             for group in optimizer.param_groups]},
         'config': dataclasses.asdict(c),
         'hardware': {'gpu_name': gpu_name, 'num_gpus': world.size if gpu_name else 0, 'gpu_memory_gb': gpu.total_memory / 1e9 if gpu else None,
@@ -88,8 +88,8 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
         f'Attention backend: {c.attention_backend}',
         f"CUDA Graphs: off. Compile: {'on, the first iteration takes longer' if c.compile else 'off'}. Precision: "
         + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
-        f"Optimizer: AdamW{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
-            f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters" for g in startup['optimizer']['param_groups']),
+        f"Optimizer: {' and '.join(dict.fromkeys(g['kind'] for g in startup['optimizer']['param_groups']))}{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
+            f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters{' (Muon)' if g['kind'] == 'Muon' else ''}" for g in startup['optimizer']['param_groups']),
         f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
         f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
         *([paths] if paths else []),

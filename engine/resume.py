@@ -74,7 +74,10 @@ def find(c, given, shape_keys, world, notes):
         raise ConfigError(f'init_from=resume, but {checkpoint.folder_of(c.out_dir)} has no checkpoint that can be used{why}: '
                           f'type --init_from=scratch to start, or the --out_dir of the run to continue')
     state.update(rejected=[path for path, _ in rejected], certain=certain, chosen=chosen)
-    return _merged(c, given, state, shape_keys, notes), state, imported
+    merged = _merged(c, given, state, shape_keys, notes)
+    if imported and merged.optimizer != 'adamw':
+        raise ConfigError(f'{old} has the state of AdamW: leave --optimizer={merged.optimizer} out, or start from these weights with export.py and --init_from=FOLDER')
+    return merged, state, imported
 
 
 def _choose(c):
@@ -95,14 +98,14 @@ def _choose(c):
 
 def _merged(c, given, state, shape_keys, notes):
     known = {field.name for field in dataclasses.fields(c)}
-    saved = {key: value for key, value in state['config'].items() if key in known and key not in NOT_INHERITED}
+    saved = {'optimizer': 'adamw', **{key: value for key, value in state['config'].items() if key in known and key not in NOT_INHERITED}}
     for key, source in given.items():
         value = getattr(c, key)
         if key not in saved or value == saved[key] or value is None and key in shape_keys:
             continue
         if key == 'gradient_accumulation_steps' and saved['total_batch_size'] and source != 'command line':
             continue  # a recipe's value, which total_batch_size overruled when the run began
-        if key in shape_keys or key == 'seed':
+        if key in shape_keys or key in ('seed', 'optimizer'):
             leave_out = f'leave --{key} out' if source == 'command line' else f'leave {source} out (the checkpoint holds every key)'
             raise ConfigError(f'{source}: {key}={value!r}, but the checkpoint in {c.out_dir} has {key}={saved[key]!r}, which cannot change: '
                               f'{leave_out}, or start in another --out_dir')

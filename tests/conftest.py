@@ -134,7 +134,8 @@ def weights(out_dir, step):
     config = checkpoint.read_state(path)['config']
     model = Model(resolve_shape(config))
     tensors = {f'model.{n}': p.detach() for n, p in model.named_parameters()}
-    tensors.update({f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in model.named_parameters() for key in ('exp_avg', 'exp_avg_sq')})
+    muon = model.matrices() if config.get('optimizer') == 'muon' else ()
+    tensors.update({f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in model.named_parameters() for key in (('momentum',) if n in muon else ('exp_avg', 'exp_avg_sq'))})
     checkpoint.load(path, tensors)
     return tensors
 

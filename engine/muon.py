@@ -1,0 +1,82 @@
+"""Muon for the matrices of the layers, AdamW for all else, as one optimizer.
+
+Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon) averages gradients as SGD with Nesterov momentum does, and takes of the average, a matrix, the nearest
+one whose singular values are all about 1: each direction of it weighs the same. Five steps of a Newton-Schulz iteration come close
+enough. An update is scaled by 0.2 sqrt(the larger side), the typical size of AdamW's (Liu et al., "Muon is Scalable for LLM Training", 2025), so that both
+go by one learning rate and one weight decay. torch.optim.Muon computes the same; it knows nothing of a bad step that is to be skipped on the device.
+"""
+import math
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from engine.parallel import rows_of
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+
+
+class Muon(torch.optim.Optimizer):
+    """groups: dicts of 'params', 'weight_decay' and 'muon' (True: matrices, of which gradients are orthogonalised; False: AdamW). momentum: of Muon. Where
+    found_inf, a tensor of one number, is 1, step() leaves parameters and state alone, as torch's fused AdamW does.
+
+    State: of a matrix 'momentum', else 'step', 'exp_avg' and 'exp_avg_sq'; fp32 tensors of the parameter's shape (step: a scalar).
+    """
+    found_inf = None
+
+    def __init__(self, groups, lr, betas, momentum=0.95):
+        super().__init__(groups, dict(lr=lr, betas=betas, momentum=momentum, eps=1e-8, fused=True, muon=False))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            with_gradients = [p for p in group['params'] if p.grad is not None]
+            for p in with_gradients:
+                self._begin(p, group)
+            if group['muon']:
+                for p in with_gradients:
+                    self._orthogonal(p, group)
+            elif with_gradients:
+                of = [self.state[p] for p in with_gradients]
+                adamw(with_gradients, [p.grad for p in with_gradients], [s['exp_avg'] for s in of], [s['exp_avg_sq'] for s in of], [], [s['step'] for s in of], fused=True, amsgrad=False,
+                      beta1=group['betas'][0], beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False, found_inf=self.found_inf)
+
+    def _begin(self, p, group):
+        state = self.state[p]
+        if state:
+            return
+        for key in ('momentum',) if group['muon'] else ('exp_avg', 'exp_avg_sq'):
+            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if not group['muon']:
+            state['step'] = torch.zeros((), dtype=torch.float32, device=p.device)
+
+    def _orthogonal(self, p, group):
+        buffer, old, gradient = (t.to_local() if isinstance(t, DTensor) else t for t in (self.state[p]['momentum'], p, p.grad))
+        average = buffer.lerp(gradient, 1 - group['momentum'])
+        update = gradient.lerp(average, group['momentum'])
+        if isinstance(p, DTensor):  # some rows of a matrix cannot be orthogonalised for themselves: every rank works on the whole
+            whole = DTensor.from_local(update, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()
+            update = orthogonal(whole)[rows_of(whole, p.device_mesh)]
+        else:
+            update = orthogonal(update)
+        new = (old * (1 - group['lr'] * group['weight_decay'])).add_(update, alpha=-group['lr'] * scale(p.shape))
+        for was, now in ((buffer, average), (old, new)):
+            was.copy_(now if self.found_inf is None else torch.where(self.found_inf.to(was.device) != 0, was, now))
+
+
+def scale(shape):
+    """What an orthogonal matrix of `shape` is multiplied with to be as large as an update of AdamW."""
+    return 0.2 * math.sqrt(max(shape))
+
+
+def orthogonal(matrix, steps=5):
+    """About U V^T of the `matrix` U S V^T, (m, n): singular values between 0.7 and 1.2, in bf16."""
+    x = matrix.bfloat16()
+    tall = x.size(0) > x.size(1)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x

@@ -164,7 +164,7 @@ class Config:
     activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
     deterministic: bool = True  # kernels that repeat to the last bit
     use_cuda_graphs: bool = False  # (not in this version: runs without and says so)
-    loss_chunk: int | None = None  # tokens whose logits are in memory at a time (the same loss in less memory), 0: all; None: chunks where logits are large
+    loss_chunk: int | None = None  # tokens whose logits are in memory at a time (the same loss in less memory), 0: torch's loss; None: chunks where logits are large
     # many processes: under torchrun each trains on its share of the batch (DDP)
     backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
     timeout_minutes: float = 10.0  # how long a process waits for another in training before it gives up

@@ -1,9 +1,11 @@
 """The loss of a language model, one door to its kernels."""
+import math
+
 import torch
 import torch.nn.functional as F
 
 IGNORE = -1  # a target with this value is no target (nanoGPT's convention)
-PLAIN_BYTES = {'cpu': 2**28, 'cuda': 2**31}  # of fp32 logits up to which they are kept whole
+PLAIN_BYTES = {'cpu': 2**24, 'cuda': 2**31}  # of fp32 logits up to which the loss is torch's
 CHUNK_BYTES = {'cpu': 2**27, 'cuda': 2**29}  # of those of a chunk
 
 
@@ -13,9 +15,10 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0):
     hidden: (..., C); weight: (V, C), the output head; targets: (...) int64, IGNORE where there is none.
     reduction 'mean' (over the targets) or 'sum'. chunk: tokens whose logits are in memory at a time, 0: all. Returns a scalar fp32 tensor.
     """
-    if 0 < chunk < targets.numel():
+    if chunk:
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
+        apply = _in_eager_mode if hidden.device.type == 'cpu' else _ChunkedLoss.apply
+        loss = apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
         return loss if reduction == 'sum' else loss / (targets != IGNORE).sum()
     logits = F.linear(hidden, weight)
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
@@ -27,9 +30,10 @@ def choose_chunk(asked, tokens, vocab_size, device_type, dtype):
     if dtype == torch.float16:  # the scale of its gradients comes too late for them
         return 0, f'loss_chunk={asked} has no effect: dtype=float16 computes the loss at once' if asked else None
     if asked is None:
-        asked = max(128, CHUNK_BYTES[device_type] // (4 * vocab_size) // 128 * 128) if whole > PLAIN_BYTES[device_type] else 0
+        number = math.ceil(whole / CHUNK_BYTES[device_type])
+        asked = max(256, math.ceil(tokens / number / 128) * 128) if whole > PLAIN_BYTES[device_type] else 0
     if not 0 < asked < tokens:
-        return 0, None
+        return min(asked, tokens), None
     return asked, f'loss in chunks of {asked} tokens: the logits of a micro-step would take {whole / 1e9:.2f} GB'
 
 
@@ -46,24 +50,34 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk, dtype):
         h, w, wanted = hidden.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
         total = torch.zeros((), device=h.device)
+        room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # fresh memory costs a CPU as much as a pass over it
         if wanted:
-            ctx.gradients = [torch.empty_like(h), torch.zeros_like(weight)]
+            ctx.gradients = [torch.empty_like(h), None]
         for first in range(0, len(h), chunk):
             here, target = h[first:first + chunk], targets[first:first + chunk, None]
-            there = target != IGNORE
-            logits, target = (here @ w.T).float(), target.clamp(min=0)
-            norm, right = logits.logsumexp(dim=1, keepdim=True), logits.gather(1, target)
-            total += torch.where(there, norm - right, 0.0).sum()
+            there, target = target != IGNORE, target.clamp(min=0)
+            logits = (here @ w.T).float() if room is None else torch.mm(here, w.T, out=room[:len(here)])
+            right, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
+            shares = logits.sub_(largest).exp_()  # those of the softmax, but for their sum
+            whole = shares.sum(dim=1, keepdim=True)
+            total += torch.where(there, largest + whole.log() - right, 0.0).sum()
             if wanted:
-                slope = logits.sub_(norm).exp_().scatter_(1, target, (right - norm).exp() - 1).mul_(there).to(dtype)
+                slope = shares.mul_(there / whole).scatter_add_(1, target, -there.float()).to(dtype)
                 torch.mm(slope, w, out=ctx.gradients[0][first:first + chunk])
-                if weight.dtype == dtype:
+                if weight.dtype == dtype and first:
                     ctx.gradients[1].addmm_(slope.T, here)
                 else:
-                    ctx.gradients[1] += slope.T @ here
+                    of_weight = slope.T @ here
+                    ctx.gradients[1] = ctx.gradients[1].add_(of_weight) if first else of_weight.to(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, factor):
         (hidden, weight), ctx.gradients = ctx.gradients, None  # they are used up
         return hidden.mul_(factor), weight.mul_(factor), None, None, None
+
+
+@torch.compiler.disable
+def _in_eager_mode(*args):
+    """On a CPU the compiler gains nothing here: it would compute each exponential twice rather than keep it."""
+    return _ChunkedLoss.apply(*args)

@@ -1,0 +1,261 @@
+"""
+Training speed beside others: train.py's step, nanoGPT's loop and Hugging Face's Trainer, with the same model, batch and dtype, each in a process of its own, in turns.
+
+    python bench/peers.py                                        # GPT-2's kind, then LLaMA's, on this machine's CPU
+    python bench/peers.py --family=llama --rounds=7 --steps=4
+    python bench/peers.py --device=cuda --dtype=bfloat16 --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=16
+
+nanoGPT's loop is rewritten from what it does, around the same model: the whole of it compiled, all logits at once, windows drawn and stacked one by one, AdamW fused on a GPU
+only, the loss fetched every tenth iteration. The Trainer has transformers' own model and its defaults, not compiled, as it comes; --hf_compile compiles it. First steps and
+compiling are not in the figures. Beside them stands what the matmuls alone of such a step take here, one after the other.
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+VOCABULARIES = {'gpt2': 50304, 'llama': 32000}
+RATES = dict(learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+PEERS = ('onetrain', 'nanogpt', 'hf_trainer')
+
+
+def shape_of(args):
+    from presets import resolve_shape
+    return resolve_shape(dict(arch_preset=args.family, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size, vocab_size=VOCABULARIES[args.family], bias=False))
+
+
+def context(args):
+    import contextlib
+
+    import torch
+    return contextlib.nullcontext() if args.dtype == 'float32' else torch.autocast(args.device, dtype=getattr(torch, args.dtype))
+
+
+def onetrain(args):
+    """A generator: one step of train.py per next()."""
+    import torch
+
+    from engine import optim, parallel
+    from engine.dataset import open_dataset
+    from engine.loader import TrainLoader, order_of
+    from engine.loss import choose_chunk
+    from model import Model
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    world, shape = parallel.start(args.device), shape_of(args)
+    chunk, _ = choose_chunk(None, args.batch_size * args.block_size, shape.vocab_size, args.device, getattr(torch, args.dtype))
+    model = Model.on_meta(shape, loss_chunk=chunk).allocate(world.device)
+    model.init_weights(0)
+    _, train_model = parallel.wrap(model, world, True, 1)
+    parameters = list(model.parameters())
+    optimizer = optim.build_adamw(model.named_parameters(), **RATES, device_type=args.device)
+    guard = optim.Guard(parameters, torch.amp.GradScaler(args.device, enabled=False), 3)
+    file = open_dataset(args.data, ROOT)[0]
+    loader = TrainLoader(file, order_of(file, args.block_size, 0), batch_size=args.batch_size, rank=0, world_size=1, position=0, device=world.device)
+    step, scale = 0, 1 / (args.batch_size * args.block_size)
+    while True:
+        x, y, _ = loader.next()
+        with context(args):
+            loss = train_model(x, y, reduction='sum') * scale
+        loss.backward()
+        step += 1
+        guard.step(optimizer, step, loss.detach(), optim.clip_gradients(parameters, 1.0))
+        model.zero_grad(set_to_none=True)
+        if step % 10 == 0:
+            loss.item()
+        yield
+
+
+def nanogpt(args):
+    """A generator: one iteration of nanoGPT's loop per next()."""
+    import torch
+
+    from engine import optim
+    from model import Model
+    model = Model(shape_of(args)).to(args.device)
+    model.init_weights(0)
+    named = dict(model.named_parameters())
+    decayed, others = optim.decay_groups(named.items())
+    optimizer = torch.optim.AdamW([{'params': [named[n] for n in decayed], 'weight_decay': RATES['weight_decay']}, {'params': [named[n] for n in others], 'weight_decay': 0.0}],
+                                  lr=RATES['learning_rate'], betas=RATES['betas'], **({'fused': True} if args.device == 'cuda' else {}))
+    compiled, scaler, T = torch.compile(model), torch.amp.GradScaler(args.device, enabled=False), args.block_size
+
+    def batch():
+        data = np.memmap(os.path.join(args.data, 'train.bin'), dtype=np.uint16, mode='r')
+        ix = torch.randint(len(data) - T, (args.batch_size,))
+        x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + T].astype(np.int64)) for i in ix]) for shift in (0, 1))
+        return (x.pin_memory().to('cuda', non_blocking=True), y.pin_memory().to('cuda', non_blocking=True)) if args.device == 'cuda' else (x, y)
+    x, y = batch()
+    iteration = 0
+    while True:
+        with context(args):
+            loss = compiled(x, y)
+        x, y = batch()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        iteration += 1
+        if iteration % 10 == 0:
+            loss.item()
+        yield
+
+
+def hf_trainer(args, between):
+    """Hugging Face's Trainer; calls between() after each step."""
+    import torch
+    import transformers
+    shape = shape_of(args)
+    same = dict(vocab_size=shape.vocab_size, bos_token_id=0, eos_token_id=0)
+    if args.family == 'gpt2':
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, n_positions=shape.block_size, resid_pdrop=0.0,
+                                                                     embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, **same))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=shape.n_layer, num_attention_heads=shape.n_head, num_key_value_heads=shape.num_key_value_heads, hidden_size=shape.n_embd,
+                                                                       intermediate_size=shape.d_ff, max_position_embeddings=shape.block_size, use_cache=False, **same))
+
+    class Windows(torch.utils.data.Dataset):
+        data = np.memmap(os.path.join(args.data, 'train.bin'), dtype=np.uint16, mode='r')
+
+        def __len__(self):
+            return (len(self.data) - 1) // args.block_size
+
+        def __getitem__(self, i):
+            ids = torch.from_numpy(self.data[i * args.block_size:(i + 1) * args.block_size].astype(np.int64))
+            return {'input_ids': ids, 'labels': ids}
+
+    class Between(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            between()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = transformers.TrainingArguments(folder, per_device_train_batch_size=args.batch_size, max_steps=10**6, learning_rate=RATES['learning_rate'], weight_decay=0.1, adam_beta2=0.95, max_grad_norm=1.0,
+                                                  report_to=[], logging_strategy='no', save_strategy='no', disable_tqdm=True, use_cpu=args.device == 'cpu', bf16=args.dtype == 'bfloat16',
+                                                  torch_compile=args.hf_compile)
+        transformers.Trainer(model, settings, train_dataset=Windows(), callbacks=[Between()]).train()
+
+
+def matmuls(args):
+    """Seconds that the matmuls of a step take, forward and backward, and their FLOPs; attention's scores are not among them."""
+    import torch
+
+    from model import Model
+    tokens, dtype, seconds, flops = args.batch_size * args.block_size, getattr(torch, args.dtype), 0.0, 0
+    counted = {}
+    for module in Model.on_meta(shape_of(args)).modules():
+        if isinstance(module, torch.nn.Linear):
+            counted[tuple(module.weight.shape)] = counted.get(tuple(module.weight.shape), 0) + 1
+    for (outputs, inputs), times in counted.items():
+        x, w, g = (torch.randn(size, dtype=dtype, device=args.device) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+        for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):
+            found = []
+            for _ in range(4):
+                finish(args)
+                started = time.perf_counter()
+                work()
+                finish(args)
+                found.append(time.perf_counter() - started)
+            seconds += times * statistics.median(found[1:])
+            flops += times * 2 * tokens * inputs * outputs
+    return seconds, flops
+
+
+def finish(args):
+    if args.device == 'cuda':
+        import torch
+        torch.cuda.synchronize()
+
+
+def serve(args):
+    """Take steps: as many as each line of standard input says, and print the seconds that they took."""
+    waiting = {'steps': 0}
+
+    def between():
+        waiting['steps'] -= 1
+        if waiting['steps'] > 0:
+            return
+        finish(args)
+        if 'since' in waiting:
+            print(time.perf_counter() - waiting['since'], flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(0)
+        if line.strip() == 'matmuls':
+            print(*matmuls(args), flush=True)
+            waiting.pop('since', None)
+            return between()
+        waiting.update(steps=int(line), since=time.perf_counter())
+    if args.peer == 'hf_trainer':
+        hf_trainer(args, between)
+    for _ in {'onetrain': onetrain, 'nanogpt': nanogpt}[args.peer](args):
+        between()
+
+
+def measure(args, folder):
+    from data.tokenfile import TokenFileWriter
+    vocabulary = VOCABULARIES[args.family]
+    with TokenFileWriter(folder, vocab_size=vocabulary, eot_id=None, tokenizer={'kind': 'none'}, split='noise') as writer:
+        for split, size in (('train', 2_000_000), ('val', 10_000)):
+            writer.write(split, np.random.default_rng(0).integers(0, vocabulary, size))
+    own = [f'--{key}={value}' for key, value in vars(args).items() if key not in ('peer', 'data', 'peers', 'family') and value not in (None, False)]
+    own = [word.removesuffix('=True') for word in own]
+    processes = {peer: subprocess.Popen([sys.executable, __file__, *own, f'--family={args.family}', f'--peer={peer}', f'--data={folder}'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1'}) for peer in args.peers}
+
+    def ask(peer, what):
+        processes[peer].stdin.write(f'{what}\n')
+        processes[peer].stdin.flush()
+        line = processes[peer].stdout.readline()
+        if not line:
+            sys.exit(f'{peer} ended: python {__file__} {" ".join(own)} --family={args.family} --peer={peer} --data=FOLDER <<< 1 shows why')
+        return [float(word) for word in line.split()]
+    for peer in args.peers:
+        ask(peer, args.warmup)
+    tokens, seconds, alone = args.batch_size * args.block_size, {peer: [] for peer in args.peers}, []
+    for turn in range(args.rounds):
+        for peer in [*args.peers][::1 if turn % 2 else -1]:
+            seconds[peer] += [ask(peer, args.steps)[0] / args.steps]
+        alone += [ask(args.peers[0], 'matmuls')]
+    for process in processes.values():
+        process.stdin.close()
+        process.wait(60)
+    print(f'{args.family}: {args.n_layer} layers, {args.n_embd} wide, vocabulary {vocabulary:,}, {args.batch_size} x {args.block_size} tokens, {args.dtype} on {args.device}, medians of {args.rounds} x {args.steps} steps')
+    middle = {peer: statistics.median(found) for peer, found in seconds.items()}
+    took, flops = (statistics.median(column) for column in zip(*alone))
+    for peer, found in seconds.items():
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(seconds[args.peers[0]], found))
+        print(f'{peer:>12}: {1000 * middle[peer]:8.1f} ms a step ({1000 * min(found):.1f} to {1000 * max(found):.1f}), {tokens / middle[peer]:10,.0f} tokens/s; {args.peers[0]} is {ratio:.2f} times as fast')
+    share = statistics.median(matmul[0] / ours for ours, matmul in zip(seconds[args.peers[0]], alone))
+    print(f'{"matmuls":>12}: {1000 * took:8.1f} ms alone, {flops / took / 1e9:,.0f} GFLOP/s; the step of {args.peers[0]} runs at {share:.0%} of that rate', flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--family', choices=tuple(VOCABULARIES), help='default: both')
+    for name, default in (('n_layer', 6), ('n_head', 6), ('n_embd', 384), ('block_size', 256), ('batch_size', 8), ('rounds', 5), ('steps', 3), ('warmup', 3)):
+        parser.add_argument(f'--{name}', type=int, default=default)
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+    parser.add_argument('--hf_compile', action='store_true')
+    parser.add_argument('--peers', nargs='+', default=PEERS, choices=PEERS)
+    parser.add_argument('--peer', choices=PEERS, help='one process (it is told on standard input how many steps to take)')
+    parser.add_argument('--data', help='of that process')
+    args = parser.parse_args()
+    if args.peer:
+        return serve(args)
+    for family in [args.family] if args.family else VOCABULARIES:
+        args.family = family
+        with tempfile.TemporaryDirectory() as folder:
+            measure(args, folder)
+
+
+if __name__ == '__main__':
+    main()

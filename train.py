@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, checks, experts, flops, optim, parallel, resume, stopping, tasks
+from engine import checkpoint, checks, experts, flops, memory, optim, parallel, resume, stopping, tasks
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
@@ -87,6 +87,7 @@ class Config:
     gradient_accumulation_steps: int = 40  # micro-steps per iteration on each rank
     batch_size: int = 12  # sequences per micro-step on each rank
     block_size: int = 1024  # tokens per sequence
+    find_batch_size: bool = False  # take the largest batch_size that fits into memory, and so many micro-steps that the batch stays as it is
     total_batch_size: int = 0  # tokens per iteration over all ranks; sets gradient_accumulation_steps, 0 = off
     seed: int = 1337  # of the weights, the data order and dropout
     use_dataloader: bool = False  # gather batches in worker processes (the same batches)
@@ -188,6 +189,7 @@ ALIASES = {
     'moe_intermediate_size': lambda value: {'expert_d_ff': value},
     'flash_attn': lambda value: {'attention_backend': {True: 'flash_attn_2', False: 'sdpa'}.get(value, f'flash_attn={value}')},
 }
+PREDICT_FROM = 10**6  # parameters: the memory of a smaller model is of no interest
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
 
 
@@ -263,14 +265,30 @@ def run(argv, stop):
         dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), torch_dtype, device.type)
         if reason:
             notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
-    loss_chunk, note = choose_chunk(c.loss_chunk, c.batch_size * c.block_size // c.context_parallel, shape.vocab_size, device.type, torch_dtype)
-    notes += [note] if note else []
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False
 
-    # ---- batch arithmetic
+    # ---- memory and batch arithmetic
+    autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
+    tokens_of_rank = c.block_size // c.context_parallel
+
+    def of_model(batch_size):
+        return dict(dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, dispatch=dispatch, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight,
+                    document_end=document_end, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
+
+    def predicted(batch_size, sequences):
+        return memory.predict(lambda: Model(shape, 'manual' if attention_backend == 'manual' else 'sdpa', **of_model(batch_size)), batch_size, tokens_of_rank, device, autocast,
+                              accumulation=sequences // batch_size, muon=c.optimizer == 'muon', layout=world.layout, ranks=world.size // c.fsdp_replicas)
+    if c.find_batch_size:
+        sequences = checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
+        room = memory.available(device)
+        size = -parallel.largest(-memory.find_batch_size(lambda size: predicted(size, sequences), sequences, room), world)  # what fits on every rank
+        c = dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
+        notes.append(f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest that fits: {room / 1e9:.1f} GB are free')
     accumulation = checks.accumulation_steps(c, world.data_size)
+    note = choose_chunk(c.loss_chunk, c.batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[1]
+    notes += [note] if note else []
     sequences_per_step = c.batch_size * accumulation * world.data_size
     tokens_per_step = sequences_per_step * c.block_size
     position = start_step * sequences_per_step if nanogpt else resumed['position'] if resumed and not new_stream else 0
@@ -311,7 +329,11 @@ def run(argv, stop):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
     torch.manual_seed(c.seed)
-    model = Model.on_meta(shape, attention_backend, c.dropout, c.activation_checkpointing, world.ring, dispatch, c.aux_loss_weight, c.z_loss_weight, document_end, loss_chunk)
+    model = Model.on_meta(shape, attention_backend, ring=world.ring, **of_model(c.batch_size))
+    before = memory_gb(device)['allocated_gb']
+    prediction = None
+    if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
+        prediction = predicted(c.batch_size, c.batch_size * accumulation)
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
     model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
     if nanogpt:
@@ -333,7 +355,6 @@ def run(argv, stop):
     parallel.bind(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)
-    autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
     best_val_loss = math.inf
     if resumed:
         best_val_loss = math.inf if resumed['best_val_loss'] is None or new_validation else resumed['best_val_loss']
@@ -349,7 +370,7 @@ def run(argv, stop):
     order = order_of(train_file, c.block_size, c.seed)
     token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
-    startup = startup_info(c, model, optimizer, world, gpu_name, token_flops)
+    startup = startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction)
     header = {'config': dataclasses.asdict(c), 'startup_info': startup,
               'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size}}
     evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
@@ -537,8 +558,8 @@ def run(argv, stop):
         log.progress(step)
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
             loss_value = step_loss.item()  # the only wait for the device
-            memory = memory_gb(device)
-            worst = parallel.worst({**memory, 'data_wait_s': loader.wait_s / interval_steps, **parallel.waited_for_gradients(train_model)}, world)
+            used = memory_gb(device)
+            worst = parallel.worst({**used, 'data_wait_s': loader.wait_s / interval_steps, **parallel.waited_for_gradients(train_model)}, world)
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
@@ -547,7 +568,7 @@ def run(argv, stop):
             bad = guard.counts()
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
                       data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, wall_s=log.wall_s(),
-                      mfu=mfu, memory={key: worst[key] for key in memory}, gradients=gradients,
+                      mfu=mfu, memory={key: worst[key] for key in used}, gradients=gradients,
                       skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step))}))
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
             shown += '' if routing is None else f", load score {moe['load_score']:.0f}"
@@ -569,6 +590,8 @@ def run(argv, stop):
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
 
     loader.close()
+    if prediction:
+        log.say(f"Memory: at most {memory_gb(device)['max_allocated_gb'] - before:.2f} GB more than before the model was made; {prediction.total / 1e9:.2f} GB were predicted for a step")
     if stop_code not in (0, stopping.NOT_FINITE):
         log.say(f'stopped at iter {step}; python train.py --out_dir={c.out_dir} --init_from=resume continues it' if step else 'stopped before the first iteration, nothing was saved')
     if failed_save:

@@ -9,7 +9,7 @@ from engine.configurator import ConfigError
 
 # what a resumed run takes from its own command line, never from the checkpoint
 NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_checkpoint', 'allow_data_change', 'max_time', 'eval_only', 'eval_at_start',
-                 'device', 'backend', 'timeout_minutes')
+                 'device', 'backend', 'timeout_minutes', 'find_batch_size')
 
 
 def is_step(resume_from):

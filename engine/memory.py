@@ -1,0 +1,118 @@
+"""How much memory a training step will need, found out by taking one without any: on tensors that have shapes and no contents, each storage counted while it lives.
+
+What is counted is what the operators of a step ask for. An allocator may hold more: blocks that were freed and fit nothing (on a CPU, where big ones are kept for speed, a tenth
+to a half). The compiler needs less: it computes some of what is kept again.
+"""
+import os
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from engine.configurator import ConfigError
+
+SHARE = 0.9  # of the free memory that find_batch_size() takes
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes per rank. activations: all that comes and goes in a step beside parameters and gradients, when the sum is largest: what backward needs, logits, gathered parameters."""
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self):
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def describe(self):
+        parts = ', '.join(f'{what} {getattr(self, what) / 1e9:.2f}' for what in ('parameters', 'gradients', 'optimizer', 'activations'))
+        return f'{self.total / 1e9:.2f} GB predicted for a step ({parts})'
+
+
+class Counter(TorchDispatchMode):
+    """now, peak: bytes of the storages that operators made within the block, those that exist and those that existed at most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = self.known[storage] = storage.nbytes()
+            weakref.finalize(storage, self._gone, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, size):
+        self.now -= size
+
+
+def predict(build, batch_size, length, device, autocast, *, accumulation=1, muon=False, layout='single', ranks=1):
+    """The Prediction for a rank's step of `accumulation` micro-steps of batch_size sequences, `length` tokens of each on this rank.
+
+    build(): the model as one process has it; autocast: context of the forward pass; muon: whether its matrices have one tensor of optimizer state, not two; ranks: over which the
+    layout, one of engine.parallel's, shares out what it shares out.
+    """
+    with FakeTensorMode(), torch.device(device), Counter() as counter:
+        model = build()
+        for p in model.parameters():
+            counter.count(p)
+        parameters = sum(p.nbytes for p in model.parameters())
+        x, y = (torch.zeros(batch_size, length, dtype=torch.int64) for _ in range(2))
+        for _ in range(min(accumulation, 2)):
+            with autocast:
+                loss = model(x, y, reduction='sum')
+            loss.backward()
+            del loss
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        matrices = set(model.matrices()) if muon else ()
+        state = sum(p.nbytes * (1 if name in matrices else 2) for name, p in model.named_parameters())
+        units = sorted(sum(p.nbytes for p in module.parameters()) for module in (*model.transformer.h, model.transformer.wte, model.lm_head))
+    fully = layout in ('ZeRO-2', 'ZeRO-3')
+    activations = counter.peak - parameters - gradients
+    if fully:  # what is gathered: all, or the unit at work and the next
+        activations += parameters if layout == 'ZeRO-2' else sum(units[-2:])
+    share = ranks if fully else 1
+    return Prediction(parameters // share, gradients // share, state // (ranks if fully or layout == 'ZeRO-1' else 1), activations)
+
+
+def available(device):
+    """Bytes that a process can have on `device`: free ones of a GPU; on a CPU what the kernel calls available, shared by the processes of this machine."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    with open('/proc/meminfo') as f:
+        kilobytes = next(int(line.split()[1]) for line in f if line.startswith('MemAvailable'))
+    return 1024 * kilobytes // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
+def find_batch_size(predicted, sequences, room):
+    """The largest batch_size that divides `sequences`, those of an iteration on a rank, for which predicted(batch_size).total is at most SHARE of `room` bytes.
+
+    Raises ConfigError where not even one sequence fits.
+    """
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+    low, high = -1, len(sizes) - 1  # the largest that fits is in between
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predicted(sizes[middle]).total <= SHARE * room:
+            low = middle
+        else:
+            high = middle - 1
+    if low < 0:
+        raise ConfigError(f'find_batch_size=True: even one sequence does not fit into {SHARE:.0%} of {room / 1e9:.1f} GB: {predicted(1).describe()}; type a smaller --block_size, '
+                          f'--activation_checkpointing=full, or share the model out with --use_fsdp=True')
+    return sizes[low]

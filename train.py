@@ -454,6 +454,30 @@ def run(argv, stop):
             if copier:
                 copier.add(at)
 
+    def compile_all():
+        """Run all that is compiled once, on the first tokens of the data: no weight changes, the first iteration takes as long as the others, and no signal has to wait later. Where the
+        compiler fails, everything runs without it."""
+        error, before = None, time.perf_counter()
+        window = train_file.windows(order.starts(position, c.batch_size), c.block_size).to(device)  # as the loader gives it out: strides count too
+        x, y = world.part(window[:, :-1], window[:, 1:])
+        try:
+            with parallel.last_micro_step(train_model, True, world), autocast:
+                loss = train_model(x, y, reduction='sum')
+            loss.backward()
+            if c.max_iters // c.eval_interval > start_step // c.eval_interval:
+                x, y = world.part(*(part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1))))
+                with torch.no_grad(), autocast:
+                    step_model.eval()(x, y, reduction='sum')
+        except torch._dynamo.exc.TorchDynamoException as failure:
+            error = ' '.join(str(failure).split())[:300]
+            torch.compiler.set_stance('force_eager')
+        step_model.train()
+        model.zero_grad(set_to_none=True)
+        model.after_step(world, 0.0, None)  # forget the routing
+        seconds = time.perf_counter() - before
+        log.event('compile', seconds=seconds, error=error, timestamp=now())
+        log.say(f'COMPILING FAILED, so everything runs without: {error}' if error else f'compiled in {seconds:.1f} s')
+
     def sample():
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without; and alike on every rank
         with autocast:
@@ -475,11 +499,8 @@ def run(argv, stop):
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
     last_evaluation, bad_before = (-1, None), guard.counts()
-    if c.compile and c.max_iters // c.eval_interval > start_step // c.eval_interval:
-        with torch.no_grad(), autocast:  # compile evaluation now: later, a signal would have to wait for it
-            x, y = world.part(*(part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1))))
-            step_model.eval()(x, y, reduction='sum')
-            step_model.train()
+    if c.compile and step < c.max_iters:
+        compile_all()
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
     if step >= c.max_iters:
         log.say(f'nothing to train: already at iter {step} of max_iters={c.max_iters}')

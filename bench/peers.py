@@ -40,36 +40,14 @@ def context(args):
 
 def onetrain(args):
     """A generator: one step of train.py per next()."""
-    import torch
-
-    from engine import optim, parallel
-    from engine.dataset import open_dataset
-    from engine.loader import TrainLoader, order_of
-    from engine.loss import choose_chunk
-    from model import Model
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    world, shape = parallel.start(args.device), shape_of(args)
-    chunk, _ = choose_chunk(None, args.batch_size * args.block_size, shape.vocab_size, args.device, getattr(torch, args.dtype))
-    model = Model.on_meta(shape, loss_chunk=chunk).allocate(world.device)
-    model.init_weights(0)
-    _, train_model = parallel.wrap(model, world, True, 1)
-    parameters = list(model.parameters())
-    optimizer = optim.build_adamw(model.named_parameters(), **RATES, device_type=args.device)
-    guard = optim.Guard(parameters, torch.amp.GradScaler(args.device, enabled=False), 3)
-    file = open_dataset(args.data, ROOT)[0]
-    loader = TrainLoader(file, order_of(file, args.block_size, 0), batch_size=args.batch_size, rank=0, world_size=1, position=0, device=world.device)
-    step, scale = 0, 1 / (args.batch_size * args.block_size)
+    from step import Step, config_of
+    step = Step(config_of([f'--{key}={value}' for key, value in dict(
+        arch_preset=args.family, vocab_size=VOCABULARIES[args.family], bias=False, gradient_accumulation_steps=1, learning_rate=RATES['learning_rate'],
+        **{key: getattr(args, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'device', 'dtype')}).items()]), args.data)
     while True:
-        x, y, _ = loader.next()
-        with context(args):
-            loss = train_model(x, y, reduction='sum') * scale
-        loss.backward()
-        step += 1
-        guard.step(optimizer, step, loss.detach(), optim.clip_gradients(parameters, 1.0))
-        model.zero_grad(set_to_none=True)
-        if step % 10 == 0:
-            loss.item()
+        step.run()
+        if step.number % 10 == 0:
+            step.total.item()
         yield
 
 
@@ -143,53 +121,23 @@ def hf_trainer(args, between):
         transformers.Trainer(model, settings, train_dataset=Windows(), callbacks=[Between()]).train()
 
 
-def matmuls(args):
-    """Seconds that the matmuls of a step take, forward and backward, and their FLOPs; attention's scores are not among them."""
-    import torch
-
-    from model import Model
-    tokens, dtype, seconds, flops = args.batch_size * args.block_size, getattr(torch, args.dtype), 0.0, 0
-    counted = {}
-    for module in Model.on_meta(shape_of(args)).modules():
-        if isinstance(module, torch.nn.Linear):
-            counted[tuple(module.weight.shape)] = counted.get(tuple(module.weight.shape), 0) + 1
-    for (outputs, inputs), times in counted.items():
-        x, w, g = (torch.randn(size, dtype=dtype, device=args.device) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
-        for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):
-            found = []
-            for _ in range(4):
-                finish(args)
-                started = time.perf_counter()
-                work()
-                finish(args)
-                found.append(time.perf_counter() - started)
-            seconds += times * statistics.median(found[1:])
-            flops += times * 2 * tokens * inputs * outputs
-    return seconds, flops
-
-
-def finish(args):
-    if args.device == 'cuda':
-        import torch
-        torch.cuda.synchronize()
-
-
 def serve(args):
     """Take steps: as many as each line of standard input says, and print the seconds that they took."""
+    from step import finish, matmuls
     waiting = {'steps': 0}
 
     def between():
         waiting['steps'] -= 1
         if waiting['steps'] > 0:
             return
-        finish(args)
+        finish(args.device)
         if 'since' in waiting:
             print(time.perf_counter() - waiting['since'], flush=True)
         line = sys.stdin.readline()
         if not line:
             os._exit(0)
         if line.strip() == 'matmuls':
-            print(*matmuls(args), flush=True)
+            print(*matmuls(shape_of(args), args.batch_size * args.block_size, args.dtype, args.device), flush=True)
             waiting.pop('since', None)
             return between()
         waiting.update(steps=int(line), since=time.perf_counter())
@@ -200,11 +148,9 @@ def serve(args):
 
 
 def measure(args, folder):
-    from data.tokenfile import TokenFileWriter
+    from step import write_noise
     vocabulary = VOCABULARIES[args.family]
-    with TokenFileWriter(folder, vocab_size=vocabulary, eot_id=None, tokenizer={'kind': 'none'}, split='noise') as writer:
-        for split, size in (('train', 2_000_000), ('val', 10_000)):
-            writer.write(split, np.random.default_rng(0).integers(0, vocabulary, size))
+    write_noise(folder, vocabulary)
     own = [f'--{key}={value}' for key, value in vars(args).items() if key not in ('peer', 'data', 'peers', 'family') and value not in (None, False)]
     own = [word.removesuffix('=True') for word in own]
     processes = {peer: subprocess.Popen([sys.executable, __file__, *own, f'--family={args.family}', f'--peer={peer}', f'--data={folder}'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

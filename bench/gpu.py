@@ -1,0 +1,149 @@
+"""
+One call on a machine with a GPU: is it correct, how fast is every shipped recipe, how much memory, what do the kernels and the peers do.
+
+    python bench/gpu.py                                  # all, about half an hour on one card
+    python bench/gpu.py --only correctness throughput
+    python bench/gpu.py --small --device=cpu             # the same in minutes, with tiny models: to see that the script itself works
+
+Each part is a process of its own that may fail without ending the rest; what it printed goes to the terminal and, all together, to --output (default: gpu.log), and
+gpu.json beside it has the figures of the recipes.
+"""
+import argparse
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
+FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
+SMALL = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--head_dim=None', '--num_key_value_heads=None', '--d_ff=128', '--expert_d_ff=64', '--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=1', '--total_batch_size=0', '--compile=False']
+PARTS = ('correctness', 'resume', 'tests', 'throughput', 'memory', 'peers', 'stall', 'generation')
+
+
+def difference(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def correctness(args):
+    """Loss and gradients of each family against attention written out, in eager mode, with all logits at once; relative norms of the difference."""
+    import torch
+
+    from model import Model
+    from presets import resolve_shape
+    n_layer, n_embd, T, vocabulary = (1, 64, 32, 500) if args.small else (4, 512, 1024, 32000)
+    dtype = torch.float32 if args.device == 'cpu' else torch.bfloat16
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    worst = 0.0
+    for family in FAMILIES:
+        shape = resolve_shape(dict(arch_preset=family, n_layer=n_layer, n_head=8, n_embd=n_embd, block_size=T, vocab_size=vocabulary))
+        torch.manual_seed(0)
+        x, y = (torch.randint(0, vocabulary, (2, T), device=args.device) for _ in range(2))
+
+        def result(backend, chunk, compiled):
+            model = Model.on_meta(shape, backend, loss_chunk=chunk).allocate(args.device)
+            model.init_weights(0, 'cpu')
+            call = torch.compile(model) if compiled else model
+            with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
+                loss = call(x, y)
+            loss.backward()
+            return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters()])
+        loss, gradient = result('manual', 0, False)
+        backends = ['sdpa'] + [name for name in ('flash_attn_2', 'flash_attn_3') if args.device == 'cuda' and _installed(name)]
+        ways = {name: (name, 0, False) for name in backends} | {'chunks': ('sdpa', 2 * T // 4, False)} | ({} if args.device == 'cpu' else {'compiled': ('sdpa', 0, True), 'compiled, chunks': ('sdpa', 2 * T // 4, True)})
+        for name, way in ways.items():
+            found = result(*way)
+            off = abs(found[0] - loss).item() / loss.item(), difference(found[1], gradient)
+            worst = max(worst, *off)
+            print(f'{family:>8}, {name:>18}: loss {off[0]:.1e}, gradient {off[1]:.1e}', flush=True)
+    if worst > tolerance:
+        sys.exit(f'a difference of {worst:.1e} is above {tolerance}')
+    print(f'all within {tolerance}')
+
+
+def _installed(name):
+    import torch
+
+    from engine.attention import choose_backend
+    return choose_backend(name, 'cuda', torch.bfloat16, 64, 0.0)[0] == name
+
+
+def resume(args):
+    """A run that was stopped half-way and continued against one that was not, bit by bit; graph of losses from train.py itself."""
+    from step import write_noise
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(f'{folder}/noise', 500, 100_000)
+        common = [f'--dataset={folder}/noise', '--arch_preset=llama', '--n_layer=2', '--n_head=4', '--n_embd=128', '--block_size=128', '--batch_size=4', '--gradient_accumulation_steps=2', '--warmup_iters=2',
+                  '--eval_interval=5', '--eval_iters=2', '--log_interval=1', '--lr_decay_iters=10', f'--device={args.device}', f'--compile={args.device != "cpu"}']
+        for out, steps in (('whole', ['--max_iters=10']), ('parts', ['--max_iters=5']), ('parts', ['--max_iters=10', '--init_from=resume'])):
+            subprocess.run([sys.executable, f'{ROOT}/train.py', *common, f'--out_dir={folder}/{out}', *steps], check=True, stdout=subprocess.DEVNULL)
+        losses = []
+        for out in ('whole', 'parts'):
+            with open(glob.glob(f'{folder}/{out}/run_*.jsonl')[0]) as f:
+                losses.append({record['iter']: record['loss'] for record in map(json.loads, f) if record['type'] == 'iter'})
+    if losses[0] != losses[1]:
+        sys.exit(f'the runs differ: {losses}')
+    print(f'10 iterations, stopped and resumed after 5: the same losses to the last bit, the last {losses[0][10]}')
+
+
+def throughput(args):
+    """bench/throughput.py for each shipped recipe, with the largest batch_size that is predicted to fit, one micro-step an iteration."""
+    rows = {}
+    names = sorted(glob.glob(f'{ROOT}/config/full_*.py') + glob.glob(f'{ROOT}/config/moe_*.py') + [f'{ROOT}/config/train_gpt2.py'])
+    for path in names:
+        settings = [*SMALL, '--iterations=2', '--warmup=1'] if args.small else ['--total_batch_size=0', '--gradient_accumulation_steps=1', '--dtype=bfloat16', '--compile=True', '--iterations=10', '--largest']
+        done = subprocess.run([sys.executable, f'{ROOT}/bench/throughput.py', path, *settings, f'--device={args.device}', '--json'], capture_output=True, text=True)
+        print(done.stdout.rsplit('\n{', 1)[0] if done.returncode == 0 else f'{os.path.basename(path)}: {(done.stderr.strip().splitlines() or ["failed"])[-1]}', flush=True)
+        if done.returncode == 0:
+            rows[os.path.basename(path)] = json.loads(done.stdout.strip().splitlines()[-1])
+    with open(args.output.removesuffix('.log') + '.json', 'w') as f:
+        json.dump(rows, f, indent=2)
+    if not rows:
+        sys.exit('no recipe ran')
+
+
+def commands(args):
+    """{part: command} of those that are scripts of their own."""
+    device, small = f'--device={args.device}', args.small
+    return {
+        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['tests/test_no_sync.py', 'tests/test_attention.py', 'tests/test_loader.py', 'tests/test_experts.py', 'tests/test_resume.py'])],
+        'memory': ['bench/memory_prediction.py', device, *(['--models', 'gpt2:2:64:2:64:2:500:none'] if small else ['--dtype=bfloat16', '--models', 'gpt2:12:768:12:1024:16:50304:none', 'llama:24:2048:16:2048:8:32000:none',
+                                                                                                                  'llama:24:2048:16:2048:8:32000:selective', 'qwen3:8:2048:16:2048:4:151936:full'])],
+        'peers': ['bench/peers.py', device, *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--rounds=1', '--steps=1', '--warmup=1', '--batch_size=1'] if small else ['--dtype=bfloat16', '--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=16', '--steps=10'])],
+        'stall': ['bench/checkpoint_stall.py', *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--saves=1', '--steps=2'] if small else ['--n_layer=18', '--n_embd=2304', '--n_head=18', '--vocab_size=32000', '--batch_size=8', '--block_size=2048'])],
+        'generation': ['bench/generation.py', '--help'] if small else ['bench/generation.py', '--out_dir=out-demo'],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
+    parser.add_argument('--small', action='store_true', help='tiny models')
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
+    parser.add_argument('--output', default='gpu.log')
+    parser.add_argument('--part', choices=PARTS, help='one process: this part')
+    args = parser.parse_args()
+    if args.part:
+        return {'correctness': correctness, 'resume': resume, 'throughput': throughput}[args.part](args)
+    results, begun = {}, time.monotonic()
+    with open(args.output, 'w') as log:
+        def say(line):
+            print(line, flush=True)
+            log.write(line + '\n')
+            log.flush()
+        for part in args.only:
+            say(f'\n==== {part}, {time.monotonic() - begun:.0f} s after the start')
+            command = commands(args).get(part) or ['bench/gpu.py', f'--part={part}', f'--device={args.device}', f'--output={os.path.abspath(args.output)}', *['--small'] * args.small]
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for line in process.stdout:
+                say(line.rstrip())
+            results[part] = process.wait()
+        say('\n' + ', '.join(f'{part} {"ok" if code == 0 else f"FAILED ({code})"}' for part, code in results.items()))
+    return max(results.values())
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""train.py's step on one process, in pieces that can be timed, for any recipe; and what its matmuls alone take. What bench/throughput.py and bench/peers.py measure."""
+import contextlib
+import dataclasses
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import train  # noqa: E402
+from data.tokenfile import TokenFileWriter  # noqa: E402
+from engine import checks, experts, optim, parallel  # noqa: E402
+from engine.attention import choose_backend  # noqa: E402
+from engine.dataset import open_dataset  # noqa: E402
+from engine.loader import TrainLoader, order_of  # noqa: E402
+from engine.loss import choose_chunk  # noqa: E402
+from model import Model  # noqa: E402
+from presets import resolve_shape  # noqa: E402
+
+
+def write_noise(folder, vocab_size, tokens=2_000_000):
+    """A data set of random ids: speed does not depend on them, but for how experts are chosen."""
+    draw = np.random.default_rng(0)
+    with TokenFileWriter(folder, vocab_size=vocab_size, eot_id=None, tokenizer={'kind': 'none'}, split='noise') as writer:
+        writer.write('train', draw.integers(0, vocab_size, tokens))
+        writer.write('val', draw.integers(0, vocab_size, tokens // 100))
+
+
+def dtype_of(c, device):
+    return c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16')
+
+
+def autocast_of(c, device):
+    dtype = dtype_of(c, device)
+    return contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def model_settings(c, device):
+    """Arguments of Model for a recipe, as train.py has them for one process."""
+    dtype, shape = getattr(torch, dtype_of(c, device)), resolve_shape(dataclasses.asdict(c), c.vocab_size)
+    backend, _ = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, c.dropout, window=any(shape.windows), documents=False, sinks=shape.attention_sinks)
+    dispatch = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type)[0] if shape.num_experts else None
+    return dict(config=shape, backend=backend, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, dispatch=dispatch,
+                loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype)[0])
+
+
+class Step:
+    """c: train.Config; folder: a data set. data(), forward(), backward() make a micro-step, update() the optimizer's; run() all of an iteration."""
+
+    def __init__(self, c, folder):
+        self.world = parallel.start(c.device)
+        self.device = device = self.world.device
+        self.dtype = dtype_of(c, device)
+        if c.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        settings = model_settings(c, device)
+        self.shape = settings['config']
+        self.model = Model.on_meta(**settings).allocate(device)
+        self.model.init_weights(0)
+        self.accumulation = checks.accumulation_steps(c, 1)
+        _, self.train_model = parallel.wrap(self.model, self.world, c.compile, self.accumulation)
+        self.parameters, self.grad_clip = list(self.model.parameters()), c.grad_clip
+        self.optimizer = optim.build_optimizer(self.model.named_parameters(), matrices=self.model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate,
+                                               betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=device.type)
+        self.guard = optim.Guard(self.parameters, torch.amp.GradScaler(device.type, enabled=False), 3)
+        self.autocast = autocast_of(c, device)
+        file = open_dataset(folder, ROOT)[0]
+        self.loader = TrainLoader(file, order_of(file, c.block_size, 0), batch_size=c.batch_size, rank=0, world_size=1, position=0, device=device)
+        self.number, self.tokens_of_micro_step = 0, c.batch_size * c.block_size
+        self.tokens = self.tokens_of_micro_step * self.accumulation
+        self.total = torch.zeros((), device=device)
+
+    def data(self):
+        self.x, self.y, _ = self.loader.next()
+
+    def forward(self):
+        with self.autocast:
+            self.loss = self.train_model(self.x, self.y, reduction='sum') * (1 / self.tokens)
+
+    def backward(self):
+        self.loss.backward()
+        self.total += self.loss.detach()
+        self.loss = None
+
+    def update(self):
+        self.number += 1
+        self.guard.step(self.optimizer, self.number, self.total, optim.clip_gradients(self.parameters, self.grad_clip))
+        self.model.zero_grad(set_to_none=True)
+        self.total = torch.zeros((), device=self.device)
+
+    def run(self):
+        for _ in range(self.accumulation):
+            self.data()
+            self.forward()
+            self.backward()
+        self.update()
+
+    def timed(self):
+        """{'data', 'forward', 'backward', 'optimizer'}: seconds of one iteration, waiting for the device after each piece."""
+        seconds = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0)
+        for piece, part in [*[('data', self.data), ('forward', self.forward), ('backward', self.backward)] * self.accumulation, ('optimizer', self.update)]:
+            finish(self.device)
+            started = time.perf_counter()
+            part()
+            finish(self.device)
+            seconds[piece] += time.perf_counter() - started
+        return seconds
+
+
+def finish(device):
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def matmuls(shape, tokens, dtype, device):
+    """(seconds, FLOPs) of the matmuls of a micro-step, forward and backward, one after the other; of dense linear layers, attention's scores are not among them."""
+    counted, seconds, flops = {}, 0.0, 0
+    for module in Model.on_meta(shape).modules():
+        if isinstance(module, torch.nn.Linear):
+            counted[tuple(module.weight.shape)] = counted.get(tuple(module.weight.shape), 0) + 1
+    for (outputs, inputs), times in counted.items():
+        x, w, g = (torch.randn(size, dtype=getattr(torch, dtype), device=device) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+        for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):
+            found = []
+            for _ in range(4):
+                finish(device)
+                started = time.perf_counter()
+                work()
+                finish(device)
+                found.append(time.perf_counter() - started)
+            seconds += times * statistics.median(found[1:])
+            flops += times * 2 * tokens * inputs * outputs
+    return seconds, flops
+
+
+def config_of(argv):
+    """train.Config of a recipe and --key=value."""
+    return train.resolve(train.Config, argv, train.ALIASES)[0]

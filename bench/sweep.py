@@ -1,0 +1,166 @@
+"""
+The fastest way to run a recipe on this machine: tries its settings one after the other, in short runs of train.py, and prints the best command line, a table and a picture.
+
+    python bench/sweep.py config/full_llama_1.36b.py
+    python bench/sweep.py config/demo_pystdlib.py --minutes=5 --device=cpu
+    python bench/sweep.py config/train_gpt2.py --output=sweep_gpt2.png --iterations=8
+
+Takes all keys of train.py; those given are not tried. In this order, keeping the best of each: batch_size (the tokens of an iteration stay as they are), compile, activation
+checkpointing with twice the batch_size, attention_backend, loss_chunk. What runs out of memory or fails is a line of the table too. Each try is a process of its own on random ids, and nothing
+of it is kept. Tries that are within 2 % of the best so far are run once more, in turns with it, before they replace it.
+"""
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from step import ROOT, config_of, write_noise
+
+from data.tokenfile import read_meta
+from presets import resolve_shape
+
+OWN = {'iterations': 6, 'minutes': 10.0, 'output': 'sweep.png', 'seconds': 180}
+
+
+def main(argv=None):
+    """Prints; returns (best settings, rows)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ('-h', '--help') for word in argv):
+        return print(__doc__)
+    own = dict(OWN)
+    for word in [word for word in argv if word.split('=')[0].removeprefix('--') in OWN]:
+        key, value = word.removeprefix('--').split('=')
+        own[key] = type(OWN[key])(value)
+        argv.remove(word)
+    c = config_of(argv)
+    known = read_meta(os.path.join(ROOT, 'data', c.dataset)).get('vocab_size')
+    vocabulary = resolve_shape(dataclasses.asdict(c), c.vocab_size or known or 50304).vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(os.path.join(folder, 'noise'), vocabulary, max(2_000_000, 2 * c.block_size * 100))
+        sweep = Sweep(argv, c, vocabulary, folder, own)
+        sweep.run()
+    print('\n' + sweep.table())
+    best = ' '.join(f'--{key}={value}' for key, value in sweep.best.items())
+    print(f'\nbest: python train.py {" ".join(argv)} {best}'.rstrip())
+    print(f'{sweep.speed(sweep.best):,.0f} tokens/s, {sweep.speed(sweep.best) / sweep.speed({}):.2f} times the recipe as it stands' if sweep.speed({}) else f'{sweep.speed(sweep.best):,.0f} tokens/s')
+    sweep.draw(own['output'])
+    print(f'wrote {own["output"]}')
+    return sweep.best, sweep.rows
+
+
+class Sweep:
+    """best: settings that differ from the recipe; rows: (settings, tokens per second or None, GB or None, what went wrong or '')."""
+
+    def __init__(self, argv, c, vocabulary, folder, own):
+        self.argv, self.c, self.vocabulary, self.folder, self.own = argv, c, vocabulary, folder, own
+        self.given = {word.removeprefix('--').split('=')[0] for word in argv if word.startswith('--')}
+        self.best, self.rows, self.ends = {}, [], time.monotonic() + 60 * own['minutes']
+        self.sequences = (c.total_batch_size // c.block_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
+
+    def run(self):
+        self.attempt({})
+        for name, tries in (('batch_size', self.batch_sizes), ('compile', lambda: [{'compile': not self.now('compile')}]), ('activation_checkpointing', self.recomputed),
+                            ('attention_backend', lambda: [{'attention_backend': name} for name in self.backends() if name != self.now('attention_backend')]),
+                            ('loss_chunk', lambda: [{'loss_chunk': 0}])):
+            if name in self.given:
+                continue
+            for change in tries():
+                if time.monotonic() > self.ends:
+                    print(f'{self.own["minutes"]:g} minutes are over')
+                    return
+                self.attempt({**self.best, **change})
+
+    def now(self, key):
+        return self.best.get(key, getattr(self.c, key))
+
+    def batch(self, size):
+        return {'batch_size': size, **({} if self.c.total_batch_size else {'gradient_accumulation_steps': self.sequences // size})}
+
+    def batch_sizes(self):
+        """Twice as large ones as long as they are faster; if none was, half as large ones."""
+        sizes = [size for size in range(1, self.sequences + 1) if self.sequences % size == 0]
+        for further in (lambda size: min((s for s in sizes if s >= 2 * size), default=None), lambda size: max((s for s in sizes if s <= size / 2), default=None)):
+            size = further(self.c.batch_size)
+            while size:
+                yield self.batch(size)
+                size = further(size) if self.now('batch_size') == size else None
+            if self.best:
+                return
+
+    def recomputed(self):
+        more = 2 * self.now('batch_size')
+        return [{'activation_checkpointing': kind, **self.batch(more)} for kind in ('selective', 'full')] if self.sequences % more == 0 else []
+
+    def backends(self):
+        return ['sdpa', 'flash_attn_2', 'flash_attn_3'] if self.c.device != 'cpu' and _has_gpu() else ['sdpa', 'manual']
+
+    def speed(self, settings):
+        found = [speed for tried, speed, _, _ in self.rows if tried == settings and speed]
+        return statistics.median(found) if found else 0.0
+
+    def attempt(self, settings):
+        """Run with `settings` and keep them if they are the best."""
+        self.measure(settings)
+        if settings == self.best:
+            return
+        if 0.98 < self.speed(settings) / max(self.speed(self.best), 1e-9) < 1.02:
+            self.measure(self.best)
+            self.measure(settings)
+        if self.speed(settings) > self.speed(self.best):
+            self.best = settings
+
+    def measure(self, settings):
+        out = tempfile.mkdtemp(dir=self.folder)
+        iterations = self.own['iterations']
+        words = [f'--{key}={value}' for key, value in settings.items()]
+        command = [sys.executable, os.path.join(ROOT, 'train.py'), *self.argv, *words, f'--out_dir={out}', f'--dataset={self.folder}/noise', f'--vocab_size={self.vocabulary}', f'--max_iters={iterations + 1}',
+                   f'--lr_decay_iters={iterations + 1}', '--warmup_iters=0', '--eval_interval=1000000', '--checkpoint_interval=1000000', '--eval_at_start=False', '--log_interval=1', '--sample_interval=0', '--eval_tasks=None',
+                   '--init_from=scratch', '--auto_resume=False']
+        speed = memory = None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.own['seconds'], cwd=ROOT)
+            problem = '' if done.returncode == 0 else 'out of memory' if 'out of memory' in done.stderr.lower() or done.returncode == -9 else (done.stderr.strip().splitlines() or ['failed'])[-1][:90]
+        except subprocess.TimeoutExpired:
+            problem = f'more than {self.own["seconds"]} s'
+        names = [name for name in os.listdir(out) if name.endswith('.jsonl')]
+        if not problem and names:
+            with open(os.path.join(out, names[0])) as f:
+                records = [record for record in map(json.loads, f) if record['type'] == 'iter'][1:]  # the first compiles
+            speed, memory = statistics.median(record['tokens_per_sec'] for record in records), max(record['memory']['max_allocated_gb'] for record in records)
+        self.rows.append((settings, speed, memory, problem))
+        print(f"{' '.join(words) or 'as it stands'}: " + (f'{speed:,.0f} tokens/s, {memory:.2f} GB' if speed else problem), flush=True)
+
+    def table(self):
+        lines = [f'{"tokens/s":>12}  {"GB":>7}  settings']
+        for settings, speed, memory, problem in sorted(self.rows, key=lambda row: -(row[1] or 0)):
+            shown = ' '.join(f'{key}={value}' for key, value in settings.items()) or 'as it stands'
+            lines.append(f'{speed:12,.0f}  {memory:7.2f}  {shown}' if speed else f'{"-":>12}  {"-":>7}  {shown}: {problem}')
+        return '\n'.join(lines)
+
+    def draw(self, path):
+        """A bar for each setting, the recipe as it stands in another colour."""
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+        rows = [(settings, speed) for settings, speed, _, _ in self.rows if speed]
+        figure, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)))
+        names = [f"{i}. {' '.join(f'{key}={value}' for key, value in settings.items()) or 'as it stands'}" for i, (settings, _) in enumerate(rows, 1)]
+        axes.barh(names, [speed for _, speed in rows], color=['tab:green' if settings == self.best else 'tab:gray' if not settings else 'tab:blue' for settings, _ in rows])
+        axes.invert_yaxis()
+        axes.set(xlabel='tokens per second')
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+
+def _has_gpu():
+    import torch
+    return torch.cuda.is_available()
+
+
+if __name__ == '__main__':
+    main()

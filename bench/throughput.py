@@ -1,0 +1,99 @@
+"""
+Speed of a recipe on this machine, one process: tokens per second, model FLOPs utilisation, memory, and where the time of an iteration goes.
+
+    python bench/throughput.py config/demo_pystdlib.py
+    python bench/throughput.py config/full_llama_1.36b.py --batch_size=24 --gradient_accumulation_steps=1
+    python bench/throughput.py config/full_llama_1.36b.py --n_layer=2 --block_size=256 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu --dtype=float32
+
+Takes all keys of train.py, and --iterations=N (default 10), --warmup=N (default 3), --largest (the batch_size that find_batch_size would take, and one micro-step), --json (the figures
+once more, as the last line). Data are random ids of the recipe's vocabulary. The speed is the median of whole iterations without
+a pause; the pieces are timed in others that wait for the device after each, so they add up to a little more.
+"""
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+from step import ROOT, Step, autocast_of, config_of, finish, matmuls, model_settings, write_noise
+
+from data.tokenfile import read_meta
+from engine import flops, memory
+from engine.report import memory_gb
+from model import Model
+from presets import resolve_shape
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word in ('-h', '--help') for word in argv):
+        return print(__doc__)
+    counts = {'iterations': 10, 'warmup': 3}
+    for word in [word for word in argv if word.startswith(('--iterations=', '--warmup='))]:
+        counts[word[2:].split('=')[0]] = int(word.split('=')[1])
+        argv.remove(word)
+    largest, as_json = (word in argv and not argv.remove(word) for word in ('--largest', '--json'))
+    c = config_of(argv)
+    known = read_meta(os.path.join(ROOT, 'data', c.dataset)).get('vocab_size')  # where it has been prepared
+    vocabulary = resolve_shape(dataclasses.asdict(c), c.vocab_size or known or 50304).vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(folder, vocabulary)
+        figures = measure(dataclasses.replace(c, vocab_size=vocabulary), folder, largest, **counts)
+    if as_json:
+        print(json.dumps(figures))
+    return figures
+
+
+def predict(c, batch_size):
+    """engine.memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or two."""
+    device = torch.device(c.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    settings = model_settings(dataclasses.replace(c, batch_size=batch_size), device)
+    return memory.predict(lambda: Model(**{**settings, 'backend': 'sdpa'}), batch_size, c.block_size, device, autocast_of(c, device), accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
+                          muon=c.optimizer == 'muon')
+
+
+def measure(c, folder, largest, iterations, warmup):
+    """Prints; returns {'tokens_per_sec', 'seconds', 'pieces', 'max_allocated_gb', 'compile_s'}."""
+    if largest:
+        c = dataclasses.replace(c, batch_size=memory.find_batch_size(lambda size: predict(c, size), 64, memory.available(torch.device(c.device or ('cuda' if torch.cuda.is_available() else 'cpu')))),
+                                gradient_accumulation_steps=1, total_batch_size=0)
+    prediction = predict(c, c.batch_size)
+    step = Step(c, folder)
+    device = step.device
+    started = time.perf_counter()
+    step.run()
+    finish(device)
+    first = time.perf_counter() - started
+    for _ in range(warmup - 1):
+        step.run()
+    seconds = []
+    for _ in range(iterations):
+        finish(device)
+        started = time.perf_counter()
+        step.run()
+        finish(device)
+        seconds.append(time.perf_counter() - started)
+    pieces = [step.timed() for _ in range(max(3, iterations // 3))]
+    middle = statistics.median(seconds)
+    rate = step.tokens / middle
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
+    found = flops.utilisation(step.model.flops(), rate, device_name=name, dtype=step.dtype, num_devices=1, architecture=step.shape.describe())
+    split = {piece: statistics.median(row[piece] for row in pieces) for piece in pieces[0]}
+    print(f'{step.shape.describe()}: {sum(p.numel() for p in step.parameters) / 1e6:,.1f} M parameters, '
+          f'{c.batch_size} x {c.block_size} tokens x {step.accumulation}, {step.dtype} on {name or "the CPU"}, compile={c.compile}, torch {torch.__version__}; medians of {iterations} after {warmup}')
+    print(f'  {1000 * middle:,.1f} ms an iteration ({1000 * min(seconds):,.1f} to {1000 * max(seconds):,.1f}), {rate:,.0f} tokens/s; the first took {first:.1f} s')
+    if found['mfu'] is not None:
+        print(f"  MFU {found['mfu_percent']:.1f} % (6N + 12LHQT), {100 * found['mfu_causal']:.1f} % with half of the attention, of {found['hardware_peak_tflops']:.0f} TFLOP/s dense")
+    alone, of_matmuls = matmuls(step.shape, c.batch_size * c.block_size, step.dtype, device)
+    print(f"  {found['achieved_tflops']:.3f} TFLOP/s; the matmuls of the linear layers alone run at {of_matmuls / alone / 1e12:.3f} TFLOP/s and are {alone * step.accumulation / middle:.0%} of the time")
+    print('  ' + ', '.join(f'{piece} {1000 * value:,.1f} ms ({value / sum(split.values()):.1%})' for piece, value in split.items()))
+    used = memory_gb(device)['max_allocated_gb']
+    print(f"  memory: at most {used:.2f} GB {'allocated' if device.type == 'cuda' else 'of the whole process'}; {prediction.describe()}", flush=True)
+    return {'tokens_per_sec': rate, 'seconds': seconds, 'pieces': split, 'max_allocated_gb': used, 'first_s': first, 'mfu': found['mfu_percent'], 'predicted_gb': prediction.total / 1e9}
+
+
+if __name__ == '__main__':
+    main()

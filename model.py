@@ -280,6 +280,11 @@ class Model(nn.Module):
         experts are three-dimensional."""
         return [name for name, p in self.named_parameters() if '.h.' in name and p.dim() == 2 and not name.endswith('bias') and '.router.' not in name]
 
+    def keep_from_compiler(self):
+        """Leave the loss in chunks out of what is compiled on a CPU: it would compute each exponential twice rather than keep it."""
+        if self.lm_head.chunk and self.lm_head.weight.device.type == 'cpu':
+            self.lm_head.forward = torch.compiler.disable(self.lm_head.forward)
+
     def compile_units(self):
         """Compile each block and the head for itself; a head that goes chunk by chunk has nothing to gain."""
         for module in (*self.transformer.h, *([] if self.lm_head.chunk else [self.lm_head])):

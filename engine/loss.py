@@ -17,8 +17,7 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0):
     """
     if chunk:
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        apply = _in_eager_mode if hidden.device.type == 'cpu' else _ChunkedLoss.apply
-        loss = apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
+        loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
         return loss if reduction == 'sum' else loss / (targets != IGNORE).sum()
     logits = F.linear(hidden, weight)
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
@@ -75,9 +74,3 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, factor):
         (hidden, weight), ctx.gradients = ctx.gradients, None  # they are used up
         return hidden.mul_(factor), weight.mul_(factor), None, None, None
-
-
-@torch.compiler.disable
-def _in_eager_mode(*args):
-    """On a CPU the compiler gains nothing here: it would compute each exponential twice rather than keep it."""
-    return _ChunkedLoss.apply(*args)

@@ -263,6 +263,8 @@ def wrap(model, world, compile, accumulation):
     in_parts = world.layout != 'single'  # FSDP gathers between them, and DDP sends the gradients of one while the next are computed
     if compile and world.ring:
         world.ring.keep_from_compiler()
+    if compile:
+        model.keep_from_compiler()
     if compile and in_parts:
         model.compile_units()
     step_model = torch.compile(model) if compile and not in_parts else model

@@ -198,14 +198,14 @@ def _keep_matmuls():
 
 
 class Head(nn.Linear):
-    """From the last hidden state to logits, or straight to the loss. chunk: as next_token_loss() takes it."""
+    """From the last hidden state to logits, or straight to the loss. chunk, z_loss: as next_token_loss() takes them."""
 
-    def __init__(self, config, chunk):
+    def __init__(self, config, chunk, z_loss):
         super().__init__(config.n_embd, config.vocab_size, bias=False)
-        self.chunk = chunk
+        self.chunk, self.z_loss = chunk, z_loss
 
     def forward(self, x, targets=None, reduction='mean'):
-        return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction, self.chunk)
+        return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction, self.chunk, self.z_loss)
 
 
 class Model(nn.Module):
@@ -215,10 +215,10 @@ class Model(nn.Module):
     finds kept of each block: 'none' all of it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring of the
     ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch returned; aux_loss, z_loss: weights of these losses of
     engine.experts.routing_statistics in training; document_end: token after which attention and positions start anew, or None; loss_chunk: tokens
-    whose logits are in memory at a time in training, 0 for all. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
+    whose logits are in memory at a time in training, 0 for all; head_z_loss: weight of the z-loss of these logits. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
-    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None, loss_chunk=0):
+    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None, loss_chunk=0, head_z_loss=0.0):
         super().__init__()
         self.config, self.backend, self.dropout, self.ring, self.document_end = config, backend, dropout, ring, document_end
         self.aux_loss, self.z_loss = aux_loss, z_loss
@@ -230,7 +230,7 @@ class Model(nn.Module):
         self.transformer = nn.ModuleDict(parts)
         for block in parts['h']:
             block.activation_checkpointing = activation_checkpointing
-        self.lm_head = Head(config, loss_chunk)
+        self.lm_head = Head(config, loss_chunk, head_z_loss)
         if config.weight_tying:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'

@@ -145,7 +145,8 @@ class Config:
     z_loss_weight: float = 0.0  # of the router's z-loss (ST-MoE)
     expert_dispatch: Literal['grouped', 'loop'] = 'grouped'  # one matmul for all experts, or one expert after another
     upcycle: bool = False  # with init_from: a dense model becomes one of num_experts, each a copy of its feed-forward layer
-    # optimiser, warm-up and cosine
+    # loss and optimiser, warm-up and cosine
+    head_z_loss_weight: float = 0.0  # of the z-loss of the logits (PaLM has 1e-4), in the gradient only
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the layers, AdamW for the rest, both by the same learning rate
     muon_momentum: float = 0.95
     learning_rate: float = 6e-4  # at the end of the warm-up
@@ -275,7 +276,7 @@ def run(argv, stop):
 
     def of_model(batch_size):
         return dict(dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, dispatch=dispatch, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight,
-                    document_end=document_end, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
+                    document_end=document_end, head_z_loss=c.head_z_loss_weight, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
 
     def predicted(batch_size, sequences):
         return memory.predict(lambda: Model(shape, 'manual' if attention_backend == 'manual' else 'sdpa', **of_model(batch_size)), batch_size, tokens_of_rank, device, autocast,

@@ -13,16 +13,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 
-def peak():
-    with open('/proc/self/status') as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM'))
-
-
 def step(args):
     import torch
 
     from engine import optim
     from engine.loss import choose_chunk
+    from engine.report import memory_gb
     from model import Model
     from presets import resolve_shape
     tokens = args.batch_size * args.block_size
@@ -42,7 +38,7 @@ def step(args):
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
     held = 4 * 4 * sum(p.numel() for p in model.parameters())  # weights, gradients, two moments
-    print(statistics.median(seconds[1:]), peak(), held, loss.item(), chunk)
+    print(statistics.median(seconds[1:]), 1e9 * memory_gb(torch.device('cpu'))['max_allocated_gb'], held, loss.item(), chunk)
 
 
 def main():

@@ -14,7 +14,7 @@ def refuse_impossible(c, given, notes):
                 'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'fsdp_replicas', 'context_parallel', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
         if getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
-    for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'loss_chunk', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
+    for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'head_z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'loss_chunk', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
         if (getattr(c, key) or 0) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
     for key in ('checkpoint_interval', 'upload_keep_local', 'eval_tasks_limit'):

@@ -9,18 +9,24 @@ PLAIN_BYTES = {'cpu': 2**24, 'cuda': 2**31}  # of fp32 logits up to which the lo
 CHUNK_BYTES = {'cpu': 2**27, 'cuda': 2**29}  # of those of a chunk
 
 
-def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0):
+def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0.0):
     """Cross-entropy of softmax(hidden @ weight^T) against `targets`, in fp32.
 
     hidden: (..., C); weight: (V, C), the output head; targets: (...) int64, IGNORE where there is none.
-    reduction 'mean' (over the targets) or 'sum'. chunk: tokens whose logits are in memory at a time, 0: all. Returns a scalar fp32 tensor.
+    reduction 'mean' (over the targets) or 'sum'. chunk: tokens whose logits are in memory at a time, 0: all. z_loss: weight of the squared logarithm of the softmax's
+    denominator, which keeps logits from drifting (Chowdhery et al., "PaLM", 2022, section 5); it is in the gradient only. Returns a scalar fp32 tensor.
     """
     if chunk:
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype)
+        loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype, z_loss)
         return loss if reduction == 'sum' else loss / (targets != IGNORE).sum()
-    logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    logits, targets = F.linear(hidden, weight).flatten(0, -2).float(), targets.flatten()
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
+    if not z_loss:
+        return loss
+    there = targets != IGNORE
+    extra = z_loss * torch.where(there, logits.logsumexp(dim=1).square(), 0.0).sum() / (1 if reduction == 'sum' else there.sum())
+    return loss + (extra - extra.detach())
 
 
 def choose_chunk(asked, tokens, vocab_size, device_type, dtype):
@@ -40,13 +46,13 @@ class _ChunkedLoss(torch.autograd.Function):
     """The sum of the losses, and with it the gradients, chunk by chunk: logits are needed for both and computed once.
 
     hidden: (N, C); weight: (V, C); targets: (N,). dtype: of the matmuls. As in backward of the plain loss, with p = softmax(logits):
-    d loss / d logits = p - onehot(target), from which both gradients follow; they wait for the gradient of the loss, a factor.
+    d loss / d logits = p - onehot(target), to which a z-loss z log(Z)^2 adds 2 z log(Z) p, from which both gradients follow; they wait for the gradient of the loss, a factor.
     """
 
     @staticmethod
     @torch.autocast('cpu', enabled=False)
     @torch.autocast('cuda', enabled=False)
-    def forward(ctx, hidden, weight, targets, chunk, dtype):
+    def forward(ctx, hidden, weight, targets, chunk, dtype, z_loss):
         h, w, wanted = hidden.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
         total = torch.zeros((), device=h.device)
         room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # fresh memory costs a CPU as much as a pass over it
@@ -59,9 +65,10 @@ class _ChunkedLoss(torch.autograd.Function):
             right, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
             shares = logits.sub_(largest).exp_()  # those of the softmax, but for their sum
             whole = shares.sum(dim=1, keepdim=True)
-            total += torch.where(there, largest + whole.log() - right, 0.0).sum()
+            norm = largest + whole.log()
+            total += torch.where(there, norm - right, 0.0).sum()
             if wanted:
-                slope = shares.mul_(there / whole).scatter_add_(1, target, -there.float()).to(dtype)
+                slope = shares.mul_(there * (1 + 2 * z_loss * norm) / whole if z_loss else there / whole).scatter_add_(1, target, -there.float()).to(dtype)
                 torch.mm(slope, w, out=ctx.gradients[0][first:first + chunk])
                 if weight.dtype == dtype and first:
                     ctx.gradients[1].addmm_(slope.T, here)
@@ -73,4 +80,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor):
         (hidden, weight), ctx.gradients = ctx.gradients, None  # they are used up
-        return hidden.mul_(factor), weight.mul_(factor), None, None, None
+        return hidden.mul_(factor), weight.mul_(factor), None, None, None, None

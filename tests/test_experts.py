@@ -248,8 +248,6 @@ def test_balancing_makes_an_unbalanced_start_even():
     assert off[0] == on[0] < 20 and max(on[-20:]) > 60 and sum(on[-20:]) / 20 > 55 and max(off[-20:]) < 40
 
 
-
-
 def test_biases_of_experts_are_not_decayed():
     from engine.optim import decay_groups
     named = dict(model(dispatch='loop').named_parameters()) | dict(Model(resolve_shape(dict(arch_preset='gpt_oss', n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=20, num_experts=4,

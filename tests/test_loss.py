@@ -33,6 +33,35 @@ def test_chunks_give_the_plain_loss_and_its_gradients(chunk, reduction):
         assert a.dtype == b.dtype and (a - b).abs().max() < 2e-6 * a.abs().max()
 
 
+@pytest.mark.parametrize('chunk', [0, 40])
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_z_loss_is_in_the_gradient_and_not_in_the_value(chunk, reduction):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2, 50, 24), torch.randn(97, 24) * 0.3, torch.randint(0, 97, (2, 50))
+    targets[0, :7] = IGNORE
+    found = []
+    for written_out in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if written_out:
+            logits, there = (h @ w.T).flatten(0, 1), targets.flatten() != IGNORE
+            value = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+            squares = logits.logsumexp(1)[there] ** 2
+            (value + 0.1 * (squares.mean() if reduction == 'mean' else squares.sum())).backward()
+        else:
+            value = next_token_loss(h, w, targets, reduction, chunk, 0.1)
+            value.backward()
+        found.append([value.detach(), h.grad, w.grad])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() < 3e-6 * a.abs().max()
+
+
+def test_z_loss_of_a_run(dataset, tmp_path):
+    for name, more in (('plain', []), ('z', ['--head_z_loss_weight=0.1']), ('z in chunks', ['--head_z_loss_weight=0.1', '--loss_chunk=20'])):
+        assert run_train(dataset, tmp_path / name, '--max_iters=6', '--learning_rate=1e-2', *more) == 0
+    plain, z, chunks = (losses(tmp_path / name) for name in ('plain', 'z', 'z in chunks'))
+    assert plain[1] == z[1] and z == pytest.approx(chunks, abs=1e-5) and abs(plain[6] - z[6]) > 1e-4
+
+
 def test_bf16_matmuls_with_a_loss_in_fp32():
     plain, chunked = both(32, autocast=True)
     assert chunked[0].dtype == torch.float32 and abs(plain[0] - chunked[0]) < 2e-3

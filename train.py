@@ -334,7 +334,10 @@ def run(argv, stop):
     before = memory_gb(device)['allocated_gb']
     prediction = None
     if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
-        prediction = predicted(c.batch_size, c.batch_size * accumulation)
+        try:
+            prediction = predicted(c.batch_size, c.batch_size * accumulation)
+        except memory.NotPredicted as error:
+            notes.append(str(error))
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
     model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
     if nanogpt:

@@ -34,6 +34,10 @@ class Prediction:
         return f'{self.total / 1e9:.2f} GB predicted for a step ({parts})'
 
 
+class NotPredicted(ConfigError):
+    """The step could not be gone through without contents; the message says why."""
+
+
 class Counter(TorchDispatchMode):
     """now, peak: bytes of the storages that operators made within the block, those that exist and those that existed at most at a time."""
 
@@ -65,15 +69,29 @@ def predict(build, batch_size, length, device, autocast, *, accumulation=1, muon
     """The Prediction for a rank's step of `accumulation` micro-steps of batch_size sequences, `length` tokens of each on this rank.
 
     build(): the model as one process has it; autocast: context of the forward pass; muon: whether its matrices have one tensor of optimizer state, not two; ranks: over which the
-    layout, one of engine.parallel's, shares out what it shares out.
+    layout, one of engine.parallel's, shares out what it shares out. Raises NotPredicted where an operator needs contents, as a loop over experts does.
     """
+    try:
+        parameters, gradients, state, peak, units = _step(build, batch_size, length, device, autocast, min(accumulation, 2), muon)
+    except Exception as error:  # whatever an operator of this device says
+        raise NotPredicted(f'the memory of a step cannot be predicted ({type(error).__name__}: {" ".join(str(error).split())[:150]})') from None
+    fully = layout in ('ZeRO-2', 'ZeRO-3')
+    activations = peak - parameters - gradients
+    if fully:  # what is gathered: all, or the unit at work and the next
+        activations += parameters if layout == 'ZeRO-2' else sum(units[-2:])
+    share = ranks if fully else 1
+    return Prediction(parameters // share, gradients // share, state // (ranks if fully or layout == 'ZeRO-1' else 1), activations)
+
+
+def _step(build, batch_size, length, device, autocast, micro_steps, muon):
+    """(bytes of parameters, gradients, optimizer state, most of all at a time but for this state, of each unit that FSDP gathers, ascending)."""
     with FakeTensorMode(), torch.device(device), Counter() as counter:
         model = build()
         for p in model.parameters():
             counter.count(p)
         parameters = sum(p.nbytes for p in model.parameters())
         x, y = (torch.zeros(batch_size, length, dtype=torch.int64) for _ in range(2))
-        for _ in range(min(accumulation, 2)):
+        for _ in range(micro_steps):
             with autocast:
                 loss = model(x, y, reduction='sum')
             loss.backward()
@@ -82,12 +100,7 @@ def predict(build, batch_size, length, device, autocast, *, accumulation=1, muon
         matrices = set(model.matrices()) if muon else ()
         state = sum(p.nbytes * (1 if name in matrices else 2) for name, p in model.named_parameters())
         units = sorted(sum(p.nbytes for p in module.parameters()) for module in (*model.transformer.h, model.transformer.wte, model.lm_head))
-    fully = layout in ('ZeRO-2', 'ZeRO-3')
-    activations = counter.peak - parameters - gradients
-    if fully:  # what is gathered: all, or the unit at work and the next
-        activations += parameters if layout == 'ZeRO-2' else sum(units[-2:])
-    share = ranks if fully else 1
-    return Prediction(parameters // share, gradients // share, state // (ranks if fully or layout == 'ZeRO-1' else 1), activations)
+    return parameters, gradients, state, counter.peak, units
 
 
 def available(device):

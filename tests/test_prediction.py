@@ -81,6 +81,12 @@ def test_a_run_finds_its_batch_size_and_keeps_the_batch(dataset, tmp_path, monke
     assert run_train(dataset, tmp_path / 'none', *wanted) == 2 and 'even one sequence does not fit' in capsys.readouterr().err
 
 
+def test_what_cannot_be_predicted_is_said(dataset, tmp_path, capsys):
+    loop = ['--arch_preset=moe', '--expert_dispatch=loop', '--n_embd=128', '--n_head=4', '--num_experts=4', '--max_iters=1', '--eval_iters=1']
+    assert run_train(dataset, tmp_path / 'a', *loop) == 0 and 'Note: the memory of a step cannot be predicted (' in capsys.readouterr().out
+    assert run_train(dataset, tmp_path / 'b', *loop, '--find_batch_size=True') == 2 and 'error: the memory of a step cannot be predicted (' in capsys.readouterr().err
+
+
 def test_what_is_told(dataset, tmp_path, capsys):
     assert run_train(dataset, tmp_path, '--n_embd=256', '--n_head=4', '--max_iters=1', '--eval_iters=1') == 0
     said = capsys.readouterr().out

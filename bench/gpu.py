@@ -1,7 +1,7 @@
 """
 One call on a machine with a GPU: is it correct, how fast is every shipped recipe, how much memory, what do the kernels and the peers do.
 
-    python bench/gpu.py                                  # all, about half an hour on one card
+    python bench/gpu.py                                  # all
     python bench/gpu.py --only correctness throughput
     python bench/gpu.py --small --device=cpu             # the same in minutes, with tiny models: to see that the script itself works
 
@@ -72,7 +72,7 @@ def _installed(name):
 
 
 def resume(args):
-    """A run that was stopped half-way and continued against one that was not, bit by bit; graph of losses from train.py itself."""
+    """A run that was stopped half-way and continued against one that was not, bit by bit."""
     from step import write_noise
     with tempfile.TemporaryDirectory() as folder:
         write_noise(f'{folder}/noise', 500, 100_000)

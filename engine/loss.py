@@ -55,7 +55,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk, dtype, z_loss):
         h, w, wanted = hidden.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
         total = torch.zeros((), device=h.device)
-        room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # fresh memory costs a CPU as much as a pass over it
+        room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # every chunk's logits
         if wanted:
             ctx.gradients = [torch.empty_like(h), None]
         for first in range(0, len(h), chunk):

@@ -1,11 +1,11 @@
 """How much memory a training step will need, found out by taking one without any: on tensors that have shapes and no contents, each storage counted while it lives.
 
 What is counted is what the operators of a step ask for. An allocator may hold more: blocks that were freed and fit nothing (on a CPU, where big ones are kept for speed, a tenth
-to a half). The compiler needs less: it computes some of what is kept again.
+to a half). With torch.compile it is the prediction for the same step without it.
 """
 import os
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +24,11 @@ class Prediction:
     gradients: int
     optimizer: int
     activations: int
+
+    @classmethod
+    def of_log(cls, entry):
+        """That which startup_info has."""
+        return cls(**{field.name: entry[field.name] for field in fields(cls)})
 
     @property
     def total(self):

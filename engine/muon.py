@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             with_gradients = [p for p in group['params'] if p.grad is not None]
             for p in with_gradients:
-                self._begin(p, group)
+                self.state[p] = self.state[p] or state_of(p, group['muon'])
             if group['muon']:
                 for p in with_gradients:
                     self._orthogonal(p, group)
@@ -40,15 +40,6 @@ class Muon(torch.optim.Optimizer):
                 of = [self.state[p] for p in with_gradients]
                 adamw(with_gradients, [p.grad for p in with_gradients], [s['exp_avg'] for s in of], [s['exp_avg_sq'] for s in of], [], [s['step'] for s in of], fused=True, amsgrad=False,
                       beta1=group['betas'][0], beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False, found_inf=self.found_inf)
-
-    def _begin(self, p, group):
-        state = self.state[p]
-        if state:
-            return
-        for key in ('momentum',) if group['muon'] else ('exp_avg', 'exp_avg_sq'):
-            state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if not group['muon']:
-            state['step'] = torch.zeros((), dtype=torch.float32, device=p.device)
 
     def _orthogonal(self, p, group):
         buffer, old, gradient = (t.to_local() if isinstance(t, DTensor) else t for t in (self.state[p]['momentum'], p, p.grad))
@@ -62,6 +53,13 @@ class Muon(torch.optim.Optimizer):
         new = (old * (1 - group['lr'] * group['weight_decay'])).add_(update, alpha=-group['lr'] * scale(p.shape))
         for was, now in ((buffer, average), (old, new)):
             was.copy_(now if self.found_inf is None else torch.where(self.found_inf.to(was.device) != 0, was, now))
+
+
+def state_of(p, muon, step_device=None):
+    """What an optimizer keeps of the parameter `p` before its first step: of a matrix of Muon's the momentum, else AdamW's three tensors; zeros."""
+    if muon:
+        return {'momentum': torch.zeros_like(p, memory_format=torch.preserve_format)}
+    return {'step': torch.zeros((), dtype=torch.float32, device=step_device or p.device), **{key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ('exp_avg', 'exp_avg_sq')}}
 
 
 def scale(shape):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from engine.muon import Muon
+from engine.muon import Muon, state_of
 
 
 def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr):
@@ -95,12 +95,10 @@ def named_state(optimizer, named_parameters):
     for name, p in dict(named_parameters).items():
         if not p.requires_grad:
             continue
-        state, keys = optimizer.state[p], ('momentum',) if p in matrices else ('step', 'exp_avg', 'exp_avg_sq')
-        for key in keys:
-            if key not in state:
-                device = p.device if optimizer.defaults.get('fused') else 'cpu'
-                state[key] = torch.zeros((), dtype=torch.float32, device=device) if key == 'step' else torch.zeros_like(p, memory_format=torch.preserve_format)
-            tensors[f'{key}.{name}'] = state[key]
+        if not optimizer.state[p]:
+            optimizer.state[p] = state_of(p, p in matrices, None if optimizer.defaults.get('fused') else 'cpu')
+        for key, tensor in optimizer.state[p].items():
+            tensors[f'{key}.{name}'] = tensor
     return tensors
 
 

@@ -8,7 +8,7 @@ from engine import flops, topology
 from engine.dataset import shares_of
 from engine.loader import WindowOrder
 from engine.logger import now
-from engine.memory import available
+from engine.memory import Prediction, available
 
 VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
 
@@ -29,7 +29,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction):
         'optimizer': {'type': type(optimizer).__name__, 'fused': bool(optimizer.defaults.get('fused')), 'param_groups': [
             {'kind': 'Muon' if group.get('muon') else 'AdamW', 'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
             for group in optimizer.param_groups]},
-        'memory': prediction and {**dataclasses.asdict(prediction), 'total': prediction.total, 'described': prediction.describe()},
+        'memory': prediction and {**dataclasses.asdict(prediction), 'total': prediction.total},
         'config': dataclasses.asdict(c),
         'hardware': {'gpu_name': gpu_name, 'num_gpus': world.size if gpu_name else 0, 'gpu_memory_gb': gpu.total_memory / 1e9 if gpu else None,
                      'cpu_name': cpu_name(), 'cpu_threads': torch.get_num_threads(), 'precision': c.dtype,
@@ -95,7 +95,7 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
         f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
         f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
         *([paths] if paths else []),
-        *([f"Memory: {startup['memory']['described']}, {available(world.device) / 1e9:.1f} GB are free"] if startup['memory'] else []),
+        *([f"Memory: {Prediction.of_log(startup['memory']).describe()}, {available(world.device) / 1e9:.1f} GB are free"] if startup['memory'] else []),
         f'Layout: {world.describe()}' + (f", gradients summed in {c.fsdp_reduce_dtype}" if world.fsdp and c.dtype != 'float32' else '')
         + (', parameters and optimizer state in the memory of the CPU' if c.fsdp_offload and world.fsdp else '')
         + {'none': '', 'selective': '; backward computes all but matmuls and attention again', 'full': '; backward computes all of each block again'}[c.activation_checkpointing],

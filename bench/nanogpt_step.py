@@ -9,6 +9,7 @@ The reference is nanoGPT's loop rewritten from what it does: windows drawn at ra
 mapped anew for every batch, torch's default AdamW on a CPU, a loss taken from the device every log_interval iterations.
 """
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -21,75 +22,67 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from engine import optim, parallel  # noqa: E402
-from engine.configurator import resolve  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
-from engine.loader import TrainLoader, WindowOrder, evaluation_batches  # noqa: E402
+from engine.loader import evaluation_batches  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
-from train import ALIASES, Config, learning_rate  # noqa: E402
+from step import Step, config_of  # noqa: E402
+from train import learning_rate  # noqa: E402
 
 T, B = 64, 12
-SHAPE = resolve_shape(dict(arch_preset='gpt2', n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=65, activation='gelu'))
+SHAPE = dict(arch_preset='gpt2', n_layer=4, n_head=4, n_embd=128, block_size=T, vocab_size=65, activation='gelu')
 RATES = dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=2000, decay_lr=True)
 
 
-def reference_batch(path):
-    data = np.memmap(path, dtype=np.uint16, mode='r')
-    ix = torch.randint(len(data) - T, (B,))
-    x = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in ix])
-    y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in ix])
-    return x, y
-
-
-def reference_loop(path, seed):
-    """A generator: one iteration of nanoGPT's loop per next(); yields (iteration, model)."""
-    torch.manual_seed(seed)
-    model = Model(SHAPE)
-    model.init_weights(seed)
+def reference_loop(folder, model, *, batch_size, block_size, rates, learning_rate=None, compiled=False, device='cpu', autocast=contextlib.nullcontext(), fetch_every=1):
+    """A generator: one iteration of nanoGPT's loop per next(); yields (iteration, model). rates: of AdamW; learning_rate(iteration), or None where it stays."""
+    def batch():
+        data = np.memmap(os.path.join(folder, 'train.bin'), dtype=np.uint16, mode='r')
+        ix = torch.randint(len(data) - block_size, (batch_size,))
+        x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + block_size].astype(np.int64)) for i in ix]) for shift in (0, 1))
+        return (x.pin_memory().to('cuda', non_blocking=True), y.pin_memory().to('cuda', non_blocking=True)) if device == 'cuda' else (x, y)
     named = dict(model.named_parameters())
     decayed, others = optim.decay_groups(named.items())
     optimizer = torch.optim.AdamW([{'params': [named[n] for n in decayed], 'weight_decay': 0.1}, {'params': [named[n] for n in others], 'weight_decay': 0.0}],
-                                  lr=1e-3, betas=(0.9, 0.99))
-    scaler = torch.amp.GradScaler('cpu', enabled=False)
-    x, y = reference_batch(path)
-    iteration = 0
+                                  **rates, **({'fused': True} if device == 'cuda' else {}))
+    call, scaler, iteration = torch.compile(model) if compiled else model, torch.amp.GradScaler(device, enabled=False), 0
+    x, y = batch()
     while True:
-        for group in optimizer.param_groups:
-            group['lr'] = optim.learning_rate_at(iteration, **RATES)
-        loss = model(x, y)
-        x, y = reference_batch(path)
+        if learning_rate:
+            optim.set_learning_rate(optimizer, learning_rate(iteration))
+        with autocast:
+            loss = call(x, y)
+        x, y = batch()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
         iteration += 1
+        if iteration % fetch_every == 0:
+            loss.item()
         yield iteration, model
 
 
-def our_loop(file, seed, recipe=None):
-    """The same for train.py's step, with nanoGPT's settings or those of a recipe."""
-    c, _ = resolve(Config, [recipe] if recipe else ['--learning_rate=1e-3', '--min_lr=1e-4', '--warmup_iters=100', '--lr_decay_iters=2000', '--beta2=0.99'], ALIASES)
-    model = Model(SHAPE)
+def nanogpts_recipe(folder, seed):
+    """reference_loop() with nanoGPT's settings for a CPU."""
+    torch.manual_seed(seed)
+    model = Model(resolve_shape(SHAPE))
     model.init_weights(seed)
-    parameters = list(model.parameters())
-    optimizer = optim.build_optimizer(model.named_parameters(), matrices=model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate,
-                                      betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type='cpu')
-    loader = TrainLoader(file, WindowOrder(len(file), T, seed), batch_size=B, rank=0, world_size=1, position=0, device=torch.device('cpu'))
-    iteration = 0
+    return reference_loop(folder, model, batch_size=B, block_size=T, rates=dict(lr=1e-3, betas=(0.9, 0.99)), learning_rate=lambda iteration: optim.learning_rate_at(iteration, **RATES))
+
+
+def our_loop(folder, seed, recipe=None):
+    """The same for train.py's step, with nanoGPT's settings or those of a recipe."""
+    settings = [recipe] if recipe else [f'--{key}={value}' for key, value in {**RATES, 'beta2': 0.99}.items()]
+    c = config_of([*settings, f'--seed={seed}', '--device=cpu', '--compile=False', f'--batch_size={B}', '--gradient_accumulation_steps=1', *(f'--{key}={value}' for key, value in SHAPE.items())])
+    step = Step(c, folder)
     while True:
-        optim.set_learning_rate(optimizer, learning_rate(c, iteration))
-        x, y, _ = loader.next()
-        loss = model(x, y, reduction='sum') * (1 / (B * T))
-        loss.backward()
-        optim.clip_gradients(parameters, c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        iteration += 1
-        yield iteration, model
+        optim.set_learning_rate(step.optimizer, learning_rate(c, step.number))
+        step.run()
+        step.last_loss.item()
+        yield step.number, step.model
 
 
 @torch.no_grad()
@@ -126,8 +119,9 @@ def main():
     parser.add_argument('--to', type=float, help='a validation loss: train both, in turns, until they have it')
     args = parser.parse_args()
     parallel.start('cpu')
-    train, val, _ = open_dataset('shakespeare_char', ROOT)
-    loops = {'nanoGPT': reference_loop(train.path, args.seed), 'onetrain': our_loop(train, args.seed)}
+    folder = os.path.join(ROOT, 'data', 'shakespeare_char')
+    _, val, _ = open_dataset('shakespeare_char', ROOT)
+    loops = {'nanoGPT': nanogpts_recipe(folder, args.seed), 'onetrain': our_loop(folder, args.seed)}
     if args.full:
         for name, loop in loops.items():
             for iteration, model in loop:
@@ -136,7 +130,7 @@ def main():
             print(f'{name}: validation loss {whole_split_loss(model, val):.4f} after {iteration} iterations, seed {args.seed}', flush=True)
         return
     if args.to:
-        loops['onetrain'] = our_loop(train, args.seed, 'config/shakespeare_char_quick.py')
+        loops['onetrain'] = our_loop(folder, args.seed, 'config/shakespeare_char_quick.py')
         return time_to(args.to, loops, val)
     for loop in loops.values():
         for _ in range(20):

@@ -47,45 +47,19 @@ def onetrain(args):
     while True:
         step.run()
         if step.number % 10 == 0:
-            step.total.item()
+            step.last_loss.item()
         yield
 
 
 def nanogpt(args):
     """A generator: one iteration of nanoGPT's loop per next()."""
-    import torch
+    from nanogpt_step import reference_loop
 
-    from engine import optim
     from model import Model
     model = Model(shape_of(args)).to(args.device)
     model.init_weights(0)
-    named = dict(model.named_parameters())
-    decayed, others = optim.decay_groups(named.items())
-    optimizer = torch.optim.AdamW([{'params': [named[n] for n in decayed], 'weight_decay': RATES['weight_decay']}, {'params': [named[n] for n in others], 'weight_decay': 0.0}],
-                                  lr=RATES['learning_rate'], betas=RATES['betas'], **({'fused': True} if args.device == 'cuda' else {}))
-    compiled, scaler, T = torch.compile(model), torch.amp.GradScaler(args.device, enabled=False), args.block_size
-
-    def batch():
-        data = np.memmap(os.path.join(args.data, 'train.bin'), dtype=np.uint16, mode='r')
-        ix = torch.randint(len(data) - T, (args.batch_size,))
-        x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + T].astype(np.int64)) for i in ix]) for shift in (0, 1))
-        return (x.pin_memory().to('cuda', non_blocking=True), y.pin_memory().to('cuda', non_blocking=True)) if args.device == 'cuda' else (x, y)
-    x, y = batch()
-    iteration = 0
-    while True:
-        with context(args):
-            loss = compiled(x, y)
-        x, y = batch()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        iteration += 1
-        if iteration % 10 == 0:
-            loss.item()
-        yield
+    yield from reference_loop(args.data, model, batch_size=args.batch_size, block_size=args.block_size, rates=dict(lr=RATES['learning_rate'], betas=RATES['betas']), compiled=True, device=args.device,
+                              autocast=context(args), fetch_every=10)
 
 
 def hf_trainer(args, between):

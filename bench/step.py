@@ -50,7 +50,7 @@ def model_settings(c, device):
 
 
 class Step:
-    """c: train.Config; folder: a data set. data(), forward(), backward() make a micro-step, update() the optimizer's; run() all of an iteration."""
+    """c: train.Config; folder: a data set. data(), forward(), backward() make a micro-step, update() the optimizer's; run() all of an iteration, whose loss is then last_loss."""
 
     def __init__(self, c, folder):
         self.world = parallel.start(c.device)
@@ -62,7 +62,7 @@ class Step:
         settings = model_settings(c, device)
         self.shape = settings['config']
         self.model = Model.on_meta(**settings).allocate(device)
-        self.model.init_weights(0)
+        self.model.init_weights(c.seed)
         self.accumulation = checks.accumulation_steps(c, 1)
         _, self.train_model = parallel.wrap(self.model, self.world, c.compile, self.accumulation)
         self.parameters, self.grad_clip = list(self.model.parameters()), c.grad_clip
@@ -71,9 +71,8 @@ class Step:
         self.guard = optim.Guard(self.parameters, torch.amp.GradScaler(device.type, enabled=False), 3)
         self.autocast = autocast_of(c, device)
         file = open_dataset(folder, ROOT)[0]
-        self.loader = TrainLoader(file, order_of(file, c.block_size, 0), batch_size=c.batch_size, rank=0, world_size=1, position=0, device=device)
-        self.number, self.tokens_of_micro_step = 0, c.batch_size * c.block_size
-        self.tokens = self.tokens_of_micro_step * self.accumulation
+        self.loader = TrainLoader(file, order_of(file, c.block_size, c.seed), batch_size=c.batch_size, rank=0, world_size=1, position=0, device=device)
+        self.number, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
         self.total = torch.zeros((), device=device)
 
     def data(self):
@@ -92,7 +91,7 @@ class Step:
         self.number += 1
         self.guard.step(self.optimizer, self.number, self.total, optim.clip_gradients(self.parameters, self.grad_clip))
         self.model.zero_grad(set_to_none=True)
-        self.total = torch.zeros((), device=self.device)
+        self.last_loss, self.total = self.total, torch.zeros((), device=self.device)
 
     def run(self):
         for _ in range(self.accumulation):

@@ -257,15 +257,7 @@ def run(argv, stop):
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     torch_dtype = getattr(torch, dtype)
-    attention_backend, passed_over = choose_backend(c.attention_backend, device.type, torch_dtype, shape.head_dim, c.dropout,
-                                                    window=any(shape.windows), documents=c.document_mask, sinks=shape.attention_sinks)
-    if passed_over:
-        notes.append(f'attention_backend={c.attention_backend} falls back to {attention_backend} ({"; ".join(passed_over)})')
-    dispatch = None
-    if shape.num_experts:
-        dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), torch_dtype, device.type)
-        if reason:
-            notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+    attention_backend, dispatch = choose_kernels(c, shape, device.type, torch_dtype, notes)
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False
@@ -635,6 +627,19 @@ def run(argv, stop):
     folder.release()
     # also the barrier before the end: torchrun ends all when one leaves with an error
     return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
+
+
+def choose_kernels(c, shape, device_type, dtype, notes):
+    """(backend of attention, dispatch of experts or None) that a run takes; what it was asked for and cannot have goes to `notes`."""
+    backend, passed_over = choose_backend(c.attention_backend, device_type, dtype, shape.head_dim, c.dropout, window=any(shape.windows), documents=c.document_mask, sinks=shape.attention_sinks)
+    if passed_over:
+        notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
+    if not shape.num_experts:
+        return backend, None
+    dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device_type)
+    if reason:
+        notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+    return backend, dispatch
 
 
 def summary(step, losses):

@@ -74,16 +74,15 @@ def _installed(name):
 def resume(args):
     """A run that was stopped half-way and continued against one that was not, bit by bit."""
     from step import write_noise
+
+    from plots.run_log import load_run
     with tempfile.TemporaryDirectory() as folder:
         write_noise(f'{folder}/noise', 500, 100_000)
         common = [f'--dataset={folder}/noise', '--arch_preset=llama', '--n_layer=2', '--n_head=4', '--n_embd=128', '--block_size=128', '--batch_size=4', '--gradient_accumulation_steps=2', '--warmup_iters=2',
                   '--eval_interval=5', '--eval_iters=2', '--log_interval=1', '--lr_decay_iters=10', f'--device={args.device}', f'--compile={args.device != "cpu"}']
         for out, steps in (('whole', ['--max_iters=10']), ('parts', ['--max_iters=5']), ('parts', ['--max_iters=10', '--init_from=resume'])):
             subprocess.run([sys.executable, f'{ROOT}/train.py', *common, f'--out_dir={folder}/{out}', *steps], check=True, stdout=subprocess.DEVNULL)
-        losses = []
-        for out in ('whole', 'parts'):
-            with open(glob.glob(f'{folder}/{out}/run_*.jsonl')[0]) as f:
-                losses.append({record['iter']: record['loss'] for record in map(json.loads, f) if record['type'] == 'iter'})
+        losses = [dict(zip(run.iters.tolist(), run.columns['loss'].tolist())) for run in (load_run([f'{folder}/{out}']) for out in ('whole', 'parts'))]
     if losses[0] != losses[1]:
         sys.exit(f'the runs differ: {losses}')
     print(f'10 iterations, stopped and resumed after 5: the same losses to the last bit, the last {losses[0][10]}')

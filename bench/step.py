@@ -13,9 +13,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
-from data.tokenfile import TokenFileWriter  # noqa: E402
-from engine import checks, experts, optim, parallel  # noqa: E402
-from engine.attention import choose_backend  # noqa: E402
+from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
+from engine import checks, optim, parallel  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
 from engine.loader import TrainLoader, order_of  # noqa: E402
 from engine.loss import choose_chunk  # noqa: E402
@@ -43,8 +42,7 @@ def autocast_of(c, device):
 def model_settings(c, device):
     """Arguments of Model for a recipe, as train.py has them for one process."""
     dtype, shape = getattr(torch, dtype_of(c, device)), resolve_shape(dataclasses.asdict(c), c.vocab_size)
-    backend, _ = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, c.dropout, window=any(shape.windows), documents=False, sinks=shape.attention_sinks)
-    dispatch = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type)[0] if shape.num_experts else None
+    backend, dispatch = train.choose_kernels(c, shape, device.type, dtype, [])
     return dict(config=shape, backend=backend, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, dispatch=dispatch,
                 loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype)[0])
 
@@ -136,6 +134,16 @@ def matmuls(shape, tokens, dtype, device):
             seconds += times * statistics.median(found[1:])
             flops += times * 2 * tokens * inputs * outputs
     return seconds, flops
+
+
+def device_of(c):
+    return torch.device(c.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
+
+def vocabulary_of(c):
+    """The size that the recipe, its data set where that has been prepared, or its preset says."""
+    known = read_meta(os.path.join(ROOT, 'data', c.dataset)).get('vocab_size')
+    return resolve_shape(dataclasses.asdict(c), c.vocab_size or known or 50304).vocab_size
 
 
 def config_of(argv):

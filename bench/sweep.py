@@ -5,12 +5,11 @@ The fastest way to run a recipe on this machine: tries its settings one after th
     python bench/sweep.py config/demo_pystdlib.py --minutes=5 --device=cpu
     python bench/sweep.py config/train_gpt2.py --output=sweep_gpt2.png --iterations=8
 
-Takes all keys of train.py; those given are not tried. In this order, keeping the best of each: batch_size (the tokens of an iteration stay as they are), compile, activation
+Takes all keys of train.py, of which those given are not tried, and those below. In this order, keeping the best of each: batch_size (the tokens of an iteration stay as they are), compile, activation
 checkpointing with twice the batch_size, attention_backend, loss_chunk. What runs out of memory or fails is a line of the table too. Each try is a process of its own on random ids, and nothing
 of it is kept. Tries that are within 2 % of the best so far are run once more, in turns with it, before they replace it.
 """
-import dataclasses
-import json
+import argparse
 import os
 import statistics
 import subprocess
@@ -18,27 +17,19 @@ import sys
 import tempfile
 import time
 
-from step import ROOT, config_of, write_noise
+from step import ROOT, config_of, vocabulary_of, write_noise
 
-from data.tokenfile import read_meta
-from presets import resolve_shape
-
-OWN = {'iterations': 6, 'minutes': 10.0, 'output': 'sweep.png', 'seconds': 180}
+from plots.run_log import load_run
 
 
 def main(argv=None):
     """Prints; returns (best settings, rows)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ('-h', '--help') for word in argv):
-        return print(__doc__)
-    own = dict(OWN)
-    for word in [word for word in argv if word.split('=')[0].removeprefix('--') in OWN]:
-        key, value = word.removeprefix('--').split('=')
-        own[key] = type(OWN[key])(value)
-        argv.remove(word)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for name, default, what in (('iterations', 6, 'of each try'), ('minutes', 10.0, 'after which no try begins'), ('seconds', 180, 'that a try may take'), ('output', 'sweep.png', 'the picture')):
+        parser.add_argument(f'--{name}', type=type(default), default=default, help=f'{what}, default: {default}')
+    own, argv = parser.parse_known_args(argv)
     c = config_of(argv)
-    known = read_meta(os.path.join(ROOT, 'data', c.dataset)).get('vocab_size')
-    vocabulary = resolve_shape(dataclasses.asdict(c), c.vocab_size or known or 50304).vocab_size
+    vocabulary = vocabulary_of(c)
     with tempfile.TemporaryDirectory() as folder:
         write_noise(os.path.join(folder, 'noise'), vocabulary, max(2_000_000, 2 * c.block_size * 100))
         sweep = Sweep(argv, c, vocabulary, folder, own)
@@ -47,8 +38,8 @@ def main(argv=None):
     best = ' '.join(f'--{key}={value}' for key, value in sweep.best.items())
     print(f'\nbest: python train.py {" ".join(argv)} {best}'.rstrip())
     print(f'{sweep.speed(sweep.best):,.0f} tokens/s, {sweep.speed(sweep.best) / sweep.speed({}):.2f} times the recipe as it stands' if sweep.speed({}) else f'{sweep.speed(sweep.best):,.0f} tokens/s')
-    sweep.draw(own['output'])
-    print(f'wrote {own["output"]}')
+    sweep.draw(own.output)
+    print(f'wrote {own.output}')
     return sweep.best, sweep.rows
 
 
@@ -58,7 +49,7 @@ class Sweep:
     def __init__(self, argv, c, vocabulary, folder, own):
         self.argv, self.c, self.vocabulary, self.folder, self.own = argv, c, vocabulary, folder, own
         self.given = {word.removeprefix('--').split('=')[0] for word in argv if word.startswith('--')}
-        self.best, self.rows, self.ends = {}, [], time.monotonic() + 60 * own['minutes']
+        self.best, self.rows, self.ends = {}, [], time.monotonic() + 60 * own.minutes
         self.sequences = (c.total_batch_size // c.block_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
 
     def run(self):
@@ -70,7 +61,7 @@ class Sweep:
                 continue
             for change in tries():
                 if time.monotonic() > self.ends:
-                    print(f'{self.own["minutes"]:g} minutes are over')
+                    print(f'{self.own.minutes:g} minutes are over')
                     return
                 self.attempt({**self.best, **change})
 
@@ -115,22 +106,20 @@ class Sweep:
 
     def measure(self, settings):
         out = tempfile.mkdtemp(dir=self.folder)
-        iterations = self.own['iterations']
+        iterations = self.own.iterations
         words = [f'--{key}={value}' for key, value in settings.items()]
         command = [sys.executable, os.path.join(ROOT, 'train.py'), *self.argv, *words, f'--out_dir={out}', f'--dataset={self.folder}/noise', f'--vocab_size={self.vocabulary}', f'--max_iters={iterations + 1}',
                    f'--lr_decay_iters={iterations + 1}', '--warmup_iters=0', '--eval_interval=1000000', '--checkpoint_interval=1000000', '--eval_at_start=False', '--log_interval=1', '--sample_interval=0', '--eval_tasks=None',
                    '--init_from=scratch', '--auto_resume=False']
         speed = memory = None
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.own['seconds'], cwd=ROOT)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=self.own.seconds, cwd=ROOT)
             problem = '' if done.returncode == 0 else 'out of memory' if 'out of memory' in done.stderr.lower() or done.returncode == -9 else (done.stderr.strip().splitlines() or ['failed'])[-1][:90]
         except subprocess.TimeoutExpired:
-            problem = f'more than {self.own["seconds"]} s'
-        names = [name for name in os.listdir(out) if name.endswith('.jsonl')]
-        if not problem and names:
-            with open(os.path.join(out, names[0])) as f:
-                records = [record for record in map(json.loads, f) if record['type'] == 'iter'][1:]  # the first compiles
-            speed, memory = statistics.median(record['tokens_per_sec'] for record in records), max(record['memory']['max_allocated_gb'] for record in records)
+            problem = f'more than {self.own.seconds} s'
+        if not problem:
+            columns = load_run([out]).columns
+            speed, memory = float(statistics.median(columns['tokens_per_sec'][1:])), float(columns['memory.max_allocated_gb'].max())
         self.rows.append((settings, speed, memory, problem))
         print(f"{' '.join(words) or 'as it stands'}: " + (f'{speed:,.0f} tokens/s, {memory:.2f} GB' if speed else problem), flush=True)
 

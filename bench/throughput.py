@@ -5,51 +5,44 @@ Speed of a recipe on this machine, one process: tokens per second, model FLOPs u
     python bench/throughput.py config/full_llama_1.36b.py --batch_size=24 --gradient_accumulation_steps=1
     python bench/throughput.py config/full_llama_1.36b.py --n_layer=2 --block_size=256 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu --dtype=float32
 
-Takes all keys of train.py, and --iterations=N (default 10), --warmup=N (default 3), --largest (the batch_size that find_batch_size would take, and one micro-step), --json (the figures
-once more, as the last line). Data are random ids of the recipe's vocabulary. The speed is the median of whole iterations without
+Takes all keys of train.py, and those below. Data are random ids of the recipe's vocabulary. The speed is the median of whole iterations without
 a pause; the pieces are timed in others that wait for the device after each, so they add up to a little more.
 """
+import argparse
 import dataclasses
 import json
-import os
 import statistics
-import sys
 import tempfile
 import time
 
 import torch
-from step import ROOT, Step, autocast_of, config_of, finish, matmuls, model_settings, write_noise
+from step import Step, autocast_of, config_of, device_of, finish, matmuls, model_settings, vocabulary_of, write_noise
 
-from data.tokenfile import read_meta
 from engine import flops, memory
 from engine.report import memory_gb
 from model import Model
-from presets import resolve_shape
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ('-h', '--help') for word in argv):
-        return print(__doc__)
-    counts = {'iterations': 10, 'warmup': 3}
-    for word in [word for word in argv if word.startswith(('--iterations=', '--warmup='))]:
-        counts[word[2:].split('=')[0]] = int(word.split('=')[1])
-        argv.remove(word)
-    largest, as_json = (word in argv and not argv.remove(word) for word in ('--largest', '--json'))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--iterations', type=int, default=10)
+    parser.add_argument('--warmup', type=int, default=3)
+    parser.add_argument('--largest', action='store_true', help='the batch_size that find_batch_size would take, and one micro-step')
+    parser.add_argument('--json', action='store_true', help='the figures once more, as the last line')
+    own, argv = parser.parse_known_args(argv)
     c = config_of(argv)
-    known = read_meta(os.path.join(ROOT, 'data', c.dataset)).get('vocab_size')  # where it has been prepared
-    vocabulary = resolve_shape(dataclasses.asdict(c), c.vocab_size or known or 50304).vocab_size
+    vocabulary = vocabulary_of(c)
     with tempfile.TemporaryDirectory() as folder:
         write_noise(folder, vocabulary)
-        figures = measure(dataclasses.replace(c, vocab_size=vocabulary), folder, largest, **counts)
-    if as_json:
+        figures = measure(dataclasses.replace(c, vocab_size=vocabulary), folder, own.largest, own.iterations, own.warmup)
+    if own.json:
         print(json.dumps(figures))
     return figures
 
 
 def predict(c, batch_size):
     """engine.memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or two."""
-    device = torch.device(c.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = device_of(c)
     settings = model_settings(dataclasses.replace(c, batch_size=batch_size), device)
     return memory.predict(lambda: Model(**{**settings, 'backend': 'sdpa'}), batch_size, c.block_size, device, autocast_of(c, device), accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
                           muon=c.optimizer == 'muon')
@@ -58,7 +51,7 @@ def predict(c, batch_size):
 def measure(c, folder, largest, iterations, warmup):
     """Prints; returns {'tokens_per_sec', 'seconds', 'pieces', 'max_allocated_gb', 'compile_s'}."""
     if largest:
-        c = dataclasses.replace(c, batch_size=memory.find_batch_size(lambda size: predict(c, size), 64, memory.available(torch.device(c.device or ('cuda' if torch.cuda.is_available() else 'cpu')))),
+        c = dataclasses.replace(c, batch_size=memory.find_batch_size(lambda size: predict(c, size), 64, memory.available(device_of(c))),
                                 gradient_accumulation_steps=1, total_batch_size=0)
     prediction = predict(c, c.batch_size)
     step = Step(c, folder)

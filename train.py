@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import platform
@@ -34,6 +35,7 @@ from engine.dataset import check_fit, folder_of, open_dataset
 from engine.loader import TrainLoader, evaluation_batches, mix, order_of
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk
+from engine.micro_step import Graphs, MicroStep, compile_ahead
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
 from generation import generate, lines_of
@@ -165,7 +167,7 @@ class Config:
     compile: bool = True  # torch.compile the model
     activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
     deterministic: bool = True  # kernels that repeat to the last bit
-    use_cuda_graphs: bool = False  # (not in this version: runs without and says so)
+    use_cuda_graphs: bool = False  # on a GPU, record forward and backward once and replay them: faster where kernels are short, the same bits
     loss_chunk: int | None = None  # tokens whose logits are in memory at a time (the same loss in less memory), 0: torch's loss; None: chunks where logits are large
     # many processes: under torchrun each trains on its share of the batch (DDP)
     backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
@@ -207,6 +209,7 @@ def main(argv=None):
             return 2
         raise
     finally:
+        gc.unfreeze()
         stop.restore()
 
 
@@ -292,7 +295,7 @@ def run(argv, stop):
     if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
     c = dataclasses.replace(c, dtype=dtype, attention_backend=attention_backend, gradient_accumulation_steps=accumulation, device=device.type,
-                            backend=world.backend, use_cuda_graphs=False, **dataclasses.asdict(shape))
+                            backend=world.backend, use_cuda_graphs=checks.cuda_graphs(c, device.type, dispatch, notes), **dataclasses.asdict(shape))
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
@@ -341,7 +344,7 @@ def run(argv, stop):
         model.fill(huggingface.weights(hf_folder, shape))
     elif not resumed:
         model.init_weights(c.seed, device)
-    step_model, train_model = parallel.wrap(model, world, c.compile, accumulation)
+    step_model, train_model = parallel.wrap(model, world, c.compile, accumulation, c.use_cuda_graphs)
 
     # ---- optimizer
     named = dict(model.named_parameters())
@@ -450,29 +453,30 @@ def run(argv, stop):
             if copier:
                 copier.add(at)
 
-    def compile_all():
-        """Run all that is compiled once, on the first tokens of the data: no weight changes, the first iteration takes as long as the others, and no signal has to wait later. Where the
-        compiler fails, everything runs without it."""
-        error, before = None, time.perf_counter()
-        window = train_file.windows(order.starts(position, c.batch_size), c.block_size).to(device)  # as the loader gives it out: strides count too
-        x, y = world.part(window[:, :-1], window[:, 1:])
-        try:
-            with parallel.last_micro_step(train_model, True, world), autocast:
-                loss = train_model(x, y, reduction='sum')
-            loss.backward()
+    def prepare():
+        """Compile, and record the CUDA graphs, on the first tokens of the data: no weight changes."""
+        nonlocal micro_step
+        window = train_file.windows(order.starts(position, 2 * c.batch_size), c.block_size).to(device)  # as the loader gives it out: strides count too
+        batches = [world.part(part[:, :-1], part[:, 1:]) for part in window.split(c.batch_size)]
+
+        def evaluation():
             if c.max_iters // c.eval_interval > start_step // c.eval_interval:
                 x, y = world.part(*(part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1))))
                 with torch.no_grad(), autocast:
                     step_model.eval()(x, y, reduction='sum')
-        except torch._dynamo.exc.TorchDynamoException as failure:
-            error = ' '.join(str(failure).split())[:300]
-            torch.compiler.set_stance('force_eager')
-        step_model.train()
-        model.zero_grad(set_to_none=True)
-        model.after_step(world, 0.0, None)  # forget the routing
-        seconds = time.perf_counter() - before
-        log.event('compile', seconds=seconds, error=error, timestamp=now())
-        log.say(f'COMPILING FAILED, so everything runs without: {error}' if error else f'compiled in {seconds:.1f} s')
+
+        def forget_routing():
+            model.after_step(world, 0.0, None)
+        if c.compile:
+            seconds, error = compile_ahead(lambda: micro_step(*batches[0], accumulation - 1), evaluation)
+            step_model.train()
+            micro_step.clear()
+            forget_routing()
+            log.event('compile', seconds=seconds, error=error, timestamp=now())
+            log.say(f'COMPILING FAILED, so everything runs without: {error}' if error else f'compiled in {seconds:.1f} s')
+        if c.use_cuda_graphs:
+            micro_step = Graphs(micro_step)
+            log.say(f'CUDA graphs recorded in {micro_step.prepare(batches, forget_routing):.1f} s: two batches gave what they give without')
 
     def sample():
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without; and alike on every rank
@@ -495,8 +499,12 @@ def run(argv, stop):
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
     last_evaluation, bad_before = (-1, None), guard.counts()
-    if c.compile and step < c.max_iters:
-        compile_all()
+    # the sum over this rank's targets, over the targets of the whole step; ranks average, hence world.size
+    micro_step = MicroStep(model, train_model, world, autocast, scaler, world.size / tokens_per_step, accumulation)
+    if step < c.max_iters and (c.compile or c.use_cuda_graphs):
+        prepare()
+    gc.collect()
+    gc.freeze()  # what stays for good is not searched for garbage again
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
     if step >= c.max_iters:
         log.say(f'nothing to train: already at iter {step} of max_iters={c.max_iters}')
@@ -539,7 +547,7 @@ def run(argv, stop):
         lr = learning_rate(c, step)
         optim.set_learning_rate(optimizer, lr)
         step_loss = torch.zeros((), device=device)
-        for micro_step in range(accumulation):
+        for number in range(accumulation):
             batch = loader.next(stop.code)
             stop_code = parallel.largest(stop.code(), world)
             if stop_code:
@@ -548,14 +556,9 @@ def run(argv, stop):
             x, y = world.part(x, y)
             if c.dropout:
                 torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
-            with parallel.last_micro_step(train_model, micro_step == accumulation - 1, world):
-                with autocast:
-                    # the sum over this rank's targets, over the targets of the whole step; ranks average, hence world.size
-                    loss = train_model(x, y, reduction='sum') * (world.size / tokens_per_step)
-                scaler.scale(loss).backward()
-            step_loss += loss.detach()
+            step_loss += micro_step(x, y, number)
         if stop_code:  # the step is given up: the weights are those of the last one, and its batches will come again
-            model.zero_grad(set_to_none=True)
+            micro_step.clear()
             continue
         step_loss = parallel.sum_over_ranks(step_loss, world) / world.size
         guard.unscale()
@@ -566,7 +569,7 @@ def run(argv, stop):
         step += 1
         guard.step(optimizer, step, step_loss, grad_norm)
         routing = model.after_step(world, c.balance_rate, optimizer.found_inf)
-        model.zero_grad(set_to_none=True)
+        micro_step.clear()
         position += sequences_per_step
         tokens += tokens_per_step
         interval_steps += 1
@@ -576,7 +579,7 @@ def run(argv, stop):
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
             loss_value = step_loss.item()  # the only wait for the device
             used = memory_gb(device)
-            worst = parallel.worst({**used, 'data_wait_s': loader.wait_s / interval_steps, **parallel.waited_for_gradients(train_model)}, world)
+            worst = parallel.worst({**used, 'data_wait_s': loader.wait_s / interval_steps, **({} if c.use_cuda_graphs else parallel.waited_for_gradients(train_model))}, world)
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,

@@ -21,7 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
 FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
 SMALL = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--head_dim=None', '--num_key_value_heads=None', '--d_ff=128', '--expert_d_ff=64', '--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=1', '--total_batch_size=0', '--compile=False']
-PARTS = ('correctness', 'resume', 'tests', 'throughput', 'memory', 'peers', 'stall', 'generation')
+PARTS = ('correctness', 'resume', 'tests', 'throughput', 'graphs', 'memory', 'peers', 'stall', 'generation')
 
 
 def difference(a, b):
@@ -104,11 +104,30 @@ def throughput(args):
         sys.exit('no recipe ran')
 
 
+def graphs(args):
+    """CUDA graphs against none, three rounds in turns: two sizes of GPT-2 with long and short kernels. That they compute the same is seen by the run itself, which refuses them otherwise."""
+    for size, settings in (('124 M', []), ('124 M, short', ['--batch_size=2', '--gradient_accumulation_steps=8']), ('11 M', ['--n_layer=6', '--n_embd=384', '--n_head=6', '--block_size=256', '--batch_size=64', '--gradient_accumulation_steps=1'])):
+        settings = [*settings, *(SMALL if args.small else ['--dtype=bfloat16']), f'--iterations={2 if args.small else 10}', f'--device={args.device}', '--json']
+        for compiled in (False,) if args.small else (True, False):
+            found = {False: [], True: []}
+            for turn in range(1 if args.small else 3):
+                for on in (False, True) if turn % 2 == 0 else (True, False):
+                    if args.device == 'cpu' and on:
+                        continue
+                    command = [sys.executable, f'{ROOT}/bench/throughput.py', f'{ROOT}/config/train_gpt2.py', '--batch_size=12', '--gradient_accumulation_steps=4', '--total_batch_size=0', *settings, f'--compile={compiled}', f'--use_cuda_graphs={on}']
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    if done.returncode:
+                        sys.exit(done.stderr)
+                    found[on].append(json.loads(done.stdout.strip().splitlines()[-1])['tokens_per_sec'])
+            middle = {on: sorted(speeds)[len(speeds) // 2] for on, speeds in found.items() if speeds}
+            print(f'{size}, compile={compiled}: ' + ', '.join(f'{"graphs" if on else "none"} {speed:,.0f} tokens/s' for on, speed in middle.items()) + (f', {middle[True] / middle[False]:.2f} times' if len(middle) == 2 else ''), flush=True)
+
+
 def commands(args):
     """{part: command} of those that are scripts of their own."""
     device, small = f'--device={args.device}', args.small
     return {
-        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['tests/test_no_sync.py', 'tests/test_attention.py', 'tests/test_loader.py', 'tests/test_experts.py', 'tests/test_resume.py'])],
+        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['tests/test_no_sync.py', 'tests/test_graphs.py', 'tests/test_attention.py', 'tests/test_loader.py', 'tests/test_experts.py', 'tests/test_resume.py'])],
         'memory': ['bench/memory_prediction.py', device, *(['--models', 'gpt2:2:64:2:64:2:500:none'] if small else ['--dtype=bfloat16', '--models', 'gpt2:12:768:12:1024:16:50304:none', 'llama:24:2048:16:2048:8:32000:none',
                                                                                                                   'llama:24:2048:16:2048:8:32000:selective', 'qwen3:8:2048:16:2048:4:151936:full'])],
         'peers': ['bench/peers.py', device, *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--rounds=1', '--steps=1', '--warmup=1', '--batch_size=1'] if small else ['--dtype=bfloat16', '--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=16', '--steps=10'])],
@@ -126,7 +145,7 @@ def main():
     parser.add_argument('--part', choices=PARTS, help='one process: this part')
     args = parser.parse_args()
     if args.part:
-        return {'correctness': correctness, 'resume': resume, 'throughput': throughput}[args.part](args)
+        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs}[args.part](args)
     results, begun = {}, time.monotonic()
     with open(args.output, 'w') as log:
         def say(line):

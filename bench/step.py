@@ -18,6 +18,7 @@ from engine import checks, optim, parallel  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
 from engine.loader import TrainLoader, order_of  # noqa: E402
 from engine.loss import choose_chunk  # noqa: E402
+from engine.micro_step import Graphs, MicroStep  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
@@ -48,7 +49,7 @@ def model_settings(c, device):
 
 
 class Step:
-    """c: train.Config; folder: a data set. data(), forward(), backward() make a micro-step, update() the optimizer's; run() all of an iteration, whose loss is then last_loss."""
+    """c: train.Config; folder: a data set. run() makes an iteration as train.py does, whose loss is then last_loss; timed() the same in pieces."""
 
     def __init__(self, c, folder):
         self.world = parallel.start(c.device)
@@ -62,16 +63,20 @@ class Step:
         self.model = Model.on_meta(**settings).allocate(device)
         self.model.init_weights(c.seed)
         self.accumulation = checks.accumulation_steps(c, 1)
-        _, self.train_model = parallel.wrap(self.model, self.world, c.compile, self.accumulation)
+        _, self.train_model = parallel.wrap(self.model, self.world, c.compile, self.accumulation, c.use_cuda_graphs)
         self.parameters, self.grad_clip = list(self.model.parameters()), c.grad_clip
         self.optimizer = optim.build_optimizer(self.model.named_parameters(), matrices=self.model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate,
                                                betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=device.type)
-        self.guard = optim.Guard(self.parameters, torch.amp.GradScaler(device.type, enabled=False), 3)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.guard = optim.Guard(self.parameters, scaler, 3)
         self.autocast = autocast_of(c, device)
         file = open_dataset(folder, ROOT)[0]
         self.loader = TrainLoader(file, order_of(file, c.block_size, c.seed), batch_size=c.batch_size, rank=0, world_size=1, position=0, device=device)
-        self.number, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
-        self.total = torch.zeros((), device=device)
+        self.steps, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
+        self.micro_step = MicroStep(self.model, self.train_model, self.world, self.autocast, scaler, 1 / self.tokens, self.accumulation)
+        if c.use_cuda_graphs:
+            self.micro_step = Graphs(self.micro_step)
+            self.micro_step.prepare([self.loader.next()[:2] for _ in range(2)], lambda: self.model.after_step(self.world, 0.0, None))
 
     def data(self):
         self.x, self.y, _ = self.loader.next()
@@ -82,26 +87,29 @@ class Step:
 
     def backward(self):
         self.loss.backward()
-        self.total += self.loss.detach()
-        self.loss = None
 
-    def update(self):
-        self.number += 1
-        self.guard.step(self.optimizer, self.number, self.total, optim.clip_gradients(self.parameters, self.grad_clip))
-        self.model.zero_grad(set_to_none=True)
-        self.last_loss, self.total = self.total, torch.zeros((), device=self.device)
+    def update(self, loss):
+        self.steps += 1
+        self.guard.step(self.optimizer, self.steps, loss, optim.clip_gradients(self.parameters, self.grad_clip))
+        self.micro_step.clear()
+        self.last_loss = loss
 
     def run(self):
-        for _ in range(self.accumulation):
+        total = torch.zeros((), device=self.device)
+        for number in range(self.accumulation):
             self.data()
-            self.forward()
-            self.backward()
-        self.update()
+            total += self.micro_step(self.x, self.y, number)
+        self.update(total)
 
     def timed(self):
-        """{'data', 'forward', 'backward', 'optimizer'}: seconds of one iteration, waiting for the device after each piece."""
-        seconds = dict.fromkeys(('data', 'forward', 'backward', 'optimizer'), 0.0)
-        for piece, part in [*[('data', self.data), ('forward', self.forward), ('backward', self.backward)] * self.accumulation, ('optimizer', self.update)]:
+        """{'data', 'forward', 'backward', 'optimizer'}: seconds of one iteration, waiting for the device after each piece; forward and backward are one, 'graphs', where they are recorded."""
+        if isinstance(self.micro_step, Graphs):
+            parts = [part for number in range(self.accumulation) for part in (('data', self.data), ('graphs', lambda number=number: self.micro_step(self.x, self.y, number)))]
+        else:
+            parts = [('data', self.data), ('forward', self.forward), ('backward', self.backward)] * self.accumulation
+        parts.append(('optimizer', lambda: self.update(torch.zeros((), device=self.device))))
+        seconds = {piece: 0.0 for piece, _ in parts}
+        for piece, part in parts:
             finish(self.device)
             started = time.perf_counter()
             part()

@@ -6,7 +6,7 @@ The fastest way to run a recipe on this machine: tries its settings one after th
     python bench/sweep.py config/train_gpt2.py --output=sweep_gpt2.png --iterations=8
 
 Takes all keys of train.py, of which those given are not tried, and those below. In this order, keeping the best of each: batch_size (the tokens of an iteration stay as they are), compile, activation
-checkpointing with twice the batch_size, attention_backend, loss_chunk. What runs out of memory or fails is a line of the table too. Each try is a process of its own on random ids, and nothing
+checkpointing with twice the batch_size, attention_backend, loss_chunk, CUDA graphs. What runs out of memory or fails is a line of the table too. Each try is a process of its own on random ids, and nothing
 of it is kept. Tries that are within 2 % of the best so far are run once more, in turns with it, before they replace it.
 """
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from step import ROOT, config_of, vocabulary_of, write_noise
+from step import ROOT, config_of, device_of, vocabulary_of, write_noise
 
 from plots.run_log import load_run
 
@@ -35,6 +35,8 @@ def main(argv=None):
         sweep = Sweep(argv, c, vocabulary, folder, own)
         sweep.run()
     print('\n' + sweep.table())
+    if not sweep.speed(sweep.best):
+        sys.exit('nothing ran to its end: the lines above say why (--seconds gives each try more time)')
     best = ' '.join(f'--{key}={value}' for key, value in sweep.best.items())
     print(f'\nbest: python train.py {" ".join(argv)} {best}'.rstrip())
     print(f'{sweep.speed(sweep.best):,.0f} tokens/s, {sweep.speed(sweep.best) / sweep.speed({}):.2f} times the recipe as it stands' if sweep.speed({}) else f'{sweep.speed(sweep.best):,.0f} tokens/s')
@@ -50,13 +52,14 @@ class Sweep:
         self.argv, self.c, self.vocabulary, self.folder, self.own = argv, c, vocabulary, folder, own
         self.given = {word.removeprefix('--').split('=')[0] for word in argv if word.startswith('--')}
         self.best, self.rows, self.ends = {}, [], time.monotonic() + 60 * own.minutes
+        self.on_gpu = device_of(c).type == 'cuda'
         self.sequences = (c.total_batch_size // c.block_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
 
     def run(self):
         self.attempt({})
         for name, tries in (('batch_size', self.batch_sizes), ('compile', lambda: [{'compile': not self.now('compile')}]), ('activation_checkpointing', self.recomputed),
                             ('attention_backend', lambda: [{'attention_backend': name} for name in self.backends() if name != self.now('attention_backend')]),
-                            ('loss_chunk', lambda: [{'loss_chunk': 0}])):
+                            ('loss_chunk', lambda: [{'loss_chunk': 0}]), ('use_cuda_graphs', lambda: [{'use_cuda_graphs': True}] if self.on_gpu else [])):
             if name in self.given:
                 continue
             for change in tries():
@@ -87,7 +90,7 @@ class Sweep:
         return [{'activation_checkpointing': kind, **self.batch(more)} for kind in ('selective', 'full')] if self.sequences % more == 0 else []
 
     def backends(self):
-        return ['sdpa', 'flash_attn_2', 'flash_attn_3'] if self.c.device != 'cpu' and _has_gpu() else ['sdpa', 'manual']
+        return ['sdpa', 'flash_attn_2', 'flash_attn_3'] if self.on_gpu else ['sdpa', 'manual']
 
     def speed(self, settings):
         found = [speed for tried, speed, _, _ in self.rows if tried == settings and speed]
@@ -144,11 +147,6 @@ class Sweep:
         figure.tight_layout()
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
-
-
-def _has_gpu():
-    import torch
-    return torch.cuda.is_available()
 
 
 if __name__ == '__main__':

@@ -45,8 +45,20 @@ def refuse_impossible(c, given, notes):
         notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
     if c.decay_lr and c.min_lr > c.learning_rate:
         notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')
-    if c.use_cuda_graphs:
-        notes.append('use_cuda_graphs=True is not in this version: running without; the results are the same')
+
+
+def cuda_graphs(c, device_type, dispatch, notes):
+    """Whether micro-steps are recorded as CUDA graphs. Raises ConfigError for steps that cannot be; where there is no GPU, notes that it does without. dispatch: of experts, or None."""
+    if not c.use_cuda_graphs:
+        return False
+    for there, what, instead in ((c.use_fsdp, 'FSDP, which gathers and frees parameters in between', '--use_fsdp=False (--use_zero1=True shares out the optimizer state)'),
+                                 (c.context_parallel > 1, f'context_parallel={c.context_parallel}, whose ranks send each other keys and values', '--context_parallel=1'),
+                                 (dispatch == 'loop', 'expert_dispatch=loop, which asks for the tokens of each expert', '--expert_dispatch=grouped with --dtype=bfloat16')):
+        if there:
+            raise ConfigError(f'use_cuda_graphs=True cannot record {what}: type --use_cuda_graphs=False, or {instead}')
+    if device_type != 'cuda':
+        notes.append('use_cuda_graphs=True needs an NVIDIA GPU: running without; the results are the same')
+    return device_type == 'cuda'
 
 
 def end_of_documents(c, meta):

@@ -257,9 +257,9 @@ def shard(model, world, dtype, reduce_dtype, offload):
         block.set_modules_to_forward_prefetch([following])
 
 
-def wrap(model, world, compile, accumulation):
+def wrap(model, world, compile, accumulation, graphs=False):
     """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same under DistributedDataParallel where the layout needs it.
-    accumulation: micro-steps of an optimizer step."""
+    accumulation: micro-steps of an optimizer step; graphs: whether they will be recorded as CUDA graphs."""
     in_parts = world.layout != 'single'  # FSDP gathers between them, and DDP sends the gradients of one while the next are computed
     if compile and world.ring:
         world.ring.keep_from_compiler()
@@ -272,9 +272,10 @@ def wrap(model, world, compile, accumulation):
         return step_model, step_model
     ddp = torch.nn.parallel.DistributedDataParallel
     no_sync_of_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(ddp).parameters else 'broadcast_buffers'  # the new name of torch 2.13
-    return step_model, ddp(step_model, device_ids=[world.device.index] if world.device.type == 'cuda' else None, gradient_as_bucket_view=True,
-                           static_graph=accumulation == 1,  # torch's does not work with no_sync() in the first step
-                           **{no_sync_of_buffers: False})
+    with torch.cuda.stream(torch.cuda.Stream()) if graphs else contextlib.nullcontext():  # gradients arrive on the stream on which it is made, and the default one cannot be recorded
+        return step_model, ddp(step_model, device_ids=[world.device.index] if world.device.type == 'cuda' else None, gradient_as_bucket_view=True,
+                               static_graph=accumulation == 1,  # torch's does not work with no_sync() in the first step
+                               **{no_sync_of_buffers: False})
 
 
 def waited_for_gradients(train_model):

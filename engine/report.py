@@ -88,7 +88,7 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
                 for (name, share), of_source in zip(shares_of(c.dataset), order.orders))),
         f"DataLoader: {f'{loader_workers} worker processes' if loader_workers else 'a thread with pinned memory' if world.device.type == 'cuda' else 'in process'}",
         f'Attention backend: {c.attention_backend}',
-        f"CUDA Graphs: off. Compile: {'on' if c.compile else 'off'}. Precision: "
+        f"CUDA Graphs: {'on' if c.use_cuda_graphs else 'off'}. Compile: {'on' if c.compile else 'off'}. Precision: "
         + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
         f"Optimizer: {' and '.join(dict.fromkeys(g['kind'] for g in startup['optimizer']['param_groups']))}{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
             f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters{' (Muon)' if g['kind'] == 'Muon' else ''}" for g in startup['optimizer']['param_groups']),

@@ -119,7 +119,7 @@ def test_options_that_do_nothing_yet_are_announced(train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=1', '--use_cuda_graphs=True', '--attention_backend=flash_attn_3', '--fsdp_min_num_params=5', '--fsdp_reshard=False', '--fsdp_replicas=3', '--fsdp_offload=True',
                  '--dataloader_num_workers=3') == 0
     output = capsys.readouterr().out
-    for text in ('Note: use_cuda_graphs=True is not in this version', 'CUDA Graphs: off',
+    for text in ('Note: use_cuda_graphs=True needs an NVIDIA GPU: running without', 'CUDA Graphs: off',
                  'falls back to sdpa (flash_attn_3: needs an NVIDIA GPU; flash_attn_2: needs an NVIDIA GPU)', 'fsdp_min_num_params has no effect', 'fsdp_reshard has no effect without use_fsdp=True', 'fsdp_replicas has no effect', 'fsdp_offload has no effect',
                  'dataloader_num_workers has no effect without use_dataloader=True', 'lr_decay_iters=600000 lies beyond max_iters=1'):
         assert output.count(text) == 1, text

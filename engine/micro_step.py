@@ -1,0 +1,145 @@
+"""A micro-step, forward and backward: as it is written, or recorded once as a CUDA graph and replayed."""
+import contextlib
+import functools
+import time
+
+import torch
+
+from engine import parallel
+from engine.configurator import ConfigError
+
+
+class MicroStep:
+    """micro_step(x, y, number) adds the gradients of micro-step `number` (from 0) of an optimizer step to those of `model`.
+
+    train_model: what training calls, from parallel.wrap(); autocast: context of the forward pass; scaler: torch's GradScaler; weight: what the sum of the losses is
+    multiplied with; accumulation: micro-steps of an optimizer step, after the last of which ranks exchange gradients.
+    """
+
+    def __init__(self, model, train_model, world, autocast, scaler, weight, accumulation):
+        self.model, self.train_model, self.world, self.autocast, self.scaler = model, train_model, world, autocast, scaler
+        self.weight, self.accumulation = weight, accumulation
+
+    def __call__(self, x, y, number):
+        """x, y: (B, T) int64 on the device. Returns the weighted loss, a scalar fp32 tensor on the device that is good until the next call."""
+        with parallel.last_micro_step(self.train_model, number == self.accumulation - 1, self.world):
+            with self.autocast:
+                loss = self.train_model(x, y, reduction='sum') * self.weight
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def clear(self):
+        """Forget the gradients, after an optimizer step or instead of one."""
+        self.model.zero_grad(set_to_none=True)
+
+
+def compile_ahead(micro_step, evaluate):
+    """Run all that is compiled once, so that the first iteration takes as long as the others and no signal has to wait later; where the compiler fails, everything runs without it.
+
+    micro_step, evaluate: functions without arguments that do so. Returns (seconds, what went wrong or None). What they leave in the model is the caller's to forget.
+    """
+    error, before = None, time.perf_counter()
+    try:
+        micro_step()
+        evaluate()
+    except torch._dynamo.exc.TorchDynamoException as failure:
+        error = ' '.join(str(failure).split())[:300]
+        torch.compiler.set_stance('force_eager')
+    return time.perf_counter() - before, error
+
+
+def record(work, pool):
+    """A CUDA graph of the kernels that work() launches, which it does not run. pool: that of another graph with which it is to share memory, or None."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):  # other threads may copy checkpoints meanwhile
+        work()
+    return graph
+
+
+class Graphs:
+    """A MicroStep as CUDA graphs: launched at once, without Python's time between the kernels. It is called as that is, and computes the same bits.
+
+    A graph reads and writes the same memory at every replay: x and y are copied to where it looks for them, and the gradients stay where they are. The first micro-step of an
+    optimizer step has a graph of its own, which overwrites the gradients where the others add to them; so has one after which ranks exchange them. Dropout draws from torch's
+    generator, which graphs advance.
+
+    prepare() records. As graphs repeat without question what they were given, it then compares what they compute on two batches with what the plain step did.
+    """
+
+    def __init__(self, plain, record=record):
+        self.plain, self.record = plain, record
+        exchanging = plain.world.layout in ('DDP', 'ZeRO-1')
+        self.kinds = [(number == 0, exchanging and number == plain.accumulation - 1) for number in range(plain.accumulation)]
+        self.graphs, self.losses = {}, {}
+
+    def __call__(self, x, y, number):
+        self.x.copy_(x, non_blocking=True)
+        self.y.copy_(y, non_blocking=True)
+        self.graphs[self.kinds[number]].replay()
+        return self.losses[self.kinds[number]]
+
+    def clear(self):
+        """Nothing: the first micro-step of the next optimizer step overwrites the gradients."""
+
+    def prepare(self, batches, forget):
+        """Record and compare. batches: two pairs (x, y); forget(): called after each trial, resets what a forward pass leaves in the model beside gradients. Returns the seconds that it took.
+
+        Raises ConfigError on every rank where a step cannot be recorded, or its graphs do not repeat it.
+        """
+        before, cuda = time.perf_counter(), batches[0][0].is_cuda
+        self.x, self.y = (tensor.clone() for tensor in batches[0])
+        side = torch.cuda.Stream() if cuda else None
+        with torch.cuda.stream(side) if cuda else contextlib.nullcontext():  # as torch's documentation asks: libraries make their plans, DDP its buckets
+            if cuda:
+                side.wait_stream(torch.cuda.default_stream())
+            for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
+                expected = self._trial(self.plain, batches, forget)
+            again = self._trial(self.plain, batches, forget)
+        if cuda:
+            torch.cuda.synchronize()
+        self.plain.clear()
+        error = self._record_all()
+        forget()
+        if parallel.largest(int(error is not None), self.plain.world):
+            raise ConfigError(f'use_cuda_graphs=True: the step cannot be recorded ({error or "on another process"}): type --use_cuda_graphs=False')
+        found = self._trial(self, batches, forget)
+        repeats = all(torch.equal(a, b) for a, b in zip(expected[0], again[0]))
+        alike = all(torch.equal(a, b) for a, b in zip(expected[0], found[0])) if repeats else torch.allclose(expected[1], found[1], rtol=0.01)
+        if parallel.largest(int(not alike), self.plain.world):
+            raise ConfigError(f'use_cuda_graphs=True: the recorded step does not compute what the plain one does (losses and norms of gradients {found[1].tolist()[:6]}, expected '
+                              f'{expected[1].tolist()[:6]}): type --use_cuda_graphs=False')
+        return time.perf_counter() - before
+
+    def _record_all(self):
+        """A graph for each kind of micro-step, in the order in which a step replays them, since they share memory. Returns what went wrong, or None."""
+        pool = None
+        for number, kind in enumerate(self.kinds):
+            if kind not in self.graphs:
+                try:
+                    self.graphs[kind] = self.record(functools.partial(self._work, kind, number), pool)
+                except RuntimeError as failure:
+                    return ' '.join(str(failure).split())[:300]
+                pool = pool or self.graphs[kind].pool()
+        return None
+
+    def _work(self, kind, number):
+        if kind[0]:
+            self.plain.clear()
+        self.losses[kind] = self.plain(self.x, self.y, number)
+
+    def _trial(self, step, batches, forget):
+        """Two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the losses and gradients, summed up], their float64 losses and norms)."""
+        bits, values = [], []
+        for start in range(2):
+            step.clear()
+            torch.manual_seed(start)  # dropout
+            for number in range(len(self.kinds)):
+                loss = step(*batches[(start + number) % 2], number)
+                bits.append(loss.clone())
+                values.append(loss.double())
+            gradients = [p.grad for p in self.plain.model.parameters()]
+            bits += [g.contiguous().view(torch.int32).sum() for g in gradients]
+            values += [g.double().norm() for g in gradients]
+        step.clear()
+        forget()
+        return bits, torch.stack(values)

@@ -1,0 +1,178 @@
+"""Proves CUDA graphs: the bits of a run without, each micro-step with its own data; steps that cannot be recorded, or are not repeated, are refused."""
+import pytest
+import torch
+from conftest import equal, losses, records, run_train, weights
+
+from engine import checks, micro_step, parallel
+from engine.configurator import ConfigError
+from model import Model
+from presets import resolve_shape
+from train import Config
+
+SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+FAMILIES = ('gpt2', 'llama', 'qwen3', 'neox', 'moe')
+
+
+class Again:
+    """Stands for a CUDA graph where there is no GPU: replay() calls the function once more, on the same tensors."""
+
+    def __init__(self, work, pool):
+        work()
+        self.work, self.shares = work, pool
+
+    def replay(self):
+        self.work()
+
+    def pool(self):
+        return self
+
+
+def plain(family='gpt2', accumulation=1, dropout=0.0):
+    shape = resolve_shape(dict(arch_preset=family, **SMALL, **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {})))
+    model = Model.on_meta(shape, dropout=dropout).allocate('cpu')
+    model.init_weights(0)
+    world = parallel.start('cpu')
+    return micro_step.MicroStep(model, model, world, torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', enabled=False), 1 / 64, accumulation)
+
+
+def batches(number, device='cpu'):
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(torch.randint(0, 64, (4, 16), generator=generator).to(device) for _ in range(2)) for _ in range(number)]
+
+
+def forget(step):
+    return lambda: step.model.after_step(step.world, 0.0, None)
+
+
+def gradients_after(step, data, model):
+    step.clear()
+    total = [step(x, y, number).clone() for number, (x, y) in enumerate(data)]
+    return total, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize('accumulation', [1, 2, 4])
+@pytest.mark.parametrize('family', ['gpt2', 'moe'])
+def test_each_micro_step_has_its_own_data(family, accumulation):
+    step, data = plain(family, accumulation), batches(2 * accumulation)
+    expected = [gradients_after(step, data[at:at + accumulation], step.model) for at in (0, accumulation)]
+    step.model.after_step(step.world, 0.0, None)
+    graphs = micro_step.Graphs(step, record=Again)
+    graphs.prepare(data[:2], forget(step))
+    assert len(graphs.graphs) == min(accumulation, 2)
+    if family == 'moe':
+        assert not step.model.routing.any()
+    for at, (total, gradients) in zip((0, accumulation), expected):
+        found = gradients_after(graphs, data[at:at + accumulation], step.model)
+        assert all(map(torch.equal, found[0], total)) and all(map(torch.equal, found[1], gradients))
+
+
+def test_dropout_is_drawn_anew():
+    step, data = plain(dropout=0.3), batches(2)
+    graphs = micro_step.Graphs(step, record=Again)
+    graphs.prepare(data, forget(step))
+    found = []
+    for seed in (5, 6, 5):
+        torch.manual_seed(seed)
+        found.append(graphs(*data[0], 0).clone())
+    assert found[0] == found[2] != found[1]
+
+
+def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
+    """The last micro-step has a graph of its own there, and all share the memory of the first."""
+    step = plain(accumulation=4)
+    step.world.layout = 'DDP'
+    asked = []
+    monkeypatch.setattr(parallel, 'last_micro_step', lambda model, last, world: asked.append(last) or torch.enable_grad())
+    graphs = micro_step.Graphs(step, record=Again)
+    assert graphs.kinds == [(True, False), (False, False), (False, False), (False, True)]
+    graphs.prepare(batches(2), forget(step))
+    first, *others = graphs.graphs.values()
+    assert len(others) == 2 and first.shares is None and all(graph.shares is first for graph in others)
+    asked.clear()
+    for number, (x, y) in enumerate(batches(4)):
+        graphs(x, y, number)
+    assert asked == [False, False, False, True]
+
+
+class Frozen(Again):
+    """Replays the data that it was recorded with."""
+
+    def replay(self):
+        if not hasattr(self, 'once'):
+            self.once = True
+            self.work()
+
+
+class Impossible:
+    def __init__(self, work, pool):
+        raise RuntimeError('operation not permitted when stream is capturing')
+
+
+@pytest.mark.parametrize('record, told', [(Frozen, 'does not compute what the plain one does'), (Impossible, 'cannot be recorded (operation not permitted when stream is capturing)')])
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_what_is_not_repeated_is_refused(record, told, accumulation):
+    step = plain(accumulation=accumulation)
+    with pytest.raises(ConfigError, match='use_cuda_graphs=True: ') as error:
+        micro_step.Graphs(step, record=record).prepare(batches(2), forget(step))
+    assert told in str(error.value) and '--use_cuda_graphs=False' in str(error.value)
+
+
+def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
+    """As with deterministic=False."""
+    step, noise = plain(), iter(range(10**6))
+    call = step.train_model
+    step.train_model = lambda *args, **kwargs: call(*args, **kwargs) * (1 + 1e-5 * next(noise))
+    micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
+    step.train_model = lambda *args, **kwargs: call(*args, **kwargs) * (1 + next(noise))
+    with pytest.raises(ConfigError, match='does not compute'):
+        micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
+
+
+@pytest.mark.parametrize('options, told', [
+    (dict(use_fsdp=True), '--use_fsdp=False'), (dict(context_parallel=2), '--context_parallel=1'), (dict(expert_dispatch='loop'), '--expert_dispatch=grouped')])
+def test_what_cannot_be_recorded(options, told):
+    with pytest.raises(ConfigError, match='use_cuda_graphs=True cannot record') as error:
+        checks.cuda_graphs(Config(use_cuda_graphs=True, **options), 'cuda', options.get('expert_dispatch'), [])
+    assert told in str(error.value)
+    notes = []
+    assert checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', None, notes) and not notes
+    assert not checks.cuda_graphs(Config(**options), 'cuda', options.get('expert_dispatch'), notes) and not notes
+    assert not checks.cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes) and 'needs an NVIDIA GPU' in notes[0]
+
+
+@pytest.mark.parametrize('options', [['--gradient_accumulation_steps=3', '--dropout=0.1'], ['--arch_preset=moe', '--num_experts=4', '--n_dense_layers=1']], ids=['dense', 'moe'])
+def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
+    """train.py with graphs, or what stands for them on a CPU, against without: losses, weights, routing."""
+    on_gpu = torch.cuda.is_available() and 'moe' not in options[0]
+    common = ['--max_iters=4', '--eval_interval=2', *options] + (['--device=cuda', '--dtype=float32'] if on_gpu else [])
+    assert run_train(dataset, tmp_path / 'plain', *common) == 0
+    if not on_gpu:
+        monkeypatch.setattr(checks, 'cuda_graphs', lambda c, *_: c.use_cuda_graphs)
+        monkeypatch.setattr('train.Graphs', lambda step: micro_step.Graphs(step, record=Again))
+    assert run_train(dataset, tmp_path / 'graphs', *common, '--use_cuda_graphs=True') == 0
+    said = capsys.readouterr().out
+    assert 'CUDA Graphs: on' in said and 'CUDA graphs recorded in' in said
+    assert losses(tmp_path / 'graphs') == losses(tmp_path / 'plain') and equal(weights(tmp_path / 'graphs', 4), weights(tmp_path / 'plain', 4))
+    if 'moe' in options[0]:
+        assert [record['moe'] for record in records(tmp_path / 'graphs')] == [record['moe'] for record in records(tmp_path / 'plain')]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_on_a_gpu(family, compiled):
+    """Real graphs, whose own comparison must pass, in bfloat16 with three micro-steps and dropout."""
+    shape = resolve_shape(dict(arch_preset=family, **SMALL, **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {})))
+    model = Model.on_meta(shape, dropout=0.1).allocate('cuda')
+    model.init_weights(0)
+    train_model = torch.compile(model) if compiled else model
+    step = micro_step.MicroStep(model, train_model, parallel.start('cuda'), torch.autocast('cuda', dtype=torch.bfloat16), torch.amp.GradScaler('cuda', enabled=False), 1 / 64, 3)
+    graphs = micro_step.Graphs(step)
+    graphs.prepare(batches(2, 'cuda'), forget(step))
+    data = batches(3, 'cuda')
+    torch.manual_seed(7)
+    found = gradients_after(graphs, data, model)
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    expected = gradients_after(step, data, model)
+    assert all(map(torch.equal, found[0], expected[0])) and all(map(torch.equal, found[1], expected[1]))

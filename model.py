@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, CheckpointPolicy
 
-from engine import experts, flops, parallel, rope
+from engine import experts, flops, fp8, parallel, rope
 from engine.attention import DEAR, attention, visible
 from engine.configurator import ConfigError
 from engine.loader import mix
@@ -215,10 +215,12 @@ class Model(nn.Module):
     finds kept of each block: 'none' all of it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring of the
     ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch returned; aux_loss, z_loss: weights of these losses of
     engine.experts.routing_statistics in training; document_end: token after which attention and positions start anew, or None; loss_chunk: tokens
-    whose logits are in memory at a time in training, 0 for all; head_z_loss: weight of the z-loss of these logits. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
+    whose logits are in memory at a time in training, 0 for all; head_z_loss: weight of the z-loss of these logits; float8: what engine.fp8.choose
+    returned, or None. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
-    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None, loss_chunk=0, head_z_loss=0.0):
+    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None, loss_chunk=0, head_z_loss=0.0,
+                 float8=None):
         super().__init__()
         self.config, self.backend, self.dropout, self.ring, self.document_end = config, backend, dropout, ring, document_end
         self.aux_loss, self.z_loss = aux_loss, z_loss
@@ -237,6 +239,7 @@ class Model(nn.Module):
         if self.rope:
             for name, table in zip(('rope_cos', 'rope_sin'), rope.table(config, config.block_size)):
                 self.register_buffer(name, table, persistent=False)
+        self.float8_layers = fp8.convert(parts['h'], float8) if float8 else 0
         self.routed = [block.mlp for block in parts['h'] if block.routed]
         if self.routed:  # what the micro-steps of a step add up to: tokens of each expert, and sums of the statistics weighted by tokens
             self.register_buffer('routing', torch.zeros(len(self.routed), config.num_experts + experts.STATISTICS, dtype=torch.float64), persistent=False)

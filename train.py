@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, checks, experts, flops, memory, optim, parallel, resume, stopping, tasks
+from engine import checkpoint, checks, experts, flops, fp8, memory, optim, parallel, resume, stopping, tasks
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
@@ -164,6 +164,7 @@ class Config:
     # system
     device: str | None = None  # 'cpu' | 'cuda' | 'cuda:1'; None: a GPU if there is one
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # of the matmuls; weights stay float32. None: bfloat16 on a GPU, float32 on a CPU
+    fp8: bool = False  # matmuls of the large linear layers in float8 (by the package torchao)
     compile: bool = True  # torch.compile the model
     activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
     deterministic: bool = True  # kernels that repeat to the last bit
@@ -260,7 +261,7 @@ def run(argv, stop):
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     torch_dtype = getattr(torch, dtype)
-    attention_backend, dispatch = choose_kernels(c, shape, device.type, torch_dtype, notes)
+    kernels = choose_kernels(c, shape, device, torch_dtype, notes)
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False
@@ -270,11 +271,14 @@ def run(argv, stop):
     tokens_of_rank = c.block_size // c.context_parallel
 
     def of_model(batch_size):
-        return dict(dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, dispatch=dispatch, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight,
-                    document_end=document_end, head_z_loss=c.head_z_loss_weight, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
+        return dict(**kernels, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight, document_end=document_end,
+                    head_z_loss=c.head_z_loss_weight, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
+
+    if c.fp8 and not Model.on_meta(shape, **of_model(c.batch_size)).float8_layers:
+        raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
 
     def predicted(batch_size, sequences):
-        return memory.predict(lambda: Model(shape, 'manual' if attention_backend == 'manual' else 'sdpa', **of_model(batch_size)), batch_size, tokens_of_rank, device, autocast,
+        return memory.predict(lambda: Model(shape, **{**of_model(batch_size), 'backend': 'manual' if kernels['backend'] == 'manual' else 'sdpa'}), batch_size, tokens_of_rank, device, autocast,
                               accumulation=sequences // batch_size, muon=c.optimizer == 'muon', layout=world.layout, ranks=world.size // c.fsdp_replicas)
     if c.find_batch_size:
         sequences = checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
@@ -294,8 +298,8 @@ def run(argv, stop):
                      f'for any number of processes')
     if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
-    c = dataclasses.replace(c, dtype=dtype, attention_backend=attention_backend, gradient_accumulation_steps=accumulation, device=device.type,
-                            backend=world.backend, use_cuda_graphs=checks.cuda_graphs(c, device.type, dispatch, notes), **dataclasses.asdict(shape))
+    c = dataclasses.replace(c, dtype=dtype, attention_backend=kernels['backend'], gradient_accumulation_steps=accumulation, device=device.type,
+                            backend=world.backend, use_cuda_graphs=checks.cuda_graphs(c, device.type, kernels['dispatch'], notes), **dataclasses.asdict(shape))
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
@@ -325,7 +329,7 @@ def run(argv, stop):
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
     torch.manual_seed(c.seed)
-    model = Model.on_meta(shape, attention_backend, ring=world.ring, **of_model(c.batch_size))
+    model = Model.on_meta(shape, ring=world.ring, **of_model(c.batch_size))
     before = memory_gb(device)['allocated_gb']
     prediction = None
     if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
@@ -632,17 +636,18 @@ def run(argv, stop):
     return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
 
 
-def choose_kernels(c, shape, device_type, dtype, notes):
-    """(backend of attention, dispatch of experts or None) that a run takes; what it was asked for and cannot have goes to `notes`."""
-    backend, passed_over = choose_backend(c.attention_backend, device_type, dtype, shape.head_dim, c.dropout, window=any(shape.windows), documents=c.document_mask, sinks=shape.attention_sinks)
+def choose_kernels(c, shape, device, dtype, notes):
+    """{'backend', 'dispatch', 'float8'} of Model that a run takes; what it was asked for and cannot have goes to `notes`."""
+    backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, c.dropout, window=any(shape.windows), documents=c.document_mask, sinks=shape.attention_sinks)
     if passed_over:
         notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
-    if not shape.num_experts:
-        return backend, None
-    dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device_type)
+    dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type) if shape.num_experts else (None, None)
     if reason:
         notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
-    return backend, dispatch
+    float8 = fp8.choose(dtype, device) if c.fp8 else None
+    if float8 == 'emulated':
+        notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
+    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}
 
 
 def summary(step, losses):

@@ -43,8 +43,7 @@ def autocast_of(c, device):
 def model_settings(c, device):
     """Arguments of Model for a recipe, as train.py has them for one process."""
     dtype, shape = getattr(torch, dtype_of(c, device)), resolve_shape(dataclasses.asdict(c), c.vocab_size)
-    backend, dispatch = train.choose_kernels(c, shape, device.type, dtype, [])
-    return dict(config=shape, backend=backend, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, dispatch=dispatch,
+    return dict(**train.choose_kernels(c, shape, device, dtype, []), config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
                 loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype)[0])
 
 

@@ -25,7 +25,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction):
     return {
         'timestamp': now(),
         'model': {**{f'{kind}_params': count for kind, count in counts.items()}, 'architecture': model.config.describe(),
-                  'flops_per_token': token_flops.total, 'flops_per_token_causal': token_flops.causal},
+                  'flops_per_token': token_flops.total, 'flops_per_token_causal': token_flops.causal, 'float8_layers': model.float8_layers},
         'optimizer': {'type': type(optimizer).__name__, 'fused': bool(optimizer.defaults.get('fused')), 'param_groups': [
             {'kind': 'Muon' if group.get('muon') else 'AdamW', 'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
             for group in optimizer.param_groups]},
@@ -89,7 +89,7 @@ def report(c, startup, meta, order, world, token_flops, sequences_per_step, load
         f"DataLoader: {f'{loader_workers} worker processes' if loader_workers else 'a thread with pinned memory' if world.device.type == 'cuda' else 'in process'}",
         f'Attention backend: {c.attention_backend}',
         f"CUDA Graphs: {'on' if c.use_cuda_graphs else 'off'}. Compile: {'on' if c.compile else 'off'}. Precision: "
-        + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
+        + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + (f", {startup['model']['float8_layers']} linear layers in float8" if c.fp8 else '') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
         f"Optimizer: {' and '.join(dict.fromkeys(g['kind'] for g in startup['optimizer']['param_groups']))}{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
             f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters{' (Muon)' if g['kind'] == 'Muon' else ''}" for g in startup['optimizer']['param_groups']),
         f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else

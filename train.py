@@ -28,7 +28,7 @@ import torch
 
 from data.tokenizer import tokenizer_of
 from engine import checkpoint, checks, experts, flops, fp8, memory, optim, parallel, resume, stopping, tasks
-from engine.attention import choose_backend
+from engine.attention import choose_backend, fastest
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.dataset import check_fit, folder_of, open_dataset
@@ -117,7 +117,7 @@ class Config:
     qk_norm: bool | None = None  # RMSNorm on each head of q and k
     parallel_residual: bool | None = None  # attention and MLP read the same x (GPT-NeoX)
     weight_tying: bool | None = None  # the head is the token table
-    attention_backend: Literal['flash_attn_3', 'flash_attn_2', 'sdpa', 'flex', 'manual'] = 'sdpa'  # falls back in this order
+    attention_backend: Literal['auto', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] = 'sdpa'  # falls back in this order (cudnn only if asked for); auto: the fastest, by a trial
     attention_sinks: bool | None = None  # a learned logit per head that joins the softmax (gpt-oss)
     sliding_window: int | None = None  # tokens that a query sees, itself included, 0 = all
     window_pattern: str | None = None  # S (slides) and L (looks all the way back), repeated over the layers, such as SSSL; None: all slide
@@ -261,7 +261,8 @@ def run(argv, stop):
     if dtype == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     torch_dtype = getattr(torch, dtype)
-    kernels = choose_kernels(c, shape, device, torch_dtype, notes)
+    kernels, told = parallel.from_main(lambda: choose_kernels(c, shape, device, torch_dtype), world)
+    notes += told
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c.compile = False
@@ -328,6 +329,7 @@ def run(argv, stop):
     if c.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
+    torch.backends.cuda.enable_cudnn_sdp(not c.deterministic)  # sdpa prefers it on H100 and B200, but its gradients do not repeat
     torch.manual_seed(c.seed)
     model = Model.on_meta(shape, ring=world.ring, **of_model(c.batch_size))
     before = memory_gb(device)['allocated_gb']
@@ -636,18 +638,27 @@ def run(argv, stop):
     return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
 
 
-def choose_kernels(c, shape, device, dtype, notes):
-    """{'backend', 'dispatch', 'float8'} of Model that a run takes; what it was asked for and cannot have goes to `notes`."""
-    backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, c.dropout, window=any(shape.windows), documents=c.document_mask, sinks=shape.attention_sinks)
-    if passed_over:
-        notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
+def choose_kernels(c, shape, device, dtype):
+    """({'backend', 'dispatch', 'float8'} of Model that a run takes, what is to be said of them)."""
+    notes, special = [], dict(dropout=c.dropout, documents=c.document_mask, sinks=shape.attention_sinks, deterministic=c.deterministic)
+    if c.attention_backend == 'auto':
+        backend, told = fastest(device, dtype, batch_size=c.batch_size, n_head=shape.n_head, n_kv=shape.num_key_value_heads, head_dim=shape.head_dim, T=c.block_size,
+                                window=max(shape.windows, key=lambda window: window or c.block_size) or None, **special)
+        notes.append(f'attention_backend=auto takes {backend}: {told}')
+    else:
+        backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, window=any(shape.windows), **special)
+        if passed_over:
+            notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
+    if backend == 'sdpa' and device.type == 'cuda' and c.deterministic and (dtype == torch.float32 or any(shape.windows) or c.document_mask):
+        notes.append("deterministic=True, but for float32, windows and documents torch's attention has a kernel on GPUs whose gradients need not repeat to the last bit: "
+                     'attention_backend=flex or manual have them repeat')
     dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type) if shape.num_experts else (None, None)
     if reason:
         notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
     float8 = fp8.choose(dtype, device) if c.fp8 else None
     if float8 == 'emulated':
         notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
-    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}
+    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
 
 
 def summary(step, losses):

@@ -43,7 +43,7 @@ def autocast_of(c, device):
 def model_settings(c, device):
     """Arguments of Model for a recipe, as train.py has them for one process."""
     dtype, shape = getattr(torch, dtype_of(c, device)), resolve_shape(dataclasses.asdict(c), c.vocab_size)
-    return dict(**train.choose_kernels(c, shape, device, dtype, []), config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
+    return dict(**train.choose_kernels(c, shape, device, dtype)[0], config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
                 loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype)[0])
 
 
@@ -57,6 +57,7 @@ class Step:
         if c.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cuda.enable_cudnn_sdp(not c.deterministic)
         settings = model_settings(c, device)
         self.shape = settings['config']
         self.model = Model.on_meta(**settings).allocate(device)

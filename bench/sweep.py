@@ -90,7 +90,7 @@ class Sweep:
         return [{'activation_checkpointing': kind, **self.batch(more)} for kind in ('selective', 'full')] if self.sequences % more == 0 else []
 
     def backends(self):
-        return ['sdpa', 'flash_attn_2', 'flash_attn_3'] if self.on_gpu else ['sdpa', 'manual']
+        return ['sdpa', *(['cudnn'] if not self.c.deterministic else []), 'flash_attn_2', 'flash_attn_3'] if self.on_gpu else ['sdpa', 'manual']
 
     def speed(self, settings):
         found = [speed for tried, speed, _, _ in self.rows if tried == settings and speed]

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from engine.attention import BACKENDS, attention, choose_backend
+import engine.attention as module
+from engine.attention import BACKENDS, attention, choose_backend, fastest
 
 SHAPES = [(2, 4, 4, 33, 16), (2, 6, 2, 17, 8), (1, 3, 1, 20, 5)]  # B, n_head, n_kv, T, head_dim
 
@@ -34,7 +35,7 @@ def test_values_and_gradients(shape, backend):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('backend', ['flash_attn_3', 'flash_attn_2', 'sdpa'])
+@pytest.mark.parametrize('backend', ['flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa'])
 def test_kernels_on_a_gpu(backend):
     q, k, v = inputs(2, 8, 2, 256, 64, device='cuda', dtype=torch.bfloat16)
     chosen, _ = choose_backend(backend, 'cuda', torch.bfloat16, 64)
@@ -47,7 +48,67 @@ def test_fallback_goes_down_the_list_and_says_why():
     assert chosen == 'sdpa' and len(reasons) == 2 and all('needs an NVIDIA GPU' in r for r in reasons)
     for backend in ('sdpa', 'manual'):
         assert choose_backend(backend, 'cpu', torch.float32, 64) == (backend, [])
-    assert BACKENDS == ('flash_attn_3', 'flash_attn_2', 'sdpa', 'flex', 'manual')
+    assert BACKENDS == ('flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
+
+
+def test_cudnn_is_taken_only_where_it_is_asked_for_and_may_be():
+    assert choose_backend('cudnn', 'cuda', torch.bfloat16, 64) == ('cudnn', [])
+    for reason, options in (('do not repeat', dict(deterministic=True)), ('not used with sliding_window', dict(window=True)), ('not used with document_mask', dict(documents=True)),
+                            ('at most 128', dict(head_dim=192)), ('not float32', dict(dtype=torch.float32))):
+        chosen, reasons = choose_backend('cudnn', 'cuda', **{'dtype': torch.bfloat16, 'head_dim': 64, **options})
+        assert chosen == 'sdpa' and len(reasons) == 1 and reason in reasons[0]
+    assert not any('cudnn' in reason for reason in choose_backend('flash_attn_3', 'cpu', torch.float32, 64)[1])
+
+
+LAYER = dict(batch_size=2, n_head=4, n_kv=2, head_dim=16, T=64)
+
+
+@pytest.mark.parametrize('special', [{}, dict(window=16), dict(documents=True), dict(sinks=True), dict(window=8, documents=True, sinks=True), dict(dropout=0.1)])
+def test_the_fastest_by_a_trial(special):
+    backend, told = fastest(torch.device('cpu'), torch.float32, **LAYER, **special)
+    assert backend in ('sdpa', 'manual') and all(f'ms with {name}' in told for name in ('sdpa', 'manual')) and 'off by' not in told
+
+
+def test_the_fastest_is_fast_and_right(monkeypatch):
+    """A backend wins by its time, and only if it computes the same, and runs."""
+    times = {'sdpa': 3.0, 'manual': 1.0}
+    trial = module._trial
+
+    def timed(call, inputs, grad):
+        name = next(cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, str))
+        return trial(call, inputs, grad)[0], times[name]
+    monkeypatch.setattr(module, '_trial', timed)
+
+    def found():
+        return fastest(torch.device('cpu'), torch.float32, **LAYER)
+    assert found()[0] == 'manual' and found()[1] == 'forward and backward of a layer take 1000.00 ms with manual, 3000.00 ms with sdpa'
+    times['manual'] = 2.99
+    assert found()[0] == 'sdpa'
+    times['manual'] = 1.0
+    manual = module._KERNELS['manual']
+    monkeypatch.setitem(module._KERNELS, 'manual', lambda *args: 1.01 * manual(*args))
+    assert found()[0] == 'sdpa' and 'manual is off by 1.0e-02' in found()[1]
+
+    def broken(*args):
+        raise RuntimeError('no kernel for this card')
+    monkeypatch.setitem(module._KERNELS, 'manual', broken)
+    assert found()[0] == 'sdpa' and 'manual no kernel for this card' in found()[1]
+    monkeypatch.setitem(module._KERNELS, 'sdpa', broken)
+    monkeypatch.setitem(module._KERNELS, 'manual', manual)
+    assert found()[0] == 'manual'
+
+
+def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
+    """What it takes is what the run has from then on: a resumed one does not measure again."""
+    monkeypatch.setattr('train.fastest', lambda *args, **kwargs: ('manual', 'a trial'))
+    assert train(tmp_path, '--attention_backend=auto', '--max_iters=2', '--eval_interval=2') == 0
+    said = capsys.readouterr().out
+    assert 'Attention backend: manual' in said and 'Note: attention_backend=auto takes manual: a trial' in said
+    monkeypatch.setattr('train.fastest', None)
+    assert train(tmp_path, '--init_from=resume', '--max_iters=4') == 0
+    assert 'Attention backend: manual' in capsys.readouterr().out
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # deterministic=True
+    assert train(tmp_path / 'free', '--deterministic=False', '--max_iters=1') == 0 and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize('backend', ['sdpa', 'manual'])

@@ -53,6 +53,19 @@ def lines_of(path, said):
         return [line.rstrip('\n') for line in f if line.strip()]
 
 
+def prompts_of(start, tokenizer, block_size):
+    """Token ids of the key sample_start: of the text, or with FILE:name of each line of a file. Raises ConfigError for what a model of block_size tokens cannot begin with."""
+    prompts = []
+    for text in (lines_of(start[5:], 'sample_start=FILE:') if start.startswith('FILE:') else [start]) or ['']:
+        try:
+            prompts.append(tokenizer.encode(text).tolist())
+        except ValueError as error:
+            raise ConfigError(f'sample_start={text!r}: {error}') from None
+        if not 0 < len(prompts[-1]) <= block_size:
+            raise ConfigError(f'sample_start={text!r} has {len(prompts[-1])} tokens, expected 1 to block_size={block_size}: give the text that samples begin with, or --sample_interval=0')
+    return prompts
+
+
 def check_prompts(prompts, model):
     """Raise ConfigError for a prompt (list of ids) that the model cannot begin with."""
     for prompt in prompts:

@@ -27,8 +27,7 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, checks, experts, flops, fp8, memory, optim, parallel, resume, stopping, tasks
-from engine.attention import choose_backend, fastest
+from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, open_url
 from engine.dataset import check_fit, folder_of, open_dataset
@@ -38,7 +37,7 @@ from engine.loss import IGNORE, choose_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
-from generation import generate, lines_of
+from generation import generate, prompts_of
 import huggingface
 from model import Model
 from presets import ROUTING, ModelConfig, resolve_shape
@@ -255,13 +254,9 @@ def run(argv, stop):
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
-    dtype = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
-    if dtype == 'float16' and c.use_fsdp and c.fsdp_offload:
-        raise ConfigError('dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16')
-    if dtype == 'float16' and device.type == 'cpu':
-        raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
-    torch_dtype = getattr(torch, dtype)
-    kernels, told = parallel.from_main(lambda: choose_kernels(c, shape, device, torch_dtype), world)
+    torch_dtype = kernels.precision(c, device)
+    dtype = str(torch_dtype).removeprefix('torch.')
+    chosen, told = parallel.from_main(lambda: kernels.choose(c, shape, device, torch_dtype), world)
     notes += told
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
@@ -272,14 +267,14 @@ def run(argv, stop):
     tokens_of_rank = c.block_size // c.context_parallel
 
     def of_model(batch_size):
-        return dict(**kernels, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight, document_end=document_end,
+        return dict(**chosen, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight, document_end=document_end,
                     head_z_loss=c.head_z_loss_weight, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
 
     if c.fp8 and not Model.on_meta(shape, **of_model(c.batch_size)).float8_layers:
         raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
 
     def predicted(batch_size, sequences):
-        return memory.predict(lambda: Model(shape, **{**of_model(batch_size), 'backend': 'manual' if kernels['backend'] == 'manual' else 'sdpa'}), batch_size, tokens_of_rank, device, autocast,
+        return memory.predict(lambda: Model(shape, **{**of_model(batch_size), 'backend': 'manual' if chosen['backend'] == 'manual' else 'sdpa'}), batch_size, tokens_of_rank, device, autocast,
                               accumulation=sequences // batch_size, muon=c.optimizer == 'muon', layout=world.layout, ranks=world.size // c.fsdp_replicas)
     if c.find_batch_size:
         sequences = checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
@@ -299,13 +294,13 @@ def run(argv, stop):
                      f'for any number of processes')
     if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
         notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
-    c = dataclasses.replace(c, dtype=dtype, attention_backend=kernels['backend'], gradient_accumulation_steps=accumulation, device=device.type,
-                            backend=world.backend, use_cuda_graphs=checks.cuda_graphs(c, device.type, kernels['dispatch'], notes), **dataclasses.asdict(shape))
+    c = dataclasses.replace(c, dtype=dtype, attention_backend=chosen['backend'], gradient_accumulation_steps=accumulation, device=device.type,
+                            backend=world.backend, use_cuda_graphs=checks.cuda_graphs(c, device.type, chosen['dispatch'], notes), **dataclasses.asdict(shape))
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
     tokenizer = text_tokenizer(c, meta) if c.sample_interval or c.eval_tasks else None
-    prompts = sample_prompts(c, tokenizer) if c.sample_interval else []
+    prompts = prompts_of(c.sample_start, tokenizer, c.block_size) if c.sample_interval else []
     eval_tasks = tasks.encode(tasks.load_tasks(c.eval_tasks or '', c.eval_tasks_limit), tokenizer, c.block_size)
     parallel.same({'prompts': prompts, 'eval_tasks': tasks.fingerprint(eval_tasks)}, 'what is written or asked at evaluations', world)
 
@@ -638,29 +633,6 @@ def run(argv, stop):
     return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
 
 
-def choose_kernels(c, shape, device, dtype):
-    """({'backend', 'dispatch', 'float8'} of Model that a run takes, what is to be said of them)."""
-    notes, special = [], dict(dropout=c.dropout, documents=c.document_mask, sinks=shape.attention_sinks, deterministic=c.deterministic)
-    if c.attention_backend == 'auto':
-        backend, told = fastest(device, dtype, batch_size=c.batch_size, n_head=shape.n_head, n_kv=shape.num_key_value_heads, head_dim=shape.head_dim, T=c.block_size,
-                                window=max(shape.windows, key=lambda window: window or c.block_size) or None, **special)
-        notes.append(f'attention_backend=auto takes {backend}: {told}')
-    else:
-        backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, window=any(shape.windows), **special)
-        if passed_over:
-            notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
-    if backend == 'sdpa' and device.type == 'cuda' and c.deterministic and (dtype == torch.float32 or any(shape.windows) or c.document_mask):
-        notes.append("deterministic=True, but for float32, windows and documents torch's attention has a kernel on GPUs whose gradients need not repeat to the last bit: "
-                     'attention_backend=flex or manual have them repeat')
-    dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type) if shape.num_experts else (None, None)
-    if reason:
-        notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
-    float8 = fp8.choose(dtype, device) if c.fp8 else None
-    if float8 == 'emulated':
-        notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
-    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
-
-
 def summary(step, losses):
     return f"iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}" + ''.join(
         f", {name} {100 * found['acc_norm']:.1f} %" for name, found in losses.get('tasks', {}).items())
@@ -671,22 +643,6 @@ def text_tokenizer(c, meta):
         return tokenizer_of(folder_of(c.dataset, ROOT), meta)
     except ValueError as error:
         raise ConfigError(f'sample_interval and eval_tasks need the tokenizer of {c.dataset}: {error}') from None
-
-
-def sample_prompts(c, tokenizer):
-    """Token ids of c.sample_start, or of each line of the file that it names."""
-    starts = [c.sample_start]
-    if c.sample_start.startswith('FILE:'):
-        starts = lines_of(c.sample_start[5:], 'sample_start=FILE:')
-    prompts = []
-    for start in starts or ['']:
-        try:
-            prompts.append(tokenizer.encode(start).tolist())
-        except ValueError as error:
-            raise ConfigError(f'sample_start={start!r}: {error}') from None
-        if not 0 < len(prompts[-1]) <= c.block_size:
-            raise ConfigError(f'sample_start={start!r} has {len(prompts[-1])} tokens, expected 1 to block_size={c.block_size}: give the text that samples begin with, or --sample_interval=0')
-    return prompts
 
 
 def checkpoint_tensors(model, updated=None, optimizer=None, guard=None):

@@ -14,7 +14,7 @@ sys.path.insert(0, ROOT)
 
 import train  # noqa: E402
 from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
-from engine import checks, optim, parallel  # noqa: E402
+from engine import checks, kernels, optim, parallel  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
 from engine.loader import TrainLoader, order_of  # noqa: E402
 from engine.loss import choose_chunk  # noqa: E402
@@ -32,7 +32,7 @@ def write_noise(folder, vocab_size, tokens=2_000_000):
 
 
 def dtype_of(c, device):
-    return c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16')
+    return str(kernels.precision(c, device)).removeprefix('torch.')
 
 
 def autocast_of(c, device):
@@ -43,7 +43,7 @@ def autocast_of(c, device):
 def model_settings(c, device):
     """Arguments of Model for a recipe, as train.py has them for one process."""
     dtype, shape = getattr(torch, dtype_of(c, device)), resolve_shape(dataclasses.asdict(c), c.vocab_size)
-    return dict(**train.choose_kernels(c, shape, device, dtype)[0], config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
+    return dict(**kernels.choose(c, shape, device, dtype)[0], config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
                 loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype)[0])
 
 

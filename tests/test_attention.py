@@ -100,11 +100,11 @@ def test_the_fastest_is_fast_and_right(monkeypatch):
 
 def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
     """What it takes is what the run has from then on: a resumed one does not measure again."""
-    monkeypatch.setattr('train.fastest', lambda *args, **kwargs: ('manual', 'a trial'))
+    monkeypatch.setattr('engine.kernels.fastest', lambda *args, **kwargs: ('manual', 'a trial'))
     assert train(tmp_path, '--attention_backend=auto', '--max_iters=2', '--eval_interval=2') == 0
     said = capsys.readouterr().out
     assert 'Attention backend: manual' in said and 'Note: attention_backend=auto takes manual: a trial' in said
-    monkeypatch.setattr('train.fastest', None)
+    monkeypatch.setattr('engine.kernels.fastest', None)
     assert train(tmp_path, '--init_from=resume', '--max_iters=4') == 0
     assert 'Attention backend: manual' in capsys.readouterr().out
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # deterministic=True

@@ -21,7 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
 FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
 SMALL = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--head_dim=None', '--num_key_value_heads=None', '--d_ff=128', '--expert_d_ff=64', '--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=1', '--total_batch_size=0', '--compile=False']
-PARTS = ('correctness', 'resume', 'tests', 'throughput', 'graphs', 'memory', 'peers', 'stall', 'generation')
+PARTS = ('correctness', 'resume', 'tests', 'throughput', 'graphs', 'float8', 'memory', 'peers', 'stall', 'generation')
 
 
 def difference(a, b):
@@ -104,30 +104,58 @@ def throughput(args):
         sys.exit('no recipe ran')
 
 
+def against(args, title, recipe, settings, key):
+    """Tokens per second of a recipe with a key False and True, in turns, two rounds."""
+    settings = [*settings, '--total_batch_size=0', *(SMALL if args.small else ['--dtype=bfloat16']), f'--iterations={2 if args.small else 10}', f'--device={args.device}', '--json']
+    found = {False: [], True: []}
+    for on in (False, True) if args.small else (False, True, True, False):
+        if args.device == 'cpu' and key == 'use_cuda_graphs' and on:
+            continue
+        done = subprocess.run([sys.executable, f'{ROOT}/bench/throughput.py', f'{ROOT}/config/{recipe}', *settings, f'--{key}={on}'], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        found[on].append(json.loads(done.stdout.strip().splitlines()[-1])['tokens_per_sec'])
+    middle = {on: sum(speeds) / len(speeds) for on, speeds in found.items() if speeds}
+    print(f'{title}: ' + ', '.join(f'{key}={on} {speed:,.0f} tokens/s' for on, speed in middle.items()) + (f', {middle[True] / middle[False]:.2f} times' if len(middle) == 2 else ''), flush=True)
+
+
 def graphs(args):
-    """CUDA graphs against none, three rounds in turns: two sizes of GPT-2 with long and short kernels. That they compute the same is seen by the run itself, which refuses them otherwise."""
-    for size, settings in (('124 M', []), ('124 M, short', ['--batch_size=2', '--gradient_accumulation_steps=8']), ('11 M', ['--n_layer=6', '--n_embd=384', '--n_head=6', '--block_size=256', '--batch_size=64', '--gradient_accumulation_steps=1'])):
-        settings = [*settings, *(SMALL if args.small else ['--dtype=bfloat16']), f'--iterations={2 if args.small else 10}', f'--device={args.device}', '--json']
-        for compiled in (False,) if args.small else (True, False):
-            found = {False: [], True: []}
-            for turn in range(1 if args.small else 3):
-                for on in (False, True) if turn % 2 == 0 else (True, False):
-                    if args.device == 'cpu' and on:
-                        continue
-                    command = [sys.executable, f'{ROOT}/bench/throughput.py', f'{ROOT}/config/train_gpt2.py', '--batch_size=12', '--gradient_accumulation_steps=4', '--total_batch_size=0', *settings, f'--compile={compiled}', f'--use_cuda_graphs={on}']
-                    done = subprocess.run(command, capture_output=True, text=True)
-                    if done.returncode:
-                        sys.exit(done.stderr)
-                    found[on].append(json.loads(done.stdout.strip().splitlines()[-1])['tokens_per_sec'])
-            middle = {on: sorted(speeds)[len(speeds) // 2] for on, speeds in found.items() if speeds}
-            print(f'{size}, compile={compiled}: ' + ', '.join(f'{"graphs" if on else "none"} {speed:,.0f} tokens/s' for on, speed in middle.items()) + (f', {middle[True] / middle[False]:.2f} times' if len(middle) == 2 else ''), flush=True)
+    """CUDA graphs against none, for long and short kernels. That both compute the same is seen by the run itself, which refuses graphs otherwise."""
+    for title, compiled, settings in (('124 M, 12 x 1024', True, []), ('124 M, 2 x 1024', True, ['--batch_size=2']), ('124 M, 2 x 1024, eager', False, ['--batch_size=2']),
+                                      ('11 M, 64 x 256', True, ['--n_layer=6', '--n_embd=384', '--n_head=6', '--block_size=256', '--batch_size=64'])):
+        against(args, title, 'train_gpt2.py', ['--batch_size=12', '--gradient_accumulation_steps=4', *settings, f'--compile={compiled and not args.small}'], 'use_cuda_graphs')
+
+
+def float8(args):
+    """float8 matmuls against bfloat16; and their loss on the same batches for a while."""
+    from step import write_noise
+
+    from plots.run_log import load_run
+    if _missing('torchao'):
+        sys.exit('the package torchao is not installed: pip install torchao')
+    size = ['--n_layer=1', '--n_embd=352', '--n_head=4', '--d_ff=1040', '--block_size=64', '--batch_size=2'] if args.small else ['--batch_size=16']
+    common = [*size, '--gradient_accumulation_steps=1', f'--compile={not args.small}']
+    if not args.small:
+        against(args, '1.36 B, 16 x 2048', 'full_llama_1.36b.py', common, 'fp8')
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(f'{folder}/noise', 32000, 200_000)
+        for on in (False, True):
+            subprocess.run([sys.executable, f'{ROOT}/train.py', f'{ROOT}/config/full_llama_1.36b.py', f'--dataset={folder}/noise', f'--out_dir={folder}/{on}', *common, f'--n_layer={1 if args.small else 6}', '--total_batch_size=0', '--warmup_iters=5',
+                            '--max_iters=20', '--eval_at_start=False', '--eval_interval=1000', '--checkpoint_interval=1000', '--log_interval=1', f'--device={args.device}', f'--fp8={on}'], check=True, stdout=subprocess.DEVNULL)
+        losses = [load_run([f'{folder}/{on}']).columns['loss'] for on in (False, True)]
+    print(f'loss after 20 iterations {losses[0][-1]:.4f}, in float8 {losses[1][-1]:.4f}; the largest relative difference on the way {max(abs(b - a) / a for a, b in zip(*losses)):.1e}')
+
+
+def _missing(package):
+    import importlib.util
+    return importlib.util.find_spec(package) is None
 
 
 def commands(args):
     """{part: command} of those that are scripts of their own."""
     device, small = f'--device={args.device}', args.small
     return {
-        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['tests/test_no_sync.py', 'tests/test_graphs.py', 'tests/test_attention.py', 'tests/test_loader.py', 'tests/test_experts.py', 'tests/test_resume.py'])],
+        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['tests/test_no_sync.py', 'tests/test_graphs.py', 'tests/test_fp8.py', 'tests/test_attention.py', 'tests/test_loader.py', 'tests/test_experts.py', 'tests/test_resume.py'])],
         'memory': ['bench/memory_prediction.py', device, *(['--models', 'gpt2:2:64:2:64:2:500:none'] if small else ['--dtype=bfloat16', '--models', 'gpt2:12:768:12:1024:16:50304:none', 'llama:24:2048:16:2048:8:32000:none',
                                                                                                                   'llama:24:2048:16:2048:8:32000:selective', 'qwen3:8:2048:16:2048:4:151936:full'])],
         'peers': ['bench/peers.py', device, *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--rounds=1', '--steps=1', '--warmup=1', '--batch_size=1'] if small else ['--dtype=bfloat16', '--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=16', '--steps=10'])],
@@ -145,7 +173,7 @@ def main():
     parser.add_argument('--part', choices=PARTS, help='one process: this part')
     args = parser.parse_args()
     if args.part:
-        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs}[args.part](args)
+        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs, 'float8': float8}[args.part](args)
     results, begun = {}, time.monotonic()
     with open(args.output, 'w') as log:
         def say(line):

@@ -91,7 +91,7 @@ class Graphs:
         side = torch.cuda.Stream() if cuda else None
         with torch.cuda.stream(side) if cuda else contextlib.nullcontext():  # as torch's documentation asks: libraries make their plans, DDP its buckets
             if cuda:
-                side.wait_stream(torch.cuda.default_stream())
+                side.wait_stream(torch.cuda.default_stream())  # on which the batches were made
             for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
                 expected = self._trial(self.plain, batches, forget)
             again = self._trial(self.plain, batches, forget)

@@ -7,7 +7,7 @@ The fastest way to run a recipe on this machine: tries its settings one after th
 
 Takes all keys of train.py, of which those given are not tried, and those below. In this order, keeping the best of each: batch_size (the tokens of an iteration stay as they are), compile, activation
 checkpointing with twice the batch_size, attention_backend, loss_chunk, CUDA graphs. What runs out of memory or fails is a line of the table too. Each try is a process of its own on random ids, and nothing
-of it is kept. Tries that are within 2 % of the best so far are run once more, in turns with it, before they replace it.
+of it is kept. What seems faster than the best so far, or is less than 2 % slower, is run once more, in turns with it, before it replaces it.
 """
 import argparse
 import os
@@ -19,6 +19,8 @@ import time
 
 from step import ROOT, config_of, device_of, vocabulary_of, write_noise
 
+from engine import kernels
+from engine.loss import choose_chunk
 from plots.run_log import load_run
 
 
@@ -59,7 +61,7 @@ class Sweep:
         self.attempt({})
         for name, tries in (('batch_size', self.batch_sizes), ('compile', lambda: [{'compile': not self.now('compile')}]), ('activation_checkpointing', self.recomputed),
                             ('attention_backend', lambda: [{'attention_backend': name} for name in self.backends() if name != self.now('attention_backend')]),
-                            ('loss_chunk', lambda: [{'loss_chunk': 0}]), ('use_cuda_graphs', lambda: [{'use_cuda_graphs': True}] if self.on_gpu else [])):
+                            ('loss_chunk', lambda: [{'loss_chunk': 0}] if self.in_chunks() else []), ('use_cuda_graphs', lambda: [{'use_cuda_graphs': True}] if self.on_gpu else [])):
             if name in self.given:
                 continue
             for change in tries():
@@ -92,6 +94,9 @@ class Sweep:
     def backends(self):
         return ['sdpa', *(['cudnn'] if not self.c.deterministic else []), 'flash_attn_2', 'flash_attn_3'] if self.on_gpu else ['sdpa', 'manual']
 
+    def in_chunks(self):
+        return choose_chunk(None, self.now('batch_size') * self.c.block_size, self.vocabulary, device_of(self.c).type, kernels.precision(self.c, device_of(self.c)))[0]
+
     def speed(self, settings):
         found = [speed for tried, speed, _, _ in self.rows if tried == settings and speed]
         return statistics.median(found) if found else 0.0
@@ -101,7 +106,7 @@ class Sweep:
         self.measure(settings)
         if settings == self.best:
             return
-        if 0.98 < self.speed(settings) / max(self.speed(self.best), 1e-9) < 1.02:
+        if 0 < 0.98 * self.speed(self.best) < self.speed(settings):
             self.measure(self.best)
             self.measure(settings)
         if self.speed(settings) > self.speed(self.best):

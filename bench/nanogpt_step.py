@@ -34,13 +34,18 @@ SHAPE = dict(arch_preset='gpt2', n_layer=4, n_head=4, n_embd=128, block_size=T, 
 RATES = dict(learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=2000, decay_lr=True)
 
 
+def random_windows(folder, batch_size, block_size, device='cpu'):
+    """x, y: a batch as nanoGPT draws it."""
+    data = np.memmap(os.path.join(folder, 'train.bin'), dtype=np.uint16, mode='r')
+    ix = torch.randint(len(data) - block_size, (batch_size,))
+    x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + block_size].astype(np.int64)) for i in ix]) for shift in (0, 1))
+    return (x.pin_memory().to('cuda', non_blocking=True), y.pin_memory().to('cuda', non_blocking=True)) if device == 'cuda' else (x, y)
+
+
 def reference_loop(folder, model, *, batch_size, block_size, rates, learning_rate=None, compiled=False, device='cpu', autocast=contextlib.nullcontext(), fetch_every=1):
     """A generator: one iteration of nanoGPT's loop per next(); yields (iteration, model). rates: of AdamW; learning_rate(iteration), or None where it stays."""
     def batch():
-        data = np.memmap(os.path.join(folder, 'train.bin'), dtype=np.uint16, mode='r')
-        ix = torch.randint(len(data) - block_size, (batch_size,))
-        x, y = (torch.stack([torch.from_numpy(data[i + shift:i + shift + block_size].astype(np.int64)) for i in ix]) for shift in (0, 1))
-        return (x.pin_memory().to('cuda', non_blocking=True), y.pin_memory().to('cuda', non_blocking=True)) if device == 'cuda' else (x, y)
+        return random_windows(folder, batch_size, block_size, device)
     named = dict(model.named_parameters())
     decayed, others = optim.decay_groups(named.items())
     optimizer = torch.optim.AdamW([{'params': [named[n] for n in decayed], 'weight_decay': 0.1}, {'params': [named[n] for n in others], 'weight_decay': 0.0}],

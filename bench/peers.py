@@ -1,15 +1,18 @@
 """
-Training speed beside others: train.py's step, nanoGPT's loop and Hugging Face's Trainer, with the same model, batch and dtype, each in a process of its own, in turns.
+Training speed beside others: train.py's step, nanoGPT's loop, Hugging Face's Trainer and, where it is installed, litgpt, with the same model, batch and dtype, each in a process of its
+own, in turns.
 
     python bench/peers.py                                        # GPT-2's kind, then LLaMA's, on this machine's CPU
     python bench/peers.py --family=llama --rounds=7 --steps=4
     python bench/peers.py --device=cuda --dtype=bfloat16 --n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=16
 
 nanoGPT's loop is rewritten from what it does, around the same model: the whole of it compiled, all logits at once, windows drawn and stacked one by one, AdamW fused on a GPU
-only, the loss fetched every tenth iteration. The Trainer has transformers' own model and its defaults, not compiled, as it comes; --hf_compile compiles it. First steps and
-compiling are not in the figures. Beside them stands what the matmuls alone of such a step take here, one after the other.
+only, the loss fetched every tenth iteration. The Trainer has transformers' own model and its defaults, not compiled, as it comes; --hf_compile compiles it. litgpt (which has no
+GPT-2; pip install --no-deps litgpt lightning lightning-utilities torchmetrics pytorch-lightning jsonargparse) has its own model, loss and use of Fabric, as its pretraining puts them together. First steps and compiling are not in the figures. Beside them stands what the matmuls alone of such a step take here, one after the other.
 """
 import argparse
+import importlib.util
+import itertools
 import os
 import statistics
 import subprocess
@@ -23,7 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 VOCABULARIES = {'gpt2': 50304, 'llama': 32000}
 RATES = dict(learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-PEERS = ('onetrain', 'nanogpt', 'hf_trainer')
+PEERS = ('onetrain', 'nanogpt', 'hf_trainer', 'litgpt')
 
 
 def shape_of(args):
@@ -46,7 +49,7 @@ def onetrain(args):
         **{key: getattr(args, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'device', 'dtype')}).items()]), args.data)
     while True:
         step.run()
-        if step.number % 10 == 0:
+        if step.steps % 10 == 0:
             step.last_loss.item()
         yield
 
@@ -60,6 +63,33 @@ def nanogpt(args):
     model.init_weights(0)
     yield from reference_loop(args.data, model, batch_size=args.batch_size, block_size=args.block_size, rates=dict(lr=RATES['learning_rate'], betas=RATES['betas']), compiled=True, device=args.device,
                               autocast=context(args), fetch_every=10)
+
+
+def litgpt(args):
+    """A generator: one iteration of litgpt's pretraining per next()."""
+    import lightning
+    import litgpt
+    import torch
+    from litgpt.utils import chunked_cross_entropy
+    from nanogpt_step import random_windows
+    shape = shape_of(args)
+    fabric = lightning.Fabric(accelerator=args.device, devices=1, precision='32-true' if args.dtype == 'float32' else 'bf16-mixed')
+    fabric.launch()
+    with fabric.init_module():
+        model = litgpt.GPT(litgpt.Config(name='peer', block_size=shape.block_size, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, n_query_groups=shape.num_key_value_heads, padded_vocab_size=shape.vocab_size,
+                                         rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name='RMSNorm', mlp_class_name='LLaMAMLP', intermediate_size=shape.d_ff))
+    model = fabric.setup(torch.compile(model))
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=RATES['learning_rate'], betas=RATES['betas'], weight_decay=RATES['weight_decay'], fused=args.device == 'cuda'))
+    for number in itertools.count(1):
+        x, y = random_windows(args.data, args.batch_size, args.block_size, args.device)
+        loss = chunked_cross_entropy(model(x), y)
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if number % 10 == 0:
+            loss.item()
+        yield
 
 
 def hf_trainer(args, between):
@@ -117,7 +147,7 @@ def serve(args):
         waiting.update(steps=int(line), since=time.perf_counter())
     if args.peer == 'hf_trainer':
         hf_trainer(args, between)
-    for _ in {'onetrain': onetrain, 'nanogpt': nanogpt}[args.peer](args):
+    for _ in {'onetrain': onetrain, 'nanogpt': nanogpt, 'litgpt': litgpt}[args.peer](args):
         between()
 
 
@@ -171,8 +201,9 @@ def main():
     args = parser.parse_args()
     if args.peer:
         return serve(args)
+    wanted = [peer for peer in args.peers if peer != 'litgpt' or importlib.util.find_spec('litgpt')]
     for family in [args.family] if args.family else VOCABULARIES:
-        args.family = family
+        args.family, args.peers = family, [peer for peer in wanted if family == 'llama' or peer != 'litgpt']
         with tempfile.TemporaryDirectory() as folder:
             measure(args, folder)
 

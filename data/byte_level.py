@@ -7,27 +7,25 @@ up a token, they are the two that the listed merges leave, and their merge is th
 before what is made of them. A pattern with ^, $ or \b is left to the library, where they mean something else. Where the two engines of regular expressions do not agree on a character's class, which is tried with all of them, and where a
 text is not in the normal form that the tokenizer wants, or spells out an added token, Twin.encode() leaves it to the library itself.
 """
-import itertools
 import json
 import re
 import unicodedata
 
 import numpy as np
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+from data.quick_tiktoken import ATOM, GPT2, Quick
+
 GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # each digit for itself, and what is before it
 KNOWN = 0x32000
-ATOM = re.compile(r'\\[pP]\{\^?\w+\}|\\[^1-9kKbBAzZG]|\[\^?(?:\\.|[^\]\\])+\]')  # of a regular expression: a class or an escaped character
-HARD = re.compile(r'\(\?[=!<>]|[*+?}]\+|[$^\\]')  # what only the slower engine of regular expressions knows, or might not; atoms are an x
 FOLDED = 'ſK'  # characters that are an s or a k where case does not count
 
 
 class Twin:
-    """encoding: tiktoken.Encoding of merge ranks; ids: (number of ranks,) uint32, the id of each; unsafe: (0x110000,) bool, characters that are left to the library;
+    """quick: data.quick_tiktoken.Quick of merge ranks; ids: (number of ranks,) uint32, the id of each; unsafe: (0x110000,) bool, characters that are left to the library;
     words: added tokens, whose text is too; normal: whether a text must be in NFC."""
 
-    def __init__(self, encoding, ids, unsafe, words, normal):
-        self.encoding, self.ids, self.unsafe, self.normal = encoding, ids, unsafe, normal
+    def __init__(self, quick, ids, unsafe, words, normal):
+        self.quick, self.ids, self.unsafe, self.normal = quick, ids, unsafe, normal
         self.words = re.compile('|'.join(map(re.escape, sorted(words)))) if words else None
 
     def encode(self, text):
@@ -39,7 +37,7 @@ class Twin:
                 return None
             if self.normal and not unicodedata.is_normalized('NFC', text):
                 return None
-        return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
+        return self.ids[self.quick.encode(text)]
 
 
 def twin_of(content):
@@ -58,48 +56,12 @@ def twin_of(content):
     ranks = ranks_of(model, tokenizers)
     if ranks is None:
         return None
-    # tiktoken looks for special tokens first: with none at all it looks at every character
-    encoding = tiktoken.Encoding('twin', pat_str=grouped(pattern), mergeable_ranks={token: rank for rank, (token, _) in enumerate(ranks)}, special_tokens={'<|none|>': len(ranks)})
+    quick = Quick(pattern, {token: rank for rank, (token, _) in enumerate(ranks)})
     unsafe = disagreements(pattern, tiktoken, tokenizers)
     if normalizer is not None:  # of characters that are younger than Python's tables the normal form is not known
         unsafe[:KNOWN] |= np.array([unicodedata.category(chr(i)) == 'Cn' for i in range(KNOWN)])
     words = {token['content'] for token in described.get('added_tokens', []) if not token['special']}
-    return Twin(encoding, np.array([i for _, i in ranks], dtype=np.uint32), unsafe, words, normalizer is not None)
-
-
-def grouped(pattern):
-    """The same regular expression with those of its alternatives that need no looking around, one after the other, in a group. tiktoken's engine hands a group to a
-    faster one as a whole, but not single alternatives beside one that looks around: (a|b)|c finds what a|b|c finds, in two thirds of the time."""
-    alternatives, depth, start, i = [], 0, 0, 0
-    while i < len(pattern):
-        if pattern[i] == '\\':
-            i += 1
-        elif pattern[i] == '[':
-            i = _class_end(pattern, i)
-        elif pattern[i] in '()':
-            depth += 1 if pattern[i] == '(' else -1
-        elif pattern[i] == '|' and depth == 0:
-            alternatives.append(pattern[start:i])
-            start = i + 1
-        i += 1
-    alternatives.append(pattern[start:])
-    plain = [ATOM.sub('x', alternative) for alternative in alternatives]
-    for i, one in enumerate(plain):
-        # at the end of an alternative nothing can ask a quantifier to give back, so a possessive one is an ordinary one; so is that of one character up to the end of the text
-        if re.search(r'[*+?}]\+$|^x[*+]\+\$$', one):
-            at = -2 if one.endswith('$') else -1
-            alternatives[i], plain[i] = (was[:at] + was[at:][1:] for was in (alternatives[i], one))
-    hard = [bool(HARD.search(one.removesuffix('$'))) for one in plain]
-    groups = [(is_hard, [alternative for _, alternative in group]) for is_hard, group in itertools.groupby(zip(hard, alternatives), key=lambda pair: pair[0])]
-    return '|'.join('|'.join(group) if is_hard or len(group) == 1 else f'(?:{"|".join(group)})' for is_hard, group in groups)
-
-
-def _class_end(pattern, i):
-    """Index of the ] that closes the [ at i."""
-    i += 2 if pattern.startswith('[^', i) else 1
-    while pattern[i] != ']':
-        i += 2 if pattern[i] == '\\' else 1
-    return i
+    return Twin(quick, np.array([i for _, i in ranks], dtype=np.uint32), unsafe, words, normalizer is not None)
 
 
 def pattern_of(pre_tokenizer):

@@ -23,7 +23,8 @@ import os
 
 import numpy as np
 
-from data.byte_level import grouped, twin_of
+from data.byte_level import twin_of
+from data.quick_tiktoken import Quick
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
 EOT = '<|endoftext|>'
@@ -140,20 +141,17 @@ class TiktokenTokenizer:
         except OSError as error:  # what requests raises too
             raise ValueError(f'tiktoken could not download the encoding {name!r} ({type(error).__name__}): connect this machine once, set '
                              f'TIKTOKEN_CACHE_DIR to a folder that has it, or name another tokenizer, such as bytes') from None
-        self.name, self.vocab_size = name, self.encoding.n_vocab
+        self.name, self.vocab_size, self.quick = name, self.encoding.n_vocab, None
         self.eot_token = EOT if EOT in self.encoding.special_tokens_set else None
         self.eot_id = self.encoding.eot_token if self.eot_token else None
 
     def encode(self, text):
+        if self.quick is not None:
+            return self.quick.encode(text)
         if self.encoded <= TRIAL < self.encoded + len(text):
-            self._hurry()
+            self.quick = Quick(self.encoding._pat_str, self.encoding._mergeable_ranks)
         self.encoded += len(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def _hurry(self):
-        old = self.encoding
-        if (pattern := grouped(old._pat_str)) != old._pat_str:
-            self.encoding = type(old)(old.name, pat_str=pattern, mergeable_ranks=old._mergeable_ranks, special_tokens=old._special_tokens)
 
     def decode(self, ids):
         return _join(self._token(int(i)) for i in ids)

@@ -13,7 +13,8 @@ from conftest import ROOT  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
 
 from data import tokenizer as tokenizer_module  # noqa: E402
-from data.byte_level import GPT2, GPT2_DIGITS, KNOWN, grouped, ranks_of, twin_of  # noqa: E402
+from data.byte_level import GPT2_DIGITS, KNOWN, ranks_of, twin_of  # noqa: E402
+from data.quick_tiktoken import _SPELLED, GPT2, Quick, grouped  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 
 EOT = '<|endoftext|>'
@@ -146,3 +147,38 @@ def test_alternatives_in_a_group_find_the_same():
         for text in [*source(), *hard_texts(100, 3)]:
             assert old.encode_ordinary(text) == new.encode_ordinary(text)
     assert grouped(openai_public.r50k_pat_str).startswith("(?:'(?:[sdmt]|ll|ve|re)| ?\\p{L}+|")
+
+
+def white_space_texts(count):
+    """Texts of hardly anything but white space of all kinds, control characters, and words to hold on to."""
+    draw = random.Random(2)
+    kinds = [' ', '\n', '\t', '\r', '\x0b', '\x0c', ' ', '\n', 'a', 'b ', "'s", '7', '!', 'é', '漢']
+    rare = ['\x01', '\x06', '\x00', '\x07', '\x1c', '\x1f', '\x85', '\xa0', '\u2028', '\u3000', '\u200b', '\U0001f600']
+    return [''.join(draw.choice(kinds if draw.random() < 0.98 else rare) * draw.choice((1, 1, 2, 5)) for _ in range(draw.randrange(1, 60))) for _ in range(count)]
+
+
+@pytest.mark.parametrize('pattern', _SPELLED)
+def test_white_space_that_stands_in(pattern):
+    """The ids of GPT-2's expression with nothing replaced in it, for whatever surrounds a run of white space."""
+    tiktoken = pytest.importorskip('tiktoken')
+    ranks = {token: rank for rank, (token, _) in enumerate(ranks_of(json.loads(trained('gpt2', 1000).to_str())['model'], tokenizers))}
+    assert b'\n    ' in ranks or b'\n   ' in ranks  # runs merge
+    plain = tiktoken.Encoding('plain', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    quick = Quick(pattern, ranks)
+    texts = [*white_space_texts(20_000), *source(), *hard_texts(300, 3), '', ' ', '\n\n', ' a', 'a ', '  a', 'a  ', '\x01', ' \x01 ']
+    taken = 0
+    for text in texts:
+        taken += quick._replaced(text) is not None
+        assert quick.encode(text).tolist() == plain.encode_ordinary(text), repr(text)
+    assert len(texts) // 3 < taken < len(texts)
+
+
+def test_characters_that_are_white_space():
+    """Those that stand-ins know of are all that tiktoken's expressions know."""
+    tiktoken = pytest.importorskip('tiktoken')
+    codes = [i for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    found = tiktoken.Encoding('space', pat_str=r'\s', mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}).encode_ordinary(''.join(map(chr, codes)))
+    quick = Quick(GPT2, {bytes([byte]): byte for byte in range(256)})
+    spaces = bytes(found).decode()
+    assert len(spaces) > 20 and all(space in ' \t\n\x0b\x0c\r' or quick._replaced(f'a{space}') is None for space in spaces)
+    assert quick._replaced('a \n b') == 'a\x06\x02 b' and quick._replaced('a \n ') == 'a \n ' and quick._replaced('é\t\tb\r\n') == 'é\x01\tb\r\n'

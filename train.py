@@ -504,7 +504,7 @@ def run(argv, stop):
     micro_step = MicroStep(model, train_model, world, autocast, scaler, world.size / tokens_per_step, accumulation)
     if step < c.max_iters and (c.compile or c.use_cuda_graphs):
         prepare()
-    gc.collect()
+        gc.collect()
     gc.freeze()  # what stays for good is not searched for garbage again
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
     if step >= c.max_iters:

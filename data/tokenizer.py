@@ -127,7 +127,7 @@ class CharTokenizer:
 
 class TiktokenTokenizer:
     """An encoding of tiktoken by its name; one that is not in tiktoken's cache is downloaded by it."""
-    encoded = 0  # characters so far
+    encoded, quick = 0, None  # characters so far; data.quick_tiktoken.Quick after some
 
     def __init__(self, name):
         tiktoken = _library('tiktoken', name)
@@ -141,7 +141,7 @@ class TiktokenTokenizer:
         except OSError as error:  # what requests raises too
             raise ValueError(f'tiktoken could not download the encoding {name!r} ({type(error).__name__}): connect this machine once, set '
                              f'TIKTOKEN_CACHE_DIR to a folder that has it, or name another tokenizer, such as bytes') from None
-        self.name, self.vocab_size, self.quick = name, self.encoding.n_vocab, None
+        self.name, self.vocab_size = name, self.encoding.n_vocab
         self.eot_token = EOT if EOT in self.encoding.special_tokens_set else None
         self.eot_id = self.encoding.eot_token if self.eot_token else None
 

@@ -11,7 +11,6 @@ Text goes through the tokenizer of the run's data set. With `--hf`, a Hugging Fa
 All samples of all prompts are written at once; the first is shown while it grows.
 """
 import argparse
-import contextlib
 import os
 import sys
 
@@ -20,7 +19,7 @@ import torch
 import huggingface
 from data.tokenfile import read_meta
 from data.tokenizer import load_tokenizer, tokenizer_of
-from engine import checkpoint, experts, parallel, rope
+from engine import checkpoint, experts, kernels, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError
 from engine.dataset import folder_of, shares_of
@@ -128,16 +127,14 @@ def load(args):
     """(model, tokenizer, what was loaded, state of the checkpoint or None, engine.parallel.World, autocast context) for parsed add_model_arguments()."""
     world = parallel.start(args.device)
     device = world.device
-    dtype = args.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
-    if dtype == 'float16' and device.type == 'cpu':
-        raise ConfigError('--dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
+    dtype = kernels.precision(args.dtype, device)
     changes = {key: getattr(args, key) for key in ('block_size', 'rope_scaling', 'rope_factor') if getattr(args, key) is not None}
-    torch_dtype, state = getattr(torch, dtype), None
+    state = None
     if args.hf:
-        model, tokenizer, source = load_huggingface(args.hf, device, torch_dtype, changes)
+        model, tokenizer, source = load_huggingface(args.hf, device, dtype, changes)
     else:
-        model, tokenizer, source, state = load_run(args.out_dir, args.step, device, torch_dtype, changes)
-    return model, tokenizer, source, state, world, contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
+        model, tokenizer, source, state = load_run(args.out_dir, args.step, device, dtype, changes)
+    return model, tokenizer, source, state, world, kernels.autocast(device.type, dtype)
 
 
 def main(argv=None):

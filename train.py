@@ -12,7 +12,6 @@ max_time is up, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (torchrun itself then exits
 """
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import math
@@ -167,7 +166,7 @@ class Config:
     compile: bool = True  # torch.compile the model
     activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
     deterministic: bool = True  # kernels that repeat to the last bit
-    use_cuda_graphs: bool = False  # on a GPU, record forward and backward once and replay them: faster where kernels are short, the same bits
+    use_cuda_graphs: bool = False  # on a GPU, record forward and backward once and replay them, which spares the time between kernels: the same bits
     loss_chunk: int | None = None  # tokens whose logits are in memory at a time (the same loss in less memory), 0: torch's loss; None: chunks where logits are large
     # many processes: under torchrun each trains on its share of the batch (DDP)
     backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
@@ -254,7 +253,8 @@ def run(argv, stop):
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
-    torch_dtype = kernels.precision(c, device)
+    kernels.repeat(c.deterministic, device.type)  # before a trial times them
+    torch_dtype = kernels.precision(c.dtype, device)
     dtype = str(torch_dtype).removeprefix('torch.')
     chosen, told = parallel.from_main(lambda: kernels.choose(c, shape, device, torch_dtype), world)
     notes += told
@@ -263,15 +263,12 @@ def run(argv, stop):
         c.compile = False
 
     # ---- memory and batch arithmetic
-    autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=torch_dtype)
+    autocast = kernels.autocast(device.type, torch_dtype)
     tokens_of_rank = c.block_size // c.context_parallel
 
     def of_model(batch_size):
         return dict(**chosen, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight, document_end=document_end,
                     head_z_loss=c.head_z_loss_weight, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
-
-    if c.fp8 and not Model.on_meta(shape, **of_model(c.batch_size)).float8_layers:
-        raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
 
     def predicted(batch_size, sequences):
         return memory.predict(lambda: Model(shape, **{**of_model(batch_size), 'backend': 'manual' if chosen['backend'] == 'manual' else 'sdpa'}), batch_size, tokens_of_rank, device, autocast,
@@ -304,6 +301,10 @@ def run(argv, stop):
     eval_tasks = tasks.encode(tasks.load_tasks(c.eval_tasks or '', c.eval_tasks_limit), tokenizer, c.block_size)
     parallel.same({'prompts': prompts, 'eval_tasks': tasks.fingerprint(eval_tasks)}, 'what is written or asked at evaluations', world)
 
+    model = Model.on_meta(shape, ring=world.ring, **of_model(c.batch_size))
+    if c.fp8 and not model.float8_layers:
+        raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
+
     # ---- the run's folder
     run_name = copier = None
     if not c.eval_only:
@@ -321,12 +322,7 @@ def run(argv, stop):
             copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local)
 
     # ---- model
-    if c.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=device.type == 'cuda')
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
-    torch.backends.cuda.enable_cudnn_sdp(not c.deterministic)  # sdpa prefers it on H100 and B200, but its gradients do not repeat
     torch.manual_seed(c.seed)
-    model = Model.on_meta(shape, ring=world.ring, **of_model(c.batch_size))
     before = memory_gb(device)['allocated_gb']
     prediction = None
     if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
@@ -519,7 +515,7 @@ def run(argv, stop):
         # alike on every rank: what poll() says comes at its own time on each, what wait() says does not
         saving = (ending or c.save_interval and step % c.save_interval == 0) and step not in (saved_step, 0) and not (ending and stop.fault)
         if saving or evaluating or sampling:
-            pause = pause_started(device) if evaluating or sampling else time.perf_counter()  # a save waits for nothing
+            pause = kernels.time_when_done(device) if evaluating or sampling else time.perf_counter()  # a save waits for nothing
             if saving:
                 save()
             losses = evaluate() if evaluating else None
@@ -657,13 +653,6 @@ def checkpoint_tensors(model, updated=None, optimizer=None, guard=None):
 def learning_rate(c, step):
     return optim.learning_rate_at(step, learning_rate=c.learning_rate, min_lr=c.min_lr, warmup_iters=c.warmup_iters,
                                   lr_decay_iters=c.lr_decay_iters, decay_lr=c.decay_lr)
-
-
-def pause_started(device):
-    """The time at which all steps so far are done: what follows is not theirs."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == '__main__':

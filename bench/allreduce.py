@@ -11,7 +11,6 @@ the data sheet of the link. On a CPU it measures gloo.
 import argparse
 import os
 import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ import torch.distributed as dist
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine import parallel, topology  # noqa: E402
+from engine.kernels import time_when_done  # noqa: E402
 
 
 def main():
@@ -46,13 +46,9 @@ def main():
             for k in range(args.calls + 5):
                 whole.fill_(1.0)
                 dist.barrier()
-                if world.device.type == 'cuda':
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
+                started = time_when_done(world.device)
                 call()
-                if world.device.type == 'cuda':
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - started)
+                times.append(time_when_done(world.device) - started)
             seconds = parallel.worst({'median': sorted(times[5:])[args.calls // 2]}, world)['median']
             if world.main:
                 print(f'| {name} | {size} | {1000 * seconds:.2f} | {4 * count * factor * (n - 1) / n / seconds / 1e9:.2f} |', flush=True)

@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -21,6 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from engine import optim, parallel  # noqa: E402
+from engine.kernels import time_when_done  # noqa: E402
 from engine.saver import Saver  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
@@ -44,14 +44,9 @@ def main():
     x = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=device)
     step = 0
 
-    def wait():
-        if device.type == 'cuda':
-            torch.cuda.synchronize()
-
     def train_step(saver):
         nonlocal step
-        wait()
-        started = time.perf_counter()
+        started = time_when_done(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda'):
             loss = model(x[:, :-1], x[:, 1:])
         loss.backward()
@@ -60,8 +55,7 @@ def main():
         step += 1
         guard.step(optimizer, step, loss.detach(), norm)
         optimizer.zero_grad(set_to_none=True)
-        wait()
-        return time.perf_counter() - started
+        return time_when_done(device) - started
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         savers = {name: Saver(os.path.join(folder, name), world, keep=1, background=name == 'background') for name in ('background', 'foreground')}

@@ -6,12 +6,12 @@ import argparse
 import os
 import statistics
 import sys
-import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch  # noqa: E402
 
 from engine import parallel  # noqa: E402
+from engine.kernels import time_when_done  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
@@ -45,14 +45,12 @@ def main():
                 model(x[:, :-1], x[:, 1:]).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
         steps[name] = step
     for turn in range(args.steps + 3):
         for name in [*models][::1 if turn % 2 else -1]:
-            started = time.perf_counter()
+            started = time_when_done(device)
             steps[name]()
-            times[name] += [time.perf_counter() - started] * (turn >= 3)  # the first are warm-up
+            times[name] += [time_when_done(device) - started] * (turn >= 3)  # the first are warm-up
     for name, model in models.items():
         counts = model.parameter_counts()
         print(f'{name:>8}: {args.batch * args.block_size / statistics.median(times[name]):9,.0f} tokens/s, {1000 * statistics.median(times[name]):7.1f} ms, '

@@ -8,7 +8,6 @@ A model is FAMILY:layers:width:heads:block:batch:vocabulary:checkpointing. On a 
 what is measured is what the step asks for, not what an allocator holds.
 """
 import argparse
-import contextlib
 import gc
 import json
 import os
@@ -26,7 +25,7 @@ def measure(model, device, dtype):
 
     import torch
 
-    from engine import memory, optim
+    from engine import kernels, memory, optim
     from engine.loss import choose_chunk
     from engine.report import memory_gb
     from model import Model
@@ -38,7 +37,7 @@ def measure(model, device, dtype):
     def build(n_layer=layers, n_embd=width):
         shape = resolve_shape(dict(arch_preset=family, n_layer=n_layer, n_head=heads, n_embd=n_embd, block_size=block, vocab_size=vocabulary))
         return Model(shape, activation_checkpointing=recomputed, loss_chunk=choose_chunk(None, batch * block, vocabulary, device.type, getattr(torch, dtype))[0])
-    autocast = contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=getattr(torch, dtype))
+    autocast = kernels.autocast(device.type, getattr(torch, dtype))
 
     def train(model, batch, steps):
         optimizer = optim.build_adamw(model.named_parameters(), learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type=device.type)

@@ -35,10 +35,9 @@ def shape_of(args):
 
 
 def context(args):
-    import contextlib
-
     import torch
-    return contextlib.nullcontext() if args.dtype == 'float32' else torch.autocast(args.device, dtype=getattr(torch, args.dtype))
+    from step import kernels
+    return kernels.autocast(args.device, getattr(torch, args.dtype))
 
 
 def onetrain(args):
@@ -127,21 +126,22 @@ def hf_trainer(args, between):
 
 def serve(args):
     """Take steps: as many as each line of standard input says, and print the seconds that they took."""
-    from step import finish, matmuls
+    import torch
+    from step import kernels, matmuls
     waiting = {'steps': 0}
 
     def between():
         waiting['steps'] -= 1
         if waiting['steps'] > 0:
             return
-        finish(args.device)
+        now = kernels.time_when_done(args.device)
         if 'since' in waiting:
-            print(time.perf_counter() - waiting['since'], flush=True)
+            print(now - waiting['since'], flush=True)
         line = sys.stdin.readline()
         if not line:
             os._exit(0)
         if line.strip() == 'matmuls':
-            print(*matmuls(shape_of(args), args.batch_size * args.block_size, args.dtype, args.device), flush=True)
+            print(*matmuls(shape_of(args), args.batch_size * args.block_size, getattr(torch, args.dtype), args.device), flush=True)
             waiting.pop('since', None)
             return between()
         waiting.update(steps=int(line), since=time.perf_counter())

@@ -1,10 +1,8 @@
 """train.py's step on one process, in pieces that can be timed, for any recipe; and what its matmuls alone take. What bench/throughput.py and bench/peers.py measure."""
-import contextlib
 import dataclasses
 import os
 import statistics
 import sys
-import time
 
 import numpy as np
 import torch
@@ -31,18 +29,9 @@ def write_noise(folder, vocab_size, tokens=2_000_000):
         writer.write('val', draw.integers(0, vocab_size, tokens // 100))
 
 
-def dtype_of(c, device):
-    return str(kernels.precision(c, device)).removeprefix('torch.')
-
-
-def autocast_of(c, device):
-    dtype = dtype_of(c, device)
-    return contextlib.nullcontext() if dtype == 'float32' else torch.autocast(device.type, dtype=getattr(torch, dtype))
-
-
 def model_settings(c, device):
     """Arguments of Model for a recipe, as train.py has them for one process."""
-    dtype, shape = getattr(torch, dtype_of(c, device)), resolve_shape(dataclasses.asdict(c), c.vocab_size)
+    dtype, shape = kernels.precision(c.dtype, device), resolve_shape(dataclasses.asdict(c), c.vocab_size)
     return dict(**kernels.choose(c, shape, device, dtype)[0], config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
                 loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype)[0])
 
@@ -53,11 +42,8 @@ class Step:
     def __init__(self, c, folder):
         self.world = parallel.start(c.device)
         self.device = device = self.world.device
-        self.dtype = dtype_of(c, device)
-        if c.deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.backends.cuda.enable_cudnn_sdp(not c.deterministic)
+        self.dtype = kernels.precision(c.dtype, device)
+        kernels.repeat(c.deterministic, device.type)
         settings = model_settings(c, device)
         self.shape = settings['config']
         self.model = Model.on_meta(**settings).allocate(device)
@@ -69,7 +55,7 @@ class Step:
                                                betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=device.type)
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.guard = optim.Guard(self.parameters, scaler, 3)
-        self.autocast = autocast_of(c, device)
+        self.autocast = kernels.autocast(device.type, self.dtype)
         file = open_dataset(folder, ROOT)[0]
         self.loader = TrainLoader(file, order_of(file, c.block_size, c.seed), batch_size=c.batch_size, rank=0, world_size=1, position=0, device=device)
         self.steps, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
@@ -110,35 +96,26 @@ class Step:
         parts.append(('optimizer', lambda: self.update(torch.zeros((), device=self.device))))
         seconds = {piece: 0.0 for piece, _ in parts}
         for piece, part in parts:
-            finish(self.device)
-            started = time.perf_counter()
+            started = kernels.time_when_done(self.device)
             part()
-            finish(self.device)
-            seconds[piece] += time.perf_counter() - started
+            seconds[piece] += kernels.time_when_done(self.device) - started
         return seconds
 
 
-def finish(device):
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize()
-
-
 def matmuls(shape, tokens, dtype, device):
-    """(seconds, FLOPs) of the matmuls of a micro-step, forward and backward, one after the other; of dense linear layers, attention's scores are not among them."""
+    """(seconds, FLOPs) of the matmuls of a micro-step in `dtype`, a torch dtype, forward and backward, one after the other; of dense linear layers, attention's scores are not among them."""
     counted, seconds, flops = {}, 0.0, 0
     for module in Model.on_meta(shape).modules():
         if isinstance(module, torch.nn.Linear):
             counted[tuple(module.weight.shape)] = counted.get(tuple(module.weight.shape), 0) + 1
     for (outputs, inputs), times in counted.items():
-        x, w, g = (torch.randn(size, dtype=getattr(torch, dtype), device=device) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+        x, w, g = (torch.randn(size, dtype=dtype, device=device) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
         for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):
             found = []
             for _ in range(4):
-                finish(device)
-                started = time.perf_counter()
+                started = kernels.time_when_done(device)
                 work()
-                finish(device)
-                found.append(time.perf_counter() - started)
+                found.append(kernels.time_when_done(device) - started)
             seconds += times * statistics.median(found[1:])
             flops += times * 2 * tokens * inputs * outputs
     return seconds, flops

@@ -95,7 +95,7 @@ class Sweep:
         return ['sdpa', *(['cudnn'] if not self.c.deterministic else []), 'flash_attn_2', 'flash_attn_3'] if self.on_gpu else ['sdpa', 'manual']
 
     def in_chunks(self):
-        return choose_chunk(None, self.now('batch_size') * self.c.block_size, self.vocabulary, device_of(self.c).type, kernels.precision(self.c, device_of(self.c)))[0]
+        return choose_chunk(None, self.now('batch_size') * self.c.block_size, self.vocabulary, device_of(self.c).type, kernels.precision(self.c.dtype, device_of(self.c)))[0]
 
     def speed(self, settings):
         found = [speed for tried, speed, _, _ in self.rows if tried == settings and speed]

@@ -13,12 +13,12 @@ import dataclasses
 import json
 import statistics
 import tempfile
-import time
 
 import torch
-from step import Step, autocast_of, config_of, device_of, finish, matmuls, model_settings, vocabulary_of, write_noise
+from step import Step, config_of, device_of, matmuls, model_settings, vocabulary_of, write_noise
 
 from engine import flops, memory
+from engine.kernels import autocast, precision, time_when_done
 from engine.report import memory_gb
 from model import Model
 
@@ -44,7 +44,7 @@ def predict(c, batch_size):
     """engine.memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or two."""
     device = device_of(c)
     settings = model_settings(dataclasses.replace(c, batch_size=batch_size), device)
-    return memory.predict(lambda: Model(**{**settings, 'backend': 'sdpa'}), batch_size, c.block_size, device, autocast_of(c, device), accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
+    return memory.predict(lambda: Model(**{**settings, 'backend': 'sdpa'}), batch_size, c.block_size, device, autocast(device.type, precision(c.dtype, device)), accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
                           muon=c.optimizer == 'muon')
 
 
@@ -56,27 +56,25 @@ def measure(c, folder, largest, iterations, warmup):
     prediction = predict(c, c.batch_size)
     step = Step(c, folder)
     device = step.device
-    started = time.perf_counter()
+    started = time_when_done(device)
     step.run()
-    finish(device)
-    first = time.perf_counter() - started
+    first = time_when_done(device) - started
     for _ in range(warmup - 1):
         step.run()
     seconds = []
     for _ in range(iterations):
-        finish(device)
-        started = time.perf_counter()
+        started = time_when_done(device)
         step.run()
-        finish(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time_when_done(device) - started)
     pieces = [step.timed() for _ in range(max(3, iterations // 3))]
     middle = statistics.median(seconds)
     rate = step.tokens / middle
+    dtype = str(step.dtype).removeprefix('torch.')
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
-    found = flops.utilisation(step.model.flops(), rate, device_name=name, dtype=step.dtype, num_devices=1, architecture=step.shape.describe())
+    found = flops.utilisation(step.model.flops(), rate, device_name=name, dtype=dtype, num_devices=1, architecture=step.shape.describe())
     split = {piece: statistics.median(row[piece] for row in pieces) for piece in pieces[0]}
     print(f'{step.shape.describe()}: {sum(p.numel() for p in step.parameters) / 1e6:,.1f} M parameters, '
-          f'{c.batch_size} x {c.block_size} tokens x {step.accumulation}, {step.dtype} on {name or "the CPU"}, compile={c.compile}, torch {torch.__version__}; medians of {iterations} after {warmup}')
+          f'{c.batch_size} x {c.block_size} tokens x {step.accumulation}, {dtype} on {name or "the CPU"}, compile={c.compile}, torch {torch.__version__}; medians of {iterations} after {warmup}')
     print(f'  {1000 * middle:,.1f} ms an iteration ({1000 * min(seconds):,.1f} to {1000 * max(seconds):,.1f}), {rate:,.0f} tokens/s; the first took {first:.1f} s')
     if found['mfu'] is not None:
         print(f"  MFU {found['mfu_percent']:.1f} % (6N + 12LHQT), {100 * found['mfu_causal']:.1f} % with half of the attention, of {found['hardware_peak_tflops']:.0f} TFLOP/s dense")

@@ -2,15 +2,13 @@
 
 `flash_attn_3` and `flash_attn_2` are the packages of that name, `sdpa` is torch's scaled_dot_product_attention (which picks its own flash, cuDNN or
 memory-efficient kernel), `cudnn` the same with cuDNN's kernel only, `flex` is torch's flex_attention, `manual` is the formula
-softmax(q k^T / sqrt(d)) v written out. `auto` is what fastest() finds.
+softmax(q k^T / sqrt(d)) v written out. `auto` is what engine.kernels.fastest() finds.
 
 Beyond causality there are three switches. A window lets a query see that many tokens back, itself included. Documents keep it within its own text.
 A sink is one learned logit per head that joins the softmax and is dropped (gpt-oss): attention may then look at nothing.
 """
 import importlib.util
 import math
-import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -34,66 +32,15 @@ def choose_backend(requested, device_type, dtype, head_dim, dropout=0.0, window=
     for backend in BACKENDS[BACKENDS.index(requested):]:
         if backend == 'cudnn' != requested:
             continue
-        reason = _why_not(backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic)
+        reason = why_not(backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic)
         if reason is None:
             return backend, reasons
         reasons.append(f'{backend}: {reason}')
     raise AssertionError('manual attention runs everywhere')
 
 
-def fastest(device, dtype, *, batch_size, n_head, n_kv, head_dim, T, dropout=0.0, window=None, documents=False, sinks=False, deterministic=False):
-    """(backend, told): the backend whose forward and backward pass together take least time on this device, and a sentence with the times.
-
-    Shapes and dtype: those of one layer; window: tokens seen, or None; the rest as choose_backend() has it. What fails, or computes something else than `sdpa` does, is out. One that
-    gains less than 2 % over sdpa does not take its place.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    B = min(batch_size, 8 if device.type == 'cuda' else 1)
-    q, k, v, grad = (torch.randn(B, heads, T, head_dim, generator=generator, device=device, dtype=dtype).requires_grad_() for heads in (n_head, n_kv, n_kv, n_head))
-    logits = torch.zeros(n_head, device=device, requires_grad=True) if sinks else None
-    texts = (torch.arange(T, device=device) // max(1, T // 4)).expand(B, T) if documents else None
-    seconds, failures, expected = {}, [], None
-    for backend in ('sdpa', *(name for name in BACKENDS if name != 'sdpa' and (name != 'manual' or device.type == 'cpu'))):
-        reason = _why_not(backend, device.type, dtype, head_dim, dropout, window is not None, documents, sinks, deterministic)
-        if reason is None:
-            try:
-                mask = visible(backend, T, device, window, texts)
-                found, seconds[backend] = _trial(lambda: attention(q, k, v, backend, 0.0, None, window, mask, logits), (q, k, v), grad)
-                expected = expected or found
-                off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
-                reason = f'is off by {off:.1e}' if not off < (1e-4 if dtype == torch.float32 else 2e-2) else None
-            except RuntimeError as error:
-                reason = ' '.join(str(error).split())[:100]
-            if reason is not None:
-                seconds.pop(backend, None)
-                failures.append(f'{backend} {reason}')
-    if not seconds:
-        return 'manual', f'no other backend runs ({"; ".join(failures)})'
-    best = min(seconds, key=seconds.get)
-    if seconds[best] > 0.98 * seconds.get('sdpa', math.inf):
-        best = 'sdpa'
-    return best, 'forward and backward of a layer take ' + ', '.join(f'{1000 * took:.2f} ms with {name}' for name, took in sorted(seconds.items(), key=lambda item: item[1])) + ''.join(
-        f'; {failure}' for failure in failures)
-
-
-def _trial(call, inputs, grad):
-    """(output and gradients in float32, median seconds of 5 calls after 2)."""
-    took = []
-    for _ in range(7):
-        started = _now(grad.device)
-        out = call()
-        gradients = torch.autograd.grad(out, inputs, grad)
-        took.append(_now(grad.device) - started)
-    return [tensor.detach().float() for tensor in (out, *gradients)], statistics.median(took[2:])
-
-
-def _now(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _why_not(backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic):
+def why_not(backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic):
+    """Why `backend` cannot run, or None. The arguments are those of choose_backend()."""
     if backend == 'manual':
         return None
     if sinks and dropout > 0:

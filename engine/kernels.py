@@ -1,19 +1,42 @@
 """Which kernels a run takes, from what was asked for and what this device has."""
+import contextlib
+import math
+import statistics
+import time
+
 import torch
 
 from engine import experts, fp8
-from engine.attention import choose_backend, fastest
+from engine.attention import BACKENDS, attention, choose_backend, visible, why_not
 from engine.configurator import ConfigError
 
 
-def precision(c, device):
-    """The torch dtype of the matmuls of a train.Config: what it names, else bfloat16 where the device has it. Raises ConfigError for float16 where it cannot be."""
-    name = c.dtype or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
-    if name == 'float16' and c.use_fsdp and c.fsdp_offload:
-        raise ConfigError('dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16')
+def precision(name, device):
+    """The torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16 on a GPU that has it, float16 on others, float32 on a CPU. Raises ConfigError for float16 on a CPU."""
+    name = name or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
     if name == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     return getattr(torch, name)
+
+
+def autocast(device_type, dtype):
+    """The context of a forward pass whose matmuls are in `dtype`, a torch dtype."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype=dtype)
+
+
+def repeat(wanted, device_type):
+    """Have torch take kernels that repeat to the last bit, where it has them, or free it to take any."""
+    torch.backends.cuda.enable_cudnn_sdp(not wanted)  # sdpa prefers it on H100 and B200, but its gradients do not repeat
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=device_type == 'cuda')
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
+
+
+def time_when_done(device):
+    """time.perf_counter(), once all work so far on `device`, a torch.device or its name, is done."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def choose(c, shape, device, dtype):
@@ -21,6 +44,8 @@ def choose(c, shape, device, dtype):
 
     c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises ConfigError for what has no substitute.
     """
+    if dtype == torch.float16 and c.use_fsdp and c.fsdp_offload:
+        raise ConfigError('dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16')
     notes, special = [], dict(dropout=c.dropout, documents=c.document_mask, sinks=shape.attention_sinks, deterministic=c.deterministic)
     if c.attention_backend == 'auto':
         backend, told = fastest(device, dtype, batch_size=c.batch_size, n_head=shape.n_head, n_kv=shape.num_key_value_heads, head_dim=shape.head_dim, T=c.block_size,
@@ -40,3 +65,49 @@ def choose(c, shape, device, dtype):
     if float8 == 'emulated':
         notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
     return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
+
+
+def fastest(device, dtype, *, batch_size, n_head, n_kv, head_dim, T, dropout=0.0, window=None, documents=False, sinks=False, deterministic=False):
+    """(backend, told): the backend whose forward and backward pass together take least time on this device, and a sentence with the times.
+
+    Shapes and dtype: those of one layer; window: tokens seen, or None; the rest as choose_backend() has it. What fails, or computes something else than `sdpa` does, is out. One that
+    gains less than 2 % over sdpa does not take its place.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    B = min(batch_size, 8 if device.type == 'cuda' else 1)
+    q, k, v, grad = (torch.randn(B, heads, T, head_dim, generator=generator, device=device, dtype=dtype).requires_grad_() for heads in (n_head, n_kv, n_kv, n_head))
+    logits = torch.zeros(n_head, device=device, requires_grad=True) if sinks else None
+    texts = (torch.arange(T, device=device) // max(1, T // 4)).expand(B, T) if documents else None
+    seconds, failures, expected = {}, [], None
+    for backend in ('sdpa', *(name for name in BACKENDS if name != 'sdpa' and (name != 'manual' or device.type == 'cpu'))):
+        reason = why_not(backend, device.type, dtype, head_dim, dropout, window is not None, documents, sinks, deterministic)
+        if reason is None:
+            try:
+                mask = visible(backend, T, device, window, texts)
+                found, seconds[backend] = _trial(lambda: attention(q, k, v, backend, 0.0, None, window, mask, logits), (q, k, v), grad)
+                expected = expected or found
+                off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
+                reason = f'is off by {off:.1e}' if not off < (1e-4 if dtype == torch.float32 else 2e-2) else None
+            except RuntimeError as error:
+                reason = ' '.join(str(error).split())[:100]
+            if reason is not None:
+                seconds.pop(backend, None)
+                failures.append(f'{backend} {reason}')
+    if not seconds:
+        return 'manual', f'no other backend runs ({"; ".join(failures)})'
+    best = min(seconds, key=seconds.get)
+    if seconds[best] > 0.98 * seconds.get('sdpa', math.inf):
+        best = 'sdpa'
+    return best, 'forward and backward of a layer take ' + ', '.join(f'{1000 * took:.2f} ms with {name}' for name, took in sorted(seconds.items(), key=lambda item: item[1])) + ''.join(
+        f'; {failure}' for failure in failures)
+
+
+def _trial(call, inputs, grad):
+    """(output and gradients in float32, median seconds of 5 calls after 2)."""
+    took = []
+    for _ in range(7):
+        started = time_when_done(grad.device)
+        out = call()
+        gradients = torch.autograd.grad(out, inputs, grad)
+        took.append(time_when_done(grad.device) - started)
+    return [tensor.detach().float() for tensor in (out, *gradients)], statistics.median(took[2:])

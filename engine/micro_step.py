@@ -68,8 +68,7 @@ class Graphs:
 
     def __init__(self, plain, record=record):
         self.plain, self.record = plain, record
-        exchanging = plain.world.layout in ('DDP', 'ZeRO-1')
-        self.kinds = [(number == 0, exchanging and number == plain.accumulation - 1) for number in range(plain.accumulation)]
+        self.kinds = [(number == 0, plain.world.ddp and number == plain.accumulation - 1) for number in range(plain.accumulation)]
         self.graphs, self.losses = {}, {}
 
     def __call__(self, x, y, number):

@@ -65,6 +65,10 @@ class World:
         return self.rank == 0
 
     @property
+    def ddp(self):
+        return self.layout in ('DDP', 'ZeRO-1')
+
+    @property
     def fsdp(self):
         return self.layout in ('ZeRO-2', 'ZeRO-3')
 
@@ -268,7 +272,7 @@ def wrap(model, world, compile, accumulation, graphs=False):
     if compile and in_parts:
         model.compile_units()
     step_model = torch.compile(model) if compile and not in_parts else model
-    if world.layout not in ('DDP', 'ZeRO-1'):
+    if not world.ddp:
         return step_model, step_model
     ddp = torch.nn.parallel.DistributedDataParallel
     no_sync_of_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(ddp).parameters else 'broadcast_buffers'  # the new name of torch 2.13
@@ -292,7 +296,7 @@ def waited_for_gradients(train_model):
 def last_micro_step(model, last, world):
     """Context of one micro-step. Under DDP, backward() sums gradients over ranks only if it is the `last` of an optimizer step; under ZeRO-2
     parameters stay gathered until then. FSDP sums at each: a rank never holds more gradients than its own."""
-    if world.layout in ('DDP', 'ZeRO-1') and not last:
+    if world.ddp and not last:
         return model.no_sync()
     if world.layout == 'ZeRO-2':
         model.set_reshard_after_backward(last)

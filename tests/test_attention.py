@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-import engine.attention as module
-from engine.attention import BACKENDS, attention, choose_backend, fastest
+from engine import kernels
+from engine.attention import _KERNELS, BACKENDS, attention, choose_backend
+from engine.kernels import fastest
 
 SHAPES = [(2, 4, 4, 33, 16), (2, 6, 2, 17, 8), (1, 3, 1, 20, 5)]  # B, n_head, n_kv, T, head_dim
 
@@ -72,12 +73,12 @@ def test_the_fastest_by_a_trial(special):
 def test_the_fastest_is_fast_and_right(monkeypatch):
     """A backend wins by its time, and only if it computes the same, and runs."""
     times = {'sdpa': 3.0, 'manual': 1.0}
-    trial = module._trial
+    trial = kernels._trial
 
     def timed(call, inputs, grad):
         name = next(cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, str))
         return trial(call, inputs, grad)[0], times[name]
-    monkeypatch.setattr(module, '_trial', timed)
+    monkeypatch.setattr(kernels, '_trial', timed)
 
     def found():
         return fastest(torch.device('cpu'), torch.float32, **LAYER)
@@ -85,24 +86,27 @@ def test_the_fastest_is_fast_and_right(monkeypatch):
     times['manual'] = 2.99
     assert found()[0] == 'sdpa'
     times['manual'] = 1.0
-    manual = module._KERNELS['manual']
-    monkeypatch.setitem(module._KERNELS, 'manual', lambda *args: 1.01 * manual(*args))
+    manual = _KERNELS['manual']
+    monkeypatch.setitem(_KERNELS, 'manual', lambda *args: 1.01 * manual(*args))
     assert found()[0] == 'sdpa' and 'manual is off by 1.0e-02' in found()[1]
 
     def broken(*args):
         raise RuntimeError('no kernel for this card')
-    monkeypatch.setitem(module._KERNELS, 'manual', broken)
+    monkeypatch.setitem(_KERNELS, 'manual', broken)
     assert found()[0] == 'sdpa' and 'manual no kernel for this card' in found()[1]
-    monkeypatch.setitem(module._KERNELS, 'sdpa', broken)
-    monkeypatch.setitem(module._KERNELS, 'manual', manual)
+    monkeypatch.setitem(_KERNELS, 'sdpa', broken)
+    monkeypatch.setitem(_KERNELS, 'manual', manual)
     assert found()[0] == 'manual'
 
 
 def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
     """What it takes is what the run has from then on: a resumed one does not measure again."""
-    monkeypatch.setattr('engine.kernels.fastest', lambda *args, **kwargs: ('manual', 'a trial'))
+    timed = []  # what torch may take while the trial runs
+    monkeypatch.setattr('engine.kernels.fastest', lambda *args, **kwargs: (timed.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled())), ('manual', 'a trial'))[1])
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert train(tmp_path, '--attention_backend=auto', '--max_iters=2', '--eval_interval=2') == 0
     said = capsys.readouterr().out
+    assert timed == [(False, True)]
     assert 'Attention backend: manual' in said and 'Note: attention_backend=auto takes manual: a trial' in said
     monkeypatch.setattr('engine.kernels.fastest', None)
     assert train(tmp_path, '--init_from=resume', '--max_iters=4') == 0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 IGNORE = -1  # a target with this value is no target (nanoGPT's convention)
 PLAIN_BYTES = {'cpu': 2**24, 'cuda': 2**31}  # of fp32 logits up to which the loss is torch's
-CHUNK_BYTES = {'cpu': 2**27, 'cuda': 2**29}  # of those of a chunk
+CHUNK_BYTES = {'cpu': 2**28, 'cuda': 2**29}  # of those of a chunk
 
 
 def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0.0):
@@ -47,6 +47,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     hidden: (N, C); weight: (V, C); targets: (N,). dtype: of the matmuls. As in backward of the plain loss, with p = softmax(logits):
     d loss / d logits = p - onehot(target), to which a z-loss z log(Z)^2 adds 2 z log(Z) p, from which both gradients follow; they wait for the gradient of the loss, a factor.
+    The largest p of a token is that of its largest logit, 1 / sum(exp(logits - largest)), so that log(Z) = largest - log(largest p).
     """
 
     @staticmethod
@@ -55,21 +56,21 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunk, dtype, z_loss):
         h, w, wanted = hidden.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
         total = torch.zeros((), device=h.device)
-        room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # every chunk's logits
+        room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # every chunk's logits, then p
         if wanted:
             ctx.gradients = [torch.empty_like(h), None]
         for first in range(0, len(h), chunk):
             here, target = h[first:first + chunk], targets[first:first + chunk, None]
             there, target = target != IGNORE, target.clamp(min=0)
-            logits = (here @ w.T).float() if room is None else torch.mm(here, w.T, out=room[:len(here)])
-            right, largest = logits.gather(1, target), logits.amax(dim=1, keepdim=True)
-            shares = logits.sub_(largest).exp_()  # those of the softmax, but for their sum
-            whole = shares.sum(dim=1, keepdim=True)
-            norm = largest + whole.log()
+            logits = here @ w.T if room is None else torch.mm(here, w.T, out=room[:len(here)])
+            right, largest = logits.gather(1, target).float(), logits.amax(dim=1, keepdim=True).float()
+            p = torch.softmax(logits, dim=1, dtype=torch.float32) if room is None else torch.softmax(logits, dim=1, out=logits)
+            norm = largest - p.amax(dim=1, keepdim=True).log()
             total += torch.where(there, norm - right, 0.0).sum()
             if wanted:
-                slope = shares.mul_(there * (1 + 2 * z_loss * norm) / whole if z_loss else there / whole).scatter_add_(1, target, -there.float()).to(dtype)
-                torch.mm(slope, w, out=ctx.gradients[0][first:first + chunk])
+                slope = (p.mul_(1 + 2 * z_loss * norm) if z_loss else p).scatter_add_(1, target, torch.full_like(norm, -1.0)).to(dtype)
+                torch.mm(slope, w, out=ctx.gradients[0][first:first + chunk]).mul_(there)
+                here = here * there
                 if weight.dtype == dtype and first:
                     ctx.gradients[1].addmm_(slope.T, here)
                 else:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, CheckpointPolicy
 
 from engine import experts, flops, fp8, parallel, rope
-from engine.attention import DEAR, attention, visible
+from engine.attention import DEAR, attention, switch, visible
 from engine.configurator import ConfigError
 from engine.loader import mix
 from engine.loss import next_token_loss
@@ -255,6 +255,7 @@ class Model(nn.Module):
 
         buffers_on: device of what is no parameter where it is another.
         """
+        switch(self.backend)
         self.to_empty(device=device)
         if self.config.weight_tying:  # to_empty gives every module a tensor of its own
             self.lm_head.weight = self.transformer.wte.weight

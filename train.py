@@ -115,7 +115,7 @@ class Config:
     qk_norm: bool | None = None  # RMSNorm on each head of q and k
     parallel_residual: bool | None = None  # attention and MLP read the same x (GPT-NeoX)
     weight_tying: bool | None = None  # the head is the token table
-    attention_backend: Literal['auto', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] = 'sdpa'  # falls back in this order (cudnn only if asked for); auto: the fastest, by a trial
+    attention_backend: Literal['auto', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] = 'sdpa'  # falls back in this order (cudnn only if asked for); auto: the fastest, by a trial
     attention_sinks: bool | None = None  # a learned logit per head that joins the softmax (gpt-oss)
     sliding_window: int | None = None  # tokens that a query sees, itself included, 0 = all
     window_pattern: str | None = None  # S (slides) and L (looks all the way back), repeated over the layers, such as SSSL; None: all slide

@@ -52,7 +52,7 @@ def correctness(args):
             loss.backward()
             return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters()])
         loss, gradient = result('manual', 0, False)
-        backends = ['sdpa'] + [name for name in ('flash_attn_2', 'flash_attn_3', 'cudnn') if args.device == 'cuda' and _installed(name)]
+        backends = ['sdpa'] + [name for name in ('flash_attn_2', 'flash_attn_3', 'flash_attn_4', 'cudnn') if args.device == 'cuda' and _installed(name)]
         ways = {name: (name, 0, False) for name in backends} | {'chunks': ('sdpa', 2 * T // 4, False)} | ({} if args.device == 'cpu' else {'compiled': ('sdpa', 0, True), 'compiled, chunks': ('sdpa', 2 * T // 4, True)})
         for name, way in ways.items():
             found = result(*way)

@@ -92,7 +92,7 @@ class Sweep:
         return [{'activation_checkpointing': kind, **self.batch(more)} for kind in ('selective', 'full')] if self.sequences % more == 0 else []
 
     def backends(self):
-        return ['sdpa', *(['cudnn'] if not self.c.deterministic else []), 'flash_attn_2', 'flash_attn_3'] if self.on_gpu else ['sdpa', 'manual']
+        return ['sdpa', *(['cudnn'] if not self.c.deterministic else []), 'flash_attn_2', 'flash_attn_3', 'flash_attn_4'] if self.on_gpu else ['sdpa', 'manual']
 
     def in_chunks(self):
         return choose_chunk(None, self.now('batch_size') * self.c.block_size, self.vocabulary, device_of(self.c).type, kernels.precision(self.c.dtype, device_of(self.c)))[0]

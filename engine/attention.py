@@ -1,7 +1,7 @@
 """Causal self-attention behind one call, with the plain reference beside the fast kernels.
 
-`flash_attn_3` and `flash_attn_2` are the packages of that name, `sdpa` is torch's scaled_dot_product_attention (which picks its own flash, cuDNN or
-memory-efficient kernel), `cudnn` the same with cuDNN's kernel only, `flex` is torch's flex_attention, `manual` is the formula
+`flash_attn_3` and `flash_attn_2` are the packages of that name, `flash_attn_4` is FlashAttention 4, which torch takes in place of its own flash kernels, `sdpa` is
+torch's scaled_dot_product_attention (which picks its own flash, cuDNN or memory-efficient kernel), `cudnn` the same with cuDNN's kernel only, `flex` is torch's flex_attention, `manual` is the formula
 softmax(q k^T / sqrt(d)) v written out. `auto` is what engine.kernels.fastest() finds.
 
 Beyond causality there are three switches. A window lets a query see that many tokens back, itself included. Documents keep it within its own text.
@@ -12,14 +12,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel
 
 from engine import flash
 from engine.ring import ring_attention
 
-BACKENDS = ('flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
+BACKENDS = ('flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
 EVERYTHING = 'everything'  # a mask for queries that see all keys: a single token after those before it
-_MODULES = {'flash_attn_3': 'flash_attn_interface', 'flash_attn_2': 'flash_attn'}
+_MODULES = {'flash_attn_4': 'flash_attn.cute', 'flash_attn_3': 'flash_attn_interface', 'flash_attn_2': 'flash_attn'}
+_KNOW_WINDOWS = ('flash_attn_3', 'flash_attn_2')
+_GENERATIONS = {'flash_attn_4': (9, 10), 'flash_attn_3': (9,)}  # of GPUs: Hopper, and the data centre's Blackwell
 
 
 def choose_backend(requested, device_type, dtype, head_dim, dropout=0.0, window=False, documents=False, sinks=False, deterministic=False):
@@ -53,13 +55,13 @@ def why_not(backend, device_type, dtype, head_dim, dropout, window, documents, s
         return 'needs an NVIDIA GPU'
     if backend == 'flex':
         return 'has no dropout' if dropout > 0 else None
-    if backend in _MODULES and importlib.util.find_spec(_MODULES[backend]) is None:
+    if backend in _MODULES and not _installed(_MODULES[backend]):
         return f'the package {_MODULES[backend]} is not installed'
-    if backend == 'flash_attn_3' and torch.cuda.get_device_capability()[0] != 9:
-        return 'needs a Hopper GPU'
-    if backend == 'flash_attn_3' and dropout > 0:
+    if backend in _GENERATIONS and torch.cuda.get_device_capability()[0] not in _GENERATIONS[backend]:
+        return f'needs a GPU of compute capability {" or ".join(f"{major}.0" for major in _GENERATIONS[backend])}'
+    if backend in _GENERATIONS and dropout > 0:
         return 'has no dropout'
-    if backend == 'cudnn' and window:
+    if backend in ('cudnn', 'flash_attn_4') and window:
         return 'is not used with sliding_window'
     if backend == 'cudnn' and deterministic:
         return 'its gradients do not repeat to the last bit (deterministic=True)'
@@ -67,10 +69,25 @@ def why_not(backend, device_type, dtype, head_dim, dropout, window, documents, s
         return f'is not used with {"document_mask" if documents else "attention_sinks"}'
     if dtype not in (torch.float16, torch.bfloat16):
         return f'needs float16 or bfloat16, not {str(dtype).removeprefix("torch.")}'
-    most = 128 if backend == 'cudnn' else 256
+    most = 128 if backend in ('cudnn', 'flash_attn_4') else 256
     if head_dim > most or head_dim % 8:
         return f'needs a head_dim that is a multiple of 8 and at most {most}, not {head_dim}'
     return None
+
+
+def _installed(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is part of
+        return False
+
+
+def switch(backend):
+    """Before attention() with this backend: make FlashAttention 4's kernels torch's for the whole process, or torch's own again."""
+    if backend == 'flash_attn_4':
+        activate_flash_attention_impl('FA4')
+    elif current_flash_attention_impl() == 'FA4':
+        restore_flash_attention_impl()
 
 
 def visible(backend, T, device, window=None, documents=None):
@@ -78,7 +95,7 @@ def visible(backend, T, device, window=None, documents=None):
 
     window: tokens that a query sees, itself included; documents: (B, T) int64, the number of each token's text, or None.
     """
-    if window is not None and window >= T or backend in _MODULES:  # the packages know windows by themselves
+    if window is not None and window >= T or backend in _KNOW_WINDOWS:  # by themselves
         window = None
     if window is None and documents is None:
         return None
@@ -115,6 +132,11 @@ def attention(q, k, v, backend, dropout=0.0, ring=None, window=None, mask=None, 
 
 def _back(window, k):
     return (-1, -1) if window is None or window >= k.size(2) else (window - 1, 0)
+
+
+def _flash_attn_4(q, k, v, dropout, window, mask, sinks):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q, k, v, dropout, window, mask, sinks)
 
 
 def _cudnn(q, k, v, dropout, window, mask, sinks):
@@ -198,4 +220,4 @@ _compiled = []  # flex_attention, compiled when first used: outside the compiler
 # operators of these kernels, whose outputs are dear to compute and small to keep (activation_checkpointing='selective')
 DEAR = ('aten::_scaled_dot_product_flash_attention', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_efficient_attention',
         'aten::_scaled_dot_product_cudnn_attention', 'flash_attn::_flash_attn_forward', 'flash_attn_3::_flash_attn_forward', 'flash_attn_3::fwd')
-_KERNELS = {'flash_attn_3': _flash_attn_3, 'flash_attn_2': _flash_attn_2, 'cudnn': _cudnn, 'sdpa': _sdpa, 'flex': _flex, 'manual': _manual}
+_KERNELS = {'flash_attn_4': _flash_attn_4, 'flash_attn_3': _flash_attn_3, 'flash_attn_2': _flash_attn_2, 'cudnn': _cudnn, 'sdpa': _sdpa, 'flex': _flex, 'manual': _manual}

@@ -72,10 +72,18 @@ class Graphs:
         self.graphs, self.losses = {}, {}
 
     def __call__(self, x, y, number):
-        self.x.copy_(x, non_blocking=True)
-        self.y.copy_(y, non_blocking=True)
+        self._take(x, y)
         self.graphs[self.kinds[number]].replay()
         return self.losses[self.kinds[number]]
+
+    def _take(self, x, y):
+        self.x.copy_(x, non_blocking=True)
+        self.y.copy_(y, non_blocking=True)
+
+    def _plainly(self, x, y, number):
+        """What a graph is to repeat."""
+        self._take(x, y)
+        return self.plain(self.x, self.y, number)
 
     def clear(self):
         """Nothing: the first micro-step of the next optimizer step overwrites the gradients."""
@@ -86,14 +94,15 @@ class Graphs:
         Raises ConfigError on every rank where a step cannot be recorded, or its graphs do not repeat it.
         """
         before, cuda = time.perf_counter(), batches[0][0].is_cuda
-        self.x, self.y = (tensor.clone() for tensor in batches[0])
+        # strides as those of a batch, or the compiler would begin anew for them, which a recording does not survive
+        self.x, self.y = (torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device) for tensor in batches[0])
         side = torch.cuda.Stream() if cuda else None
         with torch.cuda.stream(side) if cuda else contextlib.nullcontext():  # as torch's documentation asks: libraries make their plans, DDP its buckets
             if cuda:
                 side.wait_stream(torch.cuda.default_stream())  # on which the batches were made
             for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
-                expected = self._trial(self.plain, batches, forget)
-            again = self._trial(self.plain, batches, forget)
+                expected = self._trial(self._plainly, self.plain.clear, batches, forget)
+            again = self._trial(self._plainly, self.plain.clear, batches, forget)
         if cuda:
             torch.cuda.synchronize()
         self.plain.clear()
@@ -101,7 +110,7 @@ class Graphs:
         forget()
         if parallel.largest(int(error is not None), self.plain.world):
             raise ConfigError(f'use_cuda_graphs=True: the step cannot be recorded ({error or "on another process"}): type --use_cuda_graphs=False')
-        found = self._trial(self, batches, forget)
+        found = self._trial(self, self.clear, batches, forget)
         repeats = all(torch.equal(a, b) for a, b in zip(expected[0], again[0]))
         alike = all(torch.equal(a, b) for a, b in zip(expected[0], found[0])) if repeats else torch.allclose(expected[1], found[1], rtol=0.01)
         if parallel.largest(int(not alike), self.plain.world):
@@ -126,19 +135,19 @@ class Graphs:
             self.plain.clear()
         self.losses[kind] = self.plain(self.x, self.y, number)
 
-    def _trial(self, step, batches, forget):
+    def _trial(self, call, clear, batches, forget):
         """Two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the losses and gradients, summed up], their float64 losses and norms)."""
         bits, values = [], []
         for start in range(2):
-            step.clear()
+            clear()
             torch.manual_seed(start)  # dropout
             for number in range(len(self.kinds)):
-                loss = step(*batches[(start + number) % 2], number)
+                loss = call(*batches[(start + number) % 2], number)
                 bits.append(loss.clone())
                 values.append(loss.double())
             gradients = [p.grad for p in self.plain.model.parameters()]
             bits += [g.contiguous().view(torch.int32).sum() for g in gradients]
             values += [g.double().norm() for g in gradients]
-        step.clear()
+        clear()
         forget()
         return bits, torch.stack(values)

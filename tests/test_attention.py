@@ -1,10 +1,15 @@
 """Every kernel computes softmax(q k^T / sqrt(d)) v with a causal mask; a backend that cannot run falls back with a reason."""
+import contextlib
+
 import pytest
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
-from engine import kernels
-from engine.attention import _KERNELS, BACKENDS, attention, choose_backend
+from engine import kernels, memory
+from engine.attention import _KERNELS, BACKENDS, attention, choose_backend, switch
 from engine.kernels import fastest
+from model import Model
+from presets import resolve_shape
 
 SHAPES = [(2, 4, 4, 33, 16), (2, 6, 2, 17, 8), (1, 3, 1, 20, 5)]  # B, n_head, n_kv, T, head_dim
 
@@ -36,10 +41,11 @@ def test_values_and_gradients(shape, backend):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('backend', ['flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa'])
+@pytest.mark.parametrize('backend', ['flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa'])
 def test_kernels_on_a_gpu(backend):
     q, k, v = inputs(2, 8, 2, 256, 64, device='cuda', dtype=torch.bfloat16)
     chosen, _ = choose_backend(backend, 'cuda', torch.bfloat16, 64)
+    switch(chosen)
     reference = attention(q.float(), k.float(), v.float(), 'manual')
     assert (attention(q, k, v, chosen).float() - reference).abs().max() < 0.02
 
@@ -49,7 +55,7 @@ def test_fallback_goes_down_the_list_and_says_why():
     assert chosen == 'sdpa' and len(reasons) == 2 and all('needs an NVIDIA GPU' in r for r in reasons)
     for backend in ('sdpa', 'manual'):
         assert choose_backend(backend, 'cpu', torch.float32, 64) == (backend, [])
-    assert BACKENDS == ('flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
+    assert BACKENDS == ('flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
 
 
 def test_cudnn_is_taken_only_where_it_is_asked_for_and_may_be():
@@ -59,6 +65,35 @@ def test_cudnn_is_taken_only_where_it_is_asked_for_and_may_be():
         chosen, reasons = choose_backend('cudnn', 'cuda', **{'dtype': torch.bfloat16, 'head_dim': 64, **options})
         assert chosen == 'sdpa' and len(reasons) == 1 and reason in reasons[0]
     assert not any('cudnn' in reason for reason in choose_backend('flash_attn_3', 'cpu', torch.float32, 64)[1])
+
+
+def test_flash_attention_4_is_switched_on_for_the_process_and_off_again(monkeypatch):
+    """torch's switch, with a stand-in for the kernels; predicting the memory of a model does not touch it."""
+    class Handle:
+        def remove(self):
+            pass
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, 'FA4', Handle)
+    shape = resolve_shape(dict(arch_preset='llama', n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=20))
+    assert current_flash_attention_impl() is None
+    Model.on_meta(shape, 'flash_attn_4').allocate('cpu')
+    assert current_flash_attention_impl() == 'FA4'
+    memory.predict(lambda: Model(shape), 1, 8, 'cpu', contextlib.nullcontext())
+    assert current_flash_attention_impl() == 'FA4'
+    Model.on_meta(shape, 'sdpa').allocate('cpu')
+    assert current_flash_attention_impl() is None
+
+
+def test_where_flash_attention_4_runs(monkeypatch):
+    def reasons(capability=(10, 0), **options):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+        return choose_backend('flash_attn_4', 'cuda', **{'dtype': torch.bfloat16, 'head_dim': 64, **options})
+    assert 'flash_attn_4: the package flash_attn.cute is not installed' in reasons()[1]
+    monkeypatch.setattr('engine.attention._installed', lambda module: module == 'flash_attn.cute')
+    assert reasons() == reasons((9, 0), deterministic=True) == ('flash_attn_4', [])
+    for expected, options in (('needs a GPU of compute capability 9.0 or 10.0', dict(capability=(8, 0))), ('has no dropout', dict(dropout=0.1)), ('not used with sliding_window', dict(window=True)),
+                              ('not used with document_mask', dict(documents=True)), ('at most 128', dict(head_dim=192)), ('not float32', dict(dtype=torch.float32))):
+        chosen, told = reasons(**options)
+        assert chosen == 'sdpa' and expected in told[0] and len(told) == 3
 
 
 LAYER = dict(batch_size=2, n_head=4, n_kv=2, head_dim=16, T=64)

@@ -66,6 +66,17 @@ def test_each_micro_step_has_its_own_data(family, accumulation):
         assert all(map(torch.equal, found[0], total)) and all(map(torch.equal, found[1], gradients))
 
 
+def test_what_is_recorded_has_the_strides_of_a_batch():
+    """torch.compile makes code for strides; new code cannot be made while a graph is recorded."""
+    step, seen = plain(accumulation=2), []
+    call = step.train_model
+    step.train_model = lambda x, y, **kwargs: seen.append((x.stride(), y.stride(), x.data_ptr())) or call(x, y, **kwargs)
+    windows = [torch.cat([x, y[:, -1:]], dim=1) for x, y in batches(2)]  # as the loader gives them out
+    graphs = micro_step.Graphs(step, record=Again)
+    graphs.prepare([(window[:, :-1], window[:, 1:]) for window in windows], forget(step))
+    assert {(x, y) for x, y, _ in seen} == {((17, 1), (17, 1))} and len({address for _, _, address in seen}) == 1
+
+
 def test_dropout_is_drawn_anew():
     step, data = plain(dropout=0.3), batches(2)
     graphs = micro_step.Graphs(step, record=Again)

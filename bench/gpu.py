@@ -1,26 +1,29 @@
 """
 One call on a machine with a GPU: is it correct, how fast is every shipped recipe, how much memory, what do the kernels and the peers do.
 
-    python bench/gpu.py                                  # all
-    python bench/gpu.py --only correctness throughput
+    python bench/gpu.py                                  # all, about an hour
+    python bench/gpu.py --only throughput --recipes full_llama_1.36b full_gpt2_1.36b
     python bench/gpu.py --small --device=cpu             # the same in minutes, with tiny models: to see that the script itself works
 
-Each part is a process of its own that may fail without ending the rest; what it printed goes to the terminal and, all together, to --output (default: gpu.log), and
+Each part is a process of its own that may fail, or take longer than --minutes, without ending the rest; what it printed goes to the terminal and, all together, to --output (default: gpu.log), and
 gpu.json beside it has the figures of the recipes.
 """
 import argparse
 import glob
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
 FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
 SMALL = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--head_dim=None', '--num_key_value_heads=None', '--d_ff=128', '--expert_d_ff=64', '--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=1', '--total_batch_size=0', '--compile=False']
+RECIPES = ('full_llama_1.36b', *sorted({os.path.basename(path).removesuffix('.py') for pattern in ('full_*', 'moe_*', 'train_gpt2') for path in glob.glob(f'{ROOT}/config/{pattern}.py')} - {'full_llama_1.36b'}))
 PARTS = ('correctness', 'resume', 'tests', 'throughput', 'graphs', 'float8', 'memory', 'peers', 'stall', 'generation')
 
 
@@ -53,7 +56,7 @@ def correctness(args):
             return loss.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters()])
         loss, gradient = result('manual', 0, False)
         backends = ['sdpa'] + [name for name in ('flash_attn_2', 'flash_attn_3', 'flash_attn_4', 'cudnn') if args.device == 'cuda' and _installed(name)]
-        ways = {name: (name, 0, False) for name in backends} | {'chunks': ('sdpa', 2 * T // 4, False)} | ({} if args.device == 'cpu' else {'compiled': ('sdpa', 0, True), 'compiled, chunks': ('sdpa', 2 * T // 4, True)})
+        ways = {name: (name, 0, False) for name in backends} | {'chunks': ('sdpa', 2 * T // 4, False)} | ({} if args.device == 'cpu' else {'compiled': ('sdpa', 0, True)}) | ({'compiled, chunks': ('sdpa', 2 * T // 4, True)} if args.device == 'cuda' and family == 'llama' else {})
         for name, way in ways.items():
             found = result(*way)
             off = abs(found[0] - loss).item() / loss.item(), difference(found[1], gradient)
@@ -91,8 +94,7 @@ def resume(args):
 def throughput(args):
     """bench/throughput.py for each shipped recipe, with the largest batch_size that is predicted to fit, one micro-step an iteration."""
     rows = {}
-    names = sorted(glob.glob(f'{ROOT}/config/full_*.py') + glob.glob(f'{ROOT}/config/moe_*.py') + [f'{ROOT}/config/train_gpt2.py'])
-    for path in names:
+    for path in [f'{ROOT}/config/{name}.py' for name in args.recipes]:
         settings = [*SMALL, '--iterations=2', '--warmup=1'] if args.small else ['--total_batch_size=0', '--gradient_accumulation_steps=1', '--dtype=bfloat16', '--compile=True', '--iterations=10', '--largest']
         done = subprocess.run([sys.executable, f'{ROOT}/bench/throughput.py', path, *settings, f'--device={args.device}', '--json'], capture_output=True, text=True)
         print(done.stdout.rsplit('\n{', 1)[0] if done.returncode == 0 else f'{os.path.basename(path)}: {(done.stderr.strip().splitlines() or ["failed"])[-1]}', flush=True)
@@ -169,6 +171,8 @@ def main():
     parser.add_argument('--device', default='cuda', choices=('cuda', 'cpu'))
     parser.add_argument('--small', action='store_true', help='tiny models')
     parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
+    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=RECIPES, help='of the part throughput')
+    parser.add_argument('--minutes', type=float, default=20, help='that a part may take')
     parser.add_argument('--output', default='gpu.log')
     parser.add_argument('--part', choices=PARTS, help='one process: this part')
     args = parser.parse_args()
@@ -182,11 +186,14 @@ def main():
             log.flush()
         for part in args.only:
             say(f'\n==== {part}, {time.monotonic() - begun:.0f} s after the start')
-            command = commands(args).get(part) or ['bench/gpu.py', f'--part={part}', f'--device={args.device}', f'--output={os.path.abspath(args.output)}', *['--small'] * args.small]
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            command = commands(args).get(part) or ['bench/gpu.py', f'--part={part}', f'--device={args.device}', f'--output={os.path.abspath(args.output)}', *['--small'] * args.small, '--recipes', *args.recipes]
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            limit = threading.Timer(60 * args.minutes, lambda group=process.pid: (say(f'{args.minutes:g} minutes are over'), os.killpg(group, signal.SIGKILL)))
+            limit.start()
             for line in process.stdout:
                 say(line.rstrip())
             results[part] = process.wait()
+            limit.cancel()
         say('\n' + ', '.join(f'{part} {"ok" if code == 0 else f"FAILED ({code})"}' for part, code in results.items()))
     return max(results.values())
 

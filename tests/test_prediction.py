@@ -2,10 +2,12 @@
 import contextlib
 import os
 import sys
+from unittest import mock
 
 import pytest
+import ranks
 import torch
-from conftest import ROOT, losses, records, run_train
+from conftest import ROOT, TINY, losses, records, run_train
 
 from engine import memory
 from engine.checkpoint import path_of, read_state
@@ -93,3 +95,22 @@ def test_what_is_told(dataset, tmp_path, capsys):
     told = records(tmp_path, 'header')[0]['startup_info']['memory']
     assert f"Memory: {told['total'] / 1e9:.2f} GB predicted for a step (parameters " in said and 'GB were predicted for a step' in said
     assert told['total'] == told['parameters'] + told['gradients'] + told['optimizer'] + told['activations'] > 16 * 10**6
+
+
+def train_with(rooms, arguments):
+    """train.py on this rank, to which rooms[rank] bytes seem to be free."""
+    rank = int(os.environ['RANK'])
+    with mock.patch('engine.memory.available', lambda device: rooms[rank]):
+        return ranks._train(arguments)
+
+
+@pytest.mark.parametrize('rooms', [(10**9, 12 * 10**6), (12 * 10**6, 10**9)])
+def test_ranks_take_what_fits_on_each(rooms, dataset, tmp_path):
+    arguments = [f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--n_embd=128', '--max_iters=3', '--find_batch_size=True', '--total_batch_size=1024']
+    answers = ranks.ranks(2)(train_with, rooms, arguments)
+    assert [code for code, _ in answers] == [0, 0], answers
+    size = read_state(path_of(str(tmp_path), 3))['config']['batch_size']
+    assert f'batch_size={size}, with {32 // size} micro-steps an iteration, is the largest that fits' in answers[0][1] and 1 <= size < 32
+    alone = tmp_path / 'alone'
+    assert run_train(dataset, alone, '--n_embd=128', '--max_iters=3', '--total_batch_size=1024', '--batch_size=16') == 0
+    assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)

@@ -169,9 +169,11 @@ def tensor_bytes(path, fs=LOCAL):
 def load(path, tensors, world_size=1, group=None):
     """Read the tensors named in `tensors` ({name: tensor}) from the checkpoint `path` into them, in place; of a DTensor its part, however it was written.
 
-    Raises torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have.
+    Raises torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have, pickle.UnpicklingError for metadata that name more than plain classes.
     """
-    dcp.load(tensors, storage_reader=_Reader(path), process_group=group, no_dist=world_size == 1)
+    reader = _Reader(path)
+    reader.read_metadata()  # torch 2.11 passes over what is wrong with them
+    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=world_size == 1)
 
 
 def record_evaluation(path, losses):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forks import Forked
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -67,12 +68,13 @@ def train(dataset):
     return lambda out_dir, *args: run_train(dataset, out_dir, *args)
 
 
-def start_process(*command, env=None, **options):
+def start_process(*command, env=None):
     """A command of the project as a user would start it, output captured as text."""
     # as many threads as in this process: sums over another number of them round differently
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '2', **(env or {})}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True, **options)
+    if command[0] != '-c':
+        return Forked([str(word) for word in command], ROOT, environment)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def end_all(process):

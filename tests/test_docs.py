@@ -87,42 +87,55 @@ def project(tmp_path_factory):
     return folder
 
 
-# takes commands of one Python process, and runs each in a fork of itself: what all of them import is imported once
+# takes commands of Python, and runs each in forks of itself, one or as many as torchrun would start: what all of them import is imported once
 SERVER = '''
-import os, runpy, shlex, sys, torch, numpy, pyarrow, tokenizers, fsspec, matplotlib.figure
+import os, runpy, shlex, socket, sys, torch, numpy, pyarrow, tokenizers, fsspec, matplotlib.figure
 sys.path.insert(0, os.getcwd())
 import torch.distributed.checkpoint, torch.distributed.fsdp
+
+def run(words, environment):
+    os.environ.update(environment)
+    sys.stdin, sys.argv = open(os.devnull), words
+    sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+    code = 1
+    try:
+        runpy.run_path(words[0], run_name='__main__')
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
 for line in sys.stdin:
-    words = shlex.split(line)
-    if os.fork() == 0:
-        sys.stdin, sys.argv = open(os.devnull), words
-        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
-        code = 1
-        try:
-            runpy.run_path(words[0], run_name='__main__')
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.wait()[1])
+    kind, *words = shlex.split(line)
+    environments = [{}]
+    if kind == 'torchrun':
+        own = words[:[word.endswith('.py') for word in words].index(True)]
+        words = words[len(own):]
+        size = int(next(word.split('=')[1] for word in own if word.startswith('--nproc_per_node=')))
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            common = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
+        environments = [{**common, 'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': str(size), 'LOCAL_WORLD_SIZE': str(size)} for r in range(size)]
+    children = [os.fork() or run(words, environment) for environment in environments]
+    code = max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256 for child in children)
     print(chr(0) + str(code), flush=True)
 '''
 
 
 class Shell:
-    """Runs commands in `folder` as bash would: run(command) -> (exit code, output)."""
+    """Runs commands in `folder` as bash would: run(command) -> (exit code, output). forked: commands that the SERVER runs, by their first word."""
 
-    def __init__(self, folder, environment):
-        self.folder, self.environment = folder, environment
+    def __init__(self, folder, environment, forked):
+        self.folder, self.environment, self.forked = folder, environment, forked
         self.server = subprocess.Popen([sys.executable, '-c', SERVER], cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def run(self, command):
-        if not re.fullmatch(r'python [^&|;<>$*`]+', command):
+        if command.split()[0] not in self.forked or re.search(r'[&|;<>$*`]', command):
             done = subprocess.run(['bash', '-c', command], cwd=self.folder, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
             return done.returncode, done.stdout
-        self.server.stdin.write(command.removeprefix('python ') + '\n')
+        self.server.stdin.write(command + '\n')
         self.server.stdin.flush()
         output = ''
         for line in self.server.stdout:
@@ -140,7 +153,7 @@ class Shell:
 @pytest.mark.parametrize('document', ['README.md', 'TRAINING_GUIDE.md'])
 def test_commands_run(document, project):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'}
-    ran, shell = 0, Shell(project, environment)
+    ran, shell = 0, Shell(project, environment, ('python',) if document == 'README.md' else ('python', 'torchrun'))  # one document by torchrun itself
     # the guide compares with a second run, which the reader makes the same way
     for command in ['python train.py config/full_gpt2_1.36b.py'] * (document == 'TRAINING_GUIDE.md') + commands(document):
         if command.startswith(NOT_RUN):

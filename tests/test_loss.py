@@ -81,8 +81,8 @@ def test_without_gradients_and_with_a_frozen_head():
 
 def test_which_chunk_is_taken():
     assert choose_chunk(None, 2048, 2048, 'cpu', torch.float32) == (0, None) and choose_chunk(None, 2048, 8192, 'cpu', torch.float32) == (2048, None)  # all of them in one
-    assert choose_chunk(None, 2048, 50304, 'cpu', torch.float32)[0] == 512 and 'loss in chunks of 512' in choose_chunk(None, 2048, 50304, 'cpu', torch.float32)[1]
-    assert choose_chunk(None, 2048, 128256, 'cpu', torch.float32)[0] == 256 and choose_chunk(0, 2048, 128256, 'cpu', torch.float32) == (0, None)
+    assert choose_chunk(None, 2048, 50304, 'cpu', torch.float32)[0] == 1024 and 'loss in chunks of 1024' in choose_chunk(None, 2048, 50304, 'cpu', torch.float32)[1]
+    assert choose_chunk(None, 2048, 128256, 'cpu', torch.float32)[0] == 512 and choose_chunk(0, 2048, 128256, 'cpu', torch.float32) == (0, None)
     assert choose_chunk(None, 24 * 2048, 128256, 'cuda', torch.bfloat16)[0] == 1152 and choose_chunk(None, 4096, 10**7, 'cpu', torch.float32)[0] == 256
     assert choose_chunk(64, 2048, 128256, 'cuda', torch.float16)[0] == 0 and 'float16' in choose_chunk(64, 2048, 128256, 'cuda', torch.float16)[1]
     assert choose_chunk(64, 64, 100, 'cpu', torch.float32) == (64, None) == choose_chunk(99, 64, 100, 'cpu', torch.float32)

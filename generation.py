@@ -1,11 +1,11 @@
 """Text from a model, token by token: which one comes next, and the loop that asks."""
 import contextlib
 import os
-import sys
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from engine import kernels
 from engine.cache import Cache
 from engine.configurator import ConfigError
 
@@ -93,9 +93,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=1.0, top_k=None, top
     decode = torch.compile(_read, mode='reduce-overhead' if device.type == 'cuda' else None, fullgraph=True) if compiled else _read
     begins = [0] * len(rows)  # what lies before is forgotten
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # FSDP keeps what it gathers
-    # blocks that training compiled would be compiled anew for every length
-    eager = torch.compiler.set_stance('force_eager') if not compiled and 'torch._dynamo' in sys.modules else contextlib.nullcontext()
-    with eager, torch.no_grad() if sharded else torch.inference_mode():
+    with contextlib.nullcontext() if compiled else kernels.as_written(), torch.no_grad() if sharded else torch.inference_mode():
         seen = None
         if repetition_penalty != 1.0:
             seen = torch.zeros(len(rows), c.vocab_size, dtype=torch.bool, device=device)

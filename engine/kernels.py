@@ -2,6 +2,7 @@
 import contextlib
 import math
 import statistics
+import sys
 import time
 
 import torch
@@ -22,6 +23,11 @@ def precision(name, device):
 def autocast(device_type, dtype):
     """The context of a forward pass whose matmuls are in `dtype`, a torch dtype."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype=dtype)
+
+
+def as_written():
+    """Context in which what was compiled runs without: for inputs of ever new lengths, each of which would be compiled anew, and training then go on with code for any length."""
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else contextlib.nullcontext()
 
 
 def repeat(wanted, device_type):

@@ -4,6 +4,11 @@ import torch
 from conftest import equal, losses, records, run_train, weights
 from torch._dynamo.testing import CompileCounter
 
+from engine import tasks
+from generation import generate
+from model import Model
+from presets import resolve_shape
+
 COMMON = ['--compile=True', '--dropout=0.1', '--max_iters=4', '--eval_interval=2', '--gradient_accumulation_steps=2']
 
 
@@ -44,3 +49,19 @@ def test_a_compiler_that_fails(dataset, tmp_path, monkeypatch, capsys):
     torch.compiler.set_stance('default')
     assert run_train(dataset, tmp_path / 'eager', *COMMON, '--compile=False') == 0
     assert losses(tmp_path / 'broken') == losses(tmp_path / 'eager')
+
+
+def test_what_has_ever_new_lengths_is_not_compiled():
+    """Questions and samples at an evaluation, under a layout that compiles block by block: training goes on with the code that it had."""
+    counter = CompileCounter()
+    model = Model(resolve_shape(dict(arch_preset='llama', n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)))
+    model.init_weights(0)
+    for module in (*model.transformer.h, model.lm_head):
+        module.compile(backend=counter)
+    x = torch.randint(0, 64, (4, 16))
+    model(x, x).backward()
+    compiled = counter.frame_count
+    tasks.log_likelihoods(model, [(list(range(n)), 1) for n in range(2, 14)], 2, torch.device('cpu'))
+    generate(model, [[1, 2, 3]], 5, generator=torch.Generator().manual_seed(0), device=torch.device('cpu'))
+    model(x, x).backward()
+    assert counter.frame_count == compiled > 0

@@ -148,6 +148,16 @@ def float8(args):
     print(f'loss after 20 iterations {losses[0][-1]:.4f}, in float8 {losses[1][-1]:.4f}; the largest relative difference on the way {max(abs(b - a) / a for a, b in zip(*losses)):.1e}')
 
 
+def generation(args):
+    """bench/generation.py with a model of 124 M parameters, trained for an iteration."""
+    from step import write_noise
+    with tempfile.TemporaryDirectory() as folder:
+        write_noise(f'{folder}/noise', 257, 100_000, 'bytes')
+        subprocess.run([sys.executable, f'{ROOT}/train.py', f'{ROOT}/config/train_gpt2.py', f'--dataset={folder}/noise', f'--out_dir={folder}/run', *(SMALL if args.small else ['--batch_size=1', '--compile=False']),
+                        '--gradient_accumulation_steps=1', '--max_iters=1', '--eval_at_start=False', '--eval_interval=1000', '--wandb_log=False', f'--device={args.device}'], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, f'{ROOT}/bench/generation.py', f'--out_dir={folder}/run', f'--device={args.device}', *(['--new_tokens=8', '--rounds=1'] if args.small else ['--new_tokens=512', '--rounds=3', '--compile'])], check=True)
+
+
 def _missing(package):
     import importlib.util
     return importlib.util.find_spec(package) is None
@@ -162,7 +172,6 @@ def commands(args):
                                                                                                                   'llama:24:2048:16:2048:8:32000:selective', 'qwen3:8:2048:16:2048:4:151936:full'])],
         'peers': ['bench/peers.py', device, *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--rounds=1', '--steps=1', '--warmup=1', '--batch_size=1'] if small else ['--dtype=bfloat16', '--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=16', '--steps=10'])],
         'stall': ['bench/checkpoint_stall.py', *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--saves=1', '--steps=2'] if small else ['--n_layer=18', '--n_embd=2304', '--n_head=18', '--vocab_size=32000', '--batch_size=8', '--block_size=2048'])],
-        'generation': ['bench/generation.py', '--help'] if small else ['bench/generation.py', '--out_dir=out-demo'],
     }
 
 
@@ -177,7 +186,7 @@ def main():
     parser.add_argument('--part', choices=PARTS, help='one process: this part')
     args = parser.parse_args()
     if args.part:
-        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs, 'float8': float8}[args.part](args)
+        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs, 'float8': float8, 'generation': generation}[args.part](args)
     results, begun = {}, time.monotonic()
     with open(args.output, 'w') as log:
         def say(line):

@@ -21,10 +21,10 @@ from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
 
-def write_noise(folder, vocab_size, tokens=2_000_000):
-    """A data set of random ids: speed does not depend on them, but for how experts are chosen."""
+def write_noise(folder, vocab_size, tokens=2_000_000, tokenizer='none'):
+    """A data set of random ids: speed does not depend on them, but for how experts are chosen. tokenizer: 'none', or 'bytes' with a vocab_size of 257."""
     draw = np.random.default_rng(0)
-    with TokenFileWriter(folder, vocab_size=vocab_size, eot_id=None, tokenizer={'kind': 'none'}, split='noise') as writer:
+    with TokenFileWriter(folder, vocab_size=vocab_size, eot_id=None, tokenizer={'kind': tokenizer}, split='noise') as writer:
         writer.write('train', draw.integers(0, vocab_size, tokens))
         writer.write('val', draw.integers(0, vocab_size, tokens // 100))
 

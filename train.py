@@ -203,7 +203,10 @@ def main(argv=None):
     except ConfigError as error:
         parallel.tell(error)
         return 2
-    except RuntimeError:
+    except RuntimeError as error:
+        if 'use_deterministic_algorithms' in str(error):
+            parallel.tell(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
+            return 2
         if parallel.was_told():
             return 2
         raise
@@ -217,8 +220,6 @@ def run(argv, stop):
     c, given = resolve(Config, argv, ALIASES)
     notes = []  # fallbacks and changes, told in the report
     checks.refuse_impossible(c, given, notes)
-    if c.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read by cuBLAS when CUDA starts
     world = parallel.start(c.device, c.backend, c.timeout_minutes)
     parallel.same({**dataclasses.asdict(c), 'torch': torch.__version__}, 'the configuration', world)
     device = world.device
@@ -253,8 +254,8 @@ def run(argv, stop):
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
-    kernels.repeat(c.deterministic, device.type)  # before a trial times them
     torch_dtype = kernels.precision(c.dtype, device)
+    kernels.repeat(c.deterministic, kernels.attention_repeats(device.type, torch_dtype, any(shape.windows), c.document_mask))  # before a trial times them
     dtype = str(torch_dtype).removeprefix('torch.')
     chosen, told = parallel.from_main(lambda: kernels.choose(c, shape, device, torch_dtype), world)
     notes += told

@@ -24,7 +24,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
 FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
 SMALL = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--head_dim=None', '--num_key_value_heads=None', '--d_ff=128', '--expert_d_ff=64', '--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=1', '--total_batch_size=0', '--compile=False']
 RECIPES = ('full_llama_1.36b', *sorted({os.path.basename(path).removesuffix('.py') for pattern in ('full_*', 'moe_*', 'train_gpt2') for path in glob.glob(f'{ROOT}/config/{pattern}.py')} - {'full_llama_1.36b'}))
-PARTS = ('correctness', 'resume', 'tests', 'throughput', 'graphs', 'float8', 'memory', 'peers', 'stall', 'generation')
+PARTS = ('correctness', 'resume', 'tests', 'throughput', 'deterministic', 'graphs', 'float8', 'memory', 'peers', 'stall', 'generation')
 
 
 def difference(a, b):
@@ -40,7 +40,7 @@ def correctness(args):
     n_layer, n_embd, T, vocabulary = (1, 64, 32, 500) if args.small else (4, 512, 1024, 32000)
     dtype = torch.float32 if args.device == 'cpu' else torch.bfloat16
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    worst = 0.0
+    failed = []
     for family in FAMILIES:
         shape = resolve_shape(dict(arch_preset=family, n_layer=n_layer, n_head=8, n_embd=n_embd, block_size=T, vocab_size=vocabulary))
         torch.manual_seed(0)
@@ -60,11 +60,12 @@ def correctness(args):
         for name, way in ways.items():
             found = result(*way)
             off = abs(found[0] - loss).item() / loss.item(), difference(found[1], gradient)
-            worst = max(worst, *off)
+            if max(off) > (0.2 if family == 'moe' and dtype == torch.bfloat16 else tolerance):
+                failed.append(f'{family}, {name}')
             print(f'{family:>8}, {name:>18}: loss {off[0]:.1e}, gradient {off[1]:.1e}', flush=True)
-    if worst > tolerance:
-        sys.exit(f'a difference of {worst:.1e} is above {tolerance}')
-    print(f'all within {tolerance}')
+    if failed:
+        sys.exit(f'above {tolerance} (experts in bfloat16: 0.2): {", ".join(failed)}')
+    print(f'all within {tolerance} (experts in bfloat16: 0.2, since rounding moves some tokens to other experts)')
 
 
 def _installed(name):
@@ -81,7 +82,7 @@ def resume(args):
     from plots.run_log import load_run
     with tempfile.TemporaryDirectory() as folder:
         write_noise(f'{folder}/noise', 500, 100_000)
-        common = [f'--dataset={folder}/noise', '--arch_preset=llama', '--n_layer=2', '--n_head=4', '--n_embd=128', '--block_size=128', '--batch_size=4', '--gradient_accumulation_steps=2', '--warmup_iters=2',
+        common = [f'--dataset={folder}/noise', '--arch_preset=llama', '--n_layer=2', '--n_head=4', '--n_embd=128', '--block_size=512', '--batch_size=4', '--gradient_accumulation_steps=2', '--warmup_iters=2',
                   '--eval_interval=5', '--eval_iters=2', '--log_interval=1', '--lr_decay_iters=10', f'--device={args.device}', f'--compile={args.device != "cpu"}']
         for out, steps in (('whole', ['--max_iters=10']), ('parts', ['--max_iters=5']), ('parts', ['--max_iters=10', '--init_from=resume'])):
             subprocess.run([sys.executable, f'{ROOT}/train.py', *common, f'--out_dir={folder}/{out}', *steps], check=True, stdout=subprocess.DEVNULL)
@@ -100,8 +101,8 @@ def throughput(args):
         print(done.stdout.rsplit('\n{', 1)[0] if done.returncode == 0 else f'{os.path.basename(path)}: {(done.stderr.strip().splitlines() or ["failed"])[-1]}', flush=True)
         if done.returncode == 0:
             rows[os.path.basename(path)] = json.loads(done.stdout.strip().splitlines()[-1])
-    with open(args.output.removesuffix('.log') + '.json', 'w') as f:
-        json.dump(rows, f, indent=2)
+        with open(args.output.removesuffix('.log') + '.json', 'w') as f:
+            json.dump(rows, f, indent=2)
     if not rows:
         sys.exit('no recipe ran')
 
@@ -119,6 +120,11 @@ def against(args, title, recipe, settings, key):
         found[on].append(json.loads(done.stdout.strip().splitlines()[-1])['tokens_per_sec'])
     middle = {on: sum(speeds) / len(speeds) for on, speeds in found.items() if speeds}
     print(f'{title}: ' + ', '.join(f'{key}={on} {speed:,.0f} tokens/s' for on, speed in middle.items()) + (f', {middle[True] / middle[False]:.2f} times' if len(middle) == 2 else ''), flush=True)
+
+
+def deterministic(args):
+    """What it costs that a run repeats to the last bit."""
+    against(args, '1.36 B, 8 x 2048', 'full_llama_1.36b.py', ['--batch_size=8', '--gradient_accumulation_steps=1', f'--compile={not args.small}'], 'deterministic')
 
 
 def graphs(args):
@@ -167,11 +173,11 @@ def commands(args):
     """{part: command} of those that are scripts of their own."""
     device, small = f'--device={args.device}', args.small
     return {
-        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['tests/test_no_sync.py', 'tests/test_graphs.py', 'tests/test_fp8.py', 'tests/test_attention.py', 'tests/test_loader.py', 'tests/test_experts.py', 'tests/test_resume.py'])],
+        'tests': ['-m', 'pytest', '-q', '-rs', *(['tests/test_loss.py'] if small else ['-k', 'gpu or a_run', *(f'tests/test_{name}.py' for name in ('no_sync', 'graphs', 'fp8', 'attention', 'layouts'))])],
         'memory': ['bench/memory_prediction.py', device, *(['--models', 'gpt2:2:64:2:64:2:500:none'] if small else ['--dtype=bfloat16', '--models', 'gpt2:12:768:12:1024:16:50304:none', 'llama:24:2048:16:2048:8:32000:none',
                                                                                                                   'llama:24:2048:16:2048:8:32000:selective', 'qwen3:8:2048:16:2048:4:151936:full'])],
         'peers': ['bench/peers.py', device, *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--rounds=1', '--steps=1', '--warmup=1', '--batch_size=1'] if small else ['--dtype=bfloat16', '--n_layer=12', '--n_head=12', '--n_embd=768', '--block_size=1024', '--batch_size=16', '--steps=10'])],
-        'stall': ['bench/checkpoint_stall.py', *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--saves=1', '--steps=2'] if small else ['--n_layer=18', '--n_embd=2304', '--n_head=18', '--vocab_size=32000', '--batch_size=8', '--block_size=2048'])],
+        'stall': ['bench/checkpoint_stall.py', *(['--n_layer=1', '--n_embd=64', '--n_head=2', '--vocab_size=500', '--saves=1', '--steps=2'] if small else ['--n_layer=18', '--n_embd=2304', '--n_head=18', '--vocab_size=32000', '--batch_size=8', '--block_size=2048', '--saves=2'])],
     }
 
 
@@ -186,7 +192,7 @@ def main():
     parser.add_argument('--part', choices=PARTS, help='one process: this part')
     args = parser.parse_args()
     if args.part:
-        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs, 'float8': float8, 'generation': generation}[args.part](args)
+        return {'correctness': correctness, 'resume': resume, 'throughput': throughput, 'graphs': graphs, 'deterministic': deterministic, 'float8': float8, 'generation': generation}[args.part](args)
     results, begun = {}, time.monotonic()
     with open(args.output, 'w') as log:
         def say(line):

@@ -84,10 +84,10 @@ def our_loop(folder, seed, recipe=None):
     c = config_of([*settings, f'--seed={seed}', '--device=cpu', '--compile=False', f'--batch_size={B}', '--gradient_accumulation_steps=1', *(f'--{key}={value}' for key, value in SHAPE.items())])
     step = Step(c, folder)
     while True:
-        optim.set_learning_rate(step.optimizer, learning_rate(c, step.number))
+        optim.set_learning_rate(step.optimizer, learning_rate(c, step.steps))
         step.run()
         step.last_loss.item()
-        yield step.number, step.model
+        yield step.steps, step.model
 
 
 @torch.no_grad()

@@ -43,9 +43,9 @@ class Step:
         self.world = parallel.start(c.device)
         self.device = device = self.world.device
         self.dtype = kernels.precision(c.dtype, device)
-        kernels.repeat(c.deterministic, device.type)
+        self.shape = resolve_shape(dataclasses.asdict(c), c.vocab_size)
+        kernels.repeat(c.deterministic, kernels.attention_repeats(device.type, self.dtype, any(self.shape.windows), c.document_mask))
         settings = model_settings(c, device)
-        self.shape = settings['config']
         self.model = Model.on_meta(**settings).allocate(device)
         self.model.init_weights(c.seed)
         self.accumulation = checks.accumulation_steps(c, 1)

@@ -53,7 +53,10 @@ def measure(c, folder, largest, iterations, warmup):
     if largest:
         c = dataclasses.replace(c, batch_size=memory.find_batch_size(lambda size: predict(c, size), 64, memory.available(device_of(c))),
                                 gradient_accumulation_steps=1, total_batch_size=0)
-    prediction = predict(c, c.batch_size)
+    try:
+        prediction = predict(c, c.batch_size)
+    except memory.NotPredicted as error:
+        prediction = error
     step = Step(c, folder)
     device = step.device
     started = time_when_done(device)
@@ -78,12 +81,12 @@ def measure(c, folder, largest, iterations, warmup):
     print(f'  {1000 * middle:,.1f} ms an iteration ({1000 * min(seconds):,.1f} to {1000 * max(seconds):,.1f}), {rate:,.0f} tokens/s; the first took {first:.1f} s')
     if found['mfu'] is not None:
         print(f"  MFU {found['mfu_percent']:.1f} % (6N + 12LHQT), {100 * found['mfu_causal']:.1f} % with half of the attention, of {found['hardware_peak_tflops']:.0f} TFLOP/s dense")
+    used = memory_gb(device)['max_allocated_gb']
     alone, of_matmuls = matmuls(step.shape, c.batch_size * c.block_size, step.dtype, device)
     print(f"  {found['achieved_tflops']:.3f} TFLOP/s; the matmuls of the linear layers alone run at {of_matmuls / alone / 1e12:.3f} TFLOP/s and are {alone * step.accumulation / middle:.0%} of the time")
     print('  ' + ', '.join(f'{piece} {1000 * value:,.1f} ms ({value / sum(split.values()):.1%})' for piece, value in split.items()))
-    used = memory_gb(device)['max_allocated_gb']
-    print(f"  memory: at most {used:.2f} GB {'allocated' if device.type == 'cuda' else 'of the whole process'}; {prediction.describe()}", flush=True)
-    return {'tokens_per_sec': rate, 'seconds': seconds, 'pieces': split, 'max_allocated_gb': used, 'first_s': first, 'mfu': found['mfu_percent'], 'predicted_gb': prediction.total / 1e9}
+    print(f"  memory: at most {used:.2f} GB {'allocated' if device.type == 'cuda' else 'of the whole process'}; {prediction if isinstance(prediction, memory.NotPredicted) else prediction.describe()}", flush=True)
+    return {'tokens_per_sec': rate, 'seconds': seconds, 'pieces': split, 'max_allocated_gb': used, 'first_s': first, 'mfu': found['mfu_percent'], 'predicted_gb': None if isinstance(prediction, memory.NotPredicted) else prediction.total / 1e9}
 
 
 if __name__ == '__main__':

@@ -83,7 +83,10 @@ def _installed(module):
 
 
 def switch(backend):
-    """Before attention() with this backend: make FlashAttention 4's kernels torch's for the whole process, or torch's own again."""
+    """Before attention() with this backend: make FlashAttention 4's kernels torch's for the whole process, or torch's own again; compile flex_attention, outside of what may be compiled itself."""
+    if backend == 'flex' and not _compiled:
+        from torch.nn.attention.flex_attention import flex_attention
+        _compiled.append(torch.compile(flex_attention))
     if backend == 'flash_attn_4':
         activate_flash_attention_impl('FA4')
     elif current_flash_attention_impl() == 'FA4':
@@ -91,13 +94,13 @@ def switch(backend):
 
 
 def visible(backend, T, device, window=None, documents=None):
-    """The `mask` of attention() for T queries and as many keys, made once for all layers of a kind; None where causality is all.
+    """The `mask` of attention() for T queries and as many keys, made once for all layers of a kind; None where causality is all (but for flex).
 
     window: tokens that a query sees, itself included; documents: (B, T) int64, the number of each token's text, or None.
     """
     if window is not None and window >= T or backend in _KNOW_WINDOWS:  # by themselves
         window = None
-    if window is None and documents is None:
+    if window is None and documents is None and backend != 'flex':
         return None
     if backend == 'flex':
         from torch.nn.attention.flex_attention import create_block_mask
@@ -166,11 +169,6 @@ def _sdpa(q, k, v, dropout, window, mask, sinks):
 
 
 def _flex(q, k, v, dropout, window, mask, sinks):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    if not _compiled:
-        _compiled.append(torch.compile(flex_attention))
-    if mask is None:
-        mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, q.size(2), k.size(2), device=q.device)
     out = _compiled[0](q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1), return_lse=sinks is not None)
     if sinks is None:
         return out
@@ -194,6 +192,11 @@ def _manual(q, k, v, dropout, window, mask, sinks):
     return (weights @ v.unsqueeze(2)).reshape(B, n_head, T, head_dim)
 
 
+def _as(like, x):
+    """x in the dtype of `like`; not by to(), which returns x itself where it has it: torch 2.11 would compile a backward pass of zeros."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
+
+
 class _WithSinks(torch.autograd.Function):
     """Attention with one more key in each head, whose score is the sink and whose value is zero. With s the sink and l the log-sum-exp without it the
     output shrinks by sigmoid(l - s); the kernel's backward pass is exact once output and log-sum-exp are those of the larger softmax."""
@@ -202,7 +205,7 @@ class _WithSinks(torch.autograd.Function):
     def forward(ctx, q, k, v, sinks, causal, mask):
         out, lse = flash.forward(flash.kernel_for(q), q, k, v, causal, mask)
         whole = torch.logaddexp(lse, sinks.float()[:, None])
-        out = (out * (lse - whole).exp()[..., None]).to(q.dtype)
+        out = _as(q, out * (lse - whole).exp()[..., None])
         ctx.save_for_backward(q, k, v, sinks, mask, out, whole)
         ctx.causal = causal
         return out
@@ -213,10 +216,10 @@ class _WithSinks(torch.autograd.Function):
         dq, dk, dv = flash.backward(flash.kernel_for(q), grad.contiguous(), q, k, v, out, lse, ctx.causal, mask)
         weight = (sinks.float()[:, None] - lse).exp()  # (B, n_head, T)
         ds = -(weight * (grad.float() * out.float()).sum(-1)).sum((0, 2))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), ds.to(sinks.dtype), None, None
+        return _as(q, dq), _as(k, dk), _as(v, dv), _as(sinks, ds), None, None
 
 
-_compiled = []  # flex_attention, compiled when first used: outside the compiler it would write the scores out
+_compiled = []  # flex_attention: as it is written it would write the scores out
 # operators of these kernels, whose outputs are dear to compute and small to keep (activation_checkpointing='selective')
 DEAR = ('aten::_scaled_dot_product_flash_attention', 'aten::_scaled_dot_product_flash_attention_for_cpu', 'aten::_scaled_dot_product_efficient_attention',
         'aten::_scaled_dot_product_cudnn_attention', 'flash_attn::_flash_attn_forward', 'flash_attn_3::_flash_attn_forward', 'flash_attn_3::fwd')

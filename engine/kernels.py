@@ -1,6 +1,7 @@
 """Which kernels a run takes, from what was asked for and what this device has."""
 import contextlib
 import math
+import os
 import statistics
 import sys
 import time
@@ -30,11 +31,18 @@ def as_written():
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else contextlib.nullcontext()
 
 
-def repeat(wanted, device_type):
-    """Have torch take kernels that repeat to the last bit, where it has them, or free it to take any."""
+def attention_repeats(device_type, dtype, windows, documents):
+    """Whether torch's attention has a kernel whose gradients repeat to the last bit. windows, documents: whether the model has them."""
+    return device_type == 'cpu' or dtype != torch.float32 and not windows and not documents
+
+
+def repeat(wanted, strictly=True):
+    """Have torch take kernels that repeat to the last bit, or free it to take any. strictly: an operator that has none is an error; otherwise torch takes what it has, and flash attention a backward
+    pass that does not repeat."""
     torch.backends.cuda.enable_cudnn_sdp(not wanted)  # sdpa prefers it on H100 and B200, but its gradients do not repeat
     if wanted:
-        torch.use_deterministic_algorithms(True, warn_only=device_type == 'cuda')
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read by cuBLAS at its first matmul
+        torch.use_deterministic_algorithms(True, warn_only=not strictly)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
 
 
@@ -61,9 +69,11 @@ def choose(c, shape, device, dtype):
         backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, window=any(shape.windows), **special)
         if passed_over:
             notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
-    if backend == 'sdpa' and device.type == 'cuda' and c.deterministic and (dtype == torch.float32 or any(shape.windows) or c.document_mask):
+    if backend == 'sdpa' and c.deterministic and not attention_repeats(device.type, dtype, any(shape.windows), c.document_mask):
         notes.append("deterministic=True, but for float32, windows and documents torch's attention has a kernel on GPUs whose gradients need not repeat to the last bit: "
                      'attention_backend=flex or manual have them repeat')
+    if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
+        notes.append(f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul slow on a GPU: --vocab_size={-(-shape.vocab_size // 64) * 64} adds ids that no text has')
     dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type) if shape.num_experts else (None, None)
     if reason:
         notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')

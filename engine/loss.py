@@ -18,7 +18,8 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0
     """
     if chunk:
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-        loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype, z_loss)
+        wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)  # which the function cannot see under no_grad()
+        loss = _ChunkedLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), chunk, dtype, z_loss, wanted)
         return loss if reduction == 'sum' else loss / (targets != IGNORE).sum()
     logits, targets = F.linear(hidden, weight).flatten(0, -2).float(), targets.flatten()
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction=reduction)
@@ -45,7 +46,7 @@ def choose_chunk(asked, tokens, vocab_size, device_type, dtype):
 class _ChunkedLoss(torch.autograd.Function):
     """The sum of the losses, and with it the gradients, chunk by chunk: logits are needed for both and computed once.
 
-    hidden: (N, C); weight: (V, C); targets: (N,). dtype: of the matmuls. As in backward of the plain loss, with p = softmax(logits):
+    hidden: (N, C); weight: (V, C); targets: (N,). dtype: of the matmuls; wanted: whether there are to be gradients. As in backward of the plain loss, with p = softmax(logits):
     d loss / d logits = p - onehot(target), to which a z-loss z log(Z)^2 adds 2 z log(Z) p, from which both gradients follow; they wait for the gradient of the loss, a factor.
     The largest p of a token is that of its largest logit, 1 / sum(exp(logits - largest)), so that log(Z) = largest - log(largest p).
     """
@@ -53,8 +54,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autocast('cpu', enabled=False)
     @torch.autocast('cuda', enabled=False)
-    def forward(ctx, hidden, weight, targets, chunk, dtype, z_loss):
-        h, w, wanted = hidden.to(dtype), weight.to(dtype), any(ctx.needs_input_grad)
+    def forward(ctx, hidden, weight, targets, chunk, dtype, z_loss, wanted):
+        h, w = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=h.device)
         room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # every chunk's logits, then p
         if wanted:
@@ -66,7 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
             right, largest = logits.gather(1, target).float(), logits.amax(dim=1, keepdim=True).float()
             p = torch.softmax(logits, dim=1, dtype=torch.float32) if room is None else torch.softmax(logits, dim=1, out=logits)
             norm = largest - p.amax(dim=1, keepdim=True).log()
-            total += torch.where(there, norm - right, 0.0).sum()
+            total = total + torch.where(there, norm - right, 0.0).sum()  # not in place: torch 2.11 would compile a backward pass of zeros
             if wanted:
                 slope = (p.mul_(1 + 2 * z_loss * norm) if z_loss else p).scatter_add_(1, target, torch.full_like(norm, -1.0)).to(dtype)
                 torch.mm(slope, w, out=ctx.gradients[0][first:first + chunk]).mul_(there)
@@ -81,4 +82,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, factor):
         (hidden, weight), ctx.gradients = ctx.gradients, None  # they are used up
-        return hidden.mul_(factor), weight.mul_(factor), None, None, None, None
+        return hidden.mul_(factor), weight.mul_(factor), None, None, None, None, None

@@ -126,6 +126,7 @@ class Graphs:
                 try:
                     self.graphs[kind] = self.record(functools.partial(self._work, kind, number), pool)
                 except RuntimeError as failure:
+                    failure = failure.__context__ or failure  # what ended the recording, rather than that it ended
                     return ' '.join(str(failure).split())[:300]
                 pool = pool or self.graphs[kind].pool()
         return None

@@ -61,6 +61,7 @@ class Saver:
         self.staged.set()
         self.copies, self.stream, self.copied = {}, None, None
         self.stall_s, self.started = 0.0, 0.0
+        self.device_wait = None  # events of a GPU before and after its wait for the copy
 
     def reserve(self, tensors):
         """Take the memory for the copies of `tensors` now: pinning it takes seconds, and too little of it should be known before training."""
@@ -100,7 +101,10 @@ class Saver:
         waiting = time.perf_counter()
         self.staged.wait()
         if self.copied is not None:
+            self.device_wait = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.device_wait[0].record()
             torch.cuda.current_stream().wait_event(self.copied)
+            self.device_wait[1].record()
             self.copied = None
         waited = time.perf_counter() - waiting
         self.stall_s += waited
@@ -116,6 +120,10 @@ class Saver:
             return None
         self.thread.join()
         self.thread, self.copied = None, None
+        if self.device_wait:
+            self.device_wait[1].synchronize()
+            self.stall_s += self.device_wait[0].elapsed_time(self.device_wait[1]) / 1000
+            self.device_wait = None
         self.outcome.stall_s = self.stall_s
         return self.outcome
 

@@ -1,5 +1,6 @@
 """Every kernel computes softmax(q k^T / sqrt(d)) v with a causal mask; a backend that cannot run falls back with a reason."""
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from engine.attention import _KERNELS, BACKENDS, attention, choose_backend, swit
 from engine.kernels import fastest
 from model import Model
 from presets import resolve_shape
+from train import Config
 
 SHAPES = [(2, 4, 4, 33, 16), (2, 6, 2, 17, 8), (1, 3, 1, 20, 5)]  # B, n_head, n_kv, T, head_dim
 
@@ -94,6 +96,42 @@ def test_where_flash_attention_4_runs(monkeypatch):
                               ('not used with document_mask', dict(documents=True)), ('at most 128', dict(head_dim=192)), ('not float32', dict(dtype=torch.float32))):
         chosen, told = reasons(**options)
         assert chosen == 'sdpa' and expected in told[0] and len(told) == 3
+
+
+def test_what_a_gpu_is_told():
+    """Notes, without a GPU: kernels that do not repeat, an odd vocabulary."""
+    def notes(dtype=torch.bfloat16, **changes):
+        c = Config(**changes)
+        shape = resolve_shape(dataclasses.asdict(c), 50257)
+        return ' '.join(kernels.choose(c, shape, torch.device('cuda'), dtype)[1])
+    assert '--vocab_size=50304 adds ids that no text has' in notes() and 'need not repeat' not in notes()
+    assert not notes(vocab_size=50304) and not notes(init_from='resume')
+    assert 'need not repeat' in notes(torch.float32) and 'need not repeat' in notes(sliding_window=16) and 'need not repeat' in notes(document_mask=True)
+    assert not notes(torch.float32, deterministic=False, vocab_size=50304)
+
+
+@pytest.mark.parametrize('operator', [None, 'scatter'])
+def test_an_operator_that_does_not_repeat_is_told(operator, train, tmp_path, monkeypatch, capsys):
+    """As torch does on a GPU, where some operators have no kernel that repeats."""
+    def forward(self, *args, **kwargs):
+        raise RuntimeError(f"{operator}_cuda does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms(True)'. You can turn off ...")
+    if operator:
+        monkeypatch.setattr(Model, 'forward', forward)
+    assert train(tmp_path, '--max_iters=1', '--eval_at_start=False') == (2 if operator else 0)
+    assert capsys.readouterr().err == ('error: deterministic=True: scatter_cuda does not have a deterministic implementation: type --deterministic=False\n' if operator else '')
+
+
+def test_compiled_gradients_with_sinks_are_those_of_eager():
+    """torch 2.11 compiled a backward pass of zeros for what its forward pass returns twice."""
+    inputs, found = [*(torch.randn(1, 2, 16, 8) for _ in range(3)), torch.randn(2)], []
+    for compiled in (False, True):
+        def call(q, k, v, sinks):
+            return attention(q, k, v, 'sdpa', sinks=sinks)
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        (torch.compile(call, backend='aot_eager') if compiled else call)(*leaves).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=1e-6) and b.any()
 
 
 LAYER = dict(batch_size=2, n_head=4, n_kv=2, head_dim=16, T=64)

@@ -11,6 +11,7 @@ from engine.configurator import ConfigError
 from model import Model
 from presets import resolve_shape
 
+pytest.importorskip('torchao')
 LARGE = ['--n_layer=1', '--n_embd=352', '--n_head=2', '--vocab_size=64', '--eval_interval=2', '--eval_iters=1', '--gradient_accumulation_steps=1', '--batch_size=2']
 
 

@@ -115,8 +115,13 @@ class Frozen(Again):
 
 
 class Impossible:
+    """As torch.cuda.graph does, which ends a recording that failed with an error of its own."""
+
     def __init__(self, work, pool):
-        raise RuntimeError('operation not permitted when stream is capturing')
+        try:
+            raise RuntimeError('operation not permitted when stream is capturing')
+        finally:
+            raise RuntimeError('capture was invalidated')
 
 
 @pytest.mark.parametrize('record, told', [(Frozen, 'does not compute what the plain one does'), (Impossible, 'cannot be recorded (operation not permitted when stream is capturing)')])

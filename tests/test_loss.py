@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, losses, run_train
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine.loss import IGNORE, choose_chunk, next_token_loss
 
@@ -53,6 +54,29 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_value(chunk, reduction):
         found.append([value.detach(), h.grad, w.grad])
     for a, b in zip(*found):
         assert (a - b).abs().max() < 3e-6 * a.abs().max()
+
+
+@pytest.mark.parametrize('reduction, z_loss', [('mean', 0.0), ('sum', 0.1)])
+def test_compiled_it_is_the_same(reduction, z_loss):
+    """As on a GPU. torch 2.11 compiled a backward pass of zeros for what its forward pass returns twice."""
+    torch.manual_seed(0)
+    hidden, weight, targets, found = torch.randn(2, 50, 24), torch.randn(97, 24) * 0.3, torch.randint(0, 97, (2, 50)), []
+    for compiled in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = (torch.compile(next_token_loss, backend='aot_eager') if compiled else next_token_loss)(h, w, targets, reduction, 40, z_loss)
+        loss.backward()
+        found.append([loss.detach(), h.grad, w.grad])
+    for a, b in zip(*found):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max() and b.any()
+
+
+def test_an_evaluation_computes_no_gradient():
+    hidden, weight, targets, counted = torch.randn(100, 24), torch.randn(97, 24, requires_grad=True), torch.randint(0, 97, (100,)), []
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted), FlopCounterMode(display=False) as counter:
+            next_token_loss(hidden, weight, targets, 'sum', 40)
+        counted.append(counter.get_total_flops())
+    assert counted[1] == 2 * 100 * 24 * 97 and counted[0] > 2 * counted[1]
 
 
 def test_z_loss_of_a_run(dataset, tmp_path):

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 from engine.parallel import rows_of
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
+TOGETHER = 2**22  # elements up to which matrices of one shape are made orthogonal in one go: small ones take most of their time to launch
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,25 +35,35 @@ class Muon(torch.optim.Optimizer):
             for p in with_gradients:
                 self.state[p] = self.state[p] or state_of(p, group['muon'])
             if group['muon']:
-                for p in with_gradients:
-                    self._orthogonal(p, group)
+                for matrices in alike(with_gradients):
+                    self._orthogonal(matrices, group)
             elif with_gradients:
                 of = [self.state[p] for p in with_gradients]
                 adamw(with_gradients, [p.grad for p in with_gradients], [s['exp_avg'] for s in of], [s['exp_avg_sq'] for s in of], [], [s['step'] for s in of], fused=True, amsgrad=False,
                       beta1=group['betas'][0], beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False, found_inf=self.found_inf)
 
-    def _orthogonal(self, p, group):
-        buffer, old, gradient = (t.to_local() if isinstance(t, DTensor) else t for t in (self.state[p]['momentum'], p, p.grad))
-        average = buffer.lerp(gradient, 1 - group['momentum'])
-        update = gradient.lerp(average, group['momentum'])
-        if isinstance(p, DTensor):  # some rows of a matrix cannot be orthogonalised for themselves: every rank works on the whole
-            whole = DTensor.from_local(update, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()
-            update = orthogonal(whole)[rows_of(whole, p.device_mesh)]
-        else:
-            update = orthogonal(update)
-        new = (old * (1 - group['lr'] * group['weight_decay'])).add_(update, alpha=-group['lr'] * scale(p.shape))
-        for was, now in ((buffer, average), (old, new)):
-            was.copy_(now if self.found_inf is None else torch.where(self.found_inf.to(was.device) != 0, was, now))
+    def _orthogonal(self, matrices, group):
+        """Update parameters of one shape."""
+        local = [[t.to_local() if isinstance(t, DTensor) else t for t in (self.state[p]['momentum'], p, p.grad)] for p in matrices]
+        averages = [buffer.lerp(gradient, 1 - group['momentum']) for buffer, _, gradient in local]
+        updates = [gradient.lerp(average, group['momentum']) for (_, _, gradient), average in zip(local, averages)]
+        if isinstance(matrices[0], DTensor):  # some rows of a matrix cannot be orthogonalised for themselves: every rank works on the whole
+            updates = [DTensor.from_local(update, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor() for p, update in zip(matrices, updates)]
+        for p, (buffer, old, _), average, update in zip(matrices, local, averages, orthogonal(torch.stack(updates))):
+            update = update[rows_of(update, p.device_mesh)] if isinstance(p, DTensor) else update
+            new = (old * (1 - group['lr'] * group['weight_decay'])).add_(update, alpha=-group['lr'] * scale(p.shape))
+            for was, now in ((buffer, average), (old, new)):
+                was.copy_(now if self.found_inf is None else torch.where(self.found_inf.to(was.device) != 0, was, now))
+
+
+def alike(parameters):
+    """Lists of those that have one shape, TOGETHER elements at most or one parameter."""
+    shapes = {}
+    for p in parameters:
+        shapes.setdefault(p.shape, []).append(p)
+    for shape, same in shapes.items():
+        number = max(1, TOGETHER // shape.numel())
+        yield from (same[first:first + number] for first in range(0, len(same), number))
 
 
 def state_of(p, muon, step_device=None):
@@ -67,14 +78,14 @@ def scale(shape):
     return 0.2 * math.sqrt(max(shape))
 
 
-def orthogonal(matrix, steps=5):
-    """About U V^T of the `matrix` U S V^T, (m, n): singular values between 0.7 and 1.2, in bf16."""
-    x = matrix.bfloat16()
-    tall = x.size(0) > x.size(1)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices, steps=5):
+    """About U V^T of each of the `matrices` U S V^T, (k, m, n): singular values between 0.7 and 1.2, in bf16."""
+    x = matrices.bfloat16()
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / torch.stack([matrix.norm() for matrix in x]).clamp(min=1e-7)[:, None, None]
     a, b, c = COEFFICIENTS
     for _ in range(steps):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -6,7 +6,7 @@ import torch
 from conftest import TINY, equal, losses, records, run_train, weights
 from test_layouts import arguments, run
 
-from engine import optim
+from engine import muon, optim
 from engine.muon import Muon, orthogonal
 from model import Model
 from presets import resolve_shape
@@ -45,6 +45,17 @@ def test_it_is_torchs_muon_and_adamw():
     assert all((a[name] - p).abs().max() > 1e-3 for name, p in start.named_parameters())
 
 
+def test_small_matrices_go_together(monkeypatch):
+    """To the bits of one after the other."""
+    found = []
+    for most, expected in ((muon.TOGETHER, [2, 2, 2, 2]), (2 * 64 * 32, [2, 2, 1, 1, 1, 1]), (1, [1] * 8)):
+        monkeypatch.setattr(muon, 'TOGETHER', most)
+        model = Model(resolve_shape(SHAPE))
+        assert sorted(map(len, muon.alike([dict(model.named_parameters())[name] for name in model.matrices()]))) == sorted(expected)
+        found.append(trained(lambda model: [optim.build_optimizer(model.named_parameters(), matrices=model.matrices(), learning_rate=0.01, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')]))
+    assert all(equal(found[0], other) for other in found[1:])
+
+
 def test_which_parameters_it_takes():
     for settings, expected in ((SHAPE, {'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'}), (dict(SHAPE, arch_preset='gpt2', num_key_value_heads=None), {'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'}),
                                (dict(SHAPE, arch_preset='moe', num_experts=4, num_experts_per_tok=2, num_shared_experts=1, n_dense_layers=0, bias=True),
@@ -56,7 +67,7 @@ def test_which_parameters_it_takes():
 @pytest.mark.parametrize('shape', [(32, 32), (16, 64), (96, 24)])
 def test_singular_values_become_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
-    found = orthogonal(matrix).float()
+    found = orthogonal(matrix[None])[0].float()
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     assert found.shape == shape and 0.6 < torch.linalg.svdvals(found).min() and torch.linalg.svdvals(found).max() < 1.3
     assert torch.nn.functional.cosine_similarity(found.flatten(), (u @ v).flatten(), dim=0) > 0.97

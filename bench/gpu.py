@@ -1,7 +1,7 @@
 """
 One call on a machine with a GPU: is it correct, how fast is every shipped recipe, how much memory, what do the kernels and the peers do.
 
-    python bench/gpu.py                                  # all, about an hour
+    python bench/gpu.py                                  # all
     python bench/gpu.py --only throughput --recipes full_llama_1.36b full_gpt2_1.36b
     python bench/gpu.py --small --device=cpu             # the same in minutes, with tiny models: to see that the script itself works
 

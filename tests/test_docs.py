@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import tempfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, write_dataset
+from conftest import ROOT, TEXT, free_port, write_dataset
+from forks import Forked
 
 SHRUNK = ['--device=cpu', '--compile=False', '--max_iters=4', '--eval_interval=2', '--eval_iters=1', '--batch_size=1', '--block_size=16',
           '--gradient_accumulation_steps=1', '--n_layer=1']
@@ -87,67 +89,26 @@ def project(tmp_path_factory):
     return folder
 
 
-# takes commands of Python, and runs each in forks of itself, one or as many as torchrun would start: what all of them import is imported once
-SERVER = '''
-import os, runpy, shlex, socket, sys, torch, numpy, pyarrow, tokenizers, fsspec, matplotlib.figure
-sys.path.insert(0, os.getcwd())
-import torch.distributed.checkpoint, torch.distributed.fsdp
-
-def run(words, environment):
-    os.environ.update(environment)
-    sys.stdin, sys.argv = open(os.devnull), words
-    sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
-    code = 1
-    try:
-        runpy.run_path(words[0], run_name='__main__')
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-for line in sys.stdin:
-    kind, *words = shlex.split(line)
-    environments = [{}]
-    if kind == 'torchrun':
-        own = words[:[word.endswith('.py') for word in words].index(True)]
-        words = words[len(own):]
-        size = int(next(word.split('=')[1] for word in own if word.startswith('--nproc_per_node=')))
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            common = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
-        environments = [{**common, 'RANK': str(r), 'LOCAL_RANK': str(r), 'WORLD_SIZE': str(size), 'LOCAL_WORLD_SIZE': str(size)} for r in range(size)]
-    children = [os.fork() or run(words, environment) for environment in environments]
-    code = max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256 for child in children)
-    print(chr(0) + str(code), flush=True)
-'''
-
-
 class Shell:
-    """Runs commands in `folder` as bash would: run(command) -> (exit code, output). forked: commands that the SERVER runs, by their first word."""
+    """Runs commands in `folder` as bash would: run(command) -> (exit code, output). forked: first words of the commands that are run as forks, one or as many as torchrun would start."""
 
     def __init__(self, folder, environment, forked):
-        self.folder, self.environment, self.forked = folder, environment, forked
-        self.server = subprocess.Popen([sys.executable, '-c', SERVER], cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.folder, self.environment, self.forked = str(folder), environment, forked
 
     def run(self, command):
         if command.split()[0] not in self.forked or re.search(r'[&|;<>$*`]', command):
             done = subprocess.run(['bash', '-c', command], cwd=self.folder, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
             return done.returncode, done.stdout
-        self.server.stdin.write(command + '\n')
-        self.server.stdin.flush()
-        output = ''
-        for line in self.server.stdout:
-            before, mark, code = line.partition(chr(0))
-            output += before
-            if mark:
-                return int(code), output
-        raise AssertionError(f'{command} ended the server:\n{output}')
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(30)
+        kind, *words = shlex.split(command)
+        environments = [{}]
+        if kind == 'torchrun':
+            own = words[:[word.endswith('.py') for word in words].index(True)]
+            words, size = words[len(own):], int(next(word.split('=')[1] for word in own if word.startswith('--nproc_per_node=')))
+            common = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(size), 'LOCAL_WORLD_SIZE': str(size)}
+            environments = [{**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(size)]
+        processes = [Forked(words, self.folder, {**self.environment, **more}) for more in environments]
+        outputs = [process.communicate(240)[0] for process in processes]
+        return max(process.returncode % 256 for process in processes), ''.join(outputs)
 
 
 @pytest.mark.parametrize('document', ['README.md', 'TRAINING_GUIDE.md'])
@@ -161,7 +122,6 @@ def test_commands_run(document, project):
         code, output = shell.run(shrink(command))
         assert code == 0, f'{shrink(command)}\n{output[:3000]}'
         ran += 1
-    shell.close()
     assert ran > 8
 
 

@@ -28,8 +28,9 @@ import torch
 from data.tokenizer import tokenizer_of
 from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks
 from engine.configurator import ConfigError, resolve
-from engine.copier import Copier, open_url
+from engine.copier import Copier, place_of, probe
 from engine.dataset import check_fit, folder_of, open_dataset
+from engine.files import redact
 from engine.loader import TrainLoader, evaluation_batches, mix, order_of
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk
@@ -221,7 +222,7 @@ def run(argv, stop):
     notes = []  # fallbacks and changes, told in the report
     checks.refuse_impossible(c, given, notes)
     world = parallel.start(c.device, c.backend, c.timeout_minutes)
-    parallel.same({**dataclasses.asdict(c), 'torch': torch.__version__}, 'the configuration', world)
+    parallel.same({**resume.config_record(c), 'torch': torch.__version__}, 'the configuration', world)
     device = world.device
 
     # ---- where to start from: settings now, weights when the model exists
@@ -239,8 +240,8 @@ def run(argv, stop):
     if c.use_fsdp and c.fsdp_activation_checkpointing and 'activation_checkpointing' not in given:
         c.activation_checkpointing = 'full'
     parallel.arrange(world, c, notes)
-    if c.upload_to:
-        open_url(c.upload_to)  # a URL that cannot work is known before any checkpoint is renamed
+    if c.upload_to and not c.eval_only:  # a URL that cannot work is known before any checkpoint is renamed
+        parallel.from_main(lambda: resume.check_upload(c, resumed, notes), world)
 
     # ---- data and the model's shape
     train_file, val_file, meta = open_dataset(c.dataset, ROOT, c.data_url)
@@ -316,9 +317,9 @@ def run(argv, stop):
             resume.make_way(c, world, notes)
         run_name = resumed.get('run_name') if resumed else None
         again = c.auto_resume and not resumed  # a run that died before its first checkpoint keeps its name and log
-        run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir, dataclasses.asdict(c)) or new_run_name(c.out_dir), world)
-        # who goes back begins a branch: its checkpoints come after all others of the run, wherever copies of those are
-        branch = resumed['branch'] if resumed and 'branch' in resumed and not resumed['chosen'] else parallel.from_main(checkpoint.new_branch, world)
+        run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir, resume.config_record(c)) or new_run_name(c.out_dir), world)
+        parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
+        lineage = parallel.from_main(lambda: resume.choose_lineage(c, resumed, c.upload_to and place_of(c.upload_to, c.out_dir)), world)
         if c.upload_to and world.main:
             copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local)
 
@@ -359,7 +360,7 @@ def run(argv, stop):
             for name, tensor in optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ():
                 parallel.put(tensor, nanogpt['optimizer'][name])
         else:
-            checkpoint.load(resumed['path'], checkpoint_tensors(model, *(() if c.eval_only else (updated, optimizer, guard))), world.size, world.slow_group)
+            checkpoint.load(resumed['path'], checkpoint_tensors(model, named, *(() if c.eval_only else (updated, optimizer, guard))), world.size, world.slow_group)
             scaler.load_state_dict(resumed['scaler'])
 
     # ---- log and report
@@ -368,7 +369,7 @@ def run(argv, stop):
     token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction)
-    header = {'config': dataclasses.asdict(c), 'startup_info': startup,
+    header = {'config': resume.config_record(c), 'startup_info': startup,
               'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size}}
     evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
     if evaluated and evaluated['val'] < best_val_loss:
@@ -385,16 +386,17 @@ def run(argv, stop):
     for line in report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
         log.say(line)
 
-    @torch.no_grad()
     def evaluate():
         """{'train': loss, 'val': loss, perhaps 'tasks': scores} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
-        step_model.eval()
+        with parallel.forward_only(step_model), torch.no_grad():
+            return measure()
+
+    def measure():
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
             total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
             for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size):
                 if parallel.largest(stop.code(), world):
-                    step_model.train()
                     return None
                 x, y = world.part(x.to(device), y.to(device))
                 with autocast:
@@ -406,18 +408,17 @@ def run(argv, stop):
             with autocast:
                 losses['tasks'] = tasks.evaluate(eval_tasks, model, c.batch_size, device,
                                                  lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size, lambda: parallel.largest(stop.code(), world))
-        step_model.train()
         return None if eval_tasks and losses['tasks'] is None else losses
 
     def save():
         nonlocal saved_step
-        state = {'run_name': run_name, 'branch': branch, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': dataclasses.asdict(c),
+        state = {'run_name': run_name, 'branch': lineage, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': resume.config_record(c),
                  'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(),
                  'data': data, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
                  'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
         due = time.perf_counter()
         settle(saver.wait())  # one save at a time
-        saver.start(step, checkpoint_tensors(model, updated, optimizer, guard), state, due)
+        saver.start(step, checkpoint_tensors(model, named, updated, optimizer, guard), state, due)
         saved_step = step
 
     def settle(outcome):
@@ -460,14 +461,13 @@ def run(argv, stop):
         def evaluation():
             if c.max_iters // c.eval_interval > start_step // c.eval_interval:
                 x, y = world.part(*(part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1))))
-                with torch.no_grad(), autocast:
-                    step_model.eval()(x, y, reduction='sum')
+                with parallel.forward_only(step_model), torch.no_grad(), autocast:
+                    step_model(x, y, reduction='sum')
 
         def forget_routing():
             model.after_step(world, 0.0, None)
         if c.compile:
             seconds, error = compile_ahead(lambda: micro_step(*batches[0], accumulation - 1), evaluation)
-            step_model.train()
             micro_step.clear()
             forget_routing()
             log.event('compile', seconds=seconds, error=error, timestamp=now())
@@ -478,10 +478,10 @@ def run(argv, stop):
 
     def sample():
         generator = torch.Generator(device).manual_seed(c.seed)  # its own, so that training draws what it would without; and alike on every rank
-        with autocast:
+        with parallel.forward_only(model), autocast:
             written = generate(model, prompts, 128, temperature=0.8, top_k=50, generator=generator, device=device, interrupted=lambda: parallel.largest(stop.code(), world))
         for prompt, ids in zip(prompts, written):
-            log.say(f'---- sample at iter {step}\n{tokenizer.decode(prompt + ids)}\n----')
+            log.say(f'---- sample at iter {step}\n{tokenizer.decode(prompt + ids)}\n----', verbatim=True)
 
     if c.eval_only:
         losses = evaluate()
@@ -493,7 +493,7 @@ def run(argv, stop):
                          device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
     saver = Saver(c.out_dir, world, keep=c.keep_checkpoints, keep_every=c.keep_every, keep_all=c.keep_all_checkpoints, background=c.checkpoint_async,
                   before_commit=log.sync, copier=copier)
-    saver.reserve(checkpoint_tensors(model, updated, optimizer, guard))
+    saver.reserve(checkpoint_tensors(model, named, updated, optimizer, guard))
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
     last_evaluation, bad_before = (-1, None), guard.counts()
@@ -602,7 +602,7 @@ def run(argv, stop):
                 log.say(f"loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad['first']} to {good + c.max_bad_steps}, sequences {first_bad} to "
                         f'{first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream: stopping with the weights of iter {good}. Resume with a lower '
                         f'--learning_rate, or look at the data: the first of these sequences begin at tokens {order.starts(first_bad, sequences_per_step)[:8].tolist()} of train.bin')
-                branch = checkpoint.new_branch()  # copies of what was saved since then come before it
+                lineage = checkpoint.new_lineage([lineage])  # copies of what was saved since then come before it
                 position, tokens, step, stop_code = first_bad, tokens - (step - good) * tokens_per_step, good, stopping.NOT_FINITE
                 guard.state['counts'][:2] = 0  # the run that continues starts its row anew
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
@@ -617,17 +617,17 @@ def run(argv, stop):
     log.end()
     copied = True
     if c.upload_to:
-        log.say(f'copying to {c.upload_to}' + ('' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'))
+        log.say(f'copying to {redact(c.upload_to)}' + ('' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'))
         how = (5,) if stop_code else (600, stop.code)
         while (copied := parallel.from_main(lambda: copier.finish(*how), world)) is None:  # in rounds: no rank waits for another for longer
             settle(None)
         settle(None)
         if not copied:
-            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={c.upload_to}` does it')
+            log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={redact(c.upload_to)}` does it')
     log.close()
     folder.release()
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return parallel.largest(stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
+    return parallel.largest(stop.fault or stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
 
 
 def summary(step, losses):
@@ -642,13 +642,24 @@ def text_tokenizer(c, meta):
         raise ConfigError(f'sample_interval and eval_tasks need the tokenizer of {c.dataset}: {error}') from None
 
 
-def checkpoint_tensors(model, updated=None, optimizer=None, guard=None):
-    """What a checkpoint holds, {name: tensor}: the model's, the state of the optimizer over `updated` and of the guard; the first alone to evaluate."""
+def checkpoint_tensors(model, named, updated=None, optimizer=None, guard=None):
+    """What a checkpoint holds, {name: tensor}: the model's, the state of the optimizer over `updated` and of the guard; the first alone to evaluate.
+
+    named: the model's parameters as they were when it was wrapped. Under FSDP these stay the parts of this rank, while
+    what the model itself names may be gathered.
+    """
     tensors = {f'model.{name}': tensor for name, tensor in model.tensors().items()}
+    tensors.update({f'model.{name}': parameter.detach() for name, parameter in named.items()})
     if optimizer is not None:
         tensors.update({f'optimizer.{name}': tensor for name, tensor in optim.named_state(optimizer, updated).items()})
         tensors.update({f'guard.{name}': tensor for name, tensor in guard.state.items()})
     return tensors
+
+
+def checkpoint_bytes(model, c):
+    """Bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's matrices, two for AdamW."""
+    matrices = set(model.matrices()) if c.optimizer == 'muon' else ()
+    return sum(4 * p.numel() * (2 if name in matrices else 3) for name, p in model.named_parameters())
 
 
 def learning_rate(c, step):

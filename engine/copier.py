@@ -1,7 +1,7 @@
 """A copy of the run elsewhere, at any URL that fsspec knows (file://, s3://, gs://, hf://), and the way back.
 
     URL/NAME/run_20261121_101500/       NAME is that of out_dir, so runs may share a URL
-        run_20261121_101500.jsonl, run_20261121_101500.log
+        run_20261121_101500.jsonl, .log and .json
         checkpoints/step_00001000/      as on disk; manifest.json comes last, so an interrupted copy is no checkpoint
 
 A thread of the main rank copies whole checkpoints, the newest first, reads every file back and compares its checksum with
@@ -10,25 +10,108 @@ replaces its own checkpoint of the same iteration.
 """
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
 
-import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from engine import checkpoint, faults
 from engine.configurator import ConfigError
+from engine.files import open_url, redact, sentence
 
 LONGEST_WAIT = 60.0  # seconds between two tries
+LOGS = ('jsonl', 'log', 'json')
 
 
-def open_url(url):
-    """(fsspec file system, path in it) of a URL or a local folder. Raises ConfigError for a scheme that is not known or not installed."""
-    try:
-        local = '://' not in url or url.startswith(('file://', 'local://'))
-        return fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **({'auto_mkdir': True} if local else {}))
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f'{url!r} cannot be opened: {error}; expected a folder or a URL such as s3://bucket/folder') from None
+def probe(url, out_dir, patience=60.0):
+    """Write, read back and remove a small file where the copies of out_dir go. Raises ConfigError, with the reason, if that fails.
+
+    patience: seconds after which a server that does not answer counts as a failure.
+    """
+    result, content = [], secrets.token_bytes(16)
+
+    def work():
+        try:
+            fs, root = open_url(url)
+            path = f'{place_of(root, out_dir)}/.probe_{secrets.token_hex(4)}'
+            _write(fs, path, content)
+            fs.rm_file(path)
+            result.append(None)
+        except Exception as error:  # each backend has its own
+            result.append(f'{type(error).__name__}: {sentence(error)}')
+    thread = threading.Thread(target=work, daemon=True, name='probe')
+    thread.start()
+    thread.join(4)
+    if thread.is_alive():
+        print(f'waiting for an answer of {redact(url)}', flush=True)
+        thread.join(patience - 4)
+    reason = result[0] if result else f'no answer within {patience:.0f} s'
+    if reason:
+        raise ConfigError(f'upload_to={redact(url)} cannot be written to ({reason}): correct the URL, its credentials or their '
+                          f'rights, or leave --upload_to out')
+
+
+def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, step=None):
+    """Copy the checkpoint folder `here` of the file system fs to `there` of to_fs; return False if it was there already.
+
+    Every file is read back and compared with the manifest, which comes last. before_manifest: called when all else is there.
+    Raises ValueError for what does not read back, and what the file systems raise.
+    """
+    expected, manifest = checkpoint.read_manifest(here, fs)['files'], fs.cat_file(f'{here}/manifest.json')
+    new = not _equals(to_fs, f'{there}/manifest.json', manifest)
+    if new:
+        if to_fs.isfile(f'{there}/manifest.json'):  # of a lineage that this run left: no mixture may look whole
+            to_fs.rm_file(f'{there}/manifest.json')
+        for number, (name, entry) in enumerate(expected.items()):
+            if not _has(to_fs, f'{there}/{name}', entry):
+                _transfer(fs, f'{here}/{name}', to_fs, f'{there}/{name}')
+                if not _has(to_fs, f'{there}/{name}', entry):
+                    raise ValueError(f'{name} reads back differently')
+            if number == 0:
+                faults.reach('upload', step)
+        before_manifest()
+        _write(to_fs, f'{there}/manifest.json', manifest)
+    if fs.isfile(f'{here}/evaluation.json'):
+        _write(to_fs, f'{there}/evaluation.json', fs.cat_file(f'{here}/evaluation.json'))
+    return new
+
+
+def copy_logs(fs, here, to_fs, there, run_name):
+    """Copy the logs of a run from the folder `here` to the folder `there`, without a line that is being written."""
+    for ending in LOGS:
+        name = f'{run_name}.{ending}'
+        if fs.isfile(f'{here}/{name}'):
+            data = fs.cat_file(f'{here}/{name}')
+            _write(to_fs, f'{there}/{name}', data if ending == 'json' else data[:data.rfind(b'\n') + 1])
+
+
+def _transfer(fs, path, to_fs, to_path):
+    if isinstance(fs, LocalFileSystem):
+        to_fs.put_file(path, to_path)
+        return
+    if isinstance(to_fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(to_path), exist_ok=True)
+        fs.get_file(path, to_path)
+        return
+    with fs.open(path, 'rb') as source, to_fs.open(to_path, 'wb') as target:
+        shutil.copyfileobj(source, target, 2**22)
+
+
+def _has(fs, path, entry):
+    return fs.isfile(path) and fs.size(path) == entry['size'] and checkpoint.sha256(path, fs) == entry['sha256']
+
+
+def _equals(fs, path, data):
+    return fs.isfile(path) and fs.cat_file(path) == data
+
+
+def _write(fs, path, data):
+    if not _equals(fs, path, data):
+        fs.pipe_file(path, data)
+        if not _equals(fs, path, data):
+            raise ValueError(f'{path} reads back differently')
 
 
 class Copier:
@@ -95,13 +178,13 @@ class Copier:
                         self.broken.add(step)
                         self.messages.append(f'NOT COPIED, as it is not whole: {checkpoint.path_of(self.out_dir, step)}: {reason}')
                     continue
-                new = self._copy(step) if step is not None else self._copy_logs()
+                new = self._copy(step) if step is not None else bool(self._copy_logs())
                 self.done.add(step)
                 self.last_success = time.monotonic()
                 if new:
                     self.messages.append(f'copied step {step} to {self.root} in {time.monotonic() - started:.1f} s, verified')
                 if failures:
-                    self.messages.append(f'{self.url} works again')
+                    self.messages.append(f'{redact(self.url)} works again')
                 failures = 0
                 self._thin_out()
             except Exception as error:  # each backend has its own; none of them may stop the run
@@ -112,52 +195,18 @@ class Copier:
                     self.pending.add(step)
                     self.tries[step] = self.tries.get(step, 0) + 1
                 if failures in (1, 2, 5) or failures % 10 == 0:
-                    self.messages.append(f'NOT COPIED to {self.url} ({type(error).__name__}: {str(error)[:300]}): try {failures}, trying again')
+                    self.messages.append(f'NOT COPIED to {redact(self.url)} ({type(error).__name__}: {sentence(error)}): try {failures}, trying again')
                 self.wake.clear()
                 self.wake.wait(min(LONGEST_WAIT, 2.0 ** min(failures - 1, 10)))
 
     def _copy(self, step):
         """Copy one checkpoint; False if it was there already."""
         here, there = checkpoint.path_of(self.out_dir, step), f'{self.root}/checkpoints/step_{step:08d}'
-        with open(f'{here}/manifest.json', 'rb') as f:
-            manifest = f.read()
-        new = not self._equals(f'{there}/manifest.json', manifest)
-        if new:
-            if self.fs.isfile(f'{there}/manifest.json'):  # of a branch that this run left: no mixture may look whole
-                self.fs.rm_file(f'{there}/manifest.json')
-            for number, (name, entry) in enumerate(checkpoint.unseal(manifest)['files'].items()):
-                if not self._has(f'{there}/{name}', entry):
-                    self.fs.put_file(f'{here}/{name}', f'{there}/{name}')
-                    if not self._has(f'{there}/{name}', entry):
-                        raise ValueError(f'{name} reads back differently')
-                if number == 0:
-                    faults.reach('upload', step)
-            self._copy_logs()  # before the manifest: a checkpoint that is there has its log
-            self._write(f'{there}/manifest.json', manifest)
-        if os.path.isfile(f'{here}/evaluation.json'):
-            with open(f'{here}/evaluation.json', 'rb') as f:
-                self._write(f'{there}/evaluation.json', f.read())
-        return new
+        # a checkpoint that is there has its log
+        return copy_checkpoint(checkpoint.LOCAL, here, self.fs, there, self._copy_logs, step)
 
     def _copy_logs(self):
-        for name in (f'{self.run_name}.jsonl', f'{self.run_name}.log'):
-            if os.path.isfile(log := os.path.join(self.out_dir, name)):
-                with open(log, 'rb') as f:
-                    data = f.read()
-                self._write(f'{self.root}/{name}', data[:data.rfind(b'\n') + 1])  # without a line that is being written
-        return False
-
-    def _has(self, path, entry):
-        return self.fs.isfile(path) and self.fs.size(path) == entry['size'] and checkpoint.sha256(path, self.fs) == entry['sha256']
-
-    def _equals(self, path, data):
-        return self.fs.isfile(path) and self.fs.cat_file(path) == data
-
-    def _write(self, path, data):
-        if not self._equals(path, data):
-            self.fs.pipe_file(path, data)
-            if not self._equals(path, data):
-                raise ValueError(f'{path} reads back differently')
+        copy_logs(checkpoint.LOCAL, self.out_dir, self.fs, self.root, self.run_name)
 
     def _thin_out(self):
         if self.keep_local is None:
@@ -186,6 +235,24 @@ def runs(fs, root):
     return sorted(found)
 
 
+def lineages(place):
+    """Return the lineages of all checkpoints of the runs at the URL `place`. Raises ConfigError if it cannot be read."""
+    fs, root = open_url(place)
+    try:
+        return set().union(*(checkpoint.lineages(run, fs) for run in runs(fs, root)))
+    except Exception as error:  # each backend has its own
+        raise _unreadable(place, error) from None
+
+
+def _newest_lineage(run, fs):
+    """(newest lineage of a run's checkpoints, the run's folder): the run of a folder that was begun or went back last has the largest."""
+    return max(checkpoint.lineages(run, fs), default=''), run
+
+
+def _unreadable(source, error):
+    return ConfigError(f'{redact(source)} cannot be read ({type(error).__name__}: {sentence(error)})')
+
+
 def find(source, level='size'):
     """(fs, folder of the run, step, rejected) of the checkpoint to continue at `source`, or of the one that it names.
 
@@ -193,64 +260,79 @@ def find(source, level='size'):
     there is none. Raises ConfigError if the place cannot be read, or holds the runs of several out_dirs.
     """
     fs, root = open_url(source)
-    root = root.rstrip('/').removesuffix('/checkpoints')
+    root = root.removesuffix('/checkpoints')
     try:
         name = root.rsplit('/', 1)[-1]
         if re.fullmatch(r'step_\d{8,}', name):
             root = root.rsplit('/', 2)[0]
             return fs, root, *checkpoint.newest_whole(root, level, fs, int(name.removeprefix('step_')))
         found = runs(fs, root)
-        # several runs of one out_dir are one story, which the last goes on with; runs of several are not
+        # several runs of one out_dir are one story, which the newest lineage goes on with; runs of several are not
         stories = sorted({path.rsplit('/', 1)[0] if re.search(r'/run_[^/]*$', path) else path for path in found})
         if len(stories) > 1:
-            raise ConfigError(f"{source} has runs of {', '.join(path.rsplit('/', 1)[-1] for path in stories)}: add the one to continue to the URL")
-        root = found[-1] if found else root
+            raise ConfigError(f"{redact(source)} has runs of {', '.join(path.rsplit('/', 1)[-1] for path in stories)}: add the one to continue to the URL")
+        root = found[0] if len(found) == 1 else max((_newest_lineage(run, fs) for run in found), default=('', root))[1]
         return fs, root, *checkpoint.newest_whole(root, level, fs)
     except ConfigError:
         raise
     except Exception as error:  # each backend has its own
-        raise ConfigError(f'{source} cannot be read ({type(error).__name__}: {str(error)[:300]})') from None
+        raise _unreadable(source, error) from None
 
 
 def fetch(source, out_dir):
     """Copy the newest whole checkpoint at `source` (see find()), its run's logs with it, into out_dir; returns (step, rejected).
 
     Every byte is verified after the copy; a checkpoint that fails gives way to the one before. What out_dir holds of the same
-    run and step is used as it is; logs that are replaced are renamed to *.before_fetch.
+    run and step is used as it is; logs that are replaced are renamed to *.before_fetch. The copy is marked as fetched.
     Raises ConfigError if there is none, or if out_dir holds another run.
     """
     fs, root, step, rejected = find(source)
-    while step is not None:
-        there, here = checkpoint.path_of(root, step), checkpoint.path_of(out_dir, step)
-        run_name = checkpoint.read_state(there, fs)['run_name']
-        for local in reversed(checkpoint.steps(out_dir)):
-            if not checkpoint.why_broken(path := checkpoint.path_of(out_dir, local), 'size') and (name := checkpoint.read_state(path)['run_name']) != run_name:
-                raise ConfigError(f'{source} is {run_name}, but {out_dir} holds {name}: give another --out_dir')
-        if os.path.isdir(here) and not checkpoint.why_broken(here) and checkpoint.age(here) == checkpoint.age(there, fs):
-            _fetch_logs(fs, root, run_name, out_dir, only_missing=True)
-            break
-        temporary = os.path.join(checkpoint.folder_of(out_dir), f'.fetching_step_{step:08d}')
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        names = [*checkpoint.unseal(fs.cat_file(f'{there}/manifest.json'))['files'], 'manifest.json', 'evaluation.json']
-        for name in names:
-            if name != 'evaluation.json' or fs.isfile(f'{there}/{name}'):
-                fs.get_file(f'{there}/{name}', f'{temporary}/{name}')
-        reason = checkpoint.why_broken(temporary)
-        if reason is None:
-            if os.path.isdir(here):
-                checkpoint.rename_aside(here, 'rejected')
-            _fetch_logs(fs, root, run_name, out_dir)  # before the rename: a checkpoint that is here has its log
-            os.rename(temporary, here)
-            break
-        rejected.append((there, reason))
-        shutil.rmtree(temporary)
-        order = [] if re.search(r'step_\d+/?$', source) else checkpoint.newest_first(root, fs)
-        older = order[order.index(step) + 1:] if order else []
-        step = next((s for s in older if checkpoint.why_broken(checkpoint.path_of(root, s), 'size', fs) is None), None)
+    try:
+        while step is not None:
+            there, here = checkpoint.path_of(root, step), checkpoint.path_of(out_dir, step)
+            run_name = checkpoint.read_state(there, fs).get('run_name')
+            reason = 'its state.json has no run_name' if run_name is None else _fetch_one(fs, root, step, source, out_dir, run_name)
+            if reason is None:
+                break
+            rejected.append((there, reason))
+            order = [] if re.search(r'step_\d+/?$', source) else checkpoint.newest_first(root, fs)
+            older = order[order.index(step) + 1:] if order else []
+            step = next((s for s in older if checkpoint.why_broken(checkpoint.path_of(root, s), 'size', fs) is None), None)
+    except ConfigError:
+        raise
+    except Exception as error:  # each backend has its own
+        raise _unreadable(source, error) from None
     if step is None:
-        raise ConfigError(f'{source} has no checkpoint that can be used' + ''.join(f'; {path}: {reason}' for path, reason in rejected))
+        raise ConfigError(f'{redact(source)} has no checkpoint that can be used' + ''.join(f'; {path}: {reason}' for path, reason in rejected))
     return step, rejected
+
+
+def _fetch_one(fs, root, step, source, out_dir, run_name):
+    """Copy a checkpoint and the logs of its run into out_dir, unless they are there. Return why it cannot be used, or None."""
+    there, here = checkpoint.path_of(root, step), checkpoint.path_of(out_dir, step)
+    for local in reversed(checkpoint.steps(out_dir)):
+        path = checkpoint.path_of(out_dir, local)
+        if not checkpoint.why_broken(path, 'size') and (name := checkpoint.read_state(path).get('run_name')) != run_name:
+            raise ConfigError(f'{redact(source)} is {run_name}, but {out_dir} holds {name}: give another --out_dir')
+    if os.path.isdir(here) and not checkpoint.why_broken(here) and checkpoint.age(here) == checkpoint.age(there, fs):
+        _fetch_logs(fs, root, run_name, out_dir, only_missing=True)
+        return None
+    temporary = os.path.join(checkpoint.folder_of(out_dir), f'.fetching_step_{step:08d}')
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    for name in (*checkpoint.read_manifest(there, fs)['files'], 'manifest.json', 'evaluation.json'):
+        if name != 'evaluation.json' or fs.isfile(f'{there}/{name}'):
+            fs.get_file(f'{there}/{name}', f'{temporary}/{name}')
+    reason = checkpoint.why_broken(temporary)
+    if reason is not None:
+        shutil.rmtree(temporary)
+        return reason
+    checkpoint.mark_fetched(temporary, redact(source))
+    if os.path.isdir(here):
+        checkpoint.rename_aside(here, 'rejected')
+    _fetch_logs(fs, root, run_name, out_dir)  # before the rename: a checkpoint that is here has its log
+    os.rename(temporary, here)
+    return None
 
 
 def _fetch_logs(fs, root, run_name, out_dir, only_missing=False):

@@ -19,6 +19,9 @@ import time
 
 from tqdm import tqdm
 
+from engine.configurator import ConfigError
+from engine.files import is_whole, parse_json, redact
+
 FORMAT = 1
 _SECTIONS = {'iter': 'training_iterations', 'eval': 'eval_steps', 'checkpoint': 'checkpoints'}
 
@@ -29,18 +32,18 @@ def now():
 
 
 def new_run_name(out_dir):
-    """run_YYYYMMDD_HHMMSS, the first second from now on that has no log in out_dir."""
+    """Return run_YYYYMMDD_HHMMSS of now, or of the second after the newest run in out_dir where this machine's clock is behind it."""
     moment = datetime.datetime.now()
-    while True:
-        name = moment.strftime('run_%Y%m%d_%H%M%S')
-        if not os.path.exists(os.path.join(out_dir, f'{name}.jsonl')):
-            return name
-        moment += datetime.timedelta(seconds=1)
+    for name in os.listdir(out_dir) if os.path.isdir(out_dir) else ():
+        if match := _RUN_FILE.fullmatch(name):
+            with contextlib.suppress(ValueError, OverflowError):
+                moment = max(moment, datetime.datetime.strptime(match[1], 'run_%Y%m%d_%H%M%S') + datetime.timedelta(seconds=1))
+    return moment.strftime('run_%Y%m%d_%H%M%S')
 
 
 def unsaved_run(out_dir, config):
     """Name of the newest run in out_dir if it had this `config` and neither saved a checkpoint nor came to its end, else None: it can begin again under its name."""
-    logs = sorted(name for name in os.listdir(out_dir) if re.fullmatch(r'run_\d{8}_\d{6}\.jsonl', name))
+    logs = sorted(name for name in os.listdir(out_dir) if _RUN_FILE.fullmatch(name))
     if not logs:
         return None
     records = read_records(os.path.join(out_dir, logs[-1]))
@@ -54,18 +57,23 @@ def read_records(path):
         return [record for record in map(_record, f) if record]
 
 
+_RUN_FILE = re.compile(r'(run_\d{8}_\d{6})\.jsonl', re.ASCII)
+_NUMBER, _MAYBE = (int, float), (int, float, type(None))
 # what the other records need of each, beside 'type'
-_NEEDED = {'iter': {'iter', 'loss', 'time_ms', 'tokens_per_sec', 'mfu', 'memory'}, 'eval': {'iter', 'val_loss'}, 'checkpoint': {'iter', 'val_loss'}, 'header': {'start_time'}}
+_NEEDED = {'iter': {'iter': int, 'loss': _MAYBE, 'time_ms': _NUMBER, 'tokens_per_sec': _MAYBE, 'mfu': (int, float, dict, type(None)), 'memory': dict},
+           'eval': {'iter': int, 'val_loss': _MAYBE}, 'checkpoint': {'iter': int, 'val_loss': _MAYBE}, 'header': {'start_time': str}}
 
 
 def _record(line):
     """The record in a line of the JSONL, or None for a line that was cut or damaged."""
     try:
-        record = json.loads(line)
-        whole = isinstance(record['type'], str) and record.keys() >= _NEEDED.get(record['type'], set()) and isinstance(record.get('iter', 0), int)
-        return record if whole else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+        record = parse_json(line)
+    except ValueError:
         return None
+    if not isinstance(record, dict) or not isinstance(record.get('type'), str) or not is_whole(record.get('iter', 0)):
+        return None
+    whole = all(isinstance(record.get(key, ...), kinds) and not isinstance(record[key], bool) for key, kinds in _NEEDED.get(record['type'], {}).items())
+    return record if whole and isinstance(record.get('wall_s', 0.0), _NUMBER) else None
 
 
 class RunLog:
@@ -85,10 +93,14 @@ class RunLog:
         self.sinks, self.bar, self.text, self.lines, self.lock = [], None, None, None, threading.Lock()
         if not self.write:
             return
-        os.makedirs(out_dir, exist_ok=True)
-        kept = self._keep_until(resume_step, evaluated) if resume_step is not None else []
-        self.text = open(f'{self.path}.log', 'a', encoding='utf-8')
-        self.lines, self.unwritten, self.disk_works = open(f'{self.path}.jsonl', 'ab', buffering=0), b'', True
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            kept = self._keep_until(resume_step, evaluated) if resume_step is not None else []
+            self.text = open(f'{self.path}.log', 'a', encoding='utf-8', errors='backslashreplace')
+            self.lines, self.unwritten, self.disk_works = open(f'{self.path}.jsonl', 'ab', buffering=0), b'', True
+        except OSError as error:
+            raise ConfigError(f'the log {error.filename or self.path} cannot be written ({error.strerror}): make room or move what is in '
+                              f'the way, or give another --out_dir') from None
         if kept:
             self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
         else:
@@ -130,10 +142,11 @@ class RunLog:
         """Seconds that this run has been going, over all its resumptions."""
         return self.wall_before + time.perf_counter() - self.started
 
-    def say(self, text=''):
-        """Show `text` on the terminal and keep it in the .log file."""
+    def say(self, text='', verbatim=False):
+        """Show `text` on the terminal and keep it in the .log file, without the secrets of URLs in it unless it is `verbatim`."""
         if not self.active:
             return
+        text = text if verbatim else redact(text)
         tqdm.write(text)
         if self.write:
             with contextlib.suppress(OSError):  # the terminal has it

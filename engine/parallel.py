@@ -28,11 +28,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from engine import stopping
 from engine.configurator import ConfigError
+from engine.files import redact
 from engine.ring import Ring
 
 PATIENCE = datetime.timedelta(days=1)  # for what waits for disks and networks: a checkpoint may take long to read
@@ -163,7 +164,7 @@ def tell(error):
                 time.sleep(0.1)
             where = f' (rank {rank} on {os.uname().nodename})'
         _store.set('told', '')
-    print(f'error{where}: {error}', file=sys.stderr, flush=True)
+    print(f'error{where}: {redact(str(error))}', file=sys.stderr, flush=True)
 
 
 def answer(run, args):
@@ -280,6 +281,24 @@ def wrap(model, world, compile, accumulation, graphs=False):
         return step_model, ddp(step_model, device_ids=[world.device.index] if world.device.type == 'cuda' else None, gradient_as_bucket_view=True,
                                static_graph=accumulation == 1,  # torch's does not work with no_sync() in the first step
                                **{no_sync_of_buffers: False})
+
+
+@contextlib.contextmanager
+def forward_only(model):
+    """Context of forward passes of `model` without backward ones: it is in evaluation mode, and afterwards as it was.
+
+    FSDP leaves the units gathered that it does not reshard after a forward pass, and expects a backward pass to split
+    them again: here that is done at the end.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def waited_for_gradients(train_model):

@@ -9,6 +9,7 @@ from engine.dataset import shares_of
 from engine.loader import WindowOrder
 from engine.logger import now
 from engine.memory import Prediction, available
+from engine.resume import config_record
 
 VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
 
@@ -30,7 +31,7 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction):
             {'kind': 'Muon' if group.get('muon') else 'AdamW', 'weight_decay': group['weight_decay'], 'num_tensors': len(group['params']), 'num_params': sum(p.numel() for p in group['params'])}
             for group in optimizer.param_groups]},
         'memory': prediction and {**dataclasses.asdict(prediction), 'total': prediction.total},
-        'config': dataclasses.asdict(c),
+        'config': config_record(c),
         'hardware': {'gpu_name': gpu_name, 'num_gpus': world.size if gpu_name else 0, 'gpu_memory_gb': gpu.total_memory / 1e9 if gpu else None,
                      'cpu_name': cpu_name(), 'cpu_threads': torch.get_num_threads(), 'precision': c.dtype,
                      'parallelism': world.describe()},

@@ -3,9 +3,12 @@ import dataclasses
 import errno
 import fcntl
 import os
+import shutil
+import typing
 
 from engine import checkpoint, copier, nanogpt, parallel
-from engine.configurator import ConfigError
+from engine.configurator import ConfigError, checked
+from engine.files import HIDDEN, redact
 
 # what a resumed run takes from its own command line, never from the checkpoint
 NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_checkpoint', 'allow_data_change', 'max_time', 'eval_only', 'eval_at_start',
@@ -14,7 +17,7 @@ NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_c
 
 def is_step(resume_from):
     """Whether a value of resume_from is an iteration of out_dir; else it is a place, or None."""
-    return (resume_from or '').isdigit()
+    return (resume_from or '').isdecimal() and resume_from.isascii()
 
 
 def automatic(c, world):
@@ -38,7 +41,7 @@ def automatic(c, world):
                     raise  # starting anew while the run may be there would fork it
                 return 'resume', None
             if there is None and rejected and step is None:
-                raise ConfigError(f'{place} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
+                raise ConfigError(f'{redact(place)} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
             if there is not None:
                 here = checkpoint.age(checkpoint.path_of(c.out_dir, step)) if step is not None else ('', -1)
                 if checkpoint.age(checkpoint.path_of(root, there), fs) > here:
@@ -58,13 +61,16 @@ def find(c, given, shape_keys, world, notes):
     """
     step, rejected, certain, chosen = parallel.from_main(lambda: _choose(c), world)
     if certain and not is_step(c.resume_from):
-        notes.append(f'step {step} comes from {c.resume_from}')
+        notes.append(f'step {step} comes from {redact(c.resume_from)}')
     notes += [f'rejected {path}: {reason}' for path, reason in rejected]
     imported = None
     old = os.path.join(c.out_dir, 'ckpt.pt')
     if step is not None:
         path = checkpoint.path_of(c.out_dir, step)
         state = {**checkpoint.read_state(path), 'path': path}
+        missing = [key for key in ('config', 'run_name', 'position', 'tokens_per_step', 'best_val_loss', 'scaler') if key not in state]
+        if missing:
+            raise ConfigError(f'{path}/state.json has no {missing[0]}: it is not the checkpoint of a run; take another with --resume_from')
     elif os.path.isfile(old) and not c.resume_from:
         imported = nanogpt.read_checkpoint(old)
         state = {'step': imported['step'], 'best_val_loss': imported['best_val_loss'], 'config': imported['config']}
@@ -97,23 +103,74 @@ def _choose(c):
 
 
 def _merged(c, given, state, shape_keys, notes):
-    known = {field.name for field in dataclasses.fields(c)}
-    saved = {'optimizer': 'adamw', **{key: value for key, value in state['config'].items() if key in known and key not in NOT_INHERITED}}
+    hints = typing.get_type_hints(type(c))
+    saved = {'optimizer': 'adamw', **{key: checked(key, value, hints[key], f"{state.get('path', c.out_dir)}/state.json")
+                                      for key, value in state['config'].items() if key in hints and key not in NOT_INHERITED}}
+    _ask_again(c, given, state, saved, notes)
     for key, source in given.items():
         value = getattr(c, key)
         if key not in saved or value == saved[key] or value is None and key in shape_keys:
             continue
-        if key == 'gradient_accumulation_steps' and saved['total_batch_size'] and source != 'command line':
+        if key == 'gradient_accumulation_steps' and saved.get('total_batch_size') and source != 'command line':
             continue  # a recipe's value, which total_batch_size overruled when the run began
         if key in shape_keys or key in ('seed', 'optimizer'):
             leave_out = f'leave --{key} out' if source == 'command line' else f'leave {source} out (the checkpoint holds every key)'
             raise ConfigError(f'{source}: {key}={value!r}, but the checkpoint in {c.out_dir} has {key}={saved[key]!r}, which cannot change: '
                               f'{leave_out}, or start in another --out_dir')
-        notes.append(f'{key}={value} from now on ({source}; it was {saved.pop(key)})')
+        was = saved.pop(key)
+        if redact(value) != was:
+            notes.append(f'{key}={redact(value)} from now on ({source}; it was {was})')
     if given.get('gradient_accumulation_steps') == 'command line' and not given.get('total_batch_size') and saved.get('total_batch_size'):
         notes.append(f"total_batch_size={saved['total_batch_size']} of the checkpoint gives way to gradient_accumulation_steps={c.gradient_accumulation_steps}")
         saved['total_batch_size'] = 0
     return dataclasses.replace(c, **saved)
+
+
+def _ask_again(c, given, state, saved, notes):
+    """Note the keys of a fetched checkpoint that are not taken over; raise ConfigError for one without which the run cannot go on.
+
+    That is its data set where it is a path, and a URL whose secret part was never recorded.
+    """
+    for key, value in state.get('not_taken_over', {}).items():
+        if key in given:
+            continue
+        said = f'{key}={redact(value)!r} of the fetched checkpoint is not taken over, since it reaches outside of {c.out_dir}'
+        if key == 'dataset':
+            raise ConfigError(f'{said}: give the --dataset here')
+        notes.append(f'{said}: give --{key} to have it')
+    for key, value in saved.items():
+        if isinstance(value, str) and HIDDEN in value and '://' in value and key not in given:
+            raise ConfigError(f'{key}={value} of the checkpoint had a user, a password or a query, which is never recorded: give --{key} again')
+
+
+def config_record(c):
+    """Return a config as it is recorded in logs and checkpoints, on the terminal and in W&B: a dict without the secrets of its URLs."""
+    return redact(dataclasses.asdict(c))
+
+
+def choose_lineage(c, resumed, place=None):
+    """Return the lineage of the checkpoints to come: that of the run, or a new one where it begins anew or went back.
+
+    A new one sorts after every other: those in out_dir, that of the checkpoint which is left, and those at `place`, the
+    URL to which copies go, or None.
+    """
+    if resumed and 'branch' in resumed and not resumed['chosen']:
+        return resumed['branch']
+    known = checkpoint.lineages(c.out_dir) | ({resumed['branch']} if resumed and 'branch' in resumed else set())
+    return checkpoint.new_lineage(known | (copier.lineages(place) if place else set()))
+
+
+def check_upload(c, resumed, notes):
+    """Raise ConfigError where nothing can be written to upload_to.
+
+    A run that auto_resume continues goes on all the same, and copies when it can: nobody may be there to correct it.
+    """
+    try:
+        copier.probe(c.upload_to, c.out_dir)
+    except ConfigError as error:
+        if not (resumed and c.auto_resume):
+            raise
+        notes.append(f'WARNING: {error}; the run goes on, and copies when it can')
 
 
 def check_data(state, data, allowed, notes):
@@ -158,10 +215,10 @@ def make_way(c, world, notes):
         if not found:
             return None
         path = checkpoint.path_of(c.out_dir, found[-1])
-        if os.path.isfile(os.path.join(path, 'state.json')) and checkpoint.why_broken(path, 'size') is None:
+        if checkpoint.why_broken(path, 'size') is None:
             state = checkpoint.read_state(path)
-            if state['step'] >= state['config']['max_iters']:
-                return state['run_name']
+            if state['step'] >= state.get('config', {}).get('max_iters', float('inf')):
+                return state.get('run_name', 'before')
         raise ConfigError(f'{c.out_dir} holds an unfinished run, up to {path}: continue it with --init_from=resume (or --auto_resume=True, which starts and continues), start this one in another '
                           f'--out_dir, or move {checkpoint.folder_of(c.out_dir)} away')
     if name := parallel.from_main(look, world):
@@ -190,7 +247,7 @@ class Folder:
             os.makedirs(self.path, exist_ok=True)
             self.file = open(os.path.join(self.path, '.lock'), 'a+')
         except OSError as error:
-            raise ConfigError(f'out_dir={self.path!r} cannot be made or written ({error.strerror}): give another --out_dir') from None
+            raise self._unwritable(error) from None
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
         except OSError as error:
@@ -198,10 +255,36 @@ class Folder:
                 self.file.seek(0)
                 raise ConfigError(f'{self.path} is in use by process {self.file.read().strip()}: wait for its end, or give another --out_dir') from None
         else:
-            self.file.truncate(0)
-            self.file.write(f'{os.getpid()} on {os.uname().nodename}\n')
-            self.file.flush()
+            try:
+                self.file.truncate(0)
+                self.file.write(f'{os.getpid()} on {os.uname().nodename}\n')
+                self.file.flush()
+            except OSError as error:
+                raise self._unwritable(error) from None
         return True
+
+    def check_room(self, run_name, size):
+        """Raise ConfigError where the logs of run_name or a checkpoint of `size` bytes cannot be written. To be called on the main rank."""
+        folder = checkpoint.folder_of(self.path)
+        probe = os.path.join(folder, '.probe')
+        try:
+            os.makedirs(folder, exist_ok=True)
+            checkpoint.replace_file(probe, bytes(4096))
+            os.remove(probe)
+            for ending in copier.LOGS:
+                name = os.path.join(self.path, f'{run_name}.{ending}')
+                if os.path.lexists(name):
+                    open(name, 'ab').close()
+        except OSError as error:
+            raise self._unwritable(error) from None
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise ConfigError(f'{folder} has {free / 1e9:.2f} GB free, and a checkpoint of this run takes {size / 1e9:.2f} GB: '
+                              f'make room, or give an --out_dir on another disk')
+
+    def _unwritable(self, error):
+        return ConfigError(f'out_dir={self.path!r} cannot be made or written ({error.strerror}: {error.filename or self.path}): '
+                           f'make room or move what is in the way, or give another --out_dir')
 
     def release(self):
         if self.file is not None:

@@ -158,6 +158,7 @@ class Saver:
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(self.copied)
                 for name, tensor in tensors.items():
+                    _check_alike(name, _local(self.copies[name]), _local(tensor))
                     _local(self.copies[name]).copy_(_local(tensor), non_blocking=True)
                 copied = torch.cuda.Event()
                 copied.record()
@@ -166,7 +167,7 @@ class Saver:
             copied.synchronize()
         else:
             for name, tensor in tensors.items():
-                _copy(_local(self.copies[name]), _local(tensor))
+                _copy(name, _local(self.copies[name]), _local(tensor))
         faults.reach('staging', step)
         return self.copies
 
@@ -339,9 +340,16 @@ def _first_replica(tensor):
     return not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
-def _copy(target, source):
+def _check_alike(name, target, source):
+    """Raise ValueError unless a copy of `source` fits into `target` exactly: its memory was taken for a tensor of that shape."""
+    if target.shape != source.shape or target.dtype != source.dtype:
+        raise ValueError(f'{name} has the shape {tuple(source.shape)} in {source.dtype}, its copy {tuple(target.shape)} in {target.dtype}')
+
+
+def _copy(name, target, source):
     """Copy a CPU tensor with the one thread that calls: torch's copy would call on the threads that training computes with."""
-    if source.is_contiguous():
+    _check_alike(name, target, source)
+    if source.is_contiguous() and target.is_contiguous():
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)  # lets other threads run
     else:
         target.copy_(source)

@@ -173,7 +173,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
             return os.mkdir, (str(tmp_path / 'executed'),)
     with open(os.path.join(path, '.metadata'), 'wb') as f:
         pickle.dump(Evil(), f)
-    with pytest.raises(BaseException, match='not admitted'):
+    with pytest.raises(BaseException, match="not admitted"):
         checkpoint.load(path, tensors())
     assert not (tmp_path / 'executed').exists()
     torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')

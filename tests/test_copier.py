@@ -43,11 +43,11 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
     a, b = tmp_path / 'machine_1' / 'out', tmp_path / 'machine_2' / 'out'
     assert train(a, '--max_iters=20', '--eval_interval=10', '--dropout=0.1', f'--upload_to={url}') == 0
     os.rename(a, tmp_path / 'gone')
-    assert train(b, '--init_from=resume', f'--resume_from={url}', '--max_iters=30') == 0
+    assert train(b, '--init_from=resume', f'--resume_from={url}', f'--upload_to={url}', '--max_iters=30') == 0
     assert 'continuing at iter 20' in capsys.readouterr().out
     assert losses(b) == losses(tmp_path / 'calm') and [r['iter'] for r in records(b)] == list(range(1, 31))
     assert equal(weights(b, 30), weights(tmp_path / 'calm', 30))
-    # it went on copying to where the run had copied to; one command line for any machine
+    # one command line for any machine
     c = tmp_path / 'machine_3' / 'out'
     assert train(c, '--auto_resume=True', f'--upload_to={url}', '--max_iters=40', '--eval_interval=10', '--dropout=0.1') == 0
     assert 'continuing at iter 30' in capsys.readouterr().out and sorted(losses(c)) == list(range(1, 41))
@@ -91,13 +91,15 @@ def test_a_kill_during_the_copy_leaves_no_half_checkpoint(dataset, tmp_path, url
 
 def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(s3, dataset, tmp_path, monkeypatch):
     url, out = f's3://bucket/{tmp_path.name}', tmp_path / 'out'
-    s3.stop()
     process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={out}', *TINY, '--max_iters=600', '--eval_interval=200', f'--upload_to={url}', '--log_interval=10',
                             env=s3.environment)
-    output, started = '', False
+    output, stopped, started = '', False, False
     try:
         for line in process.stdout:
             output += line
+            if line.startswith('iter 10:') and not stopped:
+                s3.stop()
+                stopped = True
             if 'copying to' in line and not started:  # training is over, nothing could be copied
                 assert 'NOT COPIED to' in output and 'copied step' not in output, output
                 s3.start()
@@ -105,7 +107,7 @@ def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(s3, datase
         assert process.wait(120) == 0, output
     finally:
         end_all(process)
-        if not started:
+        if stopped and not started:
             s3.start()
     assert 'works again' in output and 'copied step 600' in output
     fs, root, step, rejected = copier.find(url, 'full')
@@ -215,11 +217,11 @@ def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
     """The log goes before the manifest: what can be resumed has its lines."""
     assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
     written = []
-    write = copier.Copier._write
-    monkeypatch.setattr(copier.Copier, '_write', lambda self, path, data: (written.append(os.path.basename(path)), write(self, path, data)))
+    write = copier._write
+    monkeypatch.setattr(copier, '_write', lambda fs, path, data: (written.append(os.path.basename(path)), write(fs, path, data)))
     run_name = os.path.basename(glob.glob(f"{tmp_path / 'a'}/*.jsonl")[0]).removesuffix('.jsonl')
     assert copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), run_name).finish(30)
-    assert written[:4] == [f'{run_name}.jsonl', f'{run_name}.log', 'manifest.json', 'evaluation.json']
+    assert written[:5] == [f'{run_name}.jsonl', f'{run_name}.log', f'{run_name}.json', 'manifest.json', 'evaluation.json']
 
 
 def test_who_went_back_stays_on_the_new_branch(train, tmp_path, url, capsys):
@@ -243,7 +245,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
     before = {path: fs.cat_file(path) for path in fs.find(root)}
     assert train(b, '--auto_resume=True', '--max_iters=10', '--eval_interval=10', '--learning_rate=5e-4', copies) == 0
     assert 'continuing' not in capsys.readouterr().out
-    assert train(fork, '--init_from=resume', f'--resume_from={a}/checkpoints/step_00000010', '--max_iters=20', '--eval_interval=10', '--learning_rate=5e-4') == 0
+    assert train(fork, '--init_from=resume', f'--resume_from={a}/checkpoints/step_00000010', '--max_iters=20', '--eval_interval=10', '--learning_rate=5e-4', copies) == 0
     assert {path: fs.cat_file(path) for path in fs.find(root)} == before
     assert copier.find(f'{url}/fork')[2] == 20
     assert train(tmp_path / 'c', '--init_from=resume', f'--resume_from={url}', '--max_iters=20') == 2

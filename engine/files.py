@@ -1,0 +1,104 @@
+"""Names, URLs and JSON that come from elsewhere: checked here once, before they are used.
+
+A name that a manifest, a listing, a meta.pkl or an index gives is joined to a folder only by inside().
+A URL is opened by open_url(), and recorded or shown as redact() leaves it. JSON is read by parse_json().
+"""
+import json
+import re
+
+from engine.configurator import ConfigError
+
+HIDDEN = '***'  # stands for the part of a URL that redact() takes out
+
+
+def plain_name(name, source):
+    """Return `name` if it is the name of one file: text without separators, control characters or '..'.
+
+    source: where the name comes from, for the message. Raises ConfigError for any other value.
+    """
+    if not (isinstance(name, str) and 0 < len(name.encode('utf-8', 'replace')) <= 200 and name not in ('.', '..')
+            and not re.search(r'[/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]', name)):
+        shown = repr(name)[:100]
+        raise ConfigError(f'{source} names the file {shown}, which is not a plain file name: '
+                          f'nothing was read or written there; get the files from a source that you trust')
+    return name
+
+
+
+def inside(folder, name, source):
+    """Return the path of the file `name` in `folder`; `name` may lie in folders below, as in 'tokenizer/vocab.json'.
+
+    source: where the name comes from, for the message. Raises ConfigError for a name that is absolute or climbs.
+    """
+    parts = name.split('/') if isinstance(name, str) else [name]
+    return '/'.join([str(folder), *(plain_name(part, source) for part in parts)])
+
+
+_SCHEME = re.compile(r'([a-zA-Z][a-zA-Z0-9+.-]*://)')
+
+
+def redact(value):
+    """Return `value` with the user, the password, the query and the fragment of every URL in it replaced by '***'.
+
+    value: text, or dicts and lists that hold some; anything else is returned as it is.
+    """
+    if isinstance(value, str):
+        before, *rest = _SCHEME.split(value)
+        return before + ''.join(scheme + _without_secrets(url) for scheme, url in zip(rest[::2], rest[1::2]))
+    if isinstance(value, dict):
+        return {key: redact(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(inner) for inner in value]
+    return value
+
+
+def _without_secrets(text):
+    """Redact `text`, which begins behind the :// of a URL and may go on behind its end."""
+    url = re.match(r'\S*', text)[0]
+    text = text[len(url):]
+    authority = re.match(r'[^/?#]*', url)[0]
+    # a secret key may hold a / or a ?, and then the user ends at the last @ of all
+    user = authority if '@' in authority else url if re.search(r':(?!\d*$)', authority) else ''
+    if '@' in user:
+        url = f'{HIDDEN}@{url[user.rindex("@") + 1:]}'
+    return re.sub(r'([?#]).*', rf'\1{HIDDEN}', url, count=1, flags=re.DOTALL) + text
+
+
+def open_url(url):
+    """Return (fsspec file system, path in it) of a URL or a local folder.
+
+    Nothing of the listings is cached: what others write there is seen. Raises ConfigError for what cannot be opened.
+    """
+    import fsspec
+    try:
+        local = '://' not in url or url.startswith(('file://', 'local://'))
+        fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **({'auto_mkdir': True} if local else {}))
+    except Exception as error:  # each backend has its own
+        raise ConfigError(f'{redact(url)!r} cannot be opened ({type(error).__name__}: {sentence(error)}): '
+                          f'expected a folder or a URL such as s3://bucket/folder') from None
+    return fs, root.rstrip('/') or '/'
+
+
+def sentence(error):
+    """Return what an exception of a library says as one line without secrets, at most 200 characters."""
+    return ' '.join(redact(str(error)).split())[:200]
+
+
+def parse_json(data):
+    """Return the value in `data`, JSON as bytes or text. Raises ValueError, in words, for anything else.
+
+    Unlike json.loads, it takes text nested too deeply for an error of the data, not of the program.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f'it is not UTF-8 (byte {error.start:,})') from None
+    except ValueError as error:
+        raise ValueError(f'it is not JSON: {error}') from None
+
+
+def is_whole(value, least=0, most=2**62):
+    """Whether `value` is an int from `least` to `most`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

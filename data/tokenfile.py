@@ -21,9 +21,12 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
+
+from engine.files import inside, is_whole
 
 SPLITS = ('train', 'val')
 
@@ -39,19 +42,66 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_meta(folder):
-    """The dict in `folder`/meta.pkl, or {} where there is no such file. Raises ValueError for a file that is no plain pickle."""
+    """Return the dict in `folder`/meta.pkl, or {} where there is no such file.
+
+    Raises ValueError for a file that is no plain pickle, and for an entry that is not what the table above says.
+    """
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.exists(path):
         return {}
-    with open(path, 'rb') as f:
-        content = f.read()
     try:
-        meta = _PlainUnpickler(io.BytesIO(content)).load()
+        with open(path, 'rb') as f:
+            meta = _PlainUnpickler(io.BytesIO(f.read())).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f'{path} cannot be read: {error}') from None
     if not isinstance(meta, dict):
         raise ValueError(f'{path} holds a {type(meta).__name__}, expected a dict')
+    for key, (test, expected) in _ENTRIES.items():
+        if key in meta and not test(meta[key]):
+            raise ValueError(f'{path}: {key} is {repr(meta[key])[:60]}, expected {expected}: run the prepare.py of this data set again')
+    if ('stoi' in meta) != ('itos' in meta):
+        raise ValueError(f"{path} has only one of stoi and itos: run the prepare.py of this data set again")
+    for files in meta.get('files', {}).values():
+        for name, _ in files:
+            inside(folder, name, path)
+    for name in (*meta.get('ends', {}).values(), *([meta['tokenizer']['path']] if _has_path(meta.get('tokenizer')) else [])):
+        inside(folder, name, path)
     return meta
+
+
+def _has_path(tokenizer):
+    return isinstance(tokenizer, dict) and 'path' in tokenizer
+
+
+def _of_splits(test):
+    """A test of a dict with an entry for each split."""
+    return lambda value: isinstance(value, dict) and set(value) == set(SPLITS) and all(test(entry) for entry in value.values())
+
+
+def _a_text(value):
+    return isinstance(value, str)
+
+
+def _some_files(value):
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(
+        isinstance(entry, (list, tuple)) and len(entry) == 2 and _a_text(entry[0]) and is_whole(entry[1]) for entry in value)
+
+
+_ENTRIES = {  # key of meta.pkl: (test, what it must be in words)
+    'vocab_size': (lambda value: is_whole(value, 1, 2**32), 'a number of ids'),
+    'eot_id': (lambda value: value is None or is_whole(value, 0, 2**32), 'an id or None'),
+    'dtype': (lambda value: value in ('uint16', 'uint32'), "'uint16' or 'uint32'"),
+    'split': (_a_text, 'a sentence'),
+    'tokenizer': (lambda value: not isinstance(value, dict) or all(map(_a_text, value.values())), 'a dict of texts'),
+    'tokens': (_of_splits(is_whole), 'the number of tokens of train and val'),
+    'documents': (_of_splits(is_whole), 'the number of documents of train and val'),
+    'max_id': (_of_splits(lambda value: is_whole(value, 0, 2**32)), 'the largest id of train and val'),
+    'fingerprint': (_of_splits(lambda value: _a_text(value) and bool(re.fullmatch('[0-9a-f]{64}', value))), 'hexadecimal fingerprints of train and val'),
+    'ends': (_of_splits(_a_text), 'the names of two files'),
+    'files': (_of_splits(_some_files), 'names of files and their tokens for train and val'),
+    'stoi': (lambda value: isinstance(value, dict) and all(_a_text(key) and is_whole(i, 0, 2**32) for key, i in value.items()), 'a dict of characters and ids'),
+    'itos': (lambda value: isinstance(value, dict) and len(value) > 0 and all(is_whole(i, 0, 2**32) and _a_text(text) for i, text in value.items()), 'a dict of ids and characters'),
+}
 
 
 def token_dtype(meta):
@@ -75,7 +125,15 @@ def replacing(path):
             os.remove(name)
 
 
-def fingerprint(path, blocks=256, block_bytes=4096):
+def fingerprint_blocks(size, blocks=256, block_bytes=4096):
+    """Return (begin, end) of the bytes of a file of `size` bytes that its fingerprint looks at."""
+    if size <= block_bytes:
+        return [(0, size)]
+    begins = [(size - block_bytes) * i // max(1, blocks - 1) for i in range(blocks)]
+    return [(begin, begin + block_bytes) for begin in begins]
+
+
+def fingerprint(path, blocks=256):
     """SHA-256 (hex) of a file's size and of `blocks` evenly spaced blocks of it.
 
     Reads at most 1 MiB, so it is checked at every start even for files of terabytes: it tells another file, another
@@ -84,19 +142,17 @@ def fingerprint(path, blocks=256, block_bytes=4096):
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, 'rb') as f:
-        for i in range(blocks):
-            f.seek(max(0, (size - block_bytes)) * i // max(1, blocks - 1))
-            digest.update(f.read(block_bytes))
-            if size <= block_bytes:
-                break
+        for begin, end in fingerprint_blocks(size, blocks):
+            f.seek(begin)
+            digest.update(f.read(end - begin))
     return digest.hexdigest()
 
 
-def fingerprint_of_files(paths):
+def fingerprint_of_files(paths, fingerprint=fingerprint):
     """The fingerprint of a split that lies in the files `paths`: of the only one its own, of several that of theirs, with no more than 256 blocks read in all,
-    but for one of each."""
+    but for one of each. fingerprint: function of a path and a number of blocks, for files that lie elsewhere."""
     if len(paths) == 1:
-        return fingerprint(paths[0])
+        return fingerprint(paths[0], 256)
     return hashlib.sha256(''.join(fingerprint(path, max(1, 256 // len(paths))) for path in paths).encode()).hexdigest()
 
 

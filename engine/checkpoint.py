@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadat
 
 from engine import faults
 from engine.configurator import ConfigError
-from engine.files import is_whole, parse_json, plain_name
+from engine.files import is_whole, parse_json, plain_name, seal, unseal
 
 FORMAT = 2
 OWN_FILES = ('manifest.json', 'evaluation.json', 'fetched.json')  # beside those that a manifest lists
@@ -138,23 +138,6 @@ def sha256(path, fs=LOCAL):
         while block := f.read(2**22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def seal(value):
-    """A dict as the bytes of a JSON file that carries the SHA-256 of its other content."""
-    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-    return json.dumps({**value, 'sha256': digest}, indent=1).encode() + b'\n'
-
-
-def unseal(data):
-    """The dict in bytes made by seal(). Raises ValueError if a single byte is another."""
-    value = parse_json(data)
-    if not isinstance(value, dict):
-        raise ValueError('it holds no object')
-    value.pop('sha256', None)
-    if seal(value) != data:
-        raise ValueError('it does not have the checksum that it carries')
-    return value
 
 
 # what the fields of state.json, manifest.json and evaluation.json may hold: (test, in words)

@@ -17,6 +17,7 @@ import torch
 
 from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, replacing, token_dtype
 from engine.configurator import ConfigError, nearest
+from engine.files import inside, redact, sentence
 from engine.remote import RemoteFile, Storage, read_together
 
 MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to the last one
@@ -150,7 +151,7 @@ def open_dataset(dataset, root, url=None):
     """(train, val, meta) of `dataset` under `root`/data; url: where its files are instead. Raises ConfigError, naming the command that prepares it."""
     named = shares_of(dataset)
     if url and len(named) > 1:
-        raise ConfigError(f'data_url={url} holds one data set, not the mixture {dataset}: leave one of them out')
+        raise ConfigError(f'data_url={redact(url)} holds one data set, not the mixture {dataset}: leave one of them out')
     found = [_open_url(name, root, url) if url else _open(name, root) for name, _ in named]
     if len(found) == 1:
         return found[0]
@@ -224,38 +225,47 @@ def _looks_like_uint32(tokens):
 def _open_url(name, root, url):
     folder = os.path.join(root, 'data', name)
     if os.path.isfile(os.path.join(folder, 'train.bin')) or not os.path.isdir(os.path.join(folder, 'copy')) and os.path.isfile(os.path.join(folder, 'meta.pkl')):
-        raise ConfigError(f'{folder} holds a data set already, so it cannot keep the copy of data_url={url}: leave --data_url out, or give another --dataset name')
+        raise ConfigError(f'{folder} holds a data set already, so it cannot keep the copy of data_url={redact(url)}: leave --data_url out, or give another --dataset name')
+    place = f'data_url={redact(url)}'
     try:
         storage = Storage(url)
         sizes = storage.sizes()
         if 'meta.pkl' not in sizes:
-            raise ConfigError(f'data_url={url} has no meta.pkl: copy the whole folder of a prepared data set there')
+            raise ConfigError(f'{place} has no meta.pkl: copy the whole folder of a prepared data set there')
         os.makedirs(os.path.join(folder, 'copy'), exist_ok=True)
-        _copy(storage, folder, ['meta.pkl'])
+        _copy(storage, folder, ['meta.pkl'], place)
         meta = read_meta(folder)
         stated = meta.get('tokenizer')
         path = stated.get('path') if isinstance(stated, dict) else None
-        _copy(storage, folder, [file for file in sizes if path and (file == path or file.startswith(f'{path}/'))])
+        _copy(storage, folder, [file for file in sizes if path and (file == path or file.startswith(f'{path}/'))], place)
+        if missing := [key for key in ('fingerprint', 'max_id', 'tokens') if key not in meta]:
+            raise ConfigError(f'{place}: its meta.pkl states no {missing[0]}: prepare the data set anew and copy its folder there')
+        dtype, splits = token_dtype(meta), []
+        for split in SPLITS:
+            files = meta.get('files', {}).get(split) or [(f'{split}.bin', meta['tokens'][split])]
+            for file, tokens in files:
+                if sizes.get(file) != tokens * dtype.itemsize:
+                    raise ConfigError(f'{place}: {file} has {sizes.get(file, "no")} bytes, its meta.pkl says {tokens * dtype.itemsize}: copy the folder there again')
+            stated = meta['fingerprint'][split]
+            found = fingerprint_of_files([file for file, _ in files], lambda file, blocks: storage.fingerprint(file, sizes[file], blocks))
+            if found != stated:
+                raise ConfigError(f'{place}: the files of {split} are not those that its meta.pkl describes (fingerprint {found[:12]}, expected {stated[:12]}): '
+                                  f'copy the folder there again')
+            pieces = [RemoteFile(storage, file, sizes[file], inside(os.path.join(folder, 'copy'), f"{stated[:8]}_{file.replace('/', '_')}", place), dtype)
+                      for file, _ in files]
+            splits.append(Tokens(f'{redact(url)}/{split}', split, pieces, stated, meta['max_id'][split]))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except Exception as error:  # each file system has its own
-        raise ConfigError(f"data_url={url} cannot be reached ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-    dtype, splits = token_dtype(meta), []
-    for split in SPLITS:
-        pieces = []
-        for file, tokens in meta.get('files', {}).get(split) or [(f'{split}.bin', meta.get('tokens', {}).get(split))]:
-            if tokens is None or sizes.get(file) != tokens * dtype.itemsize:
-                raise ConfigError(f'data_url={url}: {file} has {sizes.get(file, "no")} bytes, its meta.pkl says {tokens and tokens * dtype.itemsize}: copy the folder there again')
-            pieces.append(RemoteFile(storage, file, sizes[file], os.path.join(folder, 'copy', f"{meta['fingerprint'][split][:8]}_{file}"), dtype))
-        splits.append(Tokens(f'{url}/{split}', split, pieces, meta['fingerprint'][split], meta['max_id'][split]))
+        raise ConfigError(f'{place} cannot be reached ({type(error).__name__}: {sentence(error)})') from None
     return *splits, meta
 
 
-def _copy(storage, folder, names):
+def _copy(storage, folder, names, source):
     for name in names:
-        path = os.path.join(folder, name)
+        path = inside(folder, name, source)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with replacing(path) as f:
             f.write(storage.read(name))

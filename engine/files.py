@@ -1,8 +1,10 @@
 """Names, URLs and JSON that come from elsewhere: checked here once, before they are used.
 
 A name that a manifest, a listing, a meta.pkl or an index gives is joined to a folder only by inside().
-A URL is opened by open_url(), and recorded or shown as redact() leaves it. JSON is read by parse_json().
+A URL is opened by open_url(), and recorded or shown as redact() leaves it. JSON is read by parse_json(), and by unseal()
+where it carries a checksum.
 """
+import hashlib
 import json
 import re
 
@@ -97,6 +99,23 @@ def parse_json(data):
         raise ValueError(f'it is not UTF-8 (byte {error.start:,})') from None
     except ValueError as error:
         raise ValueError(f'it is not JSON: {error}') from None
+
+
+def seal(value):
+    """Return a dict as the bytes of a JSON file that carries the SHA-256 of its other content."""
+    digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return json.dumps({**value, 'sha256': digest}, indent=1).encode() + b'\n'
+
+
+def unseal(data):
+    """Return the dict in bytes made by seal(). Raises ValueError if a single byte is another."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError('it holds no object')
+    value.pop('sha256', None)
+    if seal(value) != data:
+        raise ValueError('it does not have the checksum that it carries')
+    return value
 
 
 def is_whole(value, least=0, most=2**62):

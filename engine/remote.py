@@ -4,12 +4,16 @@ The copy of a file is a sparse file of its size and, beside it, the checksum of 
 right, so that a copy which a crash left half-written is fetched again, not trusted. Processes of a machine share it.
 """
 import fcntl
+import hashlib
 import os
 import threading
 import time
 import zlib
 
 import numpy as np
+
+from data.tokenfile import fingerprint_blocks
+from engine.files import open_url, redact, sentence
 
 BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbours at other times
 TRIES = 6
@@ -26,10 +30,9 @@ class Storage:
 
     def connected(self):
         """(file system, path there)."""
-        import fsspec
         with self.lock:
             if self.pid != os.getpid():
-                self.fs, self.root = fsspec.core.url_to_fs(self.url)
+                self.fs, self.root = open_url(self.url)
                 self.pid = os.getpid()
         return self.fs, self.root
 
@@ -57,7 +60,14 @@ class Storage:
                 error = problem
             if turn + 1 < TRIES:
                 time.sleep(min(2.0 ** turn, 15) * 0.5)
-        raise OSError(f'{self.url}/{wanted[0][0]} cannot be read ({type(error).__name__}: {error})') from error
+        raise OSError(f'{redact(self.url)}/{wanted[0][0]} cannot be read ({type(error).__name__}: {sentence(error)})') from None
+
+    def fingerprint(self, name, size, blocks):
+        """That of data.tokenfile for a file of `size` bytes here."""
+        digest = hashlib.sha256(str(size).encode())
+        for content in self.ranges([(name, begin, end) for begin, end in fingerprint_blocks(size, blocks)]):
+            digest.update(content)
+        return digest.hexdigest()
 
 
 class RemoteFile:

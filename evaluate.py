@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from data.tokenfile import read_meta
-from data.tokenizer import PROBE, tokenizer_of
+from data.tokenizer import decode_after, same_tokenizer, tokenizer_of
 from engine import parallel, tasks
 from engine.configurator import ConfigError
 from engine.dataset import check_fit, folder_of, open_dataset, shares_of
@@ -95,7 +95,7 @@ def run(args):
             keep()
         if prompts:
             written = generate(model, prompt_ids, args.max_new_tokens, temperature=0, stop_ids={tokenizer.eot_id} - {None})
-            results['written'] = [{'prompt': prompt, 'text': tokenizer.decode(ids)} for prompt, ids in zip(prompts, written)]
+            results['written'] = [{'prompt': prompt, 'text': decode_after(tokenizer, before, ids)} for prompt, before, ids in zip(prompts, prompt_ids, written)]
             for row in results['written']:
                 say(f"---- {row['prompt']}\n{row['prompt']}{row['text']}")
             keep()
@@ -109,11 +109,7 @@ def check_tokenizer(dataset, tokenizer):
     meta = read_meta(folder)
     if not meta:
         return  # open_dataset() says what is missing; nanoGPT's old sets state nothing
-    theirs = tokenizer_of(folder, meta)
-    try:
-        same = theirs.vocab_size == tokenizer.vocab_size and theirs.encode(PROBE).tolist() == tokenizer.encode(PROBE).tolist()
-    except ValueError:  # characters that one of them does not know
-        same = getattr(theirs, 'stoi', None) == getattr(tokenizer, 'stoi', None)
+    same = same_tokenizer(tokenizer_of(folder, meta), tokenizer)
     if not same:
         raise ConfigError(f'the data set {dataset} was made with another tokenizer than the model: prepare it with the model\'s (--tokenizer FOLDER), or give another --dataset')
 

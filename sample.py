@@ -18,7 +18,7 @@ import torch
 
 import huggingface
 from data.tokenfile import read_meta
-from data.tokenizer import load_tokenizer, tokenizer_of
+from data.tokenizer import decode_after, load_tokenizer, tokenizer_of
 from engine import checkpoint, experts, kernels, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError
@@ -211,27 +211,32 @@ def continue_texts(model, tokenizer, prompts, max_new_tokens, *, stop=(), ignore
     def end_of(text):
         return min((at for at in (text.find(word) for word in stop) if at >= 0), default=len(text))
 
+    def text_of(row):
+        """What the new tokens of a row add to its prompt, without the end of text."""
+        ids = written[row]
+        return decode_after(tokenizer, prompts[row], ids[:-1] if ids and ids[-1] in eot and not ignore_eot else ids)
+
     def finished(row):
-        return bool(eot & {*row[-1:]}) and not ignore_eot or bool(stop) and end_of(tokenizer.decode(row)) < len(tokenizer.decode(row))
+        if eot & {*written[row][-1:]} and not ignore_eot:
+            return True
+        return bool(stop) and end_of(text := text_of(row)) < len(text)
 
     def on_tokens(tokens, alive):
         nonlocal shown
-        for row, token, living in zip(written, tokens, alive):
+        for row, (token, living) in enumerate(zip(tokens, alive)):
             if living and not finished(row):
-                row.append(token)
+                written[row].append(token)
         if show is not None:
-            text = tokenizer.decode(clean(written[0]))
+            text = text_of(0)
             # what may be half a character, or the beginning of a stop string, waits
-            safe = min(len(text.rstrip('\N{REPLACEMENT CHARACTER}')), end_of(text), len(text) if finished(written[0]) else len(text) - max(map(len, stop), default=1) + 1)
+            safe = min(len(text.rstrip('\N{REPLACEMENT CHARACTER}')), end_of(text), len(text) if finished(0) else len(text) - max(map(len, stop), default=1) + 1)
             if safe > shown:
                 show(text[shown:safe])
                 shown = safe
 
-    def clean(row):
-        return row[:-1] if row and row[-1] in eot and not ignore_eot else row
-
-    generate(model, prompts, max_new_tokens, on_tokens=on_tokens, stop_ids=() if ignore_eot else eot, interrupted=lambda: bool(stop) and all(map(finished, written)), **how)
-    texts = [tokenizer.decode(clean(row)) for row in written]
+    generate(model, prompts, max_new_tokens, on_tokens=on_tokens, stop_ids=() if ignore_eot else eot,
+             interrupted=lambda: bool(stop) and all(map(finished, range(len(prompts)))), **how)
+    texts = [text_of(row) for row in range(len(prompts))]
     texts = [text[:end_of(text)] for text in texts]
     if show is not None and len(texts[0]) > shown:
         show(texts[0][shown:])

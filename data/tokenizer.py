@@ -25,10 +25,10 @@ import numpy as np
 
 from data.byte_level import twin_of
 from data.quick_tiktoken import Quick
+from engine.files import inside, is_whole, parse_json
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
 EOT = '<|endoftext|>'
-PROBE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'  # tokenizers that are the same agree on it
 TRIAL = 2**20  # characters of text after which it is taken for a corpus, for which a second's preparation is worth it
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
@@ -70,16 +70,41 @@ def tokenizer_of(folder, meta):
         return CharTokenizer(meta['stoi'], meta['itos'])
     if not meta:
         return TiktokenTokenizer('gpt2')
+    place = os.path.join(folder, 'meta.pkl')
     if kind == 'bytes':
         return BytesTokenizer()
     if kind == 'tiktoken':
-        return TiktokenTokenizer(stated['name'])
+        return TiktokenTokenizer(str(stated.get('name')))
     if kind == 'hf':
-        return HuggingFaceTokenizer.of_folder(os.path.join(folder, stated['path']))
+        return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place))
     if kind == 'sentencepiece':
-        return SentencePieceTokenizer.of_file(os.path.join(folder, stated['path']))
+        return SentencePieceTokenizer.of_file(inside(folder, stated.get('path'), place))
     raise ValueError(f"{os.path.join(folder, 'meta.pkl')} names the tokenizer {stated!r}, expected a dict whose 'kind' is bytes, char, "
                      f'tiktoken, hf or sentencepiece: run the prepare.py of this data set again')
+
+
+def decode_after(tokenizer, before, ids):
+    """Return the text that the token ids `ids` add to that of the ids `before`.
+
+    It is not decode(ids): a first token may stand for a space that belongs to the text only behind another one, and a
+    character may be spread over both.
+    """
+    start = tokenizer.decode(before)
+    whole = tokenizer.decode([*before, *ids])
+    return whole[len(os.path.commonprefix([start, whole])):]
+
+
+def same_tokenizer(a, b):
+    """Return whether two tokenizers give the same ids, for text that goes through the vocabulary of each."""
+    def text_of(tokenizer):
+        ids = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 2000))
+        return ''.join(tokenizer.decode([i]) for i in ids).replace(UNKNOWN, '')
+    if a.vocab_size != b.vocab_size:
+        return False
+    try:
+        return all(a.encode(text).tolist() == b.encode(text).tolist() for text in (text_of(a), text_of(b)))
+    except ValueError:  # a character that one of them does not know
+        return False
 
 
 class BytesTokenizer:
@@ -206,18 +231,30 @@ class HuggingFaceTokenizer:
 
     def _eos(self):
         for name in ('tokenizer_config.json', 'special_tokens_map.json'):
-            token = json.loads(self.files.get(name, b'{}')).get('eos_token')
-            token = token['content'] if isinstance(token, dict) else token
+            token = self._settings(name).get('eos_token')
+            token = token.get('content') if isinstance(token, dict) else token
             if token is not None:
-                eos = self.tokenizer.token_to_id(token)
+                eos = self.tokenizer.token_to_id(token) if isinstance(token, str) else None
                 break
         else:
-            token = eos = json.loads(self.files.get('config.json', b'{}')).get('eos_token_id')
-            token = eos = eos[0] if isinstance(eos, list) else eos
+            token = eos = self._settings('config.json').get('eos_token_id')
+            token = eos = eos[0] if isinstance(eos, list) and eos else eos
+            if eos is not None and not is_whole(eos):
+                eos = None
         if token is not None and (eos is None or eos >= self.vocab_size):
             raise ValueError(f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: '
                              f'correct eos_token in its tokenizer_config.json')
         return eos
+
+    def _settings(self, name):
+        """The dict in one of the JSON files, {} where there is no such file."""
+        try:
+            settings = parse_json(self.files.get(name, b'{}'))
+        except ValueError as error:
+            raise ValueError(f'{os.path.join(self.source, name)} cannot be read ({error}): fetch it again') from None
+        if not isinstance(settings, dict):
+            raise ValueError(f'{os.path.join(self.source, name)} holds no object: fetch it again')
+        return settings
 
     def encode(self, text):
         if self.twin is not None and (ids := self.twin.encode(text)) is not None:
@@ -251,9 +288,11 @@ class SentencePieceTokenizer:
         self.model, self.source = model, source
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self.processor.get_piece_size() if model else 0
         except RuntimeError:
-            raise ValueError(f'{source} is no sentencepiece model: fetch it again, or name another tokenizer') from None
-        self.vocab_size = self.processor.get_piece_size()
+            self.vocab_size = 0
+        if not self.vocab_size:
+            raise ValueError(f'{source} is no sentencepiece model: fetch it again, or name another tokenizer')
         self.eot_id = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
         self.eot_token = None if self.eot_id is None else self.processor.id_to_piece(self.eot_id)
 

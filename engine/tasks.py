@@ -9,7 +9,7 @@
 `acc` counts the questions whose right answer has the highest log-likelihood, `acc_norm` the same divided by its number of characters.
 """
 import hashlib
-import json
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from engine import kernels
 from engine.configurator import ConfigError, nearest
+from engine.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,51 @@ class Item:
 def _hellaswag(line):
     def clean(text):  # traces of WikiHow's headings
         return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
-    return Item(clean(f"{line['activity_label']}: {line['ctx_a']} {line['ctx_b'].capitalize()}"), [clean(ending) for ending in line['endings']], int(line['label']))
+    question = clean(f"{_text(line, 'activity_label')}: {_text(line, 'ctx_a')} {_text(line, 'ctx_b').capitalize()}")
+    return _item(question, [clean(ending) for ending in _texts(line['endings'], 'endings')], int(line['label']))
 
 
 def _arc(line):
-    return Item(f"Question: {line['question']}\nAnswer:", line['choices']['text'], line['choices']['label'].index(line['answerKey']))
+    return _item(f"Question: {_text(line, 'question')}\nAnswer:", *_labelled(line, line['answerKey']))
 
 
 def _openbookqa(line):
-    return Item(line['question_stem'], line['choices']['text'], line['choices']['label'].index(line['answerKey'].lstrip()))
+    return _item(_text(line, 'question_stem'), *_labelled(line, line['answerKey'].lstrip()))
 
 
 def _piqa(line):
-    return Item(f"Question: {line['goal']}\nAnswer:", [line['sol1'], line['sol2']], int(line['label']))
+    return _item(f"Question: {_text(line, 'goal')}\nAnswer:", [_text(line, 'sol1'), _text(line, 'sol2')], int(line['label']))
+
+
+def _text(line, key):
+    if not isinstance(line[key], str):
+        raise ValueError(f'{key} is a {type(line[key]).__name__}, expected a text')
+    return line[key]
+
+
+def _texts(value, key):
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f'{key} is not a list of texts')
+    return value
+
+
+def _labelled(line, right):
+    """(texts, index of the one labelled `right`) of the field choices."""
+    texts, labels = (_texts(line['choices'][key], f'choices.{key}') for key in ('text', 'label'))
+    if len(texts) != len(labels):
+        raise ValueError(f'choices has {len(texts)} texts and {len(labels)} labels')
+    if labels.count(right) != 1:
+        raise ValueError(f'answerKey {right!r} is not one of the labels {labels}')
+    return texts, labels.index(right)
+
+
+def _item(question, choices, answer):
+    """Return an Item that can be answered. Raises ValueError."""
+    if not 0 <= answer < len(choices) or len(choices) < 2:
+        raise ValueError(f'the label {answer} is not one of {len(choices)} choices')
+    if not all(choice.strip() for choice in choices):
+        raise ValueError('a choice is empty')
+    return Item(question, choices, answer)
 
 
 TASKS = {  # how to read a line; where it is on the hub: repository, configuration, split
@@ -65,10 +98,10 @@ def load_tasks(words, limit=None):
             raise ConfigError(f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)}; others through `lm_eval` on the folder that export.py writes')
         lines = _lines_of_file(path) if path else _lines_of_hub(name)
         items = []
-        for number, line in enumerate(lines if limit is None else lines[:limit], 1):
+        for number, line in itertools.islice(lines, limit):
             try:
                 items.append(TASKS[name][0](line))
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
+            except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise ConfigError(f'{path or name}, line {number}: not an item of {name} ({type(error).__name__}: {error}); engine/tasks.py lists the fields') from None
         if not items:
             raise ConfigError(f'{path or name} has no items')
@@ -77,13 +110,17 @@ def load_tasks(words, limit=None):
 
 
 def _lines_of_file(path):
-    if not os.path.isfile(path):
-        raise ConfigError(f'no such file: {path} (tasks are written NAME or NAME:FILE.jsonl)')
+    """(number, object) of each line that is not blank, as they are asked for."""
     try:
-        with open(path, encoding='utf-8') as f:
-            return [json.loads(line) for line in f if line.strip()]
-    except ValueError as error:
-        raise ConfigError(f'{path} is not JSON line by line: {error}') from None
+        with open(path, 'rb') as f:
+            for number, line in enumerate(f, 1):
+                if not line.isspace():
+                    try:
+                        yield number, parse_json(line)
+                    except ValueError as error:
+                        raise ConfigError(f'{path}, line {number}: {error}') from None
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be read ({error.strerror}): tasks are written NAME or NAME:FILE.jsonl') from None
 
 
 def _lines_of_hub(name):
@@ -93,7 +130,7 @@ def _lines_of_hub(name):
     except ImportError:
         raise ConfigError(f'the task {name} comes from the hub, which needs the package datasets: pip install datasets, or give a file: {name}:FILE.jsonl') from None
     try:
-        return list(datasets.load_dataset(repository, configuration, split=split))
+        return enumerate(datasets.load_dataset(repository, configuration, split=split), 1)
     except Exception as error:  # the hub's own errors, and any of the network's
         raise ConfigError(f'the task {name} could not be fetched from the hub ({repository}, {type(error).__name__}): give a file, {name}:FILE.jsonl') from None
 
@@ -116,7 +153,8 @@ def fingerprint(encoded):
 def requests(items, encode, start, context):
     """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of which the last n are the answer's.
 
-    encode: str -> list of ids; start: id to begin with where a question has no tokens, or None.
+    The answer's are those from the first on that the question alone does not have, and at least one: its text may begin
+    in the middle of a token. encode: str -> list of ids; start: id to begin with where a question has no tokens, or None.
     """
     made = []
     for item in items:
@@ -124,11 +162,14 @@ def requests(items, encode, start, context):
         before = encode(question)
         for choice in item.choices:
             whole = encode(question + item.question[len(question):] + ' ' + choice)
-            ids, n = whole, len(whole) - len(before)
-            if not before:
+            shared = len(os.path.commonprefix([before, whole]))
+            ids, n = whole, max(1, len(whole) - shared)
+            if n >= len(ids):  # nothing comes before it
                 if start is None:
                     raise ConfigError('a question without text needs a tokenizer with an end-of-text token')
-                ids = [start, *ids]
+                ids, n = [start, *ids], len(ids)
+            if not n:
+                raise ConfigError(f'the answer {choice!r} has no tokens')
             made.append((ids[-(context + 1):], min(n, context)))
     return made
 
@@ -160,7 +201,7 @@ def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interru
         for row, i in enumerate(batch):
             ids, n = made[i]
             scores = F.log_softmax(logits[row, len(ids) - 1 - n:len(ids) - 1].float(), dim=-1)
-            found[i] = scores.gather(1, torch.tensor(ids[-n:], device=device)[:, None]).sum().item() if n else 0.0
+            found[i] = scores.gather(1, torch.tensor(ids[-n:], device=device)[:, None]).sum().item()
     return found
 
 

@@ -133,7 +133,7 @@ def test_speed_prompts_and_what_was_found_before(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args, message', [
-    (['--tasks=hellaswg'], "unknown task 'hellaswg', did you mean 'hellaswag'?"), (['--tasks=piqa:nowhere.jsonl'], 'no such file: nowhere.jsonl'),
+    (['--tasks=hellaswg'], "unknown task 'hellaswg', did you mean 'hellaswag'?"), (['--tasks=piqa:nowhere.jsonl'], 'nowhere.jsonl cannot be read (No such file or directory)'),
     ([f'--tasks=piqa:{FILES["arc_easy"]}'], "line 1: not an item of piqa (KeyError: 'goal')"), (['--prompts=nowhere.txt'], '--prompts=nowhere.txt: no such file'),
     (['--out_dir=nowhere'], 'no checkpoint to load'), (['--limit=0'], '--limit=0 must be at least 1'), (['--hf=./nowhere'], 'no local folder and could not be fetched')])
 def test_bad_input_is_told(trained, capsys, args, message):

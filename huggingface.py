@@ -292,6 +292,11 @@ def name_map(kind, config):
     return rows
 
 
+def count_tensors(folder):
+    """Return the number of tensors in the weights of a Hugging Face folder."""
+    return len(tensors_of(folder))
+
+
 def _expert_rows(kind, config, h, theirs):
     """Rows of name_map() for the mixture of experts of our layer h, their layer theirs."""
     if kind == 'gpt_oss':  # fused, gate and up interleaved, (E, in, out)

@@ -26,12 +26,12 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks
+from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, place_of, probe
 from engine.dataset import check_fit, folder_of, open_dataset
 from engine.files import redact
-from engine.loader import TrainLoader, evaluation_batches, mix, order_of
+from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, mix, order_of
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
@@ -254,9 +254,16 @@ def run(argv, stop):
     checks.note_without_effect(c, given, shape, ROUTING, notes)
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
     parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
+    data_folder = folder_of(c.dataset, ROOT)
+    tokenizer_id = parallel.from_main(lambda: tokenizer_match.tokenizer_identity(data_folder, meta), world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
+    if resumed:
+        parallel.from_main(lambda: tokenizer_match.check_resumed(resumed, data_folder, meta, c.dataset, notes), world)
+    if hf_folder:
+        match = parallel.from_main(lambda: tokenizer_match.check_weights(hf_folder, data_folder, c.dataset), world)
+        notes.append(f'weights from {c.init_from}, {huggingface.count_tensors(hf_folder):,} tensors; {match}')
     torch_dtype = kernels.precision(c.dtype, device)
-    kernels.repeat(c.deterministic, kernels.attention_repeats(device.type, torch_dtype, any(shape.windows), c.document_mask))  # before a trial times them
+    kernels.set_deterministic(c.deterministic)  # before a trial times them
     dtype = str(torch_dtype).removeprefix('torch.')
     chosen, told = parallel.from_main(lambda: kernels.choose(c, shape, device, torch_dtype), world)
     notes += told
@@ -295,6 +302,8 @@ def run(argv, stop):
         notes.append(f"{torch.get_num_threads()} CPU threads (it was {resumed['threads']}): sums are rounded differently, so losses differ in the last bits")
     c = dataclasses.replace(c, dtype=dtype, attention_backend=chosen['backend'], gradient_accumulation_steps=accumulation, device=device.type,
                             backend=world.backend, use_cuda_graphs=checks.cuda_graphs(c, device.type, chosen['dispatch'], notes), **dataclasses.asdict(shape))
+    windows = evaluation_identity(val_file, c)
+    best_val_loss = resume.best_loss_so_far(resumed, windows, new_validation, notes) if resumed else math.inf
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
@@ -353,9 +362,7 @@ def run(argv, stop):
     parallel.bind(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)
-    best_val_loss = math.inf
     if resumed:
-        best_val_loss = math.inf if resumed['best_val_loss'] is None or new_validation else resumed['best_val_loss']
         if nanogpt:
             for name, tensor in optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ():
                 parallel.put(tensor, nanogpt['optimizer'][name])
@@ -372,7 +379,8 @@ def run(argv, stop):
     header = {'config': resume.config_record(c), 'startup_info': startup,
               'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size}}
     evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
-    if evaluated and evaluated['val'] < best_val_loss:
+    evaluated = evaluated if evaluated and evaluated.get('data') == windows else None
+    if evaluated and (evaluated['val'] or math.inf) < best_val_loss:
         best_val_loss = evaluated['val']
     log = RunLog(c.out_dir, run_name, header, active=world.main, write=not c.eval_only, resume_step=start_step if resumed or c.auto_resume else None,
                  evaluated=evaluated is not None, save_json=c.save_log_to_json, save_interval=c.log_save_interval, total=c.max_iters, first=start_step)
@@ -414,7 +422,7 @@ def run(argv, stop):
         nonlocal saved_step
         state = {'run_name': run_name, 'branch': lineage, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': resume.config_record(c),
                  'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(),
-                 'data': data, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
+                 'data': data, 'windows': windows, 'tokenizer': tokenizer_id, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
                  'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
         due = time.perf_counter()
         settle(saver.wait())  # one save at a time
@@ -527,7 +535,7 @@ def run(argv, stop):
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
                           tokens_seen=tokens, **({'tasks': losses['tasks']} if eval_tasks else {}))
                 log.say(summary(step, losses))
-                last_evaluation = step, {**losses, 'data': val_file.fingerprint}
+                last_evaluation = step, {**losses, 'data': windows}
                 if losses['val'] < best_val_loss:
                     best_val_loss = losses['val']
                     if not c.always_save_checkpoint and step not in (saved_step, 0):

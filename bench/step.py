@@ -44,7 +44,7 @@ class Step:
         self.device = device = self.world.device
         self.dtype = kernels.precision(c.dtype, device)
         self.shape = resolve_shape(dataclasses.asdict(c), c.vocab_size)
-        kernels.repeat(c.deterministic, kernels.attention_repeats(device.type, self.dtype, any(self.shape.windows), c.document_mask))
+        kernels.set_deterministic(c.deterministic)
         settings = model_settings(c, device)
         self.model = Model.on_meta(**settings).allocate(device)
         self.model.init_weights(c.seed)

@@ -145,13 +145,14 @@ _WHOLE = (is_whole, 'a whole number that is not negative')
 _NUMBER = (lambda value: isinstance(value, (int, float)) and not isinstance(value, bool), 'a number')
 _LOSS = (lambda value: value is None or _NUMBER[0](value), 'a number or null')
 _TEXT = (lambda value: isinstance(value, str) and len(value) < 4096 and '\0' not in value, 'a text')
+_TEXT_OR_NULL = (lambda value: value is None or _TEXT[0](value), 'a text or null')
 _DICT = (lambda value: isinstance(value, dict), 'an object')
 _FLAG = (lambda value: isinstance(value, bool), 'true or false')
 _LINEAGE = (lambda value: isinstance(value, str) and bool(re.fullmatch(r'\d{8}T\d{6}\.\d{6}Z', value)), 'a time such as 20261125T101500.000000Z')
 _FORMAT = (lambda value: is_whole(value, 1, FORMAT), f'1 to {FORMAT}; a later one needs a later version of onetrain')
 _STATE = {'format': _FORMAT, 'step': _WHOLE, 'run_name': _TEXT, 'branch': _LINEAGE, 'position': _WHOLE, 'tokens': _WHOLE, 'tokens_per_step': _WHOLE,
-          'threads': _WHOLE, 'world_size': _WHOLE, 'config': _DICT, 'best_val_loss': _LOSS, 'scaler': _DICT, 'data': _DICT, 'optimizer': _TEXT,
-          'time': _TEXT, 'versions': _DICT}
+          'threads': _WHOLE, 'world_size': _WHOLE, 'config': _DICT, 'best_val_loss': _LOSS, 'scaler': _DICT, 'data': _DICT, 'windows': _TEXT, 'tokenizer': _TEXT_OR_NULL,
+          'optimizer': _TEXT, 'time': _TEXT, 'versions': _DICT}
 # keys of the configuration that commands read, beside those of the model's shape, which presets.resolve_shape() checks
 _CONFIG = {'dataset': _TEXT, 'max_iters': _WHOLE, 'total_batch_size': _WHOLE, 'learning_rate': _NUMBER, 'min_lr': _NUMBER, 'weight_decay': _NUMBER,
            'beta1': _NUMBER, 'beta2': _NUMBER, 'grad_clip': _NUMBER, 'decay_lr': _FLAG, 'document_mask': _FLAG, 'dtype': _TEXT,
@@ -318,7 +319,7 @@ def read_evaluation(path, fs=LOCAL):
     if not fs.isfile(file):
         return None
     losses = unseal(_read(fs, file))
-    _check_fields(losses, {'train': _LOSS, 'val': _LOSS, 'data': _TEXT, 'windows': _TEXT, 'tasks': _DICT})
+    _check_fields(losses, {'train': _LOSS, 'val': _LOSS, 'data': _TEXT, 'tasks': _DICT})
     if 'val' not in losses:
         raise ValueError('it has no val')
     return losses

@@ -3,7 +3,7 @@ import dataclasses
 import importlib.util
 import sys
 
-from engine import faults, resume
+from engine import experts, faults, resume
 from engine.configurator import ConfigError
 
 
@@ -51,6 +51,9 @@ def cuda_graphs(c, device_type, dispatch, notes):
     """Whether micro-steps are recorded as CUDA graphs. Raises ConfigError for steps that cannot be; where there is no GPU, notes that it does without. dispatch: of experts, or None."""
     if not c.use_cuda_graphs:
         return False
+    if dispatch == 'grouped' and experts.waits_for_host(device_type):
+        raise ConfigError('use_cuda_graphs=True cannot record experts on this GPU, whose grouped matmul waits for the host '
+                          '(compute capability 9.0 and 10.0 have one that does not): type --use_cuda_graphs=False')
     for there, what, instead in ((c.use_fsdp, 'FSDP, which gathers and frees parameters in between', '--use_fsdp=False (--use_zero1=True shares out the optimizer state)'),
                                  (c.context_parallel > 1, f'context_parallel={c.context_parallel}, whose ranks send each other keys and values', '--context_parallel=1'),
                                  (dispatch == 'loop', 'expert_dispatch=loop, which asks for the tokens of each expert', '--expert_dispatch=grouped with --dtype=bfloat16')):

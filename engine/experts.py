@@ -4,8 +4,8 @@ Routing is that of DeepSeek-V3 (2024), of which Mixtral, Qwen3-MoE and gpt-oss u
 the k best, gates from the affinities. Experts are balanced without a loss (Wang et al., "Auxiliary-Loss-Free Load Balancing", 2024): a bias that
 plays a part in the choice only goes up for experts that got less than their share, and down for the others.
 
-No token is dropped. `grouped` sorts the (token, expert) pairs by expert and multiplies them in one call, without a word to the host; `loop` takes one
-expert after another and is what the former is compared with.
+No token is dropped. `grouped` sorts the (token, expert) pairs by expert and multiplies them in one call, on H100, H200 and B200 without a word to the host;
+`loop` takes one expert after another and is what the former is compared with.
 """
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,11 @@ def choose_dispatch(requested, widths, dtype, device_type):
     if odd:
         return 'loop', f'its matmuls want widths that are multiples of {multiple} in {str(dtype).removeprefix("torch.")}, not {odd[0]}'
     return 'grouped', None
+
+
+def waits_for_host(device_type):
+    """Whether torch's grouped matmul copies the counts of tokens to the host on this device: it has a kernel for all experts at once on some GPUs only."""
+    return device_type == 'cuda' and torch.cuda.get_device_capability() not in ((9, 0), (10, 0))
 
 
 def choose_experts(logits, bias, *, top_k, score_function, n_groups=1, topk_groups=1, norm_topk_prob=True, route_scale=1.0):
@@ -111,7 +116,13 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tor
 @torch.library.custom_op('onetrain::grouped_mm_backward', mutates_args=())
 def _grouped_mm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     grad = grad.contiguous()
-    return _grouped_mm(grad, weight, offs=ends), _grouped_mm(grad.t(), x, offs=ends)
+    return _grouped_mm(grad, weight, offs=ends), _zero_without_tokens(_grouped_mm(grad.t(), x, offs=ends), ends)
+
+
+def _zero_without_tokens(of_weight, ends):
+    """The gradient (E, out, in) with zeros for experts that got no token: torch's kernel for B200 leaves these unwritten (pytorch issue 172439)."""
+    some = ends.diff(prepend=ends.new_zeros(1)) > 0
+    return torch.where(some[:, None, None], of_weight, 0)
 
 
 grouped_mm.register_fake(lambda x, weight, ends: x.new_empty(x.size(0), weight.size(1)))

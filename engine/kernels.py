@@ -15,7 +15,7 @@ from engine.configurator import ConfigError
 
 def precision(name, device):
     """The torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16 on a GPU that has it, float16 on others, float32 on a CPU. Raises ConfigError for float16 on a CPU."""
-    name = name or ('float32' if device.type == 'cpu' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
+    name = name or ('float32' if device.type == 'cpu' else 'bfloat16' if _has_bfloat16() else 'float16')
     if name == 'float16' and device.type == 'cpu':
         raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     return getattr(torch, name)
@@ -31,18 +31,21 @@ def as_written():
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else contextlib.nullcontext()
 
 
-def attention_repeats(device_type, dtype, windows, documents):
-    """Whether torch's attention has a kernel whose gradients repeat to the last bit. windows, documents: whether the model has them."""
-    return device_type == 'cpu' or dtype != torch.float32 and not windows and not documents
+def _has_bfloat16():
+    """Whether the GPU computes in bfloat16 itself: before Ampere torch emulates it, slowly and without flash attention."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def repeat(wanted, strictly=True):
-    """Have torch take kernels that repeat to the last bit, or free it to take any. strictly: an operator that has none is an error; otherwise torch takes what it has, and flash attention a backward
-    pass that does not repeat."""
+def set_deterministic(wanted):
+    """Have torch take kernels that repeat to the last bit, and raise where an operator has none; or free it to take any.
+
+    Not by warnings alone: these have memory-efficient and flash attention take backward passes that do not repeat, where
+    an error has them take the ones that do.
+    """
     torch.backends.cuda.enable_cudnn_sdp(not wanted)  # sdpa prefers it on H100 and B200, but its gradients do not repeat
     if wanted:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read by cuBLAS at its first matmul
-        torch.use_deterministic_algorithms(True, warn_only=not strictly)
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write per buffer
 
 
@@ -69,14 +72,14 @@ def choose(c, shape, device, dtype):
         backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, window=any(shape.windows), **special)
         if passed_over:
             notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
-    if backend == 'sdpa' and c.deterministic and not attention_repeats(device.type, dtype, any(shape.windows), c.document_mask):
-        notes.append("deterministic=True, but for float32, windows and documents torch's attention has a kernel on GPUs whose gradients need not repeat to the last bit: "
-                     'attention_backend=flex or manual have them repeat')
     if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
         notes.append(f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul slow on a GPU: --vocab_size={-(-shape.vocab_size // 64) * 64} adds ids that no text has')
     dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type) if shape.num_experts else (None, None)
     if reason:
         notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+    if dispatch == 'grouped' and experts.waits_for_host(device.type):
+        notes.append('expert_dispatch=grouped is slow on this GPU, where torch multiplies one expert after another and waits for the host at each matmul: '
+                     'compute capability 9.0 or 10.0 (H100, H200, B200) has one kernel for all')
     float8 = fp8.choose(dtype, device) if c.fp8 else None
     if float8 == 'emulated':
         notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')

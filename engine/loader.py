@@ -7,6 +7,7 @@ resume is one integer, an epoch shows every token once (but for less than two wi
 sees does not depend on the number of ranks, the micro-batch, evaluation or logging.
 """
 import atexit
+import hashlib
 import queue
 import threading
 import time
@@ -143,6 +144,15 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
         x, y = window[:, :-1], window[:, 1:].clone()
         y[len(mine):] = IGNORE
         yield x, y
+
+
+def evaluation_identity(file, c):
+    """Return hex that is another one wherever the evaluation windows of `file` differ, or what a token of them sees.
+
+    c: train.Config. Losses under different ones are no rivals.
+    """
+    starts = file.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
+    return hashlib.sha256(f'{file.fingerprint} {c.block_size} {c.document_mask} '.encode() + np.asarray(starts, '<i8').tobytes()).hexdigest()
 
 
 class TrainLoader:

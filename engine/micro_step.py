@@ -1,6 +1,6 @@
 """A micro-step, forward and backward: as it is written, or recorded once as a CUDA graph and replayed."""
-import contextlib
 import functools
+import gc
 import time
 
 import torch
@@ -48,11 +48,21 @@ def compile_ahead(micro_step, evaluate):
     return time.perf_counter() - before, error
 
 
-def record(work, pool):
-    """A CUDA graph of the kernels that work() launches, which it does not run. pool: that of another graph with which it is to share memory, or None."""
+def record(work, pool, stream):
+    """A CUDA graph of the kernels that work() launches, which it does not run.
+
+    pool: that of another graph with which it is to share memory, or None; stream: on which work() was warmed up. Where DDP was
+    made on another one, gradients would arrive outside of the recording.
+    """
+    gc.collect()  # what keeps an older graph of autograd alive keeps the streams of its nodes, too
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode='thread_local'):  # other threads may copy checkpoints meanwhile
-        work()
+    override = getattr(torch.autograd.graph, 'set_override_stale_capture_stream', lambda enabled: None)  # from torch 2.13 on
+    override(True)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):  # other threads may copy checkpoints meanwhile
+            work()
+    finally:
+        override(False)
     return graph
 
 
@@ -93,17 +103,16 @@ class Graphs:
 
         Raises ConfigError on every rank where a step cannot be recorded, or its graphs do not repeat it.
         """
-        before, cuda = time.perf_counter(), batches[0][0].is_cuda
+        before, world = time.perf_counter(), self.plain.world
+        if batches[0][0].is_cuda and world.graph_stream is None:
+            world.graph_stream = torch.cuda.Stream()
         # strides as those of a batch, or the compiler would begin anew for them, which a recording does not survive
         self.x, self.y = (torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device) for tensor in batches[0])
-        side = torch.cuda.Stream() if cuda else None
-        with torch.cuda.stream(side) if cuda else contextlib.nullcontext():  # as torch's documentation asks: libraries make their plans, DDP its buckets
-            if cuda:
-                side.wait_stream(torch.cuda.default_stream())  # on which the batches were made
+        with parallel.on_graph_stream(world):  # as torch's documentation asks: libraries make their plans, DDP its buckets
             for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
                 expected = self._trial(self._plainly, self.plain.clear, batches, forget)
             again = self._trial(self._plainly, self.plain.clear, batches, forget)
-        if cuda:
+        if batches[0][0].is_cuda:
             torch.cuda.synchronize()
         self.plain.clear()
         error = self._record_all()
@@ -124,7 +133,7 @@ class Graphs:
         for number, kind in enumerate(self.kinds):
             if kind not in self.graphs:
                 try:
-                    self.graphs[kind] = self.record(functools.partial(self._work, kind, number), pool)
+                    self.graphs[kind] = self.record(functools.partial(self._work, kind, number), pool, self.plain.world.graph_stream)
                 except RuntimeError as failure:
                     failure = failure.__context__ or failure  # what ended the recording, rather than that it ended
                     return ' '.join(str(failure).split())[:300]

@@ -60,6 +60,7 @@ class World:
     data_size: int = 1
     ring: Ring | None = None
     here: int = 1  # processes on this machine
+    graph_stream: object = None  # torch.cuda.Stream on which steps are recorded, warmed up and exchange gradients; None without CUDA graphs
 
     @property
     def main(self):
@@ -265,6 +266,8 @@ def shard(model, world, dtype, reduce_dtype, offload):
 def wrap(model, world, compile, accumulation, graphs=False):
     """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same under DistributedDataParallel where the layout needs it.
     accumulation: micro-steps of an optimizer step; graphs: whether they will be recorded as CUDA graphs."""
+    if graphs and world.device.type == 'cuda':
+        world.graph_stream = torch.cuda.Stream()
     in_parts = world.layout != 'single'  # FSDP gathers between them, and DDP sends the gradients of one while the next are computed
     if compile and world.ring:
         world.ring.keep_from_compiler()
@@ -277,10 +280,24 @@ def wrap(model, world, compile, accumulation, graphs=False):
         return step_model, step_model
     ddp = torch.nn.parallel.DistributedDataParallel
     no_sync_of_buffers = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(ddp).parameters else 'broadcast_buffers'  # the new name of torch 2.13
-    with torch.cuda.stream(torch.cuda.Stream()) if graphs else contextlib.nullcontext():  # gradients arrive on the stream on which it is made, and the default one cannot be recorded
+    # gradients arrive on the stream on which DDP is made: a recording sees only its own, and the default one cannot be recorded
+    with on_graph_stream(world):
         return step_model, ddp(step_model, device_ids=[world.device.index] if world.device.type == 'cuda' else None, gradient_as_bucket_view=True,
                                static_graph=accumulation == 1,  # torch's does not work with no_sync() in the first step
                                **{no_sync_of_buffers: False})
+
+
+@contextlib.contextmanager
+def on_graph_stream(world):
+    """Context on world.graph_stream, in step with the current stream: what was queued there comes before, what will be comes after."""
+    if world.graph_stream is None:
+        yield
+        return
+    before = torch.cuda.current_stream()
+    world.graph_stream.wait_stream(before)
+    with torch.cuda.stream(world.graph_stream):
+        yield
+    before.wait_stream(world.graph_stream)
 
 
 @contextlib.contextmanager

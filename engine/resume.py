@@ -2,6 +2,7 @@
 import dataclasses
 import errno
 import fcntl
+import math
 import os
 import shutil
 import typing
@@ -178,7 +179,7 @@ def check_data(state, data, allowed, notes):
 
     data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises ConfigError for a change that is not `allowed`.
     """
-    changed = [split for split in data if 'data' in state and state['data'][split] != data[split]]
+    changed = [split for split in data if split in state.get('data', ()) and state['data'][split] != data[split]]
     if changed and not allowed:
         was, is_now = state['data'][changed[0]], data[changed[0]]
         raise ConfigError(f"{changed[0]}.bin is not the one that this run was trained with ({is_now['tokens']:,} tokens, fingerprint {is_now['fingerprint'][:12]}; it was "
@@ -188,6 +189,20 @@ def check_data(state, data, allowed, notes):
     if 'val' in changed:
         notes.append('the validation data is not that of the checkpoint: the best loss so far is forgotten')
     return 'train' in changed, 'val' in changed
+
+
+def best_loss_so_far(state, windows, new_validation, notes):
+    """Return the best validation loss of a checkpoint, infinity where it was measured under other conditions than those to come.
+
+    windows: loader.evaluation_identity() of now; new_validation: whether the validation data is another, which was noted.
+    """
+    if state['best_val_loss'] is None or new_validation:
+        return math.inf
+    if state.get('windows') != windows:
+        notes.append('the validation loss is measured on other windows than before (eval_iters, batch_size or document_mask changed): '
+                     'the best loss so far is forgotten')
+        return math.inf
+    return state['best_val_loss']
 
 
 def set_aside(c, state, world, notes):

@@ -136,6 +136,15 @@ class Saver:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training comes first
         if self.world.device.type == 'cuda':
             torch.cuda.set_device(self.world.device)  # a new thread begins on the first GPU
+            self.stream = self.stream or torch.cuda.Stream(self.world.device)
+        # a stream of its own around all: torch's writer waits for the current one, and the default one is training's
+        with torch.cuda.stream(self.stream):
+            if self.stream is not None:
+                self.stream.wait_event(self.copied)  # the tensors are those of this step
+            self._save(outcome, step, tensors, state, size)
+        outcome.total_s = time.perf_counter() - self.started
+
+    def _save(self, outcome, step, tensors, state, size):
         try:
             try:
                 tensors = self._stage(step, tensors) if self.background else tensors
@@ -148,20 +157,16 @@ class Saver:
             outcome.error, outcome.not_finite = str(error), True
         except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, training goes on and the user is told
             outcome.error = f'{type(error).__name__}: {error}' if not isinstance(error, _Failed) else str(error)
-        outcome.total_s = time.perf_counter() - self.started
 
     def _stage(self, step, tensors):
         """Copies of this rank's tensors in host memory, as they were at start()."""
         cuda = self.world.device.type == 'cuda'
         if cuda:
-            self.stream = self.stream or torch.cuda.Stream(self.world.device)
-            with torch.cuda.stream(self.stream):
-                self.stream.wait_event(self.copied)
-                for name, tensor in tensors.items():
-                    _check_alike(name, _local(self.copies[name]), _local(tensor))
-                    _local(self.copies[name]).copy_(_local(tensor), non_blocking=True)
-                copied = torch.cuda.Event()
-                copied.record()
+            for name, tensor in tensors.items():
+                _check_alike(name, _local(self.copies[name]), _local(tensor))
+                _local(self.copies[name]).copy_(_local(tensor), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
             self.copied = copied
             self.staged.set()
             copied.synchronize()

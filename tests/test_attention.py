@@ -99,15 +99,32 @@ def test_where_flash_attention_4_runs(monkeypatch):
 
 
 def test_what_a_gpu_is_told():
-    """Notes, without a GPU: kernels that do not repeat, an odd vocabulary."""
+    """Notes, without a GPU: an odd vocabulary."""
     def notes(dtype=torch.bfloat16, **changes):
         c = Config(**changes)
         shape = resolve_shape(dataclasses.asdict(c), 50257)
         return ' '.join(kernels.choose(c, shape, torch.device('cuda'), dtype)[1])
-    assert '--vocab_size=50304 adds ids that no text has' in notes() and 'need not repeat' not in notes()
-    assert not notes(vocab_size=50304) and not notes(init_from='resume')
-    assert 'need not repeat' in notes(torch.float32) and 'need not repeat' in notes(sliding_window=16) and 'need not repeat' in notes(document_mask=True)
-    assert not notes(torch.float32, deterministic=False, vocab_size=50304)
+    assert '--vocab_size=50304 adds ids that no text has' in notes()
+    assert not notes(vocab_size=50304) and not notes(init_from='resume') and not notes(torch.float32, vocab_size=50304)
+
+
+def test_determinism_is_an_error_not_a_warning(monkeypatch):
+    """By a warning torch's memory-efficient attention takes a backward pass that does not repeat."""
+    monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        kernels.set_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize('native, dtype', [(False, torch.float16), (True, torch.bfloat16)])
+def test_bfloat16_is_taken_where_the_gpu_has_it_itself(native, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: native or including_emulation)
+    assert kernels.precision(None, torch.device('cuda')) == dtype
 
 
 @pytest.mark.parametrize('operator', [None, 'scatter'])

@@ -1,9 +1,11 @@
 """Proves CUDA graphs: the bits of a run without, each micro-step with its own data; steps that cannot be recorded, or are not repeated, are refused."""
+import dataclasses
+
 import pytest
 import torch
 from conftest import equal, losses, records, run_train, weights
 
-from engine import checks, micro_step, parallel
+from engine import checks, kernels, micro_step, parallel
 from engine.configurator import ConfigError
 from model import Model
 from presets import resolve_shape
@@ -16,7 +18,7 @@ FAMILIES = ('gpt2', 'llama', 'qwen3', 'neox', 'moe')
 class Again:
     """Stands for a CUDA graph where there is no GPU: replay() calls the function once more, on the same tensors."""
 
-    def __init__(self, work, pool):
+    def __init__(self, work, pool, stream):
         work()
         self.work, self.shares = work, pool
 
@@ -105,6 +107,61 @@ def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
     assert asked == [False, False, False, True]
 
 
+class Stream:
+    """Stands for a torch.cuda.Stream; entering one makes it the current one."""
+    current = None
+
+    def __init__(self, name='made'):
+        self.name, self.waited = name, []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def __enter__(self):
+        self.before, Stream.current = Stream.current, self
+
+    def __exit__(self, *error):
+        Stream.current = self.before
+
+
+def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
+    """Gradients of a recording arrive on the stream on which DDP was made; nothing else waits for it."""
+    default, where, made = Stream('default'), [], []
+    monkeypatch.setattr(Stream, 'current', default)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda *device: made.append(Stream()) or made[-1])
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda *device: Stream.current)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: 'a graph')
+    monkeypatch.setattr(torch.cuda, 'graph', lambda graph, pool, stream, capture_error_mode: where.append(('recorded', stream)) or stream)
+    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', lambda model, device_ids, **options: where.append(('made', Stream.current)) or model)
+    step = plain()
+    world = step.world
+    world.layout, world.device = 'DDP', torch.device('cuda', 0)
+    monkeypatch.setattr(parallel, 'last_micro_step', lambda model, last, world: torch.enable_grad())
+    step.train_model = parallel.wrap(step.model, world, compile=False, accumulation=1, graphs=True)[1]
+    call = step.train_model
+    step.train_model = lambda *args, **kwargs: where.append(('warmed up', Stream.current)) or call(*args, **kwargs)
+    micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
+    warm = list(where)
+    assert micro_step.record(lambda: None, None, world.graph_stream) == 'a graph'
+    assert len(made) == 1 and made[0] is world.graph_stream and made[0].waited and default.waited == [made[0]] * 2
+    assert where[0] == ('made', made[0]) and where[-1] == ('recorded', made[0])
+    assert [stream for what, stream in warm[1:]][:22] == [made[0]] * 22  # 11 times two micro-steps
+
+
+@pytest.mark.parametrize('capability, refused', [((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False)])
+def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+    if refused:
+        with pytest.raises(ConfigError, match='grouped matmul waits for the host'):
+            checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
+    else:
+        assert checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
+    c = Config(arch_preset='moe', num_experts=4, n_layer=2, n_head=2, n_embd=64, expert_d_ff=64, vocab_size=64)
+    notes = ' '.join(kernels.choose(c, resolve_shape(dataclasses.asdict(c)), torch.device('cuda'), torch.bfloat16)[1])
+    assert ('expert_dispatch=grouped is slow on this GPU' in notes) == refused
+
+
 class Frozen(Again):
     """Replays the data that it was recorded with."""
 
@@ -117,7 +174,7 @@ class Frozen(Again):
 class Impossible:
     """As torch.cuda.graph does, which ends a recording that failed with an error of its own."""
 
-    def __init__(self, work, pool):
+    def __init__(self, work, pool, stream):
         try:
             raise RuntimeError('operation not permitted when stream is capturing')
         finally:

@@ -10,6 +10,8 @@ A copy of a run is at COPY_TO/NAME/RUN, where NAME is that of its out_dir; there
 is there already is not copied again, so the same command goes on where it was interrupted.
 Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used, 130 Ctrl-C.
 """
+from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import argparse
 import os
 import sys
@@ -30,12 +32,13 @@ def main(argv=None):
     parser.add_argument('--verify', choices=('full', 'size'), default='full', help='every byte (default), or only the sizes')
     parser.add_argument('--copy_to', metavar='PLACE', help='a folder or URL to which checkpoints and logs are copied')
     parser.add_argument('--step', type=int, help='only the checkpoints of this step')
-    args = parser.parse_args(argv)
-    try:
-        return copy(args) if args.copy_to is not None else show(args)
-    except ConfigError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv)
+
+
+def run(args):
+    if '' in (args.place, args.copy_to):
+        raise ConfigError('an empty name is no place: give a folder or a URL')
+    return show(args) if args.copy_to is None else copy(args)
 
 
 def runs_of(args):

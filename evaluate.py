@@ -12,6 +12,8 @@ evaluation_STEP.json in the folder of the run, which `python plots/compare_evalu
     python export.py --out_dir=out-demo --to=hf-demo
     lm_eval run --model hf --model_args pretrained=hf-demo --tasks=lambada_openai,winogrande
 """
+from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import argparse
 import json
 import math
@@ -23,9 +25,10 @@ import torch
 
 from data.tokenfile import read_meta
 from data.tokenizer import decode_after, same_tokenizer, tokenizer_of
-from engine import parallel, tasks
+from engine import checkpoint, parallel, tasks
 from engine.configurator import ConfigError
 from engine.dataset import check_fit, folder_of, open_dataset, shares_of
+from engine.files import parse_json
 from engine.logger import now
 from engine.loss import IGNORE
 from generation import cache_for, check_prompts, generate, lines_of
@@ -47,19 +50,21 @@ def main(argv=None):
     parser.add_argument('--data_url', help='URL of the folder of --dataset, as in training')
     parser.add_argument('--no_loss', action='store_true', help='leave out the data set')
     parser.add_argument('--json', help='file of the results; default: evaluation_STEP.json in the folder of the run, evaluation.json in a Hugging Face folder')
-    return parallel.answer(run, parser.parse_args(argv))
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.tell)
 
 
 def run(args):
     for name in ('batch_size', 'max_new_tokens') + (('limit',) if args.limit is not None else ()):
-        if getattr(args, name) < 1:
-            raise ConfigError(f'--{name}={getattr(args, name)} must be at least 1')
+        if not 1 <= getattr(args, name) <= 2**31:
+            raise ConfigError(f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31')
+    if args.tokens < 0:
+        raise ConfigError(f'--tokens={args.tokens} must not be negative')
     wanted = tasks.load_tasks(args.tasks, args.limit)
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
-    dataset = args.dataset or state and state['config']['dataset']
+    dataset = args.dataset or state and state['config'].get('dataset')
     if not args.no_loss and not dataset:
-        raise ConfigError('a Hugging Face folder names no data set: give --dataset, or --no_loss')
+        raise ConfigError('this model names no data set: give --dataset, or --no_loss')
     if not args.no_loss:
         check_tokenizer(dataset, tokenizer)
     wanted = tasks.encode(wanted, tokenizer, model.config.block_size)
@@ -77,8 +82,8 @@ def run(args):
     keep()
     with torch.no_grad(), autocast:
         if not args.no_loss:
-            results['loss'] = losses(model, dataset, args, tokenizer, world, state)
-            found = results['loss']
+            found = results['loss'] = losses(model, dataset, args, tokenizer, world, state)
+            results['losses'] = {f"{found['dataset']} {found['split']}": found}
             say(f"{found['dataset']} {found['split']}, {found['tokens']:,} tokens: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
                 + (f", {found['bits_per_byte']:.4f} bits per byte" if found['bits_per_byte'] else '') + f" ({found['seconds']:.1f} s)")
             keep()
@@ -117,20 +122,22 @@ def check_tokenizer(dataset, tokenizer):
 def place_of_results(args, state):
     """The file of the results; its folder exists and can be written to, or ConfigError."""
     path = args.json or (os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json') if args.hf else os.path.join(args.out_dir, f"evaluation_{state['step']:08d}.json"))
+    if '://' in path or os.path.isdir(path):
+        raise ConfigError(f'--json={path} is {"a URL" if "://" in path else "a folder"}: give the name of a file on this machine')
     folder = os.path.dirname(path) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
+        open(f'{path}.tmp', 'ab').close()
+        os.remove(f'{path}.tmp')
     except OSError as error:
-        raise ConfigError(f'{folder} cannot be made ({error.strerror}): give another --json') from None
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f'{folder} cannot be written to: give another --json')
+        raise ConfigError(f'{path} cannot be written to ({error.strerror}): give another --json') from None
     return path
 
 
 def identity(source, state):
     """A text that is another one for other weights at the same place."""
     if state:
-        return f"{state['run_name']} step {state['step']} {state['time']}"
+        return f"{state['run_name']} step {state['step']} {state.get('time')}"
     files = sorted(name for name in os.listdir(source) if name.endswith('.safetensors'))
     return ' '.join(f'{name} {os.stat(os.path.join(source, name)).st_size} {os.stat(os.path.join(source, name)).st_mtime_ns}' for name in files)
 
@@ -197,19 +204,18 @@ def synchronised(device):
 
 
 def record(path, results):
-    """Add `results` to the JSON file of this checkpoint; what was measured of the same weights before and not now stays."""
+    """Add `results` to the JSON file of this checkpoint; what was measured of the same weights before and not now stays, other data sets' losses too."""
     before = {}
     if os.path.isfile(path):
         try:
-            with open(path, encoding='utf-8') as f:
-                before = json.load(f)
+            with open(path, 'rb') as f:
+                before = parse_json(f.read())
         except ValueError:
             pass  # half-written by something else: made anew
-    if before.get('weights') == results['weights']:
-        results = {**before, **results, 'tasks': {**before.get('tasks', {}), **results.get('tasks', {})}}
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(results, f, indent=2)
-    os.replace(path + '.tmp', path)
+    if isinstance(before, dict) and before.get('weights') == results['weights']:
+        together = {key: {**earlier, **results.get(key, {})} for key in ('tasks', 'losses') if isinstance(earlier := before.get(key, {}), dict)}
+        results = {**before, **results, **together}
+    checkpoint.replace_file(path, json.dumps(results, indent=2).encode())
 
 
 if __name__ == '__main__':

@@ -7,21 +7,24 @@ Writes a trained model as a Hugging Face folder, which transformers, vLLM and lm
 The folder gets config.json, safetensors files, the tokenizer of the run's data set and a model card with the facts of the training. Afterwards the
 weights are read back: if transformers is installed it must compute the same logits from them as this project does.
 """
+from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import argparse
 import os
+import re
 import sys
 
 import torch
 
 import huggingface
-from data.tokenizer import PROBE
 from data.tokenizer_json import save_for_transformers
-from engine import parallel
 from engine.configurator import ConfigError
 from engine.logger import read_records
 from engine.report import size_of
 from model import Model
 from sample import build, load_state, tokenizer_of_run
+
+PROBE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'
 
 
 def main(argv=None):
@@ -33,10 +36,13 @@ def main(argv=None):
     parser.add_argument('--shard_size', default='5GB', help='largest size of one safetensors file')
     parser.add_argument('--push_to_hub', metavar='ORG/NAME', help='upload the folder to the hub too (log in with `hf auth login` first)')
     parser.add_argument('--no_check', action='store_true', help='do not compare with transformers')
-    return parallel.answer(run, parser.parse_args(argv))
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
 def run(args):
+    prepare_folder(args.to)
+    if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
+        raise ConfigError(f'--shard_size={args.shard_size} is no size: type a number and a unit, such as 5GB')
     shape, tensors, path, state = load_state(args.out_dir, args.step)
     kind = huggingface.family(shape)
     if args.push_to_hub:
@@ -44,11 +50,15 @@ def run(args):
     tokenizer, _, elsewhere = tokenizer_of_run(state)
     if elsewhere:
         raise ConfigError(f'{elsewhere}, so its tokenizer may be another: prepare it as it was')
+    try:
+        readme = card(shape, state, facts(args.out_dir, state['run_name'], state['step']), kind)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f'{path}/state.json does not say what a model card needs ({type(error).__name__}: {error}): it is not the checkpoint of a run') from None
     print(f'{path} as {kind}, {args.dtype}')
     huggingface.write(args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size)
     save_for_transformers(tokenizer, args.to)
     with open(os.path.join(args.to, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(card(shape, state, facts(args.out_dir, state['run_name'], state['step']), kind))
+        f.write(readme)
     if not args.no_check:
         print(check(args.to, shape, tokenizer))
     if args.push_to_hub:
@@ -56,6 +66,21 @@ def run(args):
         print(f'uploaded to https://huggingface.co/{args.push_to_hub}')
     print(f"wrote {args.to}: AutoModelForCausalLM.from_pretrained('{args.to}') opens it, lm_eval run --model hf --model_args pretrained={args.to} scores it")
     return 0
+
+
+def prepare_folder(folder):
+    """Make the folder to write to. Raises ConfigError where nothing can be written there."""
+    if not folder or '://' in folder:
+        raise ConfigError(f'--to={folder} is no folder: give the name of one on this machine, which is made if it is not there')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name in ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'README.md'):
+            if os.path.isdir(os.path.join(folder, name)):
+                raise IsADirectoryError(0, f'{name} there is a folder')
+        open(os.path.join(folder, '.probe'), 'wb').close()
+        os.remove(os.path.join(folder, '.probe'))
+    except OSError as error:
+        raise ConfigError(f'--to={folder} cannot be written to ({error.strerror}): give another folder') from None
 
 
 def check(folder, shape, tokenizer):
@@ -91,11 +116,13 @@ def facts(out_dir, run_name, step):
         return found
     for line in lines:
         if line['type'] == 'header':
-            found['hardware'] = line['startup_info']['hardware']
+            startup = line.get('startup_info')
+            hardware = startup.get('hardware') if isinstance(startup, dict) else None
+            found['hardware'] = hardware if isinstance(hardware, dict) else {}
         elif line.get('iter', step + 1) <= step:
-            if line['type'] == 'iter':
+            if line['type'] == 'iter' and 'wall_s' in line:
                 found['hours'] = line['wall_s'] / 3600
-            elif line['type'] == 'eval':
+            elif line['type'] == 'eval' and line['val_loss'] is not None:
                 found['val_loss'], found['evaluated'] = line['val_loss'], line['iter']
     return found
 

@@ -25,7 +25,7 @@ def likely(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     top_k keeps the k most likely tokens; top_p the fewest whose probability adds up to at least p (nucleus sampling, Holtzman et al., 2019); min_p those at
     least that fraction as likely as the likeliest (Nguyen et al., 2024). The most likely token always stays.
     """
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)  # no temperature makes them infinite
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float('-inf'))
@@ -33,6 +33,7 @@ def likely(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(dim=-1)
         beyond = probabilities.cumsum(dim=-1) - probabilities >= top_p
+        beyond[:, 0] = False
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), float('-inf'))
     probabilities = logits.softmax(dim=-1)
     if min_p is not None:
@@ -47,10 +48,21 @@ def penalised(logits, seen, penalty):
 
 def lines_of(path, said):
     """The prompts of a text file, one on each line. Raises ConfigError where there is none; said: what the user typed before the path."""
+    return [line for line in text_of(path, said).split('\n') if line.strip()]
+
+
+def text_of(path, said):
+    """The text of a file in UTF-8. Raises ConfigError where it cannot be read; said: what the user typed before the path."""
     if not os.path.isfile(path):
         raise ConfigError(f'{said}{path}: no such file')
-    with open(path, encoding='utf-8') as f:
-        return [line.rstrip('\n') for line in f if line.strip()]
+    try:
+        with open(path, encoding='utf-8') as f:
+            return f.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f'{said}{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}): '
+                          f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
+    except OSError as error:
+        raise ConfigError(f'{said}{path} cannot be read ({error.strerror})') from None
 
 
 def prompts_of(start, tokenizer, block_size):

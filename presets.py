@@ -1,9 +1,11 @@
 """The shape of a model: its switches, the families that are settings of them, and which settings cannot be built."""
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass
 
-from engine.configurator import ConfigError
+from engine.configurator import ConfigError, a_type, shortened
+from engine.rope import SCALINGS
 
 # A preset only fills what the user left open. d_ff is d_ff_ratio * n_embd, rounded up to a multiple of d_ff_multiple.
 _GPT2 = dict(vocab_size=50304, bias=False, normalization='layernorm', norm_eps=1e-5, norm_position='pre', activation='gelu_tanh',
@@ -112,24 +114,55 @@ class ModelConfig:
         return '-'.join(parts)
 
 
+_CHOICES = {'normalization': ('layernorm', 'layernorm_nobias', 'rmsnorm'), 'norm_position': ('pre', 'post'),
+            'activation': ('gelu', 'gelu_tanh', 'silu', 'relu', 'relu2'), 'ffn_type': ('standard', 'swiglu', 'swiglu_clamped'),
+            'position_encoding': ('learned_absolute', 'rope', 'none'), 'rope_scaling': ('none', *SCALINGS), 'score_function': ('sigmoid', 'softmax')}
+_MOST = {'n_layer': 10**4, 'n_head': 2**16, 'num_key_value_heads': 2**16, 'n_embd': 2**20, 'head_dim': 2**16, 'd_ff': 2**24, 'expert_d_ff': 2**24,
+         'num_experts': 2**14, 'num_experts_per_tok': 2**14, 'num_shared_experts': 2**10, 'n_dense_layers': 10**4, 'vocab_size': 2**30}
+_POSITIVE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'num_key_value_heads', 'head_dim', 'd_ff', 'expert_d_ff', 'rope_original_block_size')
+
+
+def _check_types(given):
+    """Raise ConfigError for a value (None: left open) that is not of the type of its field in ModelConfig, or out of its bounds.
+
+    They may come from the configuration of a checkpoint or of a Hugging Face folder, which anybody wrote.
+    """
+    for name, kind in typing.get_type_hints(ModelConfig).items():
+        value = given[name]
+        if value is None:
+            continue
+        kinds = typing.get_args(kind) or (kind,)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fits = isinstance(value, bool) if bool in kinds else isinstance(value, str) if str in kinds else number and (float in kinds or isinstance(value, int))
+        if not fits or number and not abs(value) < 2**63:  # nan is not
+            raise ConfigError(f'{name}={shortened(value)} is {a_type(value)}, expected {" or ".join(k.__name__ for k in kinds if k is not type(None))}')
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise ConfigError(f'{name}={shortened(value)} is not one of {", ".join(_CHOICES[name])}')
+        if name in _POSITIVE and value < 1:
+            raise ConfigError(f'{name}={value} must be at least 1')
+        if name in _MOST and value > _MOST[name]:
+            raise ConfigError(f'{name}={value} must be at most {_MOST[name]:,}')
+
+
 def resolve_shape(settings, vocab_size=None):
     """ModelConfig from the trainer's keys, where None means that the preset decides.
 
     settings: mapping with arch_preset, block_size and the names of ModelConfig; vocab_size: of the data set, used when
     settings leave it open. Raises ConfigError for a shape that cannot be built.
     """
-    preset = PRESETS.get(settings['arch_preset'])
-    if preset is None:
-        raise ConfigError(f"arch_preset={settings['arch_preset']!r} is not one of {', '.join(PRESETS)}")
+    name = settings.get('arch_preset')
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"arch_preset={shortened(name)} is not one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
     given = {field.name: settings.get(field.name) for field in dataclasses.fields(ModelConfig)}
+    _check_types(given)
     shape = {name: preset.get(name) if value is None else value for name, value in given.items()}
+    if missing := [name for name in ('n_layer', 'n_head', 'n_embd', 'block_size') if shape[name] is None]:
+        raise ConfigError(f'{missing[0]} is not given, and no preset has it')
     if given['vocab_size'] is None and vocab_size is not None:
         shape['vocab_size'] = vocab_size
     if given['normalization'] is None and shape['normalization'] == 'layernorm' and not shape['bias']:
         shape['normalization'] = 'layernorm_nobias'
-    for name in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'num_key_value_heads', 'head_dim', 'd_ff', 'expert_d_ff', 'rope_original_block_size'):
-        if shape[name] is not None and shape[name] < 1:
-            raise ConfigError(f'{name}={shape[name]} must be at least 1')
     n_embd, n_head = shape['n_embd'], shape['n_head']
     if shape['head_dim'] is None:
         if n_embd % n_head:
@@ -153,9 +186,9 @@ def resolve_shape(settings, vocab_size=None):
     if shape['rope_factor'] is None:
         shape['rope_factor'] = max(1.0, shape['block_size'] / shape['rope_original_block_size'])
     config = ModelConfig(**shape)
-    if not 0 < config.rotary_pct <= 1 or config.rope_theta <= 0 or config.norm_eps < 0:
-        raise ConfigError(f'rotary_pct={config.rotary_pct} must be above 0 and at most 1, rope_theta={config.rope_theta} above 0, '
-                          f'norm_eps={config.norm_eps} not negative')
+    if not 0 < config.rotary_pct <= 1 or not 1 < config.rope_theta <= 1e15 or not 0 <= config.norm_eps <= 1:
+        raise ConfigError(f'rotary_pct={config.rotary_pct} must be above 0 and at most 1, rope_theta={config.rope_theta} above 1, '
+                          f'norm_eps={config.norm_eps} from 0 to 1')
     if config.position_encoding == 'rope' and (config.rotary_dims % 2 or config.rotary_dims < 2):
         raise ConfigError(f'RoPE turns pairs of dimensions, but head_dim={config.head_dim} with rotary_pct={config.rotary_pct} gives '
                           f'{config.rotary_dims} of them: choose an even number')
@@ -176,9 +209,9 @@ def _check_scaling(c):
         return
     if c.position_encoding != 'rope':
         raise ConfigError(f'rope_scaling={c.rope_scaling} needs position_encoding=rope, not {c.position_encoding}')
-    if c.rope_factor < 1 or c.rope_scaling == 'dynamic' and c.rotary_dims <= 2:
-        raise ConfigError(f'rope_factor={c.rope_factor} must be at least 1: type the number of times that the context became longer')
-    if c.rope_scaling == 'llama3' and not 0 < c.rope_low_freq_factor < c.rope_high_freq_factor or c.rope_scaling == 'yarn' and not 0 < c.rope_beta_slow < c.rope_beta_fast:
+    if not 1 <= c.rope_factor <= 1e6 or c.rope_scaling == 'dynamic' and c.rotary_dims <= 2:
+        raise ConfigError(f'rope_factor={c.rope_factor} must be from 1 to 1e6: type the number of times that the context became longer')
+    if c.rope_scaling == 'llama3' and not 0 < c.rope_low_freq_factor < c.rope_high_freq_factor or c.rope_scaling == 'yarn' and not 0 < c.rope_beta_slow < c.rope_beta_fast < 1e6:
         raise ConfigError('rope_scaling: rope_low_freq_factor must be below rope_high_freq_factor, rope_beta_slow below rope_beta_fast, all above 0')
 
 

@@ -10,6 +10,8 @@ Writes text with a trained model.
 Text goes through the tokenizer of the run's data set. With `--hf`, a Hugging Face folder or hub id, through its own.
 All samples of all prompts are written at once; the first is shown while it grows.
 """
+from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import argparse
 import os
 import sys
@@ -19,11 +21,11 @@ import torch
 import huggingface
 from data.tokenfile import read_meta
 from data.tokenizer import decode_after, load_tokenizer, tokenizer_of
-from engine import checkpoint, experts, kernels, parallel, rope
+from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
-from engine.configurator import ConfigError
+from engine.configurator import ConfigError, shortened
 from engine.dataset import folder_of, shares_of
-from generation import check_prompts, generate
+from generation import check_prompts, generate, text_of
 from model import Model
 from presets import resolve_shape
 
@@ -42,11 +44,17 @@ def find_checkpoint(out_dir, step):
                           f'give the --out_dir of a run' + (f' and one of the steps {checkpoint.steps(out_dir)}' if checkpoint.steps(out_dir) else ''))
     if reason := checkpoint.why_broken(path):
         raise ConfigError(f'{path} cannot be used: {reason}')
-    return path, checkpoint.read_state(path)
+    state = checkpoint.read_state(path)
+    if missing := [key for key in ('config', 'run_name') if key not in state]:
+        raise ConfigError(f'{path} cannot be used: its state.json has no {missing[0]}, so it is not the checkpoint of a run')
+    return path, state
 
 
 def data_of(config):
     """(folder, meta) of a run's data set, which knows its tokenizer. Raises ConfigError where it is not here."""
+    if 'dataset' not in config:
+        raise ConfigError('the checkpoint was fetched from elsewhere, and its data set is a path there, which is not taken over: '
+                          'export it on the machine that trained it, or train on from it with --dataset')
     folder = folder_of(config['dataset'], ROOT)
     if not any(os.path.isfile(os.path.join(folder, name)) for name in ('meta.pkl', 'train.bin')):
         raise ConfigError(f"the tokenizer of this run is that of its data set, and {folder} has no meta.pkl: prepare {config['dataset']} here as it was prepared for the training")
@@ -56,7 +64,8 @@ def data_of(config):
 def tokenizer_of_run(state):
     """(tokenizer, meta of its data set, None or a sentence that the data here is other data than the run's)."""
     folder, meta = data_of(state['config'])
-    same = len(shares_of(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get('train') in (None, state['data']['train']['fingerprint'])
+    trained_with = state.get('data', {}).get('train', {}).get('fingerprint')
+    same = len(shares_of(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get('train') in (None, trained_with)
     return tokenizer_of(folder, meta), meta, None if same else f'{folder} is not the data that this model was trained with'
 
 
@@ -75,7 +84,7 @@ def load_run(out_dir, step, device, dtype, changes=None):
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
     tokenizer, meta, elsewhere = tokenizer_of_run(state)
-    model = build(longer(config, changes), device, dtype, config['attention_backend'], meta.get('eot_id') if config.get('document_mask') else None)
+    model = build(longer(config, changes), device, dtype, config.get('attention_backend', 'sdpa'), meta.get('eot_id') if config.get('document_mask') else None)
     checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
     if elsewhere:
         print(f'Note: {elsewhere}; the text is nonsense if its tokenizer is another', file=sys.stderr)
@@ -108,7 +117,9 @@ def longer(settings, changes):
 def build(shape, device, dtype, backend, document_end=None):
     backend, _ = choose_backend(backend, device.type, dtype, shape.head_dim, window=any(shape.windows), documents=document_end is not None, sinks=shape.attention_sinks)
     dispatch, _ = experts.choose_dispatch('grouped', (shape.n_embd, shape.expert_d_ff), dtype, device.type)
-    return Model.on_meta(shape, backend, dispatch=dispatch, document_end=document_end).allocate(device).eval()
+    model = Model.on_meta(shape, backend, dispatch=dispatch, document_end=document_end)
+    memory.refuse_too_large(model, device)
+    return model.allocate(device).eval()
 
 
 def add_model_arguments(parser):
@@ -130,6 +141,8 @@ def load(args):
     dtype = kernels.precision(args.dtype, device)
     changes = {key: getattr(args, key) for key in ('block_size', 'rope_scaling', 'rope_factor') if getattr(args, key) is not None}
     state = None
+    if args.hf == '':
+        raise ConfigError('--hf is empty: give a Hugging Face folder or hub id, or leave it out')
     if args.hf:
         model, tokenizer, source = load_huggingface(args.hf, device, dtype, changes)
     else:
@@ -153,25 +166,18 @@ def main(argv=None):
     parser.add_argument('--seed', type=int, default=1337)
     parser.add_argument('--interactive', action='store_true', help='read prompts from the terminal; each answer sees what was written before')
     parser.add_argument('--compile', action='store_true', help='compile decoding (with CUDA graphs on a GPU): a slower start, faster tokens')
-    return parallel.answer(run, parser.parse_args(argv))
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.tell)
 
 
 def run(args):
-    for name, low in (('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0)):
-        if not getattr(args, name) >= low:
-            raise ConfigError(f'--{name}={getattr(args, name)} must be at least {low}')
-    if args.top_k is not None and args.top_k < 1 or args.top_p is not None and not 0 < args.top_p <= 1 or args.min_p is not None and not 0 <= args.min_p <= 1:
-        raise ConfigError('--top_k must be at least 1, --top_p above 0 and at most 1, --min_p from 0 to 1')
-    if args.repetition_penalty <= 0:
-        raise ConfigError(f'--repetition_penalty={args.repetition_penalty} must be above 0 (1: none)')
-    starts = []
-    for start in args.start or ['\n']:
-        if start.startswith('FILE:'):
-            if not os.path.isfile(start[5:]):
-                raise ConfigError(f'--start={start}: no such file')
-            with open(start[5:], encoding='utf-8') as f:
-                start = f.read()
-        starts.append(start)
+    for name, low, high in (('num_samples', 1, 10**4), ('max_new_tokens', 1, 10**7), ('temperature', 0, 1e6), ('top_k', 1, 2**31), ('top_p', 0, 1), ('min_p', 0, 1),
+                            ('repetition_penalty', 0.01, 100), ('seed', 0, 2**63 - 1), ('step', 0, 2**53)):
+        value = getattr(args, name)
+        if value is not None and (not low <= value <= high or name == 'top_p' and value == 0):
+            raise ConfigError(f'--{name}={shortened(value)} must be from {low:,} to {high:,}' + (', and above 0' if name == 'top_p' else ''))
+    if '' in args.stop:
+        raise ConfigError('--stop is empty, and every text begins with that: leave it out, or give the text that ends a sample')
+    starts = [text_of(start[5:], '--start=FILE:') if start.startswith('FILE:') else start for start in args.start or ['\n']]
     model, tokenizer, source, _, world, autocast = load(args)
     generator = torch.Generator(world.device).manual_seed(args.seed)
     print(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters\n', flush=True)
@@ -255,6 +261,9 @@ def talk(write, tokenizer, context, max_new_tokens, history):
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
+        except UnicodeDecodeError:
+            print('error: that was not UTF-8')
+            continue
         if not line:
             history = ''
             continue

@@ -12,6 +12,8 @@ max_time is up, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (torchrun itself then exits
 """
 from __future__ import annotations
 
+from engine.command_line import check_arguments, explain  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import dataclasses
 import gc
 import math
@@ -190,7 +192,7 @@ class Config:
 ALIASES = {
     'intermediate_size': lambda value: {'d_ff': value},
     'moe_intermediate_size': lambda value: {'expert_d_ff': value},
-    'flash_attn': lambda value: {'attention_backend': {True: 'flash_attn_2', False: 'sdpa'}.get(value, f'flash_attn={value}')},
+    'flash_attn': lambda value: {'attention_backend': 'flash_attn_2' if value is True else 'sdpa' if value is False else f'flash_attn={value}'},
 }
 PREDICT_FROM = 10**6  # parameters: the memory of a smaller model is of no interest
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
@@ -198,19 +200,21 @@ SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelC
 
 def main(argv=None):
     """Run the trainer with command-line arguments `argv`; returns the exit code."""
-    stop = stopping.StopRequest(talk=int(os.environ.get('RANK', 0)) == 0)
+    stop = stopping.StopRequest(talk=parallel.is_rank_0())
     try:
-        return run(sys.argv[1:] if argv is None else argv, stop)
-    except ConfigError as error:
-        parallel.tell(error)
-        return 2
-    except RuntimeError as error:
+        argv = sys.argv[1:] if argv is None else argv
+        check_arguments(argv)
+        return run(argv, stop)
+    except Exception as error:
         if 'use_deterministic_algorithms' in str(error):
-            parallel.tell(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
+            error = ConfigError(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
+        elif isinstance(error, RuntimeError) and parallel.was_told():
             return 2
-        if parallel.was_told():
-            return 2
-        raise
+        sentence = explain(error)
+        if sentence is None or isinstance(error, ValueError) and not isinstance(error, ConfigError):
+            raise
+        parallel.tell(sentence)
+        return 2
     finally:
         gc.unfreeze()
         stop.restore()
@@ -313,6 +317,7 @@ def run(argv, stop):
     parallel.same({'prompts': prompts, 'eval_tasks': tasks.fingerprint(eval_tasks)}, 'what is written or asked at evaluations', world)
 
     model = Model.on_meta(shape, ring=world.ring, **of_model(c.batch_size))
+    memory.refuse_too_large(model, device, world.mesh.size(-1) if world.fsdp else 1)
     if c.fp8 and not model.float8_layers:
         raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
 

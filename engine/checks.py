@@ -7,6 +7,11 @@ from engine import experts, faults, resume
 from engine.configurator import ConfigError
 
 
+_MOST = {'batch_size': 2**20, 'gradient_accumulation_steps': 10**6, 'eval_iters': 2**31, 'eval_interval': 2**53, 'log_interval': 2**53, 'max_iters': 2**53,
+         'total_batch_size': 2**40, 'max_bad_steps': 2**31, 'dataloader_num_workers': 256, 'dataloader_prefetch_factor': 1024,
+         'timeout_minutes': 10**6, 'max_time': 10**6, 'keep_checkpoints': 2**31, 'context_parallel': 2**20, 'fsdp_replicas': 2**20}
+
+
 def refuse_impossible(c, given, notes):
     """Raise ConfigError for values that no run can have; note options that this version cannot obey and runs without."""
     faults.check()
@@ -14,6 +19,11 @@ def refuse_impossible(c, given, notes):
                 'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'fsdp_replicas', 'context_parallel', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
         if getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
+    for key, most in _MOST.items():
+        if getattr(c, key) > most:
+            raise ConfigError(f'{key}={getattr(c, key)} must be at most {most:,}')
+    if '://' in c.out_dir:
+        raise ConfigError(f'out_dir={c.out_dir!r} is a URL, and a run is written to a local folder: type --upload_to={c.out_dir} to copy it there')
     for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'head_z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'loss_chunk', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
         if (getattr(c, key) or 0) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
@@ -112,4 +122,7 @@ def accumulation_steps(c, world_size):
         raise ConfigError(f'total_batch_size={c.total_batch_size} is not a multiple of batch_size {c.batch_size} x block_size {c.block_size} x '
                           f'{world_size} ranks = {micro_step} tokens: type --total_batch_size={near}'
                           + ''.join(f', or --batch_size={size}' for size in sizes) + (f', or share the sequences of a micro-step among {" or ".join(counts)} ranks' if counts and world_size > 1 else ''))
-    return c.total_batch_size // micro_step
+    steps = c.total_batch_size // micro_step
+    if steps > _MOST['gradient_accumulation_steps']:
+        raise ConfigError(f'total_batch_size={c.total_batch_size} is {steps:,} micro-steps of {micro_step} tokens: type a smaller one, or a larger --batch_size')
+    return steps

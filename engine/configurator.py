@@ -55,7 +55,7 @@ def resolve(schema, argv, aliases=None):
             continue
         match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
         if not match:
-            raise ConfigError(f'command line: cannot read {word!r}, expected --key=value, such as --max_iters=10')
+            raise ConfigError(f'command line: cannot read {shortened(word)}, expected --key=value, such as --max_iters=10')
         assign(match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line')
     return schema(**values), given
 
@@ -72,7 +72,9 @@ def read_file(path, defaults):
             code = compile(f.read(), path, 'exec')
         names = {**defaults, '__file__': path, '__name__': 'config'}
         exec(code, names)
-    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a user's file may raise
         raise ConfigError(f'cannot read the config file {path!r}: {type(error).__name__}: {error}') from None
     assigned = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL'))
     # import *, exec() and globals() set keys too
@@ -86,7 +88,7 @@ def parse(text):
     """A command-line value: a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # nested too deeply, too many digits
         return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
 
 
@@ -104,20 +106,35 @@ def checked(key, value, hint, source):
         if int in options:
             return value
         if float in options:
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f'{source}: {key} is a number of about {int(value.bit_length() * 0.30103) + 1} digits, which is too large') from None
     if float in options and isinstance(value, float):
         return value
     if int in options and isinstance(value, float) and value.is_integer():  # 1e3
         return int(value)
     if str in options and isinstance(value, (str, int, float)):
+        if re.search('[\0\ud800-\udfff]', str(value)):
+            raise ConfigError(f'{source}: {key}={value!r} holds a character that no path and no text may have')
         return str(value)
     if value in choices:
         return value
     words = [repr(c) for c in choices] + [option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
     expected = ' | '.join(words + (['None'] if type(None) in options else []))
     hint_text = nearest(str(value), [str(c) for c in choices]) if choices else ''
-    raise ConfigError(f'{source}: {key}={value!r} is {a_type(value)}, expected {expected}{hint_text}' if not choices else
-                      f'{source}: {key}={value!r} is not one of {expected}{hint_text}')
+    shown = shortened(value)
+    raise ConfigError(f'{source}: {key}={shown} is {a_type(value)}, expected {expected}{hint_text}' if not choices else
+                      f'{source}: {key}={shown} is not one of {expected}{hint_text}')
+
+
+def shortened(value):
+    """repr() of a value in at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4,300 digits
+        text = f'a number of {value.bit_length()} bits'
+    return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
 def a_type(value):

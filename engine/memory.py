@@ -117,6 +117,15 @@ def available(device):
     return 1024 * kilobytes // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
+def refuse_too_large(model, device, shards=1):
+    """Raise ConfigError if the float32 parameters of `model` (on the meta device), split over `shards` ranks, do not fit into the free memory of `device`."""
+    needed, free = sum(4 * p.numel() for p in model.parameters()) / shards, available(device)
+    if needed > free:
+        largest, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
+        raise ConfigError(f'the weights of this model take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: make it smaller '
+                          f'(the largest tensor is {largest}, {tuple(parameter.shape)}), or share it out with --use_fsdp=True on more processes')
+
+
 def find_batch_size(predicted, sequences, room):
     """The largest batch_size that divides `sequences`, those of an iteration on a rank, for which predicted(batch_size).total is at most SHARE of `room` bytes.
 

@@ -21,6 +21,7 @@ import inspect
 import math
 import os
 import re
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -87,14 +88,42 @@ class World:
 
 # ---- processes and device
 
+def read_environment():
+    """Return (rank, local rank, world size, processes on this machine), as torchrun says it in the environment. Raises ConfigError."""
+    def number(name, default, low, high):
+        text = os.environ.get(name, str(default))
+        if not (text.isascii() and text.isdecimal() and low <= int(text[:10]) <= high):
+            raise ConfigError(f'the environment says {name}={text!r}, expected a whole number from {low} to {high}: '
+                              f'start several processes with torchrun, or type `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE`')
+        return int(text)
+    size = number('WORLD_SIZE', 1, 1, 10**6)
+    rank, local_rank = number('RANK', 0, 0, size - 1), number('LOCAL_RANK', 0, 0, size - 1)
+    here = number('LOCAL_WORLD_SIZE', local_rank + 1, local_rank + 1, size)
+    if size > 1 and not dist.is_initialized():
+        number('MASTER_PORT', '', 1, 65535)
+        host = os.environ.get('MASTER_ADDR', '')
+        try:
+            if not host:
+                raise OSError('it is not set')
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise ConfigError(f'the environment says WORLD_SIZE={size}, and MASTER_ADDR={host!r} cannot be found ({error}): '
+                              f'start several processes with torchrun') from None
+    return rank, local_rank, size, here
+
+
+def is_rank_0():
+    """Whether this process is the main rank, as far as the environment can be read."""
+    return os.environ.get('RANK', '0') in ('0', '') or os.environ.get('WORLD_SIZE', '1') == '1'
+
+
 def start(device=None, backend=None, timeout_minutes=10.0):
     """Join the processes that torchrun started, or be the only one, and take a device.
 
     device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' | None (what fits). timeout_minutes: how long a
     rank waits for another in training before it gives up. Raises ConfigError for a device or backend that this machine does not have.
     """
-    rank, local_rank, size, here = (int(os.environ.get(name, default)) for name, default in (
-        ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_WORLD_SIZE', 1)))
+    rank, local_rank, size, here = read_environment()
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     match = re.fullmatch(r'cpu|cuda(?::(\d+))?', device)
     if not match:
@@ -152,12 +181,12 @@ def _keep_freed_memory():
 
 def tell(error):
     """Print what is wrong with the input, once for all ranks: from the main rank, or from one that meets it alone."""
-    rank, local_rank = (int(os.environ.get(name, 0)) for name in ('RANK', 'LOCAL_RANK'))
     where = ''
     if _store is None:  # before the ranks met: one for each machine
-        if local_rank != 0:
+        if os.environ.get('WORLD_SIZE', '1') != '1' and os.environ.get('LOCAL_RANK', '0') not in ('0', ''):
             return
     else:
+        rank = int(os.environ.get('RANK', 0))
         if rank != 0:
             for _ in range(30):
                 if was_told():
@@ -166,15 +195,6 @@ def tell(error):
             where = f' (rank {rank} on {os.uname().nodename})'
         _store.set('told', '')
     print(f'error{where}: {redact(str(error))}', file=sys.stderr, flush=True)
-
-
-def answer(run, args):
-    """run(args), the exit code of a command; input that cannot be run is told and gives 2."""
-    try:
-        return run(args)
-    except ValueError as error:  # a ConfigError, or what a tokenizer says of a text
-        tell(error)
-        return 2
 
 
 def was_told():

@@ -51,7 +51,7 @@ CASES = {
     'half precision': (['--dtype=float16'], 'dtype=float16 needs a GPU'),
     'seed': (['--seed=-1'], 'seed=-1 must be at least 0'),
     'share of RoPE': (['--arch_preset=neox', '--rotary_pct=1.5'], 'rotary_pct=1.5 must be above 0 and at most 1'),
-    'base of RoPE': (['--arch_preset=llama', '--rope_theta=0'], 'rope_theta=0.0 above 0'),
+    'base of RoPE': (['--arch_preset=llama', '--rope_theta=0'], 'rope_theta=0.0 above 1'),
     'missing package': (['--wandb_log=True'], 'needs the package wandb: pip install wandb'),
     'prompt outside the vocabulary': (['--sample_interval=1', '--sample_start=\u00e9'], "sample_start='\u00e9': "),
     'empty prompt': (['--sample_interval=1', '--sample_start='], 'has 0 tokens, expected 1 to block_size=16'),

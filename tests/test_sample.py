@@ -77,7 +77,7 @@ def test_from_a_hugging_face_folder(tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['--out_dir=nowhere'], 'no checkpoint to load'), (['--hf=./nowhere'], 'no local folder and could not be fetched'),
-    (['--start=FILE:nowhere.txt'], 'no such file'), (['--top_p=2'], '--top_p above 0 and at most 1'), (['--temperature=-1'], '--temperature=-1.0 must be at least 0'),
+    (['--start=FILE:nowhere.txt'], 'no such file'), (['--top_p=2'], '--top_p=2.0 must be from 0 to 1'), (['--temperature=-1'], '--temperature=-1.0 must be from 0'),
 ])
 def test_refusals(capsys, args, message):
     code, text = write(capsys, *args)

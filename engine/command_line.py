@@ -1,0 +1,91 @@
+"""How a command ends: with one sentence and exit code 2 where its input cannot be used, with 130 and no traceback at Ctrl-C.
+
+Every script imports this before anything that takes long to import: from here on a Ctrl-C ends it quietly, until
+run_command() has it raise KeyboardInterrupt again, so that work in progress can be put in order.
+"""
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+
+from engine.configurator import ConfigError
+from engine.files import redact
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+INTERRUPTED = 130  # 128 + SIGINT
+
+
+def _is_a_command():
+    """Whether the running program is one of the project's scripts, not a test or another program that imports them."""
+    path = os.path.abspath(getattr(sys.modules.get('__main__'), '__file__', None) or '/')
+    return path.startswith(ROOT + os.sep) and os.path.relpath(path, ROOT).split(os.sep)[0] not in ('tests', '.venv')
+
+
+def _leave(number, frame):
+    os.write(2, b'\ninterrupted\n')
+    os._exit(INTERRUPTED)
+
+
+if _is_a_command() and threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
+def run_command(work, argv=None, tell=None):
+    """Return the exit code of work(argv), or 2 where it raises what a user can mend, after telling it in one sentence.
+
+    argv: None for sys.argv[1:]. tell: function that takes the sentence; None: print it to standard error.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    tell = tell or (lambda sentence: print(f'error: {redact(sentence)}', file=sys.stderr, flush=True))
+    try:
+        check_arguments(sys.argv[1:] if argv is None else argv)
+        code = work(argv) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # as `| head` does; nothing more can be shown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        tell(sentence)
+        return 2
+
+
+def check_arguments(argv):
+    """Raise ConfigError for an argument that is not text: bytes that are not UTF-8."""
+    for word in argv:
+        if re.search(r'[\ud800-\udfff]', word):
+            shown = word.encode('utf-8', 'backslashreplace').decode()
+            raise ConfigError(f'the argument {shown!r} is not UTF-8: type it in UTF-8, or rename the file')
+
+
+_MEMORY = re.compile(r"can.t allocate memory|[Oo]ut of memory|Storage size calculation overflowed|numel: integer multiplication overflow|"
+                     r'Unable to allocate|Cannot allocate memory|invalid size|exceeds? the maximum|not enough memory')
+
+
+def explain(error):
+    """Return one sentence for an exception that a user can do something about, or None for a fault of the program."""
+    words = ' '.join(str(error).split())
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f': {error.filename!r}' if error.filename is not None else ''
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f'the disk is full{where}: make room and type the same command again'
+        return f'{error.strerror or words}{where}' if error.errno else words
+    if isinstance(error, MemoryError) or isinstance(error, (RuntimeError, TypeError, ValueError)) and _MEMORY.search(words):
+        return f'this takes more memory than there is ({words[:200]}): type smaller sizes'
+    if isinstance(error, OverflowError):
+        return f'a number is too large to compute with ({words[:200]}): type a smaller one'
+    if isinstance(error, ValueError):
+        return words
+    return None

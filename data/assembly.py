@@ -11,14 +11,15 @@ from data.tokenfile import SPLITS, TokenFileWriter
 BUCKET = 2**22  # documents that repeated() sorts at once
 
 
-def assemble(plan, made, output, *, split, val_every=None, dedup=False, max_broken=0.01, sharded=False, extra=None):
+def assemble(plan, made, output, *, split, val_every=None, dedup=False, max_broken=0.01, max_lost=0.01, sharded=False, extra=None):
     """Make the data set of `made`, the Parts of `plan` in order; returns (the closed TokenFileWriter, a dict of counts).
 
     split: one sentence for meta.pkl; val_every: every k-th document of those whose source does not say goes to val, None: none; dedup: leave out a document whose
-    text came before; max_broken: fraction of rows that may be without a text; sharded: one file for each part. Raises ValueError for too many
+    text came before; max_broken: fraction of rows that may be without a text; max_lost: of characters that the tokenizer may not be able to write; sharded: one file for each part. Raises ValueError for too many
     broken rows, and when a split stays empty.
     """
     counts = count(plan, made, max_broken)
+    counts['lost'] = count_lost(made, max_lost)
     dropped = repeated([part.path('docs') for part in made], output) if dedup else None
     tokenizer = plan.tokenizer
     writer = TokenFileWriter(output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split=split, extra=extra, sharded=sharded)
@@ -64,6 +65,19 @@ def count(plan, made, max_broken):
             raise ValueError(f'{broken:,} of {rows:,} rows have no text, more than {100 * max_broken:g} %, so nothing was written; the first is {first}: '
                              f'correct the file, or name the field that holds the text with --text_field, or type --max_broken {-(-100 * broken // rows) / 100:g}')
     return {'rows': rows, 'broken': broken, 'left_out': said}
+
+
+def count_lost(made, max_lost):
+    """A sentence on the characters that the tokenizer cannot write, or ''. Raises ValueError where they are more than max_lost of those that were looked at."""
+    seen, lost = (sum(part.record[key] for part in made) for key in ('characters', 'lost'))
+    if not lost:
+        return ''
+    examples = ''.join(dict.fromkeys(''.join(part.record['lost_examples'] for part in made)))[:8]
+    said = f'{lost:,} of {seen:,} characters that were decoded again ({100 * lost / seen:.2g} %, such as {examples!r}) are lost: this tokenizer cannot write them'
+    if lost > max_lost * seen:
+        raise ValueError(f'{said}, more than {100 * max_lost:g} %, so nothing was written: name another --tokenizer, such as one with bytes for what it does not know, '
+                         f'or type --max_lost {-(-1000 * lost // seen) / 1000:g}')
+    return said
 
 
 def _write(writer, part, table, to):

@@ -1,6 +1,7 @@
 """What every prepare.py does around its own work: its options, the closing lines, and how a user's error ends it."""
+from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import argparse
-import errno
 import os
 import shutil
 import sys
@@ -37,6 +38,7 @@ def corpus_parser(docstring, folder, *, source=None, tokenizer='gpt2', text_fiel
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N documents')
     parser.add_argument('--dedup', action='store_true', help='leave out documents whose text came before')
     parser.add_argument('--max_broken', type=float, default=0.01, metavar='FRACTION', help='of rows without a text, which are left out; more stop the run, default: 0.01')
+    parser.add_argument('--max_lost', type=float, default=0.01, metavar='FRACTION', help='of characters that the tokenizer cannot write, found out by decoding a sample; more stop the run, default: 0.01')
     parser.add_argument('--shard', metavar='I/N', help='only the I-th of N shares of the work; --merge makes the data set')
     parser.add_argument('--merge', nargs='+', metavar='FOLDER', help='make the data set of the shares in these folders')
     return parser
@@ -70,14 +72,14 @@ def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, token
                 print(f'share {args.shard} is in {plan.folder(args.output)}; when all {shard[1]} are there, type the same command with --merge and the --output folders of all instead of --shard')
                 return
             check_room(made, args.output, sharded)
-            writer, counts = assembly.assemble(plan, made, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, sharded=sharded,
+            writer, counts = assembly.assemble(plan, made, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, max_lost=args.max_lost, sharded=sharded,
                                                extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if args.tokenizer == 'char' else None)
         except BaseException as error:
             pipeline.forget(plan, args.output, finished=not args.merge and plan.size() <= pipeline.PART_BYTES[0] and isinstance(error, ValueError))
             raise
         pipeline.clear(plan, args.output)
-    if counts['left_out']:
-        print(counts['left_out'])
+    for said in filter(None, (counts['left_out'], counts['lost'])):
+        print(said)
     if args.dedup:
         print(f"{counts['repeated']:,} documents came before and were left out")
     if tokenizer.eot_id is None and args.tokenizer != 'char':
@@ -94,19 +96,32 @@ def check_room(made, output, sharded):
 
 def check(args):
     """(i, n) of --shard. Raises ValueError for numbers that mean nothing."""
-    if args.val_fraction is not None and not 0 < args.val_fraction <= 0.5:
+    if args.val_fraction is not None and not 1e-12 < args.val_fraction <= 0.5:
         raise ValueError(f'--val_fraction {args.val_fraction} is not a share for val: type a number above 0 and up to 0.5')
-    if not 0 <= args.max_broken <= 1:
-        raise ValueError(f'--max_broken {args.max_broken} is not a fraction: type a number from 0 to 1')
+    for name in ('max_broken', 'max_lost'):
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f'--{name} {getattr(args, name)} is not a fraction: type a number from 0 to 1')
+    check_output(args.output)
     for name in ('num_proc', 'limit'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f'--{name} {getattr(args, name)} must be at least 1')
     words = (args.shard or '1/1').split('/')
-    if len(words) != 2 or not all(word.isdigit() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
+    if len(words) != 2 or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words) or not 1 <= int(words[0]) <= int(words[1]):
         raise ValueError(f'--shard {args.shard} is no share: type 1/3, 2/3 or 3/3 on three machines')
     if args.merge and args.shard:
         raise ValueError('--merge makes the data set of all shares: leave --shard out')
     return int(words[0]), int(words[1])
+
+
+def check_output(folder):
+    """Raise ValueError for an --output that is no folder and cannot become one."""
+    if not folder or '://' in folder:
+        raise ValueError(f'--output {folder!r} is no folder: name one on this machine, which is made if it is not there')
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above) or not os.access(above, os.W_OK):
+        raise ValueError(f'--output {folder}: {above} is {"no folder" if not os.path.isdir(above) else "not writable"}: name another')
 
 
 def find(args, published, endings):
@@ -162,17 +177,5 @@ def report(writer, folder, config=None):
 
 
 def run(main):
-    """Run `main` as a script: what the user got wrong ends it with one sentence and exit code 2, Ctrl-C with 130."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error = f'the disk is full ({error}): make room and type the same command again; what is finished is kept'
-        sys.exit(_say(f'error: {error}', 2))
-    except KeyboardInterrupt:
-        sys.exit(_say('interrupted: type the same command again to go on', 130))
-
-
-def _say(message, code):
-    print(message, file=sys.stderr)
-    return code
+    """Run `main` as a script: what the user got wrong ends it with one sentence and exit code 2, Ctrl-C with 130; what is finished is kept."""
+    sys.exit(run_command(lambda _: main() and None, interrupted='interrupted: type the same command again to go on'))

@@ -1,9 +1,12 @@
 """Documents out of files, on this machine or anywhere that fsspec reaches, a stretch at a time.
 
     .txt                                          one document, UTF-8; every kind of line end reads as a newline
-    .jsonl, .json, and either as .gz or .zst      a JSON object on each line; its `text_field` is a document
-    .parquet                                      a row is a document, in the column `text_field`
-    .npz                                          token ids in the array `input_ids`, a row of them is a document
+    .jsonl, .json, and either as .gz or .zst      a JSON object on each line, in UTF-8; its `text_field` is a document
+    .parquet                                      a row is a document, in the column `text_field`, of text or of bytes in UTF-8
+    .npz                                          token ids in the array `input_ids`, a row of them is a document, without its padding
+                                                  (attention_mask, sequence_lengths) and what the row before holds already (stride)
+
+A text_field such as meta.text is the field `text` within `meta`.
 
 A Unit is what one process reads in one go: some bytes of a .txt or .jsonl, some row groups of a .parquet, a compressed file or an .npz whole. Units
 depend on the files alone, so that whoever reads them, in whatever order, finds the same documents. A .txt of up to PIECE_BYTES is one
@@ -164,17 +167,38 @@ def published_split(path, given):
 
 def units_of(path, split=None, txt_val_fraction=None):
     """The units of a file, in order. txt_val_fraction: the share of a .txt that goes to val, its end, cut at a line end where one is near; None: a
-    .txt is one document like others."""
+    .txt is one document like others. Raises ValueError for a file in UTF-16 or UTF-32, and for JSON that is not an object on each line."""
     lower, size = path.lower(), size_of(path)
     if lower.endswith('.txt'):
         with opened(path) as f:
+            _check_encoding(f.read(4), path)
+            f.seek(0)
             return _txt_units(f, path, size, split, txt_val_fraction)
     if lower.endswith(('.jsonl', '.json')):
+        with opened(path) as f:
+            _check_json(f.read(2**16).split(b'\n')[0], path)
         return [Unit(path, begin, min(begin + UNIT_BYTES, size), min(UNIT_BYTES, size - begin), split) for begin in range(0, size, UNIT_BYTES)]
     if lower.endswith('.parquet'):
         with opened(path) as f:
             return _parquet_units(f, path, size, split)
     return [Unit(path, 0, 0, size, split)]
+
+
+def _check_encoding(head, path):
+    """Raise ValueError for a file that begins with the byte order mark of another encoding than UTF-8."""
+    for mark, name in ((codecs.BOM_UTF32_LE, 'UTF-32'), (codecs.BOM_UTF32_BE, 'UTF-32'), (codecs.BOM_UTF16_LE, 'UTF-16'), (codecs.BOM_UTF16_BE, 'UTF-16')):
+        if head.startswith(mark):
+            raise ValueError(f'{path} is {name}, as its byte order mark says, expected UTF-8: convert it, `iconv -f {name} -t UTF-8 {path} > NEW`')
+
+
+def _check_json(head, path):
+    """Raise ValueError for a first line which shows that a file is JSON in another form than an object on each line."""
+    _check_encoding(head, path)
+    line = head.removeprefix(codecs.BOM_UTF8).strip()
+    if line.startswith(b'['):
+        raise ValueError(f'{path} is one JSON array, expected a JSON object on each line: split it, `jq -c ".[]" {path} > NEW.jsonl`')
+    if line == b'{':
+        raise ValueError(f'{path} is JSON spread over several lines, expected a JSON object on each line: put it on lines, `jq -c . {path} > NEW.jsonl`')
 
 
 def _txt_units(f, path, size, split, val_fraction):
@@ -262,6 +286,9 @@ def read(unit, text_field='text'):
 def _text(f, unit):
     f.seek(unit.begin)
     content = f.read(unit.end - unit.begin)
+    if content.count(0) > len(content) // 10:
+        raise ValueError(f'{unit.path} has a NUL in every {len(content) // content.count(0)} bytes, as UTF-16 without a byte order mark has, expected UTF-8: '
+                         f'convert it, `iconv -f UTF-16LE -t UTF-8 {unit.path} > NEW`')
     try:
         return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True).decode(content, final=True)
     except UnicodeDecodeError as error:
@@ -271,7 +298,10 @@ def _text(f, unit):
 
 def _json_rows(f, unit, field):
     at = unit.begin
-    if at:  # the line that began before belongs to the unit before
+    if not at:
+        at = 3 if f.read(3) == codecs.BOM_UTF8 else 0
+        f.seek(at)
+    else:  # the line that began before belongs to the unit before
         f.seek(at - 1)
         at += len(f.readline()) - 1
     while at < unit.end:
@@ -287,6 +317,9 @@ def _packed_rows(f, unit, field):
     try:
         for line in gzip.open(f) if unit.path.lower().endswith('.gz') else _zst_lines(f, unit.path):
             number += 1
+            if number == 1:
+                _check_json(line, unit.path)
+                line = line.removeprefix(codecs.BOM_UTF8)
             yield Row(*_text_of(line, field), f.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f'{unit.path} is damaged after line {number:,} ({error}): fetch it again') from None
@@ -319,29 +352,65 @@ def _text_of(line, field):
     if not line or line.isspace():
         return None, None
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode('utf-8'))  # of bytes json would guess the encoding
+    except UnicodeDecodeError as error:
+        return None, f'not UTF-8, byte 0x{line[error.start]:02x} at {error.start:,} of the line'
     except (ValueError, RecursionError) as error:
         return None, f'no JSON object on one line: {error}'
     if not isinstance(row, dict):
         return None, f'no JSON object but a {type(row).__name__}'
-    text = row.get(field)
-    if not isinstance(text, str):
-        return None, f'{field!r} is a {type(text).__name__}' if field in row else f'no field {field!r}, only {", ".join(list(row)[:9])}'
+    found, known = _field_of(row, field)
+    if not isinstance(found, str):
+        return None, f'{field!r} is a {type(found).__name__}' if known else f'no field {field!r}, only {", ".join(list(row)[:9])}'
     if b'\\u' in line and (b'\\ud' in line or b'\\uD' in line):  # JSON can spell out half a surrogate pair, which no tokenizer takes
-        text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    return text, None
+        found = found.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    return found, None
+
+
+def _field_of(row, field):
+    """(value, whether it is there) of a field of a dict; a.b is the field b of the dict a."""
+    if field in row:
+        return row[field], True
+    for name in field.split('.'):
+        if not isinstance(row, dict) or name not in row:
+            return None, False
+        row = row[name]
+    return row, True
 
 
 def _parquet_rows(f, unit, field):
+    import pyarrow.compute
     with _parquet_file(f, unit.path) as file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(f'{unit.path} has no column {field!r}: name one of {", ".join(file.schema_arrow.names)} with --text_field')
+        names = file.schema_arrow.names
+        path = [field] if field in names else field.split('.')
+        kind = file.schema_arrow.field(path[0]).type if path[0] in names else None
+        for name in path[1:]:
+            kind = kind.field(name).type if kind is not None and pyarrow.types.is_struct(kind) and name in [kind.field(i).name for i in range(kind.num_fields)] else None
+        if kind is None:
+            raise ValueError(f'{unit.path} has no column {field!r}: name one of {", ".join(names)} with --text_field, as a.b for b within a')
+        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
         groups = range(unit.begin, unit.end)
         rows, number = sum(file.metadata.row_group(i).num_rows for i in groups), 0
-        for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[field]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield Row(*((text, None) if isinstance(text, str) else (None, f'{field!r} is a {type(text).__name__}')), unit.size * number // rows)
+        try:
+            for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=['.'.join(path)]):
+                column = batch.column(0)
+                for name in path[1:]:
+                    column = pyarrow.compute.struct_field(column, name)
+                for value in (column.cast(pyarrow.large_binary()) if text else column).to_pylist():
+                    number += 1
+                    yield Row(*_decoded(value, field), unit.size * number // rows)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{unit.path} is damaged after row {number:,} ({' '.join(str(error).split())[:200]}): fetch it again") from None
+
+
+def _decoded(value, field):
+    """(text, problem) of a value of a column."""
+    if not isinstance(value, bytes):
+        return None, f'{field!r} is a {type(value).__name__}'
+    try:
+        return value.decode('utf-8'), None
+    except UnicodeDecodeError as error:
+        return None, f'not UTF-8, byte 0x{value[error.start]:02x} at {error.start:,} of {field!r}'
 
 
 def _npz_rows(f, unit):
@@ -349,14 +418,45 @@ def _npz_rows(f, unit):
         if not zipfile.is_zipfile(f):
             raise zipfile.BadZipFile('no archive')
         f.seek(0)
-        with np.load(f, allow_pickle=False) as arrays:
-            names, ids = arrays.files, arrays[TOKENS] if TOKENS in arrays.files else None
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise ValueError(f'{unit.path} cannot be read as .npz ({error}): fetch it again') from None
-    if ids is None:
+        with np.load(f, allow_pickle=False) as archive:
+            names = archive.files
+            arrays = {name: archive[name] for name in (TOKENS, 'attention_mask', 'sequence_lengths', 'stride') if name in names}
+    except Exception as error:  # the archive and the headers in it can be damaged in many ways
+        raise ValueError(f"{unit.path} cannot be read as .npz ({type(error).__name__}: {' '.join(str(error).split())[:200]}): fetch it again") from None
+    if not isinstance(arrays.get(TOKENS), np.ndarray):
         raise ValueError(f'{unit.path} has no array {TOKENS!r}, only {", ".join(names)}')
+    ids = arrays[TOKENS]
     if ids.dtype.kind not in 'iu' or ids.ndim not in (1, 2):
         raise ValueError(f'{unit.path}: {TOKENS} is {ids.ndim}-dimensional {ids.dtype}, expected one or two dimensions of integers')
     rows = np.atleast_2d(ids)
-    for number, row in enumerate(rows, 1):
-        yield Row(row, None, unit.size * number // len(rows))
+    kept = _without_padding(rows, arrays, unit.path)
+    skip = _overlap(rows, arrays.get('stride'))
+    for number, (row, real) in enumerate(zip(rows, kept), 1):
+        if skip and number > 1 and np.array_equal(row[:skip], rows[number - 2][-skip:]):
+            real = real & (np.arange(len(row)) >= skip)  # the row before holds these already
+        yield Row(row[real], None, unit.size * number // len(rows))
+
+
+def _without_padding(rows, arrays, path):
+    """A bool array over `rows`: True where a token is no padding, as attention_mask and sequence_lengths say. Raises ValueError."""
+    kept = np.ones(rows.shape, bool)
+    if (mask := arrays.get('attention_mask')) is not None:
+        if mask.size != rows.size or mask.dtype.kind not in 'biuf':
+            raise ValueError(f'{path}: attention_mask is {mask.dtype} of shape {mask.shape}, expected numbers of the shape of {TOKENS}, {rows.shape}')
+        kept &= mask.reshape(rows.shape) != 0
+    if (lengths := arrays.get('sequence_lengths')) is not None:
+        if lengths.size != len(rows) or lengths.dtype.kind not in 'iu' or lengths.min(initial=0) < 0 or lengths.max(initial=0) > rows.shape[1]:
+            raise ValueError(f'{path}: sequence_lengths is {lengths.dtype} of shape {lengths.shape}, expected {len(rows)} whole numbers from 0 to {rows.shape[1]}')
+        kept &= np.arange(rows.shape[1]) < lengths.reshape(-1, 1)
+    return kept
+
+
+def _overlap(rows, stride):
+    """How many tokens a row repeats of the one before: what the array `stride` leaves of a row, or None: what all of the first rows repeat; 0 for none."""
+    width = rows.shape[1]
+    if stride is not None and stride.size == 1 and 0 < int(stride.reshape(-1)[0]) < width:
+        return width - int(stride.reshape(-1)[0])
+    first = rows[:8]
+    if len(first) < 3 or (first == first[0]).all():
+        return 0
+    return next((skip for skip in range(width - 1, 15, -1) if all(np.array_equal(b[:skip], a[-skip:]) for a, b in zip(first, first[1:]))), 0)

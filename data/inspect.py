@@ -15,6 +15,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
     sys.path[0] = ROOT  # this folder must not be searched first: this file has the name of a module of Python's own
 
+from engine.command_line import run_command  # noqa: E402, F401 (first: until main() takes over, a Ctrl-C ends the process quietly)
+
 import argparse  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -37,6 +39,11 @@ def main(argv=None):
     parser.add_argument('--sample', type=int, default=200_000_000, help='how many tokens are counted at most')
     parser.add_argument('--output', metavar='FILE', help='of the picture')
     args = parser.parse_args(argv)
+    for name in ('tokens', 'sample'):
+        if getattr(args, name) < 1:
+            raise ValueError(f'--{name} {getattr(args, name)} must be at least 1')
+    if args.output and (not args.output.endswith(('.png', '.pdf', '.svg')) or os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(args.output) or '.')):
+        raise ValueError(f'--output {args.output} is no picture: name a file that ends in .png, .pdf or .svg, in a folder that is there')
     folder = next((path for path in (args.dataset, os.path.join(ROOT, 'data', args.dataset)) if os.path.isdir(path)), None)
     if folder is None:
         raise ValueError(f'there is no data set {args.dataset}: type the name of a folder of data/ or a path')
@@ -81,7 +88,7 @@ def stretches(total, sample):
 
 def use_of_ids(tokens, meta, sample):
     """{'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd': share of ids at odd places that are below 16, 'even': at even ones}."""
-    counts, counted, small, largest = np.zeros(meta.get('vocab_size', 1), np.int64), 0, np.zeros(2, np.int64), 0
+    counts, counted, small, largest = np.zeros(min(meta.get('vocab_size', 1), MOST), np.int64), 0, np.zeros(2, np.int64), 0
     for begin, end in stretches(len(tokens), sample):
         ids = tokens.slice(begin, end)
         largest = max(largest, int(ids.max()))
@@ -96,7 +103,7 @@ def lengths(folder, split, meta, tokens, sample):
     """Tokens of each document, an array: of train.ends where there is one, else by the id that ends a document; None where neither tells."""
     path = os.path.join(folder, meta.get('ends', {}).get(split, 'none'))
     if os.path.isfile(path):
-        ends = np.fromfile(path, '<u8').astype(np.int64)
+        ends = np.fromfile(path, '<u8', count=os.path.getsize(path) // 8).astype(np.int64)
     elif meta.get('eot_id') is not None:
         ends = np.concatenate([np.flatnonzero(tokens.slice(begin, min(begin + STRETCH, sample, len(tokens))) == meta['eot_id']) + begin + 1
                                for begin in range(0, min(len(tokens), sample), STRETCH)])
@@ -118,7 +125,7 @@ def doubts(found, tokens, meta):
     if stated is not None and stated != found['tokens']:
         said.append(f'meta.pkl states {stated:,} tokens')
     eot = meta.get('eot_id')
-    if eot is not None and found['counted'] == found['tokens'] and not counts[eot]:
+    if eot is not None and found['counted'] == found['tokens'] and (eot >= len(counts) or not counts[eot]):
         said.append(f'the id {eot}, which ends a document, never occurs')
     return said
 

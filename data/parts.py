@@ -2,20 +2,22 @@
 
     parts-DIGEST/000000.bin     the ids of all its documents, one behind the other
                  000000.docs    a DOCUMENT for each
-                 000000.json    its record, written last: with it the part is finished
+                 000000.json    its record, with a checksum of its own, written last: with it the part is finished
 
 Memory holds one document. Whoever makes a part, it is the same.
 """
+import collections
 import hashlib
-import json
 import os
 import time
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
 
 from data import documents
 from data.tokenfile import check_ids, replacing, token_dtype
+from engine.files import is_whole, seal, unseal
 
 DOCUMENT = np.dtype([('tokens', '<u8'), ('last', '?'), ('hash', '<u8', 2)])  # a document, or a piece of one; last: it ends here; hash 0: not to be compared
 EVERY_S = 0.2
@@ -39,16 +41,19 @@ def make(folder, index, units, tokenizer, *, text_field='text', limit=None, adva
     """Tokenize the `units` of part `index` into `folder`, at most `limit` documents; advance() is told now and then of more bytes of source, tokens and
     documents. Returns the record, a dict:
 
-    tokens, documents, max_id; sha256 (hex) and size of the ids, number of pieces; lines of each unit; rows that are not blank, broken ones among them,
-    the first (unit, line, problem) or None; modified: times of the files. Raises ValueError for a file that cannot be read and for ids beyond the vocabulary.
+    tokens, documents, max_id; ids_sha256 (hex) and size of the ids, docs_sha256 and number of pieces; lines of each unit; rows that are not blank, broken
+    ones among them, the first (unit, line, problem) or None; characters that were decoded again, those of them that were lost, examples of these; modified: times
+    of the files. Raises ValueError for a file that cannot be read and for ids beyond the vocabulary.
     """
     dtype = token_dtype({'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'})
     rows, progress, digest, table = _Rows(units, text_field), _Progress(advance), hashlib.sha256(), []
     tokens = texts = max_id = 0
+    losses = _Losses(tokenizer)
     modified = [_modified(unit.path) for unit in units]
     with replacing(path(folder, index, 'bin')) as f:  # the checksum in the record vouches for it, not fsync()
         for unit, content in rows:
             ids = _ids(unit, content, tokenizer, dtype)
+            losses.look(content)
             if len(ids):
                 f.write(ids.data)
                 digest.update(ids.data)
@@ -61,30 +66,70 @@ def make(folder, index, units, tokenizer, *, text_field='text', limit=None, adva
     with replacing(path(folder, index, 'docs')) as f:
         f.write(b''.join(table))
     progress(sum(unit.size for unit in units), tokens, texts, wait=0)
-    record = {'tokens': tokens, 'documents': texts, 'pieces': len(table), 'max_id': max_id, 'size': tokens * dtype.itemsize, 'sha256': digest.hexdigest(), 'lines': rows.lines,
-              'rows': rows.count, 'broken': rows.broken, 'first': rows.first, 'modified': modified}
+    record = {'tokens': tokens, 'documents': texts, 'pieces': len(table), 'max_id': max_id, 'size': tokens * dtype.itemsize, 'ids_sha256': digest.hexdigest(),
+              'docs_sha256': hashlib.sha256(b''.join(table)).hexdigest(), 'lines': rows.lines, 'rows': rows.count, 'broken': rows.broken, 'first': rows.first,
+              'characters': losses.characters, 'lost': losses.lost, 'lost_examples': losses.examples, 'modified': modified}
     with replacing(path(folder, index, 'json')) as f:
-        f.write(json.dumps(record).encode())
+        f.write(seal(record))
     return record
 
 
 def read(folder, index, units=None):
     """The Part `index` in `folder`, or None where it is not whole; with `units`, their files must not have changed since either."""
     try:
-        with open(path(folder, index, 'json')) as f:
-            record = json.load(f)
+        with open(path(folder, index, 'json'), 'rb') as f:
+            record = unseal(f.read())
         sizes = [os.path.getsize(path(folder, index, kind)) for kind in ('bin', 'docs')]
     except (OSError, ValueError):
         return None
+    if not all(is_whole(record.get(key)) for key in ('tokens', 'documents', 'pieces', 'max_id', 'size', 'rows', 'broken', 'characters', 'lost')):
+        return None
     if sizes != [record['size'], record['pieces'] * DOCUMENT.itemsize]:
         return None
-    if units is not None and record['modified'] != [_modified(unit.path) for unit in units]:
+    if units is not None and record.get('modified') != [_modified(unit.path) for unit in units]:
         return None
+    whole = all(_sha256(path(folder, index, kind)) == record.get(key) for kind, key in (('bin', 'ids_sha256'), ('docs', 'docs_sha256')))
+    return Part(index, folder, record) if whole else None
+
+
+def _sha256(file):
     digest = hashlib.sha256()
-    with open(path(folder, index, 'bin'), 'rb') as f:
+    with open(file, 'rb') as f:
         while block := f.read(2**22):
             digest.update(block)
-    return Part(index, folder, record) if digest.hexdigest() == record['sha256'] else None
+    return digest.hexdigest()
+
+
+class _Losses:
+    """Counts characters that a tokenizer cannot write: those of a text that are not in it any more once its ids are decoded.
+
+    It looks at the first CHARACTERS of each document until ALL of them, then of each EVERY-th. Case, accents and compatible
+    forms do not count, nor does white space: what a normalizer changes on purpose.
+    """
+    CHARACTERS, ALL, EVERY, MOST_EXAMPLES = 2000, 64, 8, 8
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.documents = tokenizer, 0
+        self.characters = self.lost = 0
+        self.examples = ''
+
+    def look(self, content):
+        """Count in a document, or a piece of one; ids that were made elsewhere are not looked at."""
+        if isinstance(content, np.ndarray) or self.tokenizer.lossless:
+            return
+        self.documents += 1
+        if self.documents > self.ALL and self.documents % self.EVERY:
+            return
+        text = content[:self.CHARACTERS]
+        missing = _letters(text) - _letters(self.tokenizer.decode(self.tokenizer.encode(text)))
+        self.characters, self.lost = self.characters + len(text), self.lost + missing.total()
+        self.examples = (self.examples + ''.join(c for c in missing if c not in self.examples))[:self.MOST_EXAMPLES]
+
+
+def _letters(text):
+    """A Counter of the characters of a text, without what normalizers change on purpose."""
+    folded = unicodedata.normalize('NFKD', text).casefold()
+    return collections.Counter(c for c in folded if not c.isspace() and unicodedata.category(c) not in ('Mn', 'Cc', 'Cf', 'Cn', 'Co'))
 
 
 class _Rows:

@@ -19,13 +19,17 @@ def read(file, folder):
 
     90 % and 10 % of the characters, as nanoGPT splits them. Raises ValueError when there is no text.
     """
-    path = file or os.path.join(folder, 'input.txt')
-    if not file and not os.path.exists(path):
+    path = os.path.join(folder, 'input.txt') if file is None else file
+    if file is None and not os.path.exists(path):
         _download(path)
     if not os.path.isfile(path):
         raise ValueError(f'--input {path}: there is no such file')
-    with open(path, encoding='utf-8') as f:
-        text = f.read()
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'--input {path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}): '
+                         f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
     cut = int(len(text) * 0.9)
     return text[:cut], text[cut:]
 

@@ -306,9 +306,9 @@ def check_ids(ids, vocab_size):
 
 
 def _names(folder):
-    """The files of token ids that a data set in `folder` has, and its meta.pkl."""
+    """The files of token ids that a data set in `folder` has, and its meta.pkl; of those that meta.pkl names only the ones that are named as we name them."""
     try:
-        shards = {name for files in read_meta(folder).get('files', {}).values() for name, _ in files}
+        shards = {name for files in read_meta(folder).get('files', {}).values() for name, _ in files if re.fullmatch(r'(train|val)_\d{6}\.bin', name)}
     except ValueError:
         shards = set()
     return {name for name in (*shards, 'train.bin', 'val.bin', 'meta.pkl') if os.path.exists(os.path.join(folder, name))}

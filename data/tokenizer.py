@@ -14,6 +14,7 @@ Each class below has
                         a document that contains "<|endoftext|>" cannot end itself
     decode(ids)         str, from any iterable of ints. Bytes that are no UTF-8 give U+FFFD; an id without a token, which a
                         model with a padded vocabulary can sample, gives U+FFFD or nothing, never an error
+    lossless            whether decode(encode(text)) is the text, whatever it is
     describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that tokenizer_of() needs to `folder`
 """
 import difflib
@@ -109,7 +110,7 @@ def same_tokenizer(a, b):
 
 class BytesTokenizer:
     """UTF-8 bytes, and 256 for the end of a text."""
-    vocab_size, eot_id, eot_token = 257, 256, EOT
+    vocab_size, eot_id, eot_token, lossless = 257, 256, EOT, True
 
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
@@ -124,6 +125,7 @@ class BytesTokenizer:
 class CharTokenizer:
     """One id per character. stoi: {character: id}, itos: {id: character}, as in nanoGPT's meta.pkl."""
     eot_id = eot_token = None
+    lossless = True  # encode() raises for what it does not know
 
     def __init__(self, stoi, itos):
         self.stoi, self.itos, self.vocab_size = stoi, itos, len(itos)
@@ -152,6 +154,7 @@ class CharTokenizer:
 
 class TiktokenTokenizer:
     """An encoding of tiktoken by its name; one that is not in tiktoken's cache is downloaded by it."""
+    lossless = True
     encoded, quick = 0, None  # characters so far; data.quick_tiktoken.Quick after some
 
     def __init__(self, name):
@@ -202,6 +205,7 @@ class HuggingFaceTokenizer:
     The files are kept, so that describe() can write them even when their folder is gone, or is the one written to. After some text, encode() goes
     through tiktoken where that gives the same ids faster (byte_level.py).
     """
+    lossless = False
 
     def __init__(self, files, source):
         tokenizers = _library('tokenizers', source)
@@ -282,6 +286,7 @@ class HuggingFaceTokenizer:
 
 class SentencePieceTokenizer:
     """A sentencepiece model. model: the bytes of the .model file; source: where they are from, for messages."""
+    lossless = False
 
     def __init__(self, model, source):
         sentencepiece = _library('sentencepiece', source)

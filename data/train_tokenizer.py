@@ -20,10 +20,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
     sys.path[0] = ROOT  # not this folder, where inspect.py hides a module of Python's own
 
+from data import command, documents  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+
 import argparse  # noqa: E402
+import errno  # noqa: E402
 import json  # noqa: E402
 
-from data import command, documents  # noqa: E402
 from data.tokenizer import EOT, HuggingFaceTokenizer, load_tokenizer  # noqa: E402
 
 GPT2, LLAMA3 = 'gpt2', 'llama3'
@@ -44,6 +46,11 @@ def main(argv=None):
     least = 257 if args.kind == 'bpe' else 300
     if args.vocab_size < least:
         raise ValueError(f'--vocab_size {args.vocab_size} is too small for 256 bytes and the special tokens: type {least} or more')
+    if args.vocab_size > 2**24:
+        raise ValueError(f'--vocab_size {args.vocab_size} is more than any text has use for: type {2**24:,} or less')
+    if not 0 < args.max_mb < 1e9:
+        raise ValueError(f'--max_mb {args.max_mb} must be above 0 and below 1e9')
+    command.check_output(args.output)
     if args.kind != 'bpe' and args.pattern != GPT2:
         raise ValueError(f'--pattern {args.pattern} has no meaning with --kind {args.kind}: leave it out')
     texts = Texts(args.input, args.text_field, args.max_mb * 1e6)
@@ -112,7 +119,12 @@ def train_sentencepiece(texts, args):
             remove_extra_whitespaces=False, split_digits=args.kind == 'sp_bpe', max_sentence_length=2**20, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     except RuntimeError as error:
         text = ' '.join(str(error).split())
-        raise ValueError(f'sentencepiece cannot make {args.vocab_size} pieces of this text ({text[-200:]}): type a smaller --vocab_size') from None
+        advice = 'a larger' if 'smaller than required' in text or 'Increase vocab_size' in text else 'a smaller'
+        raise ValueError(f'sentencepiece cannot make {args.vocab_size} pieces of this text ({text[-200:]}): type {advice} --vocab_size') from None
+    with open(os.path.join(args.output, 'tokenizer.model'), 'rb') as f:  # the library does not say that a disk is full
+        os.fsync(f.fileno())
+    if not os.path.getsize(os.path.join(args.output, 'tokenizer.model')):
+        raise OSError(errno.ENOSPC, 'the model could not be written', os.path.join(args.output, 'tokenizer.model'))
 
 
 if __name__ == '__main__':

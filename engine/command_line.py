@@ -33,10 +33,11 @@ if _is_a_command() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _leave)
 
 
-def run_command(work, argv=None, tell=None):
+def run_command(work, argv=None, tell=None, interrupted='interrupted'):
     """Return the exit code of work(argv), or 2 where it raises what a user can mend, after telling it in one sentence.
 
     argv: None for sys.argv[1:]. tell: function that takes the sentence; None: print it to standard error.
+    interrupted: what is told at Ctrl-C.
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,7 +48,7 @@ def run_command(work, argv=None, tell=None):
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print('\ninterrupted', file=sys.stderr, flush=True)
+        print(f'\n{interrupted}', file=sys.stderr, flush=True)
         return INTERRUPTED
     except BrokenPipeError:  # as `| head` does; nothing more can be shown
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -4,20 +4,29 @@
 
 A folder stands for all evaluation*.json in it. The picture is saved as evaluations.png (--output), a table is printed.
 """
+import os
+import sys
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, save
+from engine.configurator import ConfigError
+from engine.files import parse_json
+from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, check_output, save
+from run_log import number
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
 
-class EvaluationError(ValueError):
+class EvaluationError(ConfigError):
     """A path that holds no evaluation."""
 
 
@@ -30,24 +39,31 @@ def load(path):
     found = []
     for file in files:
         try:
-            found.append(json.loads(file.read_text(encoding='utf-8')))
-            if 'architecture' not in found[-1]:
+            found.append(parse_json(file.read_bytes()))
+            if not isinstance(found[-1], dict) or 'architecture' not in found[-1]:
                 raise ValueError('it has other keys')
+            if not isinstance(found[-1].get('step'), (int, type(None))):
+                raise ValueError('its step is no whole number')
         except (OSError, ValueError) as error:
             raise EvaluationError(f'{file} is not a result of evaluate.py: {error}') from None
     folder = path if path.is_dir() else path.parent
-    return folder.resolve().name, sorted(found, key=lambda results: results['step'] or 0)
+    return folder.resolve().name, sorted(found, key=lambda results: results.get('step') or 0)
 
 
 def values(results):
     """{title: number} of one evaluation."""
-    loss, tasks = results.get('loss') or {}, results.get('tasks') or {}
+    def of(value, key):
+        return value.get(key) if isinstance(value, dict) else None
+    losses = results.get('losses') if isinstance(results.get('losses'), dict) else {'': results.get('loss')}
     found = {}
-    if loss:
-        found[f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss['split']}: loss"] = loss['loss']
-        if loss.get('bits_per_byte'):
-            found[f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss['split']}: bits per byte"] = loss['bits_per_byte']
-    return {**found, **{f'{name} (%)': 100 * score['acc_norm'] for name, score in tasks.items()}}
+    for loss in losses.values():
+        if isinstance(of(loss, 'dataset'), str):
+            name = f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss.get('split')}"
+            found[f'{name}: loss'] = number(loss.get('loss'))
+            if loss.get('bits_per_byte'):
+                found[f'{name}: bits per byte'] = number(loss['bits_per_byte'])
+    tasks = results.get('tasks') if isinstance(results.get('tasks'), dict) else {}
+    return {**found, **{f'{name} (%)': 100 * number(of(score, 'acc_norm')) for name, score in tasks.items()}}
 
 
 def draw(models):
@@ -62,7 +78,7 @@ def draw(models):
         for panel, title in enumerate(titles):
             axes = figure.add_subplot(rows, min(2, len(titles)), panel + 1)
             for number, (label, found) in enumerate(models):
-                points = [(results['step'] or 0, values(results)[title]) for results in found if title in values(results)]
+                points = [(results.get('step') or 0, values(results)[title]) for results in found if title in values(results)]
                 color = COLORS[number % len(COLORS)]
                 if along_steps and points:
                     axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
@@ -89,7 +105,7 @@ def table(models):
     for label, found in models:
         for results in found:
             mine = values(results)
-            rows.append((label, '-' if results['step'] is None else str(results['step']), *(f'{mine[title]:.4g}' if np.isfinite(mine.get(title, np.nan)) else '-' for title in titles)))
+            rows.append((label, '-' if results.get('step') is None else str(results.get('step')), *(f'{mine[title]:.4g}' if np.isfinite(mine.get(title, np.nan)) else '-' for title in titles)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [row[0].ljust(widths[0]) + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])) for row in rows]
 
@@ -98,14 +114,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description='Draw what evaluate.py found for checkpoints, runs and models.')
     parser.add_argument('path', nargs='+', help='a folder with evaluation*.json, or one such file')
     parser.add_argument('--output', type=Path, default=Path('evaluations.png'), metavar='FILE', help='default: evaluations.png in this folder')
-    args = parser.parse_args(argv)
-    try:
-        models = [load(path) for path in args.path]
-        print('\n'.join(table(models)))
-        save(draw(models), args.output, parser)
-    except EvaluationError as error:
-        parser.exit(2, f'{parser.prog}: {error}\n')
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv)
+
+
+def run(args):
+    check_output(args.output)
+    models = [load(path) for path in args.path]
+    print('\n'.join(table(models)))
+    save(draw(models), args.output)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

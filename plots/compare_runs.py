@@ -2,6 +2,13 @@
 
     python plots/compare_runs.py out-gpt2-1.36b out-llama-1.36b --x tokens
 """
+import os
+import sys
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+
 import argparse
 from pathlib import Path
 
@@ -10,8 +17,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from plot_single_run import STYLE, count, default_window, grid, plot_line, save, scaled, set_limits, smooth, trained
-from run_log import LogError, load_run
+from engine.configurator import ConfigError
+from plot_single_run import STYLE, check_output, count, default_window, grid, plot_line, save, scaled, set_limits, smooth, trained
+from run_log import cleaned, load_run
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']
@@ -96,7 +104,8 @@ def table(runs, labels):
     """The results of the runs as lines of text, '-' where a run does not say."""
     rows = [('run', 'params', 'last iter', 'tokens', 'train loss', 'best val (at)', 'tokens/s', 'MFU', 'hours')]
     for run, label in zip(runs, labels):
-        params = (run.startup_info.get('model') or {}).get('total_params')
+        params = cleaned(run.startup_info.get('model')).get('total_params')
+        params = params if isinstance(params, (int, float)) else 0
         best = '-'
         if np.isfinite(run.eval_val_loss).any():
             at = np.nanargmin(run.eval_val_loss)
@@ -122,14 +131,15 @@ def main(argv=None):
     parser.add_argument('--x', choices=('iters', 'tokens', 'time'), default='iters', help='what the curves are drawn over (default: iters)')
     parser.add_argument('--output', type=Path, default=Path('compare.png'), metavar='FILE', help='default: compare.png in this folder')
     parser.add_argument('--labels', metavar='A,B', help='names for the legend, separated by commas (default: the shortest that differ)')
-    args = parser.parse_args(argv)
-    try:
-        runs = [load_run([path]) for path in args.path]
-    except LogError as error:
-        parser.exit(2, f'{parser.prog}: {error}\n')
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv)
+
+
+def run(args):
+    check_output(args.output)
+    runs = [load_run([path]) for path in args.path]
     labels = args.labels.split(',') if args.labels else name_runs(runs)
     if len(labels) != len(runs):
-        parser.exit(2, f'{parser.prog}: --labels names {len(labels)} runs, but {len(runs)} were given\n')
+        raise ConfigError(f'--labels names {len(labels)} runs, but {len(runs)} were given')
     for run, label in zip(runs, labels):
         for note in run.notes:
             print(f'note: {label}: {note}')
@@ -143,9 +153,9 @@ def main(argv=None):
         else:
             print(f'note: {label} did not log {needed}, nor what it can be computed from; left out of the picture')
     if not drawn:
-        parser.exit(2, f'{parser.prog}: none of the runs can be drawn over {args.x}; try --x iters\n')
-    save(draw_comparison(*zip(*drawn), args.x), args.output, parser)
+        raise ConfigError(f'none of the runs can be drawn over {args.x}; try --x iters')
+    save(draw_comparison(*zip(*drawn), args.x), args.output)
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

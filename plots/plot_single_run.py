@@ -6,6 +6,13 @@
 The picture is saved beside the newest log that was read (run_X.png), and its path is printed.
 A new panel is a function (axes, run, window) that draws it, and a line in PANELS with the columns it needs.
 """
+import os
+import sys
+
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+
 import argparse
 from pathlib import Path
 
@@ -14,7 +21,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from run_log import LogError, load_run
+from engine.configurator import ConfigError
+from run_log import cleaned, load_runs
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
 STYLE = {
@@ -253,11 +261,10 @@ PANELS = [
 
 def describe(run):
     """What was run, in up to two lines, from as much as config and startup_info know."""
-    config, hardware = run.config, run.startup_info.get('hardware') or {}
+    config, hardware, model = run.config, *(cleaned(run.startup_info.get(key)) for key in ('hardware', 'model'))
     sizes = '-'.join(f'{config[key]}{letter}' for key, letter in (('n_layer', 'L'), ('n_head', 'H'), ('n_embd', 'D'), ('d_ff', 'ff'))
                      if config.get(key))
-    params = (run.startup_info.get('model') or {}).get('total_params')
-    gpus = hardware.get('num_gpus') or 0
+    params, gpus = (value if isinstance(value, (int, float)) else 0 for value in (model.get('total_params'), hardware.get('num_gpus')))
     device = hardware.get('gpu_name') or run.metadata.get('device')
     what = [config.get('arch_preset'), sizes, params and f'{count(params)} parameters', config.get('dataset'),
             config.get('block_size') and f"context {config['block_size']}"]
@@ -306,12 +313,17 @@ def draw_run(run, window=None):
     return figure
 
 
-def save(figure, path, parser):
-    """Write the picture and print where; a path that cannot be one ends the command."""
-    if path.suffix not in ('.png', '.pdf', '.svg'):
-        parser.exit(2, f'{parser.prog}: --output must end in .png, .pdf or .svg, got {path}\n')
+def check_output(path):
+    """Raise ConfigError for a path that no picture can be written to."""
+    if path.suffix not in ('.png', '.pdf', '.svg') or path.is_dir():
+        raise ConfigError(f'--output must be a file that ends in .png, .pdf or .svg, got {path}')
     if not path.parent.is_dir():
-        parser.exit(2, f'{parser.prog}: no such folder for the picture: {path.parent}\n')
+        raise ConfigError(f'no such folder for the picture: {path.parent}')
+
+
+def save(figure, path):
+    """Write the picture and print where. Raises ConfigError for a path that cannot be one."""
+    check_output(path)
     with matplotlib.rc_context(STYLE):      # ticks are made while drawing
         figure.savefig(path, dpi=130)
     print(path)
@@ -323,17 +335,23 @@ def main(argv=None):
     parser.add_argument('--output', type=Path, metavar='FILE', help='where to save the picture (default: beside the newest log)')
     parser.add_argument('--smooth', type=int, metavar='N',
                         help='average over N records, 1 for none (default: a fortieth of the run, at most 201)')
-    args = parser.parse_args(argv)
-    if args.smooth is not None and args.smooth < 1:
-        parser.exit(2, f'{parser.prog}: --smooth must be at least 1, got {args.smooth}\n')
-    try:
-        run = load_run(args.path)
-    except LogError as error:
-        parser.exit(2, f'{parser.prog}: {error}\n')
-    for note in run.notes:
-        print('note:', note)
-    save(draw_run(run, args.smooth), args.output or run.path.with_suffix('.png'), parser)
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv)
+
+
+def run(args):
+    if args.smooth is not None and not 1 <= args.smooth <= 10**9:
+        raise ConfigError(f'--smooth must be at least 1 and at most 10**9, got {args.smooth}')
+    if args.output:
+        check_output(args.output)
+    runs = load_runs(args.path)
+    if args.output and len(runs) > 1:
+        raise ConfigError(f"these are logs of {len(runs)} models ({', '.join(run.name for run in runs)}), and --output names one picture: leave it out, "
+                          f'or draw them over each other with compare_runs.py')
+    for run in runs:
+        for note in run.notes:
+            print('note:', note)
+        save(draw_run(run, args.smooth), args.output or run.path.with_suffix('.png'))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -4,17 +4,25 @@ The .jsonl is the truth and is preferred where both lie in a folder. Several log
 stopped and resumed: they are joined so that curves never fork. Logs of the older system (JSON only, `mfu` a number, no lr,
 tokens or wall time) are read too; what they lack is computed from time_ms and the batch in their config, or stays nan.
 """
-import json
+import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from engine.configurator import ConfigError  # noqa: E402
+from engine.files import is_whole, parse_json  # noqa: E402
+
+MODEL = ('arch_preset', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'vocab_size', 'block_size', 'dataset')  # what tells models apart
+LARGEST = 1e200  # a number beyond it cannot be drawn
 SECTIONS = {'iter': 'training_iterations', 'eval': 'eval_steps', 'checkpoint': 'checkpoints', 'resume': 'resumes'}
 
 
-class LogError(Exception):
+class LogError(ConfigError):
     """What the user named is not a readable log; the message is one sentence for them."""
 
 
@@ -62,18 +70,44 @@ class Run:
 
 
 def load_run(paths):
-    """Read the logs at `paths` (files or folders, all of one run) into a Run. Raises LogError."""
+    """Read the logs at `paths` (files or folders) into a Run, the newest where they are of several models. Raises LogError."""
+    *others, run = load_runs(paths)
+    run.notes += [f'{other.name} is of another model and left out; give its file to draw it' for other in others]
+    return run
+
+
+def load_runs(paths):
+    """Read the logs at `paths` (files or folders) into Runs, one for each model in each folder, the newest last. Raises LogError."""
     files = find_logs(paths)
     logs = sorted((read_log(path) for path in files), key=start_order)
     if not any(log['training_iterations'] for log in logs):
         raise LogError(f'no iterations logged in {", ".join(str(path) for path in files)}')
     used = [log for log in logs if log['training_iterations'] or log['eval_steps']]
     notes = [f"{log['path'].name} holds no iterations; left out" for log in logs if not (log['training_iterations'] or log['eval_steps'])]
-    joined = used[0]
-    for later in used[1:]:
-        joined, note = join(joined, later)
-        notes += note
-    return build_run(joined, notes)
+    groups = []
+    for log in used:
+        group = next((group for group in groups if same_model(group[-1], log)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(log)
+    runs = []
+    for first, *later in sorted(groups, key=lambda group: start_order(group[-1])):
+        joined, damage = first, list(first['damage'])
+        for log in later:
+            joined, note = join(joined, log)
+            damage += log['damage'] + note
+        if joined['training_iterations']:
+            runs.append(build_run(joined, damage))
+    if not runs:
+        raise LogError(f'no iterations logged in {", ".join(str(path) for path in files)}')
+    runs[-1].notes[:0] = notes
+    return runs
+
+
+def same_model(a, b):
+    """Whether two logs of one folder may be of one model: nothing that both state of it differs."""
+    differing = [name for name in MODEL if None not in (a['config'].get(name), b['config'].get(name)) and a['config'][name] != b['config'][name]]
+    return not differing and a['path'].resolve().parent == b['path'].resolve().parent
 
 
 def find_logs(paths):
@@ -98,48 +132,76 @@ def find_logs(paths):
 
 
 def read_log(path):
-    """One log file as a dict in the schema of the .json, with 'path' and 'resumes' added. Raises LogError."""
-    text = path.read_text(encoding='utf-8', errors='replace')
-    log = parse_jsonl(text, path) if path.suffix == '.jsonl' else parse_json(text, path)
+    """Return one log file as a dict in the schema of the .json, with 'path', 'resumes' and 'damage', a list of notes, added. Raises LogError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LogError(f'{path} cannot be read ({error.strerror})') from None
+    log, bad = parse_jsonl(data) if path.suffix == '.jsonl' else parse_json_log(data, path)
     log['path'] = path
+    log['damage'] = [f'{path.name}: {len(bad)} record{"s" * (len(bad) > 1)} that cannot be read left out, the first is {bad[0]}'] if bad else []
+    for key in ('config', 'startup_info', 'metadata'):
+        log[key] = cleaned(log.get(key))
+    for key in ('run_name', 'start_time'):
+        log[key] = log[key] if isinstance(log.get(key), str) else None
     for section in SECTIONS.values():
         # by iteration, so that a record written again after a resume replaces the first
-        by_iter = {record['iter']: record for record in log.get(section) or [] if 'iter' in record}
+        by_iter = {record['iter']: record for record in log[section]}
         log[section] = [by_iter[it] for it in sorted(by_iter)]
     return log
 
 
-def parse_json(text, path):
+def cleaned(value):
+    """Return a dict of settings as those who draw expect it: texts, numbers that can be drawn, and dicts of these; {} for anything else."""
+    if not isinstance(value, dict):
+        return {}
+    return {key: cleaned(inner) if isinstance(inner, dict) else inner for key, inner in value.items()
+            if isinstance(inner, (str, bool, dict)) or isinstance(inner, (int, float)) and abs(inner) < LARGEST}
+
+
+def is_record(record):
+    return isinstance(record, dict) and is_whole(record.get('iter'), 0, 2**53)
+
+
+def parse_json_log(data, path):
+    """Return (log, places of records that are none) of a .json."""
     try:
-        log = json.loads(text)
-    except json.JSONDecodeError as error:
+        log = parse_json(data)
+    except ValueError as error:
         raise LogError(f'{path} is not valid JSON: {error}') from None
     if not isinstance(log, dict):
         raise LogError(f'{path} is not the log of a run: expected one JSON object, found a {type(log).__name__}')
-    return log
+    bad = []
+    for section in SECTIONS.values():
+        records = log.get(section)
+        records = records if isinstance(records, list) else []
+        bad += [f'number {number} of {section}' for number, record in enumerate(records, 1) if not is_record(record)]
+        log[section] = [record for record in records if is_record(record)]
+    return log, bad
 
 
-def parse_jsonl(text, path):
-    log = {section: [] for section in SECTIONS.values()}
-    lines = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
-    for number, line in lines:
+def parse_jsonl(data):
+    """Return (log, places of lines that are no records) of a .jsonl; a last line without its end was cut by a kill."""
+    log, bad = {section: [] for section in SECTIONS.values()}, []
+    *lines, rest = data.split(b'\n')
+    for number, line in enumerate([*lines, rest], 1):
+        if not line.strip():
+            continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == lines[-1][0]:
-                break       # a kill cut it
-            raise LogError(f'{path} line {number} is not valid JSON: {error}') from None
-        if not isinstance(record, dict):
-            raise LogError(f'{path} line {number} is not a record: expected a JSON object, found a {type(record).__name__}')
-        kind = record.get('type')
+            record = parse_json(line)
+        except ValueError:
+            record = None
+        kind = record.get('type') if isinstance(record, dict) else None
         if kind in ('header', 'end'):
-            log.update(record)
-        elif kind in SECTIONS:
+            log.update({key: value for key, value in record.items() if key not in SECTIONS.values()})
+        elif isinstance(kind, str) and kind in SECTIONS and is_record(record):
             if kind == 'resume':    # what lies beyond the resumed iteration was not part of what went on
                 for section in SECTIONS.values():
                     log[section] = [old for old in log[section] if old['iter'] <= record['iter']]
             log[SECTIONS[kind]].append(record)
-    return log
+        elif (kind in SECTIONS if isinstance(kind, str) else True) and not (number == len(lines) + 1 and record is None):
+            bad.append(f'line {number}')
+    return log, bad
 
 
 def start_order(log):
@@ -162,9 +224,9 @@ def join(earlier, later):
         by_iter.update((record['iter'], record) for record in later[section])
         joined[section] = [by_iter[it] for it in sorted(by_iter)]
     if records:
-        last_wall, first_wall = kept[-1].get('wall_s'), records[0].get('wall_s')
-        if last_wall is not None and first_wall is not None and first_wall < last_wall:     # its clock began again
-            records = [{**record, 'wall_s': record['wall_s'] + last_wall} for record in records]
+        last_wall, first_wall = number(kept[-1].get('wall_s')), number(records[0].get('wall_s'))
+        if first_wall < last_wall:     # its clock began again
+            records = [{**record, 'wall_s': number(record.get('wall_s')) + last_wall} for record in records]
         if not later['resumes']:
             joined['resumes'] = joined['resumes'] + [{'iter': kept[-1]['iter']}]
     joined['training_iterations'] = kept + records
@@ -186,9 +248,9 @@ def build_run(log, notes):
     run = Run(path=path, name=log.get('run_name') or path.stem, label=path.resolve().parent.name, config=log.get('config') or {},
               startup_info=log.get('startup_info') or {}, metadata=log.get('metadata') or {}, iters=iters, columns=columns,
               eval_iters=np.array([record['iter'] for record in log['eval_steps']]),
-              eval_val_loss=np.array([record.get('val_loss') for record in log['eval_steps']], dtype=float),
-              eval_tasks={name: np.array([((record.get('tasks') or {}).get(name) or {}).get('acc_norm', np.nan) for record in log['eval_steps']], dtype=float)
-                          for name in sorted({name for record in log['eval_steps'] for name in record.get('tasks') or ()})},
+              eval_val_loss=np.array([number(record.get('val_loss')) for record in log['eval_steps']], dtype=float),
+              eval_tasks={name: np.array([accuracy(record, name) for record in log['eval_steps']], dtype=float)
+                          for name in sorted({name for record in log['eval_steps'] if isinstance(record.get('tasks'), dict) for name in record['tasks']})},
               checkpoints=np.array([record['iter'] for record in log['checkpoints']]),
               resumes=np.array([record['iter'] for record in log['resumes']]),
               mfu_unknown=any(isinstance(record.get('mfu'), dict) and record['mfu'].get('mfu') is None for record in records), notes=notes)
@@ -215,7 +277,18 @@ def numbers(record, prefix=''):
         if isinstance(value, (dict, list)):
             yield from numbers(value, f'{prefix}{key}.')
         elif isinstance(value, (int, float)):
-            yield f'{prefix}{key}', float(value)
+            yield f'{prefix}{key}', number(value)
+
+
+def number(value):
+    """A value of a log as a float, nan for what is no number or too large to draw."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < LARGEST else np.nan
+
+
+def accuracy(record, name):
+    tasks = record.get('tasks')
+    score = tasks.get(name) if isinstance(tasks, dict) else None
+    return number(score.get('acc_norm')) if isinstance(score, dict) else np.nan
 
 
 def first_known(*choices):
@@ -228,6 +301,7 @@ def first_known(*choices):
 
 def tokens_per_iter(run):
     """Tokens of one optimizer step, all ranks together; nan if the log does not say."""
-    world_size = run.metadata.get('world_size') or (run.startup_info.get('hardware') or {}).get('num_gpus')
+    hardware = run.startup_info.get('hardware')
+    world_size = run.metadata.get('world_size') or (hardware if isinstance(hardware, dict) else {}).get('num_gpus')
     factors = [run.config.get('batch_size'), run.config.get('block_size'), run.config.get('gradient_accumulation_steps'), world_size]
-    return np.nan if None in factors else float(np.prod(factors))
+    return float(np.prod([number(factor) if factor else np.nan for factor in factors]))

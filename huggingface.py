@@ -12,10 +12,15 @@ import torch
 
 from engine import rope
 from engine.configurator import ConfigError
+from engine.files import parse_json, plain_name
 from presets import ROUTING, ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
-_DEFAULT_THETA = {'llama': 10000.0, 'mistral': 10000.0, 'qwen3': 1000000.0, 'gpt_neox': 10000.0, 'mixtral': 1000000.0, 'qwen3_moe': 1000000.0, 'gpt_oss': 150000.0, 'glm4_moe': 10000.0}
+# what transformers takes where a config.json is silent
+_DEFAULT_THETA = {'llama': 10000.0, 'mistral': 10000.0, 'qwen3': 10000.0, 'gpt_neox': 10000.0, 'mixtral': 1000000.0, 'qwen3_moe': 10000.0, 'gpt_oss': 150000.0, 'glm4_moe': 10000.0}
+_DEFAULT_EPS = {'mixtral': 1e-5, 'gpt_oss': 1e-5, 'glm4_moe': 1e-5}  # of RMSNorm, others 1e-6
+_DEFAULT_WINDOW = {'mistral': 4096, 'gpt_oss': 128}
+_GPT2_NAMES = {'hidden_size': 'n_embd', 'max_position_embeddings': 'n_positions', 'num_attention_heads': 'n_head', 'num_hidden_layers': 'n_layer'}
 KINDS = ('gpt2', *_DEFAULT_THETA)
 _CLASSES = {'gpt2': 'GPT2', 'llama': 'Llama', 'mistral': 'Mistral', 'qwen3': 'Qwen3', 'gpt_neox': 'GPTNeoX', 'mixtral': 'Mixtral', 'qwen3_moe': 'Qwen3Moe', 'gpt_oss': 'GptOss',
             'glm4_moe': 'Glm4Moe'}
@@ -47,11 +52,16 @@ def read_settings(folder):
     """The trainer's model keys for the config.json in `folder`. Raises ConfigError for what model.py cannot compute."""
     path = os.path.join(folder, 'config.json')
     try:
-        with open(path) as f:
-            return settings_of(json.load(f), folder)
+        with open(path, 'rb') as f:
+            hf = parse_json(f.read())
+        if not isinstance(hf, dict):
+            raise ValueError('it holds no object')
+        return settings_of(hf, folder)
     except FileNotFoundError:
         raise ConfigError(f'{path} is missing: give a folder with config.json and safetensors files') from None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f'{path} cannot be read ({error.strerror})') from None
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, IndexError, StopIteration) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f'{path} is not the config.json of a model: {type(error).__name__} {error}') from None
@@ -69,7 +79,15 @@ def _settings_of(hf, folder):
         raise ConfigError(f'{folder}: {what}')
     if hf.get('quantization_config'):
         refuse('its weights are quantised, which are not read: load it with transformers, dequantise it and save_pretrained() it')
+    if hf.get('is_causal', True) is not True:
+        refuse('is_causal is not true, and only causal models are read')
+    for key in ('transformers_weights', 'configuration_files', 'per_layer_config'):
+        if hf.get(key):
+            refuse(f'{key} names other files or other settings, which are not read: leave it out')
     if kind == 'gpt2':
+        for alias, name in _GPT2_NAMES.items():
+            if alias in hf and hf[alias] != hf[name]:
+                refuse(f'{alias}={hf[alias]} and {name}={hf[name]} contradict each other: keep one')
         if hf.get('scale_attn_by_inverse_layer_idx') or not hf.get('scale_attn_weights', True):
             refuse('GPT-2 with another scaling of attention is not supported')
         return dict(arch_preset='gpt2', n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'], d_ff=hf.get('n_inner') or 4 * hf['n_embd'],
@@ -80,25 +98,31 @@ def _settings_of(hf, folder):
                     weight_tying=hf.get('tie_word_embeddings', True))
     if kind not in _DEFAULT_THETA:
         refuse(f'model_type {kind!r} is not one of {", ".join(KINDS)}')
-    rope_settings = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-    theta = hf.get('rope_theta') or rope_settings.get('rope_theta') or hf.get('rotary_emb_base') or _DEFAULT_THETA[kind]
+    rope_settings, theta, rotary_pct = _rope_of(kind, hf, refuse)
     shape = dict(n_layer=hf['num_hidden_layers'], n_head=hf['num_attention_heads'], n_embd=hf['hidden_size'], d_ff=hf['intermediate_size'],
                  block_size=hf['max_position_embeddings'], vocab_size=hf['vocab_size'], norm_position='pre', position_encoding='rope',
-                 rope_theta=float(theta), activation=_activation(hf.get('hidden_act', 'silu'), refuse), weight_tying=hf.get('tie_word_embeddings', False),
+                 rope_theta=float(theta), activation=_activation(hf.get('hidden_act', 'gelu' if kind == 'gpt_neox' else 'silu'), refuse), weight_tying=hf.get('tie_word_embeddings', False),
                  **_scaling_of(hf, rope_settings, refuse))
-    rotary_pct = hf.get('rotary_pct') or rope_settings.get('partial_rotary_factor') or hf.get('partial_rotary_factor')
     if kind == 'gpt_neox':
+        if hf.get('head_dim', shape['n_embd'] // shape['n_head']) != shape['n_embd'] // shape['n_head']:
+            refuse(f"head_dim={hf['head_dim']} is not hidden_size / num_attention_heads: leave it out")
         if not hf.get('attention_bias', True):
             refuse('GPT-NeoX without biases in attention is not supported')
         return dict(shape, arch_preset='neox', num_key_value_heads=shape['n_head'], head_dim=shape['n_embd'] // shape['n_head'], bias=True,
-                    normalization='layernorm', norm_eps=hf.get('layer_norm_eps', 1e-5), ffn_type='standard', rotary_pct=float(rotary_pct or 0.25),
+                    normalization='layernorm', norm_eps=hf.get('layer_norm_eps', 1e-5), ffn_type='standard', rotary_pct=rotary_pct,
                     qk_norm=False, parallel_residual=hf.get('use_parallel_residual', True))
     shape.update(num_key_value_heads=hf.get('num_key_value_heads') or shape['n_head'], head_dim=hf.get('head_dim') or shape['n_embd'] // shape['n_head'],
-                 bias=bool(hf.get('attention_bias', kind == 'gpt_oss')), normalization='rmsnorm', norm_eps=hf.get('rms_norm_eps', 1e-6), ffn_type='swiglu', rotary_pct=1.0,
+                 bias=bool(hf.get('attention_bias', kind == 'gpt_oss')), normalization='rmsnorm', norm_eps=hf.get('rms_norm_eps', _DEFAULT_EPS.get(kind, 1e-6)), ffn_type='swiglu', rotary_pct=1.0,
                  qk_norm=kind in ('qwen3', 'qwen3_moe'), parallel_residual=False)
     if shape['bias'] != bool(hf.get('mlp_bias', kind == 'gpt_oss')):
         refuse('biases in only one of attention and MLP are not supported')
-    slides = hf.get('use_sliding_window', kind not in ('qwen3', 'qwen3_moe')) and hf.get('sliding_window')
+    slides = hf.get('sliding_window', _DEFAULT_WINDOW.get(kind))
+    if kind in ('qwen3', 'qwen3_moe'):  # the key that others ignore
+        if hf.get('use_sliding_window') and 'sliding_window' not in hf:
+            refuse('use_sliding_window is true, and no sliding_window is stated: state it')
+        slides = hf.get('use_sliding_window', False) and slides
+    if kind in ('llama', 'glm4_moe') and (slides or 'sliding_attention' in (hf.get('layer_types') or ())):
+        refuse(f'{kind} has no sliding window: leave sliding_window out')
     if slides:
         types = hf.get('layer_types') or ['sliding_attention' if kind != 'gpt_oss' or i % 2 == 0 else 'full_attention' for i in range(shape['n_layer'])]
         if kind in ('qwen3', 'qwen3_moe') and not hf.get('layer_types'):
@@ -110,7 +134,7 @@ def _settings_of(hf, folder):
     # mixtures of experts
     shape.update(num_experts_per_tok=hf['num_experts_per_tok'], expert_d_ff=hf.get('moe_intermediate_size') or hf['intermediate_size'], num_shared_experts=0, n_dense_layers=0,
                  score_function='softmax', n_groups=1, topk_groups=1, norm_topk_prob=True, route_scale=1.0,
-                 num_experts=next(hf[key] for key in ('num_local_experts', 'num_experts', 'n_routed_experts') if hf.get(key)))
+                 num_experts=_one_of(hf, ('num_local_experts', 'num_experts', 'n_routed_experts'), refuse))
     if kind == 'mixtral':
         return dict(shape, arch_preset='mixtral')
     if kind == 'gpt_oss':
@@ -124,7 +148,48 @@ def _settings_of(hf, folder):
         return dict(shape, arch_preset='qwen3_moe', n_dense_layers=len(dense), norm_topk_prob=bool(hf.get('norm_topk_prob', False)))
     return dict(shape, arch_preset='moe', score_function='sigmoid', num_shared_experts=hf.get('n_shared_experts') or 0, n_dense_layers=hf.get('first_k_dense_replace', 1),
                 n_groups=hf.get('n_group') or 1, topk_groups=hf.get('topk_group') or 1, norm_topk_prob=bool(hf.get('norm_topk_prob', True)),
-                route_scale=float(hf.get('routed_scaling_factor', 1.0)), qk_norm=bool(hf.get('use_qk_norm', False)), rotary_pct=float(rotary_pct or 0.5))
+                route_scale=float(hf.get('routed_scaling_factor', 1.0)), qk_norm=bool(hf.get('use_qk_norm', False)), rotary_pct=rotary_pct)
+
+
+def _one_of(hf, keys, refuse, *more):
+    """The value that some of `keys` of the dict hf, or `more` values, state; refused where they contradict each other, or where there is none."""
+    stated = {key: hf[key] for key in keys if hf.get(key) is not None}
+    values = [*stated.values(), *(value for value in more if value is not None)]
+    if not values or any(value != values[0] for value in values):
+        refuse(f'{" and ".join(keys)} state {values or "nothing"}: state one value, once')
+    return values[0]
+
+
+def _rope_of(kind, hf, refuse):
+    """(settings of RoPE's scaling, theta, share of each head that turns). Older files have rope_theta and rope_scaling, newer ones rope_parameters; where both
+    are there they must not contradict each other."""
+    new, old = hf.get('rope_parameters') or {}, hf.get('rope_scaling') or {}
+    for settings in (new, old):
+        if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
+            refuse('rope_parameters or rope_scaling is not one set of numbers: RoPE that differs between layers is not supported')
+        if 'type' in settings and settings.get('rope_type', settings['type']) != settings['type']:
+            refuse(f"rope_type={settings['rope_type']!r} and type={settings['type']!r} contradict each other: keep one")
+    free = ('rope_theta', 'partial_rotary_factor', 'type', 'rope_type')
+    kinds = [settings.get('rope_type', settings.get('type', 'default')) for settings in (new, old)]
+    if new and old and (kinds[0] != kinds[1] or any(new[key] != old[key] for key in {*new} & {*old} - {*free}) or {*new} - {*free} != {*old} - {*free}):
+        refuse('rope_parameters and rope_scaling contradict each other: keep one')
+    settings = {**old, **new}
+    if kind == 'gpt_oss' and not settings:
+        refuse('it states no rope_parameters: state them')
+    if 'rotary_emb_base' in hf and kind != 'gpt_neox' or 'rotary_pct' in hf and kind != 'gpt_neox':
+        refuse(f'rotary_emb_base and rotary_pct are keys of gpt_neox, not of {kind}: leave them out')
+    stated = [hf.get('rope_theta'), new.get('rope_theta'), old.get('rope_theta'), hf.get('rotary_emb_base')]
+    theta = float(_one_of({}, ('rope_theta',), refuse, *stated)) if any(value is not None for value in stated) else _DEFAULT_THETA[kind]
+    shares = [hf.get('rotary_pct'), hf.get('partial_rotary_factor'), new.get('partial_rotary_factor'), old.get('partial_rotary_factor')]
+    default = {'gpt_neox': 0.25, 'glm4_moe': 0.5}.get(kind, 1.0)
+    if any(key in place and place[key] is None for place in (hf, new, old) for key in ('rotary_pct', 'partial_rotary_factor')):
+        refuse('partial_rotary_factor or rotary_pct is null: state a number, or leave it out')
+    share = float(_one_of({}, ('rotary_pct', 'partial_rotary_factor'), refuse, *shares)) if any(value is not None for value in shares) else default
+    if kind == 'gpt_neox' and 'partial_rotary_factor' in hf and 'rotary_pct' not in hf and 'partial_rotary_factor' not in settings:
+        refuse('partial_rotary_factor is not read for gpt_neox: state rotary_pct')
+    if default == 1.0 and share != 1.0:
+        refuse(f'{kind} turns whole heads, not a share of {share}: leave partial_rotary_factor out')
+    return settings, theta, share
 
 
 def _scaling_of(hf, settings, refuse):
@@ -132,12 +197,18 @@ def _scaling_of(hf, settings, refuse):
     kind = settings.get('rope_type', settings.get('type', 'default'))
     if kind == 'default':
         return dict(rope_scaling='none')
-    if kind not in rope.SCALINGS or kind == 'yarn' and settings.get('mscale'):
+    if kind not in rope.SCALINGS or kind == 'yarn' and (settings.get('mscale') or settings.get('mscale_all_dim')):
         refuse(f"RoPE scaling {kind!r}{' with mscale' if settings.get('mscale') else ''} is not supported: {', '.join(rope.SCALINGS)} are")
-    original = settings.get('original_max_position_embeddings') or hf.get('original_max_position_embeddings') or hf['max_position_embeddings']
-    ours = dict(rope_scaling=kind, rope_factor=float(settings.get('factor') or hf['max_position_embeddings'] / original),
-                rope_original_block_size=hf['max_position_embeddings'] if kind == 'dynamic' else original)
+    originals = [settings.get('original_max_position_embeddings'), hf.get('original_max_position_embeddings')]
+    original = _one_of({}, ('original_max_position_embeddings',), refuse, *originals) if any(originals) else hf['max_position_embeddings']
+    if not isinstance(settings.get('factor'), (int, float)) or isinstance(settings['factor'], bool) or not settings['factor'] >= 1:
+        refuse(f"the factor of RoPE's scaling is {settings.get('factor')!r}, expected a number of at least 1")
+    if kind == 'dynamic' and any(originals) and original != hf['max_position_embeddings']:
+        refuse('dynamic RoPE starts from max_position_embeddings: leave original_max_position_embeddings out')
+    ours = dict(rope_scaling=kind, rope_factor=float(settings['factor']), rope_original_block_size=original)
     if kind == 'yarn':
+        if settings.get('attention_factor') is not None and not settings['attention_factor'] > 0:
+            refuse(f"attention_factor={settings['attention_factor']} must be above 0")
         ours.update(rope_beta_fast=float(settings.get('beta_fast') or 32), rope_beta_slow=float(settings.get('beta_slow') or 1), rope_truncate=bool(settings.get('truncate', True)),
                     rope_attention_factor=settings.get('attention_factor'))
     if kind == 'llama3':
@@ -292,6 +363,42 @@ def name_map(kind, config):
     return rows
 
 
+def tensors_of(folder):
+    """{name: opened safetensors file} of all weights in a folder, from the files that transformers reads: model.safetensors, else those of its index.
+
+    Raises ConfigError where there are none, and for an index that names other files than are there.
+    """
+    from safetensors import SafetensorError, safe_open
+    if os.path.isfile(os.path.join(folder, 'adapter_config.json')):
+        raise ConfigError(f'{folder} holds an adapter (adapter_config.json), which is not read: merge it into its model and save that')
+    whole, index = (os.path.join(folder, f'model.safetensors{ending}') for ending in ('', '.index.json'))
+    wanted = None
+    if os.path.isfile(whole):
+        files = ['model.safetensors']
+    elif os.path.isfile(index):
+        try:
+            with open(index, 'rb') as f:
+                wanted = parse_json(f.read())['weight_map']
+            files = sorted({plain_name(file, index) for file in wanted.values()})
+        except ConfigError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ConfigError(f'{index} is not the index of a model ({type(error).__name__}: {error}): fetch it again') from None
+    else:
+        raise ConfigError(f'{folder} has no model.safetensors and no model.safetensors.index.json (weights under other names and in other formats are not read)')
+    holder = {}
+    for file in files:
+        try:
+            opened = safe_open(os.path.join(folder, file), framework='pt')
+            names = opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f'{os.path.join(folder, file)} is damaged or missing: {error}') from None
+        holder.update({name: opened for name in names if wanted is None or wanted.get(name) == file})
+    if wanted is not None and (missing := [name for name in wanted if name not in holder]):
+        raise ConfigError(f'{index} says that {missing[0]} is in {wanted[missing[0]]}, which does not hold it: fetch the folder again')
+    return holder
+
+
 def count_tensors(folder):
     """Return the number of tensors in the weights of a Hugging Face folder."""
     return len(tensors_of(folder))
@@ -358,23 +465,18 @@ def weights(folder, config):
     A config.block_size below the folder's keeps the first learned positions. Raises ConfigError, before the first, for weights that are
     missing or left over.
     """
-    from safetensors import SafetensorError, safe_open
-    files = sorted(f for f in os.listdir(folder) if re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors', f)) or sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
-    if not files:
-        raise ConfigError(f'{folder} has no .safetensors file (weights in other formats are not read)')
-    holder = {}
-    for file in files:
-        try:
-            opened = safe_open(os.path.join(folder, file), framework='pt')
-        except SafetensorError as error:
-            raise ConfigError(f'{os.path.join(folder, file)} is damaged: {error}') from None
-        holder.update(dict.fromkeys(opened.keys(), opened))
+    holder = tensors_of(folder)
     kind = family(config)
     # the hub's gpt2 was saved without its outer module
     prefix = 'transformer.' if kind == 'gpt2' and 'wte.weight' in holder else ''
     rows = [(ours, [source.removeprefix(prefix) for source in sources], form) for ours, sources, form in name_map(kind, config)]
     used = {source for _, sources, _ in rows for source in sources} | ({'lm_head.weight', 'embed_out.weight'} if config.weight_tying else set())
     missing = [source for _, sources, _ in rows for source in sources if source not in holder]
+    table = next(source for ours, (source, *_), _ in rows if ours == 'transformer.wte.weight')
+    for head in ('lm_head.weight', 'embed_out.weight') if config.weight_tying and table in holder else ():
+        if head in holder and not torch.equal(holder[head].get_tensor(head), holder[table].get_tensor(table)):
+            raise ConfigError(f'{folder}: config.json says tie_word_embeddings=true, but its weights hold another {head}: '
+                              f'set tie_word_embeddings to false, or save the weights without it')
     # masks, constants and rotary tables that older versions of transformers stored; layers of GLM that predict further tokens
     left = [name for name in holder if name not in used and not re.search(r'\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$', name)
             and not (kind == 'glm4_moe' and name.startswith(f'model.layers.{config.n_layer}.'))]

@@ -12,7 +12,7 @@ import torch
 
 from engine import rope
 from engine.configurator import ConfigError
-from engine.files import parse_json, plain_name
+from engine.files import is_whole, parse_json, plain_name
 from presets import ROUTING, ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
@@ -98,6 +98,8 @@ def _settings_of(hf, folder):
                     weight_tying=hf.get('tie_word_embeddings', True))
     if kind not in _DEFAULT_THETA:
         refuse(f'model_type {kind!r} is not one of {", ".join(KINDS)}')
+    if not is_whole(hf['num_hidden_layers'], 1, 10**4):
+        refuse(f"num_hidden_layers={hf['num_hidden_layers']!r}, expected a whole number from 1 to 10,000")
     rope_settings, theta, rotary_pct = _rope_of(kind, hf, refuse)
     shape = dict(n_layer=hf['num_hidden_layers'], n_head=hf['num_attention_heads'], n_embd=hf['hidden_size'], d_ff=hf['intermediate_size'],
                  block_size=hf['max_position_embeddings'], vocab_size=hf['vocab_size'], norm_position='pre', position_encoding='rope',
@@ -174,6 +176,8 @@ def _rope_of(kind, hf, refuse):
     if new and old and (kinds[0] != kinds[1] or any(new[key] != old[key] for key in {*new} & {*old} - {*free}) or {*new} - {*free} != {*old} - {*free}):
         refuse('rope_parameters and rope_scaling contradict each other: keep one')
     settings = {**old, **new}
+    if kind == 'gpt_neox' and not settings and 'rope_theta' in hf and 'rotary_emb_base' not in hf:
+        refuse('rope_theta alone is not read for gpt_neox: state rotary_emb_base')
     if kind == 'gpt_oss' and not settings:
         refuse('it states no rope_parameters: state them')
     if 'rotary_emb_base' in hf and kind != 'gpt_neox' or 'rotary_pct' in hf and kind != 'gpt_neox':

@@ -122,8 +122,8 @@ def check_tokenizer(dataset, tokenizer):
 def place_of_results(args, state):
     """The file of the results; its folder exists and can be written to, or ConfigError."""
     path = args.json or (os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json') if args.hf else os.path.join(args.out_dir, f"evaluation_{state['step']:08d}.json"))
-    if '://' in path or os.path.isdir(path):
-        raise ConfigError(f'--json={path} is {"a URL" if "://" in path else "a folder"}: give the name of a file on this machine')
+    if '://' in path or os.path.lexists(path) and not os.path.isfile(path):
+        raise ConfigError(f'--json={path} is a URL, a folder or a device: give the name of a file on this machine')
     folder = os.path.dirname(path) or '.'
     try:
         os.makedirs(folder, exist_ok=True)

@@ -40,7 +40,7 @@ def main(argv=None):
 
 
 def run(args):
-    prepare_folder(args.to)
+    check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
         raise ConfigError(f'--shard_size={args.shard_size} is no size: type a number and a unit, such as 5GB')
     shape, tensors, path, state = load_state(args.out_dir, args.step)
@@ -68,17 +68,20 @@ def run(args):
     return 0
 
 
-def prepare_folder(folder):
-    """Make the folder to write to. Raises ConfigError where nothing can be written there."""
+def check_folder(folder):
+    """Raise ConfigError where nothing can be written to `folder`."""
     if not folder or '://' in folder:
         raise ConfigError(f'--to={folder} is no folder: give the name of one on this machine, which is made if it is not there')
     try:
+        new = not os.path.exists(folder)
         os.makedirs(folder, exist_ok=True)
         for name in ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'README.md'):
             if os.path.isdir(os.path.join(folder, name)):
                 raise IsADirectoryError(0, f'{name} there is a folder')
         open(os.path.join(folder, '.probe'), 'wb').close()
         os.remove(os.path.join(folder, '.probe'))
+        if new:
+            os.rmdir(folder)  # nothing is there before there is something to write
     except OSError as error:
         raise ConfigError(f'--to={folder} cannot be written to ({error.strerror}): give another folder') from None
 

@@ -212,7 +212,7 @@ class RunLog:
 
     def summary(self):
         iterations, evaluations = self.run['training_iterations'], self.run['eval_steps']
-        known = [r['mfu']['mfu'] for r in iterations if isinstance(r['mfu'], dict) and r['mfu']['mfu'] is not None]
+        known = [r['mfu']['mfu'] for r in iterations if isinstance(r['mfu'], dict) and isinstance(r['mfu'].get('mfu'), (int, float))]
         times = [r['time_ms'] for r in iterations[1:]] or [r['time_ms'] for r in iterations]  # the first includes warm-up
         best = [r['val_loss'] for r in evaluations if r['val_loss'] is not None]
         return {'total_iterations': iterations[-1]['iter'] if iterations else 0, 'final_iter': iterations[-1]['iter'] if iterations else 0,
@@ -221,9 +221,11 @@ class RunLog:
                 'total_eval_steps': len(evaluations), 'total_checkpoints': len(self.run['checkpoints'])}
 
     def write_json(self):
-        progress = [{'iter': r['iter'], 'loss': r['loss'], 'mfu': r['mfu']['mfu'] if isinstance(r['mfu'], dict) else None,
-                     'tokens_per_sec': r['tokens_per_sec'], 'memory_allocated_gb': r['memory']['allocated_gb'], 'dt_ms': r['time_ms']}
-                    for r in self.run['training_iterations']]
+        progress = []
+        for r in self.run['training_iterations']:
+            entry = {'iter': r['iter'], 'loss': r['loss'], 'mfu': r['mfu'].get('mfu') if isinstance(r['mfu'], dict) else None,
+                     'tokens_per_sec': r['tokens_per_sec'], 'memory_allocated_gb': r['memory'].get('allocated_gb'), 'dt_ms': r['time_ms']}
+            progress.append({key: value for key, value in finite(entry).items() if value is not None})  # readers compute with what is there
         text = json.dumps(finite({**self.run, 'training_progress': progress, 'summary': self.summary()}))
         with contextlib.suppress(OSError):  # a full disk: the file stays as it was, the next one is complete again
             with open(f'{self.path}.json.tmp', 'w', encoding='utf-8') as f:

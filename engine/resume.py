@@ -133,7 +133,7 @@ def _ask_again(c, given, state, saved, notes):
     That is its data set where it is a path, and a URL whose secret part was never recorded.
     """
     for key, value in state.get('not_taken_over', {}).items():
-        if key in given:
+        if key in given or value == getattr(type(c), key, None):
             continue
         said = f'{key}={redact(value)!r} of the fetched checkpoint is not taken over, since it reaches outside of {c.out_dir}'
         if key == 'dataset':

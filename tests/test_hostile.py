@@ -1,0 +1,380 @@
+"""Proves that files somebody else made run no code, write nothing outside of their folder, send nothing, and leave no secret in a log."""
+import glob
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import make_dataset, run_process, write_dataset
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+import checkpoints
+import evaluate
+import export
+import sample
+from data.tokenfile import read_meta
+from data.tokenizer import tokenizer_of
+from engine import checkpoint, files, resume
+from engine.configurator import ConfigError
+from engine.dataset import open_dataset
+from engine.logger import new_run_name
+from train import Config
+
+
+@pytest.fixture(scope='module')
+def made(dataset, tmp_path_factory):
+    """The folder of a run that ended at iteration 4, with checkpoints at 2 and 4."""
+    from conftest import run_train
+    out = tmp_path_factory.mktemp('made') / 'out'
+    assert run_train(dataset, out, '--max_iters=4', '--eval_interval=2') == 0
+    return str(out)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it."""
+    shutil.copytree(made, tmp_path / 'run')
+    return str(tmp_path / 'run')
+
+
+def newest(run):
+    return checkpoint.path_of(run, checkpoint.steps(run)[-1])
+
+
+def seal(path, change=lambda manifest: None):
+    """Make the manifest fit the files of the checkpoint `path` again, then change it."""
+    with open(f'{path}/manifest.json', 'rb') as f:
+        manifest = checkpoint.unseal(f.read())
+    for name in manifest['files']:
+        if os.path.isfile(f'{path}/{name}'):
+            manifest['files'][name] = {'size': os.path.getsize(f'{path}/{name}'), 'sha256': checkpoint.sha256(f'{path}/{name}')}
+    change(manifest)
+    with open(f'{path}/manifest.json', 'wb') as f:
+        f.write(checkpoint.seal(manifest))
+
+
+def edit_state(path, **changes):
+    with open(f'{path}/state.json') as f:
+        state = json.load(f)
+    for key, value in changes.items():
+        where = state['config'] if key.startswith('config_') else state
+        where[key.removeprefix('config_')] = value
+    with open(f'{path}/state.json', 'w') as f:
+        json.dump(state, f)
+    seal(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ['HOSTILE_MARK'],)
+
+
+def forge(path, kind):
+    """Put a pickle into a checkpoint, with a manifest that fits."""
+    with open(f'{path}/.metadata', 'rb') as f:
+        metadata = pickle.load(f)
+    key = 'model.transformer.wte.weight'
+    if kind == 'bytes':
+        buffer, shard = io.BytesIO(), f'{path}/__0_0.distcp'
+        torch.save(Evil(), buffer)
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        for index in [index for index in metadata.storage_data if index.fqn == key]:
+            del metadata.storage_data[index]
+        metadata.storage_data[MetadataIndex(key)] = _StorageInfo('__0_0.distcp', os.path.getsize(shard), len(buffer.getvalue()))
+        with open(shard, 'ab') as f:
+            f.write(buffer.getvalue())
+    elif kind == 'foreign class':
+        metadata.planner_data = Evil()
+    elif kind == 'in place of all':
+        metadata = Evil()
+    elif kind == 'wrapped':
+        metadata.state_dict_metadata[key] = [metadata.state_dict_metadata[key]]
+    elif kind == 'file outside':
+        metadata.storage_data = {index: _StorageInfo('../../../x', place.offset, place.length) for index, place in metadata.storage_data.items()}
+    elif kind == 'transformed':
+        metadata.storage_data = {index: _StorageInfo(place.relative_path, place.offset, place.length, ['zstd']) for index, place in metadata.storage_data.items()}
+    with open(f'{path}/.metadata', 'wb') as f:
+        pickle.dump(metadata, f)
+    seal(path)
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'foreign class', 'in place of all', 'wrapped', 'file outside', 'transformed'])
+def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch, capsys):
+    """By any command that reads one, here and fetched; training goes on from the one before."""
+    mark = str(tmp_path / 'CODE_RAN')
+    monkeypatch.setenv('HOSTILE_MARK', mark)
+    path = newest(run)
+    forge(path, kind)
+    assert 'metadata is damaged' in checkpoint.why_broken(path) and '.metadata is damaged' in checkpoint.why_broken(path, 'size')
+    with pytest.raises(ConfigError, match='nothing was read from it'):
+        checkpoint.load(path, {'model.transformer.wte.weight': torch.zeros(44, 32)})
+    for command, args in ((sample.main, []), (evaluate.main, []), (export.main, ['--to', str(tmp_path / 'hf')])):
+        assert command([f'--out_dir={run}', '--step=4', *args] + (['--device=cpu'] if command is not export.main else [])) == 2
+        assert 'cannot be used: .metadata is damaged' in capsys.readouterr().err
+    assert checkpoints.main([run]) == 1
+    assert train(tmp_path / 'fetched', '--init_from=resume', f'--resume_from=file://{run}', '--max_iters=3') == 0
+    assert 'continuing at iter 2' in capsys.readouterr().out
+    assert train(run, '--init_from=resume', '--max_iters=3') == 0
+    assert 'continuing at iter 2' in capsys.readouterr().out and not os.path.exists(mark)
+
+
+def test_what_is_a_plain_name():
+    for name in ('a', '__0_0.distcp', '.metadata', 'train_000001.bin', 'größe'):
+        assert files.plain_name(name, 'x') == name and files.inside('/f', name, 'x') == f'/f/{name}'
+    assert files.inside('/f', 'tokenizer/vocab.json', 'x') == '/f/tokenizer/vocab.json'
+    for name in ('', '.', '..', '../x', '/x', 'a/../x', 'a//x', 'a\\x', 'a\0b', 'a\nb', 'C:x', 'x' * 300, None, 5, ['a'], '\ud800', '..\\x', 'a/'):
+        with pytest.raises(ConfigError, match='x names the file .*, which is not a plain file name'):
+            files.inside('/f', name, 'x')
+
+
+@pytest.mark.parametrize('name', ['../../../../victim.py', '/tmp/victim.py', 'a/../../../../../victim.py', 'fetched.json', 'evaluation.json'])
+def test_names_of_a_manifest_stay_in_its_folder(name, run, train, tmp_path, capsys):
+    path, victim = newest(run), tmp_path / 'victim.py'
+    victim.write_text('mine')
+    content = b'theirs'
+    seal(path, lambda manifest: manifest['files'].update({name: {'size': len(content), 'sha256': hashlib.sha256(content).hexdigest()}}))
+    assert train(tmp_path / 'a' / 'b' / 'out', '--init_from=resume', f'--resume_from=file://{run}/checkpoints/step_00000004', '--max_iters=5') == 2
+    assert 'manifest.json is damaged' in capsys.readouterr().err and victim.read_text() == 'mine'
+    assert checkpoints.main([run, f'--copy_to={tmp_path}/copies']) == 1 and victim.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('name', ['../../evil', '/tmp/evil', 'a\0b', 5, None, ['x']])
+def test_a_run_has_a_plain_name(name, run, train, tmp_path, capsys):
+    path = newest(run)
+    edit_state(path, run_name=name)
+    assert 'state.json is damaged' in checkpoint.why_broken(path)
+    assert train(run, '--init_from=resume', '--max_iters=3') == 0
+    assert not glob.glob(f'{tmp_path}/*evil*') and not glob.glob('/tmp/evil.*')
+
+
+@pytest.mark.parametrize('key, odd', [(key, odd) for key in ('step', 'position', 'tokens', 'tokens_per_step', 'config', 'branch', 'scaler', 'data', 'best_val_loss', 'format', 'versions')
+                                      for odd in ('x', [1], -1, True, 1.5)] + [('format', 3), ('config_n_layer', [1]), ('config_dataset', 5), ('branch', 'z')])
+def test_fields_of_a_state_have_types(key, odd, run):
+    if (key, odd) in (('best_val_loss', -1), ('best_val_loss', 1.5)):
+        return
+    edit_state(newest(run), **{key: odd})
+    reason = checkpoint.why_broken(newest(run))
+    assert reason and reason.startswith('state.json is') and (key != 'format' or odd != 3 or 'later version' in reason)
+
+
+@pytest.mark.parametrize('file', ['state.json', 'manifest.json', 'evaluation.json'])
+@pytest.mark.parametrize('content', [b'[' * 100_000, b'\xff\xfe{', b'5', b'null', b'{"a": ' * 100_000, b''])
+def test_damaged_files_are_named(file, content, run):
+    with open(f'{newest(run)}/{file}', 'wb') as f:
+        f.write(content)
+    if file == 'state.json':
+        seal(newest(run))
+    reason = checkpoint.why_broken(newest(run))
+    assert reason and reason.startswith(f'{file} is damaged'), reason
+
+
+OUTSIDE = {'upload_to': 'file:///nowhere/x', 'data_url': 's3://theirs/set', 'sample_start': 'FILE:/etc/passwd', 'eval_tasks': 'piqa:/etc/passwd', 'wandb_log': True, 'wandb_project': 'theirs'}
+
+
+def test_a_fetched_checkpoint_sends_nothing_and_reads_nothing(run, train, tmp_path, capsys):
+    edit_state(newest(run), config_sample_interval=1, **{f'config_{key}': value for key, value in OUTSIDE.items()})
+    out = tmp_path / 'out'
+    assert train(out, '--init_from=resume', f'--resume_from=file://{run}', '--max_iters=5', '--sample_start=the') == 0
+    said = capsys.readouterr().out
+    for key in set(OUTSIDE) - {'sample_start'}:
+        assert f'Note: {key}=' in said and f'give --{key} to have it' in said
+    assert 'wandb_run_name' not in said  # it was the default
+    config = checkpoint.read_state(checkpoint.path_of(str(out), 5))['config']
+    assert config['sample_start'] == 'the' and all(config[key] in (None, False, 'onetrain') for key in set(OUTSIDE) - {'sample_start'})
+    # what was fetched stays fetched, also for one that continues without the URL; one's own run keeps its keys
+    shutil.rmtree(checkpoint.path_of(str(out), 5))
+    assert set(checkpoint.read_state(checkpoint.path_of(str(out), 4))['not_taken_over']) == {*OUTSIDE, 'dataset', 'wandb_run_name'}
+    assert not checkpoint.read_state(newest(run))['not_taken_over'] and checkpoint.read_state(newest(run))['config']['data_url'] == OUTSIDE['data_url']
+
+
+def test_a_path_of_another_machine_is_no_data_set(run, tmp_path, capsys):
+    import train as trainer
+    assert trainer.main(['--init_from=resume', f'--resume_from=file://{run}', f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False']) == 2
+    error = capsys.readouterr().err
+    assert 'of the fetched checkpoint is not taken over' in error and 'give the --dataset here' in error
+
+
+SECRET = 'https://user:hunter2@host/set?sig=hunter2#hunter2'
+
+
+def test_what_is_redacted():
+    assert files.redact(SECRET) == 'https://***@host/set?***'
+    for text in ('s3://bucket/x', 'hf://datasets/a/b@main/x', 'file:///a/b', 'no url', 5, None):
+        assert files.redact(text) == text
+    for text in ('zip://x::https://u:hunter2@h/x', 's3://AK:hunter2/hunter2@h/x', 'a https://u:hunter2@h/x, https://v:hunter2@h', "'https://u:p'hunter2@h/x'", {'a': [SECRET]}):
+        assert 'hunter2' not in str(files.redact(text))
+
+
+def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resume.copier, 'probe', lambda url, out_dir: None)
+    monkeypatch.setattr('train.open_dataset', lambda name, root, url: open_dataset(name, root))
+    monkeypatch.setattr('train.Copier', lambda *args: None)
+    monkeypatch.setattr(resume.copier, 'lineages', lambda place: set())
+    monkeypatch.setattr('train.parallel.from_main', lambda work, world: True if 'copier.finish' in str(work.__code__.co_names) or 'finish' in work.__code__.co_names else work())
+    out = tmp_path / 'out'
+    assert train(out, '--max_iters=2', '--eval_interval=2', f'--data_url={SECRET}', '--checkpoint_interval=1') == 0
+    texts = [open(path, errors='replace').read() for path in glob.glob(f'{out}/**', recursive=True) if os.path.isfile(path)]
+    texts += [text for pair in [capsys.readouterr()] for text in pair]
+    assert len(texts) > 6 and not any('hunter2' in text for text in texts)
+    assert any('https://***@host/set?***' in text for text in texts)
+    assert train(out, '--init_from=resume', '--max_iters=3') == 2
+    assert 'never recorded: give --data_url again' in capsys.readouterr().err
+    assert train(out, '--init_from=resume', '--max_iters=3', f'--data_url={SECRET}') == 0 and 'hunter2' not in capsys.readouterr().out
+
+
+ODD_META = [{'files': {'train': [('../victim', 5)], 'val': [('val.bin', 5)]}}, {'files': 5}, {'tokenizer': {'kind': 'hf', 'path': '../../x'}}, {'tokenizer': {'kind': 'sentencepiece', 'path': '/etc/passwd'}},
+            {'ends': {'train': '/etc/passwd', 'val': 'x'}}, {'fingerprint': {'train': '../../x', 'val': 'x'}}, {'vocab_size': 'abc'}, {'vocab_size': 10**30}, {'eot_id': [1]}, {'stoi': 5, 'itos': 5},
+            {'itos': {}, 'stoi': {}}, {'tokens': b'x'}, {'max_id': {'train': -1, 'val': 1}}, {'dtype': 'float64'}]
+
+
+@pytest.mark.parametrize('odd', ODD_META, ids=str)
+def test_entries_of_a_meta_are_checked(odd, dataset, train, tmp_path, capsys):
+    folder = tmp_path / 'set'
+    shutil.copytree(dataset, folder)
+    meta = read_meta(str(folder))
+    with open(folder / 'meta.pkl', 'wb') as f:
+        pickle.dump({**meta, **odd}, f)
+    with pytest.raises(ValueError) as error:
+        tokenizer_of(str(folder), read_meta(str(folder)))
+    assert '\n' not in str(error.value)
+    import train as trainer
+    assert trainer.main([f'--dataset={folder}', f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False', '--max_iters=1']) == 2
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_a_data_set_never_removes_what_it_did_not_make(tmp_path):
+    """Preparing into a folder whose meta.pkl names other files."""
+    (tmp_path / 'set').mkdir()
+    for name in ('victim.txt', 'set/prepare.py'):
+        (tmp_path / name).write_text('precious')
+    for name in ('../victim.txt', 'prepare.py'):
+        (tmp_path / 'set' / 'meta.pkl').write_bytes(pickle.dumps({'files': {'train': [(name, 5)], 'val': [(name, 5)]}}))
+        write_dataset(str(tmp_path / 'set'), [1, 2, 3], [1, 2])
+    assert (tmp_path / 'victim.txt').read_text() == (tmp_path / 'set' / 'prepare.py').read_text() == 'precious'
+
+
+@pytest.fixture(params=['file', 's3'])
+def stored(request, tmp_path):
+    """(URL, write(name, bytes)) of a prepared data set elsewhere."""
+    make_dataset(str(tmp_path / 'there'))
+    if request.param == 'file':
+        return f"file://{tmp_path}/there", lambda name, data: (tmp_path / 'there' / name).write_bytes(data)
+    import fsspec
+    server = request.getfixturevalue('s3')
+    fs = fsspec.filesystem('s3', endpoint_url=server.environment['AWS_ENDPOINT_URL'])
+    for name in os.listdir(tmp_path / 'there'):
+        fs.pipe(f'bucket/{tmp_path.name}/{name}', (tmp_path / 'there' / name).read_bytes())
+    return f's3://bucket/{tmp_path.name}', lambda name, data: fs.pipe(f'bucket/{tmp_path.name}/{name}', data)
+
+
+def test_a_remote_file_replaced_by_another_of_its_size_is_refused(stored, tmp_path):
+    url, write = stored
+    root = str(tmp_path / 'project')
+    train_file, _, _ = open_dataset('set', root, url)
+    write('train.bin', bytes(2 * len(train_file)))
+    with pytest.raises(ConfigError, match='the files of train are not those that its meta.pkl describes'):
+        open_dataset('set', root, url)
+
+
+def test_the_clock_decides_nothing(train, tmp_path, monkeypatch, capsys):
+    """A run that goes back on a machine whose clock is years behind is still the newest; names of runs ascend, too."""
+    assert train(tmp_path, '--max_iters=8', '--eval_interval=2', '--keep_all_checkpoints=True') == 0
+    import datetime
+
+    class Behind(datetime.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return cls(2001, 1, 1, tzinfo=zone)
+    monkeypatch.setattr(checkpoint.datetime, 'datetime', Behind)
+    assert train(tmp_path, '--init_from=resume', '--resume_from=4', '--max_iters=6', '--learning_rate=5e-4') == 0
+    shutil.move(tmp_path / 'checkpoints' / 'superseded_step_00000008', tmp_path / 'checkpoints' / 'step_00000008')  # as if a bucket still had it
+    assert checkpoint.newest_first(str(tmp_path))[0] == 6
+    assert checkpoint.new_lineage(['20991231T235959.999999Z']) == '21000101T000000.000000Z'
+    with pytest.raises(ConfigError, match='after which no other can come'):
+        checkpoint.new_lineage(['99991231T235959.999999Z'])
+    assert new_run_name(str(tmp_path)) > max(name[:-6] for name in os.listdir(tmp_path) if name.endswith('.jsonl'))
+
+
+@pytest.mark.parametrize('what', ['.lock', 'checkpoints', 'log'])
+def test_a_folder_that_cannot_hold_a_run_is_told_before_any_work(what, dataset, tmp_path, capsys):
+    import train as trainer
+    out = tmp_path / 'out'
+    out.mkdir()
+    if what == 'checkpoints':
+        (out / 'checkpoints').write_text('a file')
+    elif what == '.lock':
+        (out / '.lock').mkdir()
+    else:
+        os.symlink('/nowhere/x', out / 'checkpoints')
+    assert trainer.main([f'--dataset={dataset}', f'--out_dir={out}', '--device=cpu', '--compile=False', '--max_iters=1']) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith('error: out_dir=') and captured.err.count('\n') == 1 and 'iter' not in captured.out
+
+
+@pytest.mark.parametrize('args', [['--learning_rate=1e38'], ['--weight_decay=1e300'], ['--learning_rate=1e308']])
+def test_weights_that_are_not_finite_at_the_end_leave_with_3(args, train, tmp_path):
+    assert train(tmp_path, '--max_iters=1', '--eval_at_start=False', '--decay_lr=False', *args) == 3
+
+
+def test_an_upload_that_cannot_be_written_is_told_before_any_work(train, s3, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').write_text('x')
+    for url in (f"file://{tmp_path}/file/x", 's3://no-such-bucket/x'):
+        assert train(tmp_path / 'out', '--max_iters=1', f'--upload_to={url}') == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f'error: upload_to={url}') and captured.err.count('\n') == 1 and 'iter 1' not in captured.out
+
+
+def test_copies_go_both_ways(run, tmp_path, capsys):
+    there, back = f'file://{tmp_path}/there', str(tmp_path / 'back')
+    assert checkpoints.main([run, f'--copy_to={there}']) == 0 and 'copied step 4' in capsys.readouterr().out
+    assert checkpoints.main([there, f'--copy_to={back}', '--step=4']) == 0
+    out = capsys.readouterr().out
+    name, = os.listdir(f'{back}/run')
+    assert f'{name} is at {back}/run/{name}' in out and checkpoint.steps(f'{back}/run/{name}') == [4]
+    path = checkpoint.path_of(f'{back}/run/{name}', 4)
+    assert checkpoint.why_broken(path) is None and os.path.isfile(f'{path}/fetched.json') and os.path.isfile(f'{back}/run/{name}/{name}.json')
+    assert checkpoints.main([there, f'--copy_to={back}']) == 0 and '1 checkpoint copied, 1 there already' in capsys.readouterr().out
+    assert checkpoints.main([there, f'--copy_to={back}', '--step=3']) == 2 and 'has no checkpoint of step 3' in capsys.readouterr().err
+
+
+def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(tmp_path):
+    import signal
+    import subprocess
+    import time
+    process = subprocess.Popen([sys.executable, 'sample.py', '--help'], cwd=os.path.dirname(os.path.abspath(sample.__file__)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, 0) and b'Traceback' not in error  # 0: it was quicker
+
+
+@pytest.mark.parametrize('env', [{'RANK': 'abc'}, {'RANK': '1'}, {'WORLD_SIZE': '0'}, {'WORLD_SIZE': '2'}, {'LOCAL_RANK': '²'}, {'WORLD_SIZE': '2', 'RANK': '5', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29999'},
+                                 {'WORLD_SIZE': '2', 'MASTER_ADDR': 'no.such.host.invalid', 'MASTER_PORT': '29999'}], ids=str)
+def test_the_environment_of_torchrun_is_checked(env, tmp_path, monkeypatch, capsys):
+    import train as trainer
+    from engine import parallel
+    monkeypatch.setattr(parallel, '_store', None)
+    for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in env.items():
+        monkeypatch.setenv(key, value)
+    assert trainer.main([f'--out_dir={tmp_path}/out', '--device=cpu']) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: the environment says') and error.count('\n') == 1
+
+
+def test_keys_that_reach_outside_are_keys():
+    assert set(OUTSIDE) <= set(vars(Config()))
+    assert all(checkpoint.reaches_outside(key, value) for key, value in OUTSIDE.items())
+
+
+def test_commands_as_processes_have_no_traceback(run, tmp_path):
+    """What only a process of its own shows: arguments that are not UTF-8."""
+    code, output = run_process('sample.py', f'--out_dir={run}', '--device=cpu', '--start=\udcff')
+    assert code == 2 and 'Traceback' not in output and 'is not UTF-8' in output

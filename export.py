@@ -10,6 +10,7 @@ weights are read back: if transformers is installed it must compute the same log
 from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -19,12 +20,11 @@ import torch
 import huggingface
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
+from engine.files import is_whole
 from engine.logger import read_records
 from engine.report import size_of
 from model import Model
 from sample import build, load_state, tokenizer_of_run
-
-PROBE = 'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n'
 
 
 def main(argv=None):
@@ -56,7 +56,10 @@ def run(args):
         raise ConfigError(f'{path}/state.json does not say what a model card needs ({type(error).__name__}: {error}): it is not the checkpoint of a run') from None
     print(f'{path} as {kind}, {args.dtype}')
     huggingface.write(args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size)
-    save_for_transformers(tokenizer, args.to)
+    clear_leftovers(args.to)
+    for note in save_for_transformers(tokenizer, args.to):
+        print(f'WARNING: the exported tokenizer may give other ids than sentencepiece for {note}')
+    keep_generation_settings(tokenizer, args.to, shape.vocab_size)
     with open(os.path.join(args.to, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(readme)
     if not args.no_check:
@@ -86,6 +89,38 @@ def check_folder(folder):
         raise ConfigError(f'--to={folder} cannot be written to ({error.strerror}): give another folder') from None
 
 
+# what an export before, or another program, may have left in the folder, and what readers would take for part of this model
+LEFTOVERS = ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'chat_template.json', 'adapter_config.json', 'adapter_model.safetensors', 'processor_config.json',
+             'preprocessor_config.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'merges.txt', 'tekken.json', 'tiktoken.model', 'pytorch_model.bin', 'evaluation.json')
+SAMPLING = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+
+
+def clear_leftovers(folder):
+    """Remove files of LEFTOVERS from `folder`."""
+    for name in LEFTOVERS:
+        if os.path.isfile(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+
+
+def keep_generation_settings(tokenizer, folder, vocab_size):
+    """Add to generation_config.json what the one beside the tokenizer says of sampling and of ids that end a text."""
+    theirs = tokenizer._settings('generation_config.json') if hasattr(tokenizer, '_settings') else {}
+    path = os.path.join(folder, 'generation_config.json')
+    with open(path, encoding='utf-8') as f:
+        config = json.load(f)
+    config.update({key: theirs[key] for key in SAMPLING if isinstance(theirs.get(key), (bool, int, float))})
+    ends = theirs.get('eos_token_id')
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if is_whole(i, 0, vocab_size - 1)]
+    if tokenizer.eot_id is not None and {*ends} - {tokenizer.eot_id}:
+        config['eos_token_id'] = list(dict.fromkeys([tokenizer.eot_id, *ends]))
+    with open(path, 'w', encoding='utf-8') as f:
+        json.dump(config, f, indent=2)
+
+
+TEXTS = ('def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n', '', ' ', '  a ', 'a\tb\r\nc', '12345 1234567890', '①\u0301 ｶﾞ か\u3099 ﬁ Å', '▁', 'a▁b', '日本語のテキスト', '😀 👩‍👩‍👧',
+         '\u200b\ufeff\x01', 'The  quick\n\n\nbrown   fox', "it's we'll I'M")  # what tokenizers read differently
+
+
 def check(folder, shape, tokenizer):
     """What was found when transformers read `folder`. Raises ConfigError if its logits or token ids are others than ours."""
     try:
@@ -103,10 +138,14 @@ def check(folder, shape, tokenizer):
     difference = (a - b).abs().max().item() / max(1.0, a.abs().max().item())
     if not difference <= 1e-4:
         raise ConfigError(f'{folder}: transformers computes other logits from it (largest difference {difference:.1e}); do not use it, and report this, please')
-    text = ''.join(c for c in PROBE if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else PROBE
-    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)['input_ids']
-    if ids != tokenizer.encode(text).tolist():
-        raise ConfigError(f'{folder}: its tokenizer gives other ids than that of the data set; the weights are right, bring a tokenizer.json of your own')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if len(theirs) > shape.vocab_size:
+        raise ConfigError(f'{folder}: its tokenizer has {len(theirs)} ids, more than the {shape.vocab_size} of the model; the weights are right, bring a tokenizer.json of your own')
+    for text in TEXTS:
+        text = ''.join(c for c in text if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else text
+        ids = tokenizer.encode(text).tolist()
+        if theirs(text)['input_ids'] != ids or theirs.decode(ids) != tokenizer.decode(ids):
+            raise ConfigError(f'{folder}: its tokenizer gives other ids or another text than that of the data set for {text!r}; the weights are right, bring a tokenizer.json of your own')
     return f'compared with transformers {transformers.__version__}: largest difference of logits {difference:.1e}, token ids are the same'
 
 

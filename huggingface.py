@@ -554,6 +554,8 @@ def _hf_config(kind, config: ModelConfig, dtype, eot_id):
                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     common.update(num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, hidden_size=config.n_embd, intermediate_size=config.d_ff,
                   max_position_embeddings=config.rope_original_block_size if config.rope_scaling == 'dynamic' else config.block_size, hidden_act=activation, **_rope_config(kind, config))
+    if config.rope_scaling == 'dynamic':  # starts from max_position_embeddings, while lm-eval asks for this first
+        common.update(n_positions=config.block_size)
     if kind == 'gpt_neox':
         return dict(common, layer_norm_eps=config.norm_eps, rotary_pct=config.rotary_pct,
                     rotary_emb_base=config.rope_theta, use_parallel_residual=config.parallel_residual, attention_bias=True)

@@ -28,7 +28,7 @@ from data.byte_level import twin_of
 from data.quick_tiktoken import Quick
 from engine.files import inside, is_whole, parse_json
 
-HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json')
+HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'chat_template.jinja', 'generation_config.json')
 EOT = '<|endoftext|>'
 TRIAL = 2**20  # characters of text after which it is taken for a corpus, for which a second's preparation is worth it
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'

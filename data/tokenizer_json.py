@@ -3,23 +3,26 @@ import json
 import os
 
 from data.tokenizer import EOT, BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from engine.files import parse_json
 
 
 def save_for_transformers(tokenizer, folder):
-    """Write `tokenizer` to `folder`, so that transformers.AutoTokenizer gives the same ids. Raises ValueError where a library is missing."""
+    """Write `tokenizer` to `folder`, so that transformers.AutoTokenizer gives the same ids. Returns phrases for texts in which ids may differ all the same.
+
+    Raises ValueError where a library is missing, and for a sentencepiece model that tokenizer.json cannot express.
+    """
+    notes = []
     os.makedirs(folder, exist_ok=True)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
-            if name in tokenizer.files:
-                with open(os.path.join(folder, name), 'wb') as f:
-                    f.write(tokenizer.files[name])
-        if 'tokenizer_config.json' not in tokenizer.files:
-            eos = None if tokenizer.eot_id is None else tokenizer.tokenizer.id_to_token(tokenizer.eot_id)
-            _config(folder, eos)
-        return
+        for name, content in _cleaned(tokenizer).items():
+            with open(os.path.join(folder, name), 'wb') as f:
+                f.write(content)
+        return []
     from tokenizers import Tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):
-        made, eos = _of_sentencepiece(tokenizer)
+        from data.sentencepiece_json import convert
+        made, notes = convert(tokenizer.model)
+        eos = tokenizer.eot_token
         with open(os.path.join(folder, 'tokenizer.model'), 'wb') as f:
             f.write(tokenizer.model)
     elif isinstance(tokenizer, CharTokenizer):
@@ -29,10 +32,41 @@ def save_for_transformers(tokenizer, folder):
         made, eos = _byte_level({bytes([i]): i for i in range(256)}, '', {EOT: tokenizer.eot_id}), EOT
     elif isinstance(tokenizer, TiktokenTokenizer):
         encoding = tokenizer.encoding
-        made = _byte_level(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+        # possessive for the library of tiktoken, for that of tokenizers a repeated group
+        made = _byte_level(encoding._mergeable_ranks, encoding._pat_str.replace('{1,3}+', '{1,3}'), encoding._special_tokens)
         eos = EOT if tokenizer.eot_id is not None else None
     made.save(os.path.join(folder, 'tokenizer.json'))
     _config(folder, eos)
+    return notes
+
+
+_NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
+
+
+def _cleaned(tokenizer):
+    """{name: bytes} of a Hugging Face tokenizer's files such that tokenizer(text) gives the ids of encode(text), whichever model they lie beside.
+
+    What the training texts did not have is not added (a BOS), nothing is cut or filled up, no class of another project is named, and
+    no token beyond the vocabulary; templates of conversations stay.
+    """
+    from tokenizers import Tokenizer
+    described = parse_json(tokenizer.files['tokenizer.json'])
+    described['truncation'] = described['padding'] = None
+    library = Tokenizer.from_str(json.dumps(described))
+    if library.num_special_tokens_to_add(False) or library.num_special_tokens_to_add(True):
+        described['post_processor'] = None
+    theirs = {**tokenizer._settings('tokenizer_config.json'), **tokenizer._settings('special_tokens_map.json')}
+    known = library.get_vocab(with_added_tokens=True)
+    config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, 'model_max_length': 10**30}
+    for name in _NAMED:
+        token = theirs.get(name)
+        token = token.get('content') if isinstance(token, dict) else token
+        if isinstance(token, str) and token in known:  # another would be added behind the vocabulary of the model
+            config[name] = token
+    config['eos_token'] = config['bos_token'] = tokenizer.eot_token
+    config.update({key: theirs[key] for key in ('chat_template', 'padding_side') if key in theirs})
+    return {'tokenizer.json': json.dumps(described, ensure_ascii=False).encode(), 'tokenizer_config.json': json.dumps(config, indent=2).encode(),
+            **{name: tokenizer.files[name] for name in ('chat_template.jinja',) if name in tokenizer.files}}
 
 
 def _config(folder, eos):
@@ -42,8 +76,8 @@ def _config(folder, eos):
 
 def _characters(tokenizer):
     from tokenizers import models
-    # a character that the data set does not have becomes the first one: the library wants some token there, ours refuses it
-    return models.WordLevel({character: i for character, i in tokenizer.stoi.items()}, unk_token=tokenizer.itos[0])
+    # without a token for unknown characters the library refuses a text that has one, as ours does
+    return models.WordLevel({character: i for character, i in tokenizer.stoi.items()}, unk_token='')
 
 
 def _split_each():
@@ -90,30 +124,3 @@ def _last_merge(token, ranks, rank):
         at = min(range(len(parts) - 1), key=lambda i: r if (r := ranks.get(parts[i] + parts[i + 1])) is not None and r < rank else float('inf'))
         parts[at:at + 2] = [parts[at] + parts[at + 1]]
     return parts
-
-
-def _of_sentencepiece(tokenizer):
-    """(tokenizers.Tokenizer, its eos piece) of a sentencepiece model, unigram or BPE, with its bytes for what it does not know."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-    processor = tokenizer.processor
-    pieces = [processor.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-    scores = [processor.get_score(i) for i in range(tokenizer.vocab_size)]
-    has_bytes = any(processor.is_byte(i) for i in range(tokenizer.vocab_size))
-    unknown = processor.unk_id()
-    learned = [scores[i] for i in range(tokenizer.vocab_size) if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i))]
-    if any(score != round(score) for score in learned):  # logarithms of probabilities; BPE has minus the number of the merge
-        made = Tokenizer(models.Unigram([*zip(pieces, scores)], unk_id=unknown, byte_fallback=has_bytes))
-    else:
-        vocabulary = {piece: i for i, piece in enumerate(pieces)}
-        merges = []
-        for i, piece in enumerate(pieces):
-            if len(piece) > 1 and not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i)):
-                local = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in vocabulary and piece[at:] in vocabulary]
-                merges += [(scores[i], vocabulary[a], vocabulary[b], a, b) for a, b in local]
-        merges = [(a, b) for score, _, _, a, b in sorted(merges, key=lambda m: (-m[0], m[1], m[2]))]
-        made = Tokenizer(models.BPE(vocabulary, merges, unk_token=pieces[unknown], fuse_unk=True, byte_fallback=has_bytes))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
-    controls = [pieces[i] for i in range(tokenizer.vocab_size) if processor.is_control(i) or processor.is_unknown(i)]
-    made.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in controls])
-    return made, None if tokenizer.eot_id is None else pieces[tokenizer.eot_id]

@@ -211,7 +211,7 @@ def convert(model):
         never = least * (max(hidden) + 1) - 1  # less than any way to spell it
         score = {NORMAL: lambda p, s: s, USER_DEFINED: lambda p, s: 0.1 * (len(p.encode()) - 1)}  # as sentencepiece 0.2.3 (0.2.1: -0.1)
         made = Tokenizer(models.Unigram([(p, score[kind](p, s) if kind in score else never) for p, s, kind in pieces], unk_id=unknown, byte_fallback=m['byte_fallback']))
-        known, cuts = {c for p in ours for c in p}, []
+        known, cuts = {p for p in ours if len(p) == 1}, []
         for p in (p for p, _, kind in pieces if kind in (CONTROL, UNKNOWN, BYTE)):  # not to be found in a text
             if any(c not in known for c in p):  # else it costs more than its characters
                 at = next((i for i in range(1, len(p)) if (p[i - 1] in known) != (p[i] in known)), None)

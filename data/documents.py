@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.files import redact, sentence
+
 PIECE_BYTES = 4 * 2**20
 LINE_BYTES = 2**20  # how far beyond that a piece of a .txt reaches for its line end
 UNIT_BYTES = 4 * 2**20  # of a .jsonl, and of row groups
@@ -61,12 +63,12 @@ def is_url(path):
 
 
 def filesystem(path):
-    """(fsspec filesystem, path there) of a URL. Raises ValueError where its library is missing."""
+    """(fsspec filesystem, path there) of a URL. Raises ValueError where its library is missing, or for a URL that cannot be one."""
     import fsspec
     try:
         return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f'{path} cannot be opened: {error}') from None
+    except Exception as error:  # each backend has its own
+        raise ValueError(f'{redact(path)} cannot be opened ({type(error).__name__}: {sentence(error)}): expected a file, a folder or a URL such as s3://bucket/folder') from None
 
 
 @contextlib.contextmanager

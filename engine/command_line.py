@@ -75,6 +75,11 @@ _MEMORY = re.compile(r"can.t allocate memory|[Oo]ut of memory|Storage size calcu
 
 def explain(error):
     """Return one sentence for an exception that a user can do something about, or None for a fault of the program."""
+    sentence = _sentence(error)
+    return sentence if sentence is None or len(sentence) <= 1500 else f'{sentence[:900]} ... {sentence[-400:]}'
+
+
+def _sentence(error):
     words = ' '.join(str(error).split())
     if isinstance(error, ConfigError):
         return str(error)

@@ -104,6 +104,8 @@ def checked(key, value, hint, source):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         if int in options:
+            if abs(value) >= 2**63:
+                raise ConfigError(f'{source}: {key}={shortened(value)} is too large')
             return value
         if float in options:
             try:

@@ -72,8 +72,10 @@ def _record(line):
         return None
     if not isinstance(record, dict) or not isinstance(record.get('type'), str) or not is_whole(record.get('iter', 0)):
         return None
-    whole = all(isinstance(record.get(key, ...), kinds) and not isinstance(record[key], bool) for key, kinds in _NEEDED.get(record['type'], {}).items())
-    return record if whole and isinstance(record.get('wall_s', 0.0), _NUMBER) else None
+    def fits(value, kinds):
+        return isinstance(value, kinds) and not isinstance(value, bool) and not (isinstance(value, int) and abs(value) >= 2**63)
+    whole = all(fits(record.get(key, ...), kinds) for key, kinds in _NEEDED.get(record['type'], {}).items())
+    return record if whole and fits(record.get('wall_s', 0.0), _NUMBER) else None
 
 
 class RunLog:

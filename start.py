@@ -76,9 +76,17 @@ def main():
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f'error: this is Python {sys.version.split()[0]}; onetrain needs 3.10 to 3.13')
     commands = {'demo': demo, 'test': test, 'setup': set_up}
+    if sys.argv[1:2] in (['--help'], ['-h'], ['help']):
+        print(__doc__.strip())
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        sys.exit(__doc__.strip())
-    commands[sys.argv[1]]()
+        print(f"error: {' '.join(sys.argv[1:]) or 'no command'}: type one of {', '.join(f'python3 start.py {name}' for name in commands)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        commands[sys.argv[1]]()
+    except KeyboardInterrupt:
+        print('\ninterrupted: type the same command again to go on', file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import time
 from step import ROOT, config_of, device_of, vocabulary_of, write_noise
 
 from engine import kernels
+from engine.configurator import ConfigError
 from engine.loss import choose_chunk
 from plots.run_log import load_run
 
@@ -30,6 +31,10 @@ def main(argv=None):
     for name, default, what in (('iterations', 6, 'of each try'), ('minutes', 10.0, 'after which no try begins'), ('seconds', 180, 'that a try may take'), ('output', 'sweep.png', 'the picture')):
         parser.add_argument(f'--{name}', type=type(default), default=default, help=f'{what}, default: {default}')
     own, argv = parser.parse_known_args(argv)
+    if all(word.startswith('-') for word in argv):
+        raise ConfigError('no recipe is named: give a config file, such as config/full_llama_1.36b.py')
+    if own.iterations < 1 or not own.minutes > 0 or own.seconds < 1:
+        raise ConfigError('--iterations and --seconds must be at least 1, --minutes above 0')
     c = config_of(argv)
     vocabulary = vocabulary_of(c)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,4 +160,5 @@ class Sweep:
 
 
 if __name__ == '__main__':
-    main()
+    from engine.command_line import run_command
+    sys.exit(run_command(lambda argv: main(argv) and None))

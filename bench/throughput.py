@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 
 import torch
@@ -90,4 +91,5 @@ def measure(c, folder, largest, iterations, warmup):
 
 
 if __name__ == '__main__':
-    main()
+    from engine.command_line import run_command
+    sys.exit(run_command(lambda argv: main(argv) and None))

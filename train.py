@@ -30,7 +30,7 @@ import torch
 from data.tokenizer import tokenizer_of
 from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
 from engine.configurator import ConfigError, resolve
-from engine.copier import Copier, place_of, probe
+from engine.copier import Copier, place_of
 from engine.dataset import check_fit, folder_of, open_dataset
 from engine.files import redact
 from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, mix, order_of

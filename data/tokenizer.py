@@ -19,7 +19,6 @@ Each class below has
 """
 import difflib
 import importlib
-import json
 import os
 
 import numpy as np

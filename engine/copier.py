@@ -289,7 +289,7 @@ def fetch(source, out_dir):
     fs, root, step, rejected = find(source)
     try:
         while step is not None:
-            there, here = checkpoint.path_of(root, step), checkpoint.path_of(out_dir, step)
+            there = checkpoint.path_of(root, step)
             run_name = checkpoint.read_state(there, fs).get('run_name')
             reason = 'its state.json has no run_name' if run_name is None else _fetch_one(fs, root, step, source, out_dir, run_name)
             if reason is None:

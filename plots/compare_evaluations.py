@@ -77,14 +77,14 @@ def draw(models):
         figure = Figure(figsize=(13 if len(titles) > 1 else 7, 1 + 3.3 * rows), layout='constrained')
         for panel, title in enumerate(titles):
             axes = figure.add_subplot(rows, min(2, len(titles)), panel + 1)
-            for number, (label, found) in enumerate(models):
+            for place, (label, found) in enumerate(models):
                 points = [(results.get('step') or 0, values(results)[title]) for results in found if title in values(results)]
-                color = COLORS[number % len(COLORS)]
+                color = COLORS[place % len(COLORS)]
                 if along_steps and points:
                     axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
                 elif points:
-                    axes.barh(number, points[0][1], color=color, label=label)
-                    axes.annotate(f'{points[0][1]:.3g}', (points[0][1], number), xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
+                    axes.barh(place, points[0][1], color=color, label=label)
+                    axes.annotate(f'{points[0][1]:.3g}', (points[0][1], place), xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
             axes.set_title(title)
             if along_steps:
                 axes.set_xlabel('iteration')

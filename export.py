@@ -10,6 +10,7 @@ weights are read back: if transformers is installed it must compute the same log
 from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import huggingface
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
 from engine.files import is_whole
-from engine.logger import read_records
+from engine.run_json import read_records
 from engine.report import size_of
 from model import Model
 from sample import build, load_state, tokenizer_of_run
@@ -152,20 +153,17 @@ def check(folder, shape, tokenizer):
 def facts(out_dir, run_name, step):
     """{'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is not there is left out."""
     found = {}
-    try:
-        lines = read_records(os.path.join(out_dir, f'{run_name}.jsonl'))
-    except OSError:
-        return found
-    for line in lines:
-        if line['type'] == 'header':
-            startup = line.get('startup_info')
-            hardware = startup.get('hardware') if isinstance(startup, dict) else None
-            found['hardware'] = hardware if isinstance(hardware, dict) else {}
-        elif line.get('iter', step + 1) <= step:
-            if line['type'] == 'iter' and 'wall_s' in line:
-                found['hours'] = line['wall_s'] / 3600
-            elif line['type'] == 'eval' and line['val_loss'] is not None:
-                found['val_loss'], found['evaluated'] = line['val_loss'], line['iter']
+    with contextlib.suppress(OSError):
+        for line in read_records(os.path.join(out_dir, f'{run_name}.jsonl')):
+            if line['type'] == 'header':
+                startup = line.get('startup_info')
+                hardware = startup.get('hardware') if isinstance(startup, dict) else None
+                found['hardware'] = hardware if isinstance(hardware, dict) else {}
+            elif line.get('iter', step + 1) <= step:
+                if line['type'] == 'iter' and 'wall_s' in line:
+                    found['hours'] = line['wall_s'] / 3600
+                elif line['type'] == 'eval' and line['val_loss'] is not None:
+                    found['val_loss'], found['evaluated'] = line['val_loss'], line['iter']
     return found
 
 

@@ -364,9 +364,10 @@ class Model(nn.Module):
             experts.balance([moe.router.balance for moe in self.routed], routing[:, :self.config.num_experts], balance_rate, 1 - skipped)
         return routing
 
-    def routing_report(self, routing, tokens):
-        """What a log says of the routing of a step of `tokens` tokens, given after_step()'s tensor; waits for the device."""
-        return experts.report(routing.cpu(), self.config.expert_layers, [moe.router.balance.cpu() for moe in self.routed], tokens, self.config.num_experts_per_tok)
+    def routing_report(self, routing, tokens, shares=True):
+        """Return the `moe` object of the log of a step of `tokens` tokens, given after_step()'s tensor; shares: with that of each expert. Waits for the device."""
+        return experts.report(routing.cpu(), self.config.expert_layers, [moe.router.balance.cpu() for moe in self.routed], tokens,
+                              self.config.num_experts_per_tok, shares)
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):

@@ -62,7 +62,8 @@ class Config:
     eval_tasks: str | None = None  # multiple-choice tasks at each evaluation: NAME or NAME:FILE.jsonl, separated by commas (engine/tasks.py)
     eval_tasks_limit: int | None = 200  # first items of each, None = all
     save_log_to_json: bool = True  # keep run_*.json beside run_*.jsonl
-    log_save_interval: int = 100  # iterations between rewrites of run_*.json
+    log_save_interval: int = 100  # iterations, at least, between rewrites of run_*.json: it is written when the log has doubled, and at the end
+    expert_log_interval: int = 100  # iterations between logs of the share of the tokens that each expert got, 0 = none
     gradient_log_interval: int = 0  # iterations between gradient statistics (which are logged at once), 0 = none
     wandb_log: bool = False
     wandb_project: str = 'onetrain'
@@ -509,7 +510,7 @@ def run(argv, stop):
     saver.reserve(checkpoint_tensors(model, named, updated, optimizer, guard))
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
-    last_evaluation, bad_before = (-1, None), guard.counts()
+    last_evaluation, bad_before, shares_step = (-1, None), guard.counts(), start_step
     # the sum over this rank's targets, over the targets of the whole step; ranks average, hence world.size
     micro_step = MicroStep(model, train_model, world, autocast, scaler, world.size / tokens_per_step, accumulation)
     if step < c.max_iters and (c.compile or c.use_cuda_graphs):
@@ -597,10 +598,12 @@ def run(argv, stop):
                                                               architecture=shape.describe())
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
             bad = guard.counts()
+            shares = bool(c.expert_log_interval) and (step == start_step + 1 or step == c.max_iters or step // c.expert_log_interval > shares_step // c.expert_log_interval)
+            shares_step = step if shares else shares_step
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
                       data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, wall_s=log.wall_s(),
                       mfu=mfu, memory={key: worst[key] for key in used}, gradients=gradients,
-                      skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step))}))
+                      skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step, shares))}))
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
             shown += '' if routing is None else f", load score {moe['load_score']:.0f}"
             log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "

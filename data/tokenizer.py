@@ -262,8 +262,12 @@ class HuggingFaceTokenizer:
     def encode(self, text):
         if self.twin is not None and (ids := self.twin.encode(text)) is not None:
             return ids
-        # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
-        ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+        try:
+            # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
+            ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+        except Exception as error:  # the library's own, such as of a model of characters that does not know one
+            raise ValueError(f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
+                             f'leave out characters that its training text did not have') from None
         if self.encoded <= TRIAL < self.encoded + len(text):
             self.twin = twin_of(self.files['tokenizer.json'].decode('utf-8'))
         self.encoded += len(text)

@@ -24,7 +24,7 @@ def refuse_impossible(c, given, notes):
             raise ConfigError(f'{key}={getattr(c, key)} must be at most {most:,}')
     if '://' in c.out_dir:
         raise ConfigError(f'out_dir={c.out_dir!r} is a URL, and a run is written to a local folder: type --upload_to={c.out_dir} to copy it there')
-    for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'head_z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'loss_chunk', 'gradient_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
+    for key in ('balance_rate', 'aux_loss_weight', 'z_loss_weight', 'head_z_loss_weight', 'sample_interval', 'keep_every', 'max_time', 'loss_chunk', 'gradient_log_interval', 'expert_log_interval', 'total_batch_size', 'weight_decay', 'grad_clip', 'warmup_iters', 'min_lr', 'learning_rate'):
         if (getattr(c, key) or 0) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
     for key in ('checkpoint_interval', 'upload_keep_local', 'eval_tasks_limit'):
@@ -104,7 +104,7 @@ def note_without_effect(c, given, shape, routing, notes):
             (shape.position_encoding != 'rope', f'with position_encoding={shape.position_encoding}', ('rope_theta', 'rotary_pct')),
             (shape.rope_scaling == 'none', 'without rope_scaling', [key for key in defaults if key.startswith('rope_') and key not in ('rope_theta', 'rope_scaling')]),
             (not shape.sliding_window, 'without sliding_window', ('window_pattern',)),
-            (not shape.num_experts, 'without num_experts', (*routing, 'balance_rate', 'aux_loss_weight', 'z_loss_weight', 'expert_dispatch'))):
+            (not shape.num_experts, 'without num_experts', (*routing, 'balance_rate', 'aux_loss_weight', 'z_loss_weight', 'expert_dispatch', 'expert_log_interval'))):
         # a recipe may name them all, so that one word on the command line turns them on
         notes += [f'{key} has no effect {reason}' for key in keys if condition and given.get(key) == 'command line' and getattr(c, key) != defaults[key]]
 

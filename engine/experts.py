@@ -175,12 +175,24 @@ def load_score(counts):
     return 100 * counts.amin(dim=-1) / counts.amax(dim=-1).clamp(min=1)
 
 
-def report(routing, layers, biases, tokens, top_k):
-    """The `moe` object of the log. routing: (L, E + STATISTICS) on the CPU, sums over the `tokens` tokens of a step as routing_statistics() orders them;
-    layers: their numbers in the model; biases: their balancing biases; top_k: experts of a token."""
+def report(routing, layers, biases, tokens, top_k, shares=True):
+    """Return the `moe` object of the log.
+
+    routing: (L, E + STATISTICS) on the CPU, sums over the `tokens` tokens of a step as routing_statistics() orders them; layers: their numbers in
+    the model; biases: their balancing biases; top_k: experts of a token; shares: whether to list the share of each expert, beside the least and the
+    most, which are most of a log where experts are many.
+    """
     counts = routing[:, :-STATISTICS]
     entropy, auxiliary, z = (routing[:, -STATISTICS:] / tokens).unbind(1)
-    rows = [{'layer': layer, 'utilisation': [round(share, 5) for share in (row / row.sum()).tolist()], 'load_score': load_score(row).item(),
-             'bias_min': bias.min().item(), 'bias_max': bias.max().item(), 'entropy': entropy[i].item(), 'dropped': tokens * top_k - int(row.sum())}
-            for i, (layer, bias, row) in enumerate(zip(layers, biases, counts))]
-    return {'load_score': sum(row['load_score'] for row in rows) / len(rows), 'aux_loss': auxiliary.mean().item(), 'z_loss': z.mean().item(), 'layers': rows}
+    rows = []
+    for i, (layer, bias, row) in enumerate(zip(layers, biases, counts)):
+        share = row / row.sum()
+        rows.append({'layer': layer, **({'utilisation': _rounded(share)} if shares else {}), 'least': _rounded(share.min()), 'most': _rounded(share.max()),
+                     'load_score': _rounded(load_score(row)), 'bias_min': _rounded(bias.min()), 'bias_max': _rounded(bias.max()),
+                     'entropy': _rounded(entropy[i]), 'dropped': tokens * top_k - int(row.sum())})
+    return {'load_score': load_score(counts).mean().item(), 'aux_loss': auxiliary.mean().item(), 'z_loss': z.mean().item(), 'layers': rows}
+
+
+def _rounded(tensor):
+    """Return the numbers of a tensor to five digits behind the point."""
+    return [round(number, 5) for number in tensor.tolist()] if tensor.dim() else round(tensor.item(), 5)

@@ -1,17 +1,18 @@
 """What a run writes about itself.
 
     out_dir/run_YYYYMMDD_HHMMSS.jsonl   the truth: one JSON object per line, the header first, appended and flushed
-    out_dir/run_YYYYMMDD_HHMMSS.json    the same as one object, always valid: written aside and renamed
+    out_dir/run_YYYYMMDD_HHMMSS.json    the same as one object, always valid: written aside and renamed, each time that the
+                                        .jsonl has doubled, and at the end (engine/run_json.py)
     out_dir/run_YYYYMMDD_HHMMSS.log     the console text
 
-and, where asked for, Weights & Biases and TensorBoard. A resumed run continues its files after dropping what lies beyond
-the step it resumed from, so that curves never fork. A number that is not finite is written as null: JSON has no NaN.
+and, where asked for, Weights & Biases and TensorBoard. Nothing that is written is held in memory: a record costs the same
+whether it is the tenth or the millionth. A resumed run cuts its .jsonl behind the step it resumed from, so that curves never
+fork. A number that is not finite is written as null: JSON has no NaN.
 """
 import contextlib
 import datetime
 import errno
 import json
-import math
 import os
 import re
 import threading
@@ -20,10 +21,10 @@ import time
 from tqdm import tqdm
 
 from engine.configurator import ConfigError
-from engine.files import is_whole, parse_json, redact
+from engine.files import redact
+from engine.run_json import Summary, finite, parse_record, read_records, summarize, write_json
 
 FORMAT = 1
-_SECTIONS = {'iter': 'training_iterations', 'eval': 'eval_steps', 'checkpoint': 'checkpoints'}
 
 
 def now():
@@ -47,35 +48,11 @@ def unsaved_run(out_dir, config):
     if not logs:
         return None
     records = read_records(os.path.join(out_dir, logs[-1]))
-    same = bool(records) and records[0].get('config') == json.loads(json.dumps(finite(config)))
+    same = next(records, {}).get('config') == json.loads(json.dumps(finite(config)))
     return logs[-1].removesuffix('.jsonl') if same and not any(r['type'] in ('checkpoint', 'end') for r in records) else None
 
 
-def read_records(path):
-    """The whole records of a JSONL; lines that were cut or damaged are left out."""
-    with open(path, encoding='utf-8', errors='replace') as f:
-        return [record for record in map(_record, f) if record]
-
-
 _RUN_FILE = re.compile(r'(run_\d{8}_\d{6})\.jsonl', re.ASCII)
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
-# what the other records need of each, beside 'type'
-_NEEDED = {'iter': {'iter': int, 'loss': _MAYBE, 'time_ms': _NUMBER, 'tokens_per_sec': _MAYBE, 'mfu': (int, float, dict, type(None)), 'memory': dict},
-           'eval': {'iter': int, 'val_loss': _MAYBE}, 'checkpoint': {'iter': int, 'val_loss': _MAYBE}, 'header': {'start_time': str}}
-
-
-def _record(line):
-    """The record in a line of the JSONL, or None for a line that was cut or damaged."""
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get('type'), str) or not is_whole(record.get('iter', 0)):
-        return None
-    def fits(value, kinds):
-        return isinstance(value, kinds) and not isinstance(value, bool) and not (isinstance(value, int) and abs(value) >= 2**63)
-    whole = all(fits(record.get(key, ...), kinds) for key, kinds in _NEEDED.get(record['type'], {}).items())
-    return record if whole and fits(record.get('wall_s', 0.0), _NUMBER) else None
 
 
 class RunLog:
@@ -89,56 +66,66 @@ class RunLog:
         self.active, self.write = active, active and write
         self.save_json, self.save_interval = save_json, save_interval
         self.path = os.path.join(out_dir, run_name or '')
-        self.run = {'run_name': run_name, 'start_time': now(), 'end_time': None, **header,
-                    **{section: [] for section in _SECTIONS.values()}}
-        self.wall_before, self.started, self.last_saved = 0.0, time.perf_counter(), first
+        self.run = {'run_name': run_name, 'start_time': now(), 'end_time': None, **header}
+        self.wall_before, self.started, self.saved_at = 0.0, time.perf_counter(), first
+        self.checkpoints = set()  # iterations of those that are recorded since the one resumed from
         self.sinks, self.bar, self.text, self.lines, self.lock = [], None, None, None, threading.Lock()
         if not self.write:
             return
         try:
             os.makedirs(out_dir, exist_ok=True)
-            kept = self._keep_until(resume_step, evaluated) if resume_step is not None else []
+            goes_on = resume_step is not None and self._cut_after(resume_step, evaluated)
             self.text = open(f'{self.path}.log', 'a', encoding='utf-8', errors='backslashreplace')
             self.lines, self.unwritten, self.disk_works = open(f'{self.path}.jsonl', 'ab', buffering=0), b'', True
         except OSError as error:
             raise ConfigError(f'the log {error.filename or self.path} cannot be written ({error.strerror}): make room or move what is in '
                               f'the way, or give another --out_dir') from None
-        if kept:
+        self.size = os.path.getsize(f'{self.path}.jsonl')  # bytes that were appended, in all
+        self.json_due = 2 * self.size
+        if goes_on:
             self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
         else:
             self._append({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header})
         self.bar = tqdm(total=total, initial=first, unit='it', disable=None, dynamic_ncols=True, leave=False)
 
-    def _keep_until(self, step, evaluated):
-        """Rewrite the JSONL without what lies beyond `step`; the records that stay."""
-        kept, damaged = [], []
-        if not os.path.exists(f'{self.path}.jsonl'):
-            return kept
-        with open(f'{self.path}.jsonl', encoding='utf-8', errors='replace') as f:
+    def _cut_after(self, step, evaluated):
+        """Drop from the .jsonl what lies beyond `step`, and return whether any record stays.
+
+        Takes time in proportion to what lies beyond the last iteration that stays, not to the whole file.
+        """
+        path = f'{self.path}.jsonl'
+        if not os.path.exists(path):
+            return False
+        with open(path, 'rb+') as f:
+            first = parse_record(f.readline())
+            begin = _last_iteration(f, step)
+            f.seek(begin)
+            kept, damaged = [], []
             for line in f:
-                record = _record(line)
+                record = parse_record(line)
                 if record is None:  # the last line of a killed run may be cut
                     damaged.append(line)
                     continue
                 # a save comes before the evaluation at its step, which may have been cut short and will then be made again
                 again = record['type'] == 'eval' and record['iter'] == step and not evaluated
-                beyond = record['type'] == 'end' or record.get('iter', 0) > step or again
-                if not beyond:
-                    kept.append(record)
-        if damaged:
-            with open(f'{self.path}.jsonl.damaged', 'a', encoding='utf-8') as f:
-                f.writelines(damaged)
-        with open(f'{self.path}.jsonl.tmp', 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(record) + '\n' for record in kept)
+                if record['type'] == 'end' or record.get('iter', 0) > step or again:
+                    continue
+                kept.append(line.rstrip(b'\n') + b'\n')
+                self.wall_before = record.get('wall_s', self.wall_before)
+                if record['type'] == 'checkpoint':
+                    self.checkpoints.add(record['iter'])
+            if damaged:
+                with open(f'{path}.damaged', 'ab') as aside:
+                    aside.writelines(damaged)
+            # never longer than before: a kill in between leaves a line that was cut
+            f.seek(begin)
+            f.write(b''.join(kept))
+            f.truncate()
             f.flush()
             os.fsync(f.fileno())
-        os.replace(f'{self.path}.jsonl.tmp', f'{self.path}.jsonl')
-        for record in kept:
-            self._remember(record)
-            self.wall_before = record.get('wall_s', self.wall_before)
-            if record['type'] == 'header':
-                self.run['start_time'] = record['start_time']
-        return kept
+        if first and first['type'] == 'header':
+            self.run['start_time'] = first['start_time']
+        return bool(begin or kept)
 
     def wall_s(self):
         """Seconds that this run has been going, over all its resumptions."""
@@ -161,15 +148,17 @@ class RunLog:
             return
         record = finite({'type': kind, **fields})
         self._append(record)
-        self._remember(record)
         for sink in self.sinks:
             sink(kind, record)
-        if self.save_json and kind != 'resume' and (kind != 'iter' or record['iter'] - self.last_saved >= self.save_interval):
-            self.last_saved = record.get('iter', self.last_saved)
+        if kind == 'checkpoint':
+            self.checkpoints.add(record['iter'])
+        if self.save_json and kind == 'iter' and record['iter'] - self.saved_at >= self.save_interval and self.size >= self.json_due:
+            self.saved_at = record['iter']
             self.write_json()
 
     def _append(self, record):
         line = json.dumps(finite(record)).encode() + b'\n'
+        self.size += len(line)
         with self.lock:
             self.unwritten += line
             self._write()
@@ -184,14 +173,6 @@ class RunLog:
             if self.disk_works:
                 tqdm.write(f'THE LOG CANNOT BE WRITTEN ({error.strerror}): {self.path}.jsonl will be completed when it can')
             self.disk_works = False
-
-    def _remember(self, record):
-        if record['type'] in _SECTIONS:
-            self.run[_SECTIONS[record['type']]].append({key: value for key, value in record.items() if key != 'type'})
-        if record['type'] in ('eval', 'checkpoint'):  # a save is often finished after the evaluation at its step
-            losses = {e['iter']: e['val_loss'] for e in self.run['eval_steps']}
-            for saved in self.run['checkpoints'][-3:]:
-                saved['val_loss'] = losses.get(saved['iter'], saved['val_loss'])
 
     def progress(self, step):
         """Move the progress bar, which stays out of the files."""
@@ -210,36 +191,29 @@ class RunLog:
 
     def has_checkpoint(self, step):
         """Whether the checkpoint of `step` is recorded: a kill can come between writing it and noting so."""
-        return any(record['iter'] == step for record in self.run['checkpoints'])
-
-    def summary(self):
-        iterations, evaluations = self.run['training_iterations'], self.run['eval_steps']
-        known = [r['mfu']['mfu'] for r in iterations if isinstance(r['mfu'], dict) and isinstance(r['mfu'].get('mfu'), (int, float))]
-        times = [r['time_ms'] for r in iterations[1:]] or [r['time_ms'] for r in iterations]  # the first includes warm-up
-        best = [r['val_loss'] for r in evaluations if r['val_loss'] is not None]
-        return {'total_iterations': iterations[-1]['iter'] if iterations else 0, 'final_iter': iterations[-1]['iter'] if iterations else 0,
-                'final_train_loss': iterations[-1]['loss'] if iterations else None, 'best_val_loss': min(best, default=None),
-                'avg_time_ms': sum(times) / len(times) if times else None, 'avg_mfu': sum(known) / len(known) if known else None,
-                'total_eval_steps': len(evaluations), 'total_checkpoints': len(self.run['checkpoints'])}
+        return step in self.checkpoints
 
     def write_json(self):
-        progress = []
-        for r in self.run['training_iterations']:
-            entry = {'iter': r['iter'], 'loss': r['loss'], 'mfu': r['mfu'].get('mfu') if isinstance(r['mfu'], dict) else None,
-                     'tokens_per_sec': r['tokens_per_sec'], 'memory_allocated_gb': r['memory'].get('allocated_gb'), 'dt_ms': r['time_ms']}
-            progress.append({key: value for key, value in finite(entry).items() if value is not None})  # readers compute with what is there
-        text = json.dumps(finite({**self.run, 'training_progress': progress, 'summary': self.summary()}))
+        """Write the .json, and return the summary of the run."""
+        self.json_due = 2 * self.size
         with contextlib.suppress(OSError):  # a full disk: the file stays as it was, the next one is complete again
-            with open(f'{self.path}.json.tmp', 'w', encoding='utf-8') as f:
-                f.write(text)
-            os.replace(f'{self.path}.json.tmp', f'{self.path}.json')
+            return write_json(f'{self.path}.jsonl', f'{self.path}.json', self.run)
+        return self.summarize()
+
+    def summarize(self):
+        """Return the summary of the run, that of no record where the .jsonl was taken away."""
+        try:
+            return summarize(f'{self.path}.jsonl')
+        except OSError:
+            return Summary().as_dict()
 
     def end(self):
         """Write the summary, the last record."""
         if self.write and self.run['end_time'] is None:
             self.run['end_time'] = now()
             self.bar.close()
-            self.event('end', end_time=self.run['end_time'], summary=self.summary())
+            summary = self.write_json() if self.save_json else self.summarize()
+            self.event('end', end_time=self.run['end_time'], summary=summary)
 
     def close(self):
         """Write the summary if that was not done, and close the files."""
@@ -274,6 +248,26 @@ class RunLog:
         self.sinks.append(sink)
 
 
+def _last_iteration(f, step):
+    """Return the offset of the last line of the open .jsonl `f` that records an iteration up to `step`, 0 if none does."""
+    end, rest = f.seek(0, os.SEEK_END), b''  # rest: the beginning of a line that ends behind `end`
+    while end:
+        begin = max(0, end - _BLOCK)
+        f.seek(begin)
+        lines = (f.read(end - begin) + rest).split(b'\n')
+        end, rest = begin, lines[0] if begin else b''
+        offset = begin + sum(len(line) + 1 for line in lines)
+        for line in reversed(lines[1:] if begin else lines):
+            offset -= len(line) + 1
+            record = parse_record(line)
+            if record and record['type'] == 'iter' and record['iter'] <= step:
+                return offset
+    return 0
+
+
+_BLOCK = 2**16  # bytes that are read at a time, from the end
+
+
 def scalars(kind, record):
     """The numbers of a record as one flat dict with names such as train/loss, for dashboards."""
     flat = {}
@@ -288,14 +282,3 @@ def scalars(kind, record):
         if key not in ('type', 'timestamp') and not (key == 'mfu' and not isinstance(value, dict)):
             walk(f"{'train' if kind == 'iter' else 'eval'}/{key}", value)
     return flat
-
-
-def finite(value):
-    """`value` with every float that is not finite replaced by None."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -92,10 +92,15 @@ def plot_line(axes, x, y, **style):
 
 def plot_smoothed(axes, run, name, window, **style):
     """A column as a faint raw line under its moving average."""
-    values = run.column(name)
-    if window > 1:
-        axes.plot(run.iters, values, color=style['color'], alpha=0.3, linewidth=0.8)
-    plot_line(axes, run.iters, smooth(values, window), **style)
+    draw_raw(axes, run, name, window > 1, style['color'])
+    plot_line(axes, run.iters, smooth(run.column(name), window), **style)
+
+
+def draw_raw(axes, run, name, always, color, divisor=1):
+    """Draw every value of a column as a faint line, or only if some are no entries of it."""
+    iters, values = run.raw(name)
+    if always or len(iters) > len(run.iters):
+        axes.plot(iters, values / divisor, color=color, alpha=0.3, linewidth=0.8)
 
 
 def draw_marks(axes, run, resume=None, checkpoint=None):
@@ -175,6 +180,7 @@ def draw_throughput(axes, run, window):
     title = 'Throughput'
     if run.has('tokens_per_sec'):
         divisor, word = scaled(speed)
+        draw_raw(axes, run, 'tokens_per_sec', False, BLUE, divisor)
         plot_line(axes, run.iters, speed / divisor, color=BLUE)
         axes.set_ylabel(f'tokens per second{word}', color=BLUE)
         axes.set_ylim(0, 1.15 * np.nanpercentile(speed, 99) / divisor)
@@ -214,13 +220,12 @@ def draw_load(axes, run, window):
 
 
 def draw_utilisation(axes, run, window):
-    layers = len(run.each(r'moe\.layers\.\d+\.load_score'))
-    shares = np.array([[expert[np.isfinite(expert)][-1] for expert in run.each(rf'moe\.layers\.{layer}\.utilisation\.\d+')] for layer in range(layers)])
-    times = shares * shares.shape[1]
+    layers, experts = run.expert_shares.shape
+    times = run.expert_shares * experts
     image = axes.imshow(times, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2, interpolation='nearest')
     axes.figure.colorbar(image, ax=axes, label='tokens / fair share')
     layer_numbers = [int(column[np.isfinite(column)][0]) for column in run.each(r'moe\.layers\.\d+\.layer')]
-    axes.set(title=f'Experts: share of the tokens at iteration {int(run.iters[-1]):,}', ylabel='layer', yticks=range(layers), yticklabels=layer_numbers)
+    axes.set(title=f'Experts: share of the tokens at iteration {run.shares_at:,}', ylabel='layer', yticks=range(layers), yticklabels=layer_numbers)
     axes.grid(False)
 
 
@@ -231,8 +236,8 @@ def draw_router(axes, run, window):
     right = axes.twinx()
     for layer in run.each(r'moe\.layers\.\d+\.entropy'):
         plot_line(right, run.iters, layer, color=PURPLE, alpha=0.5, linewidth=0.9)
-    experts = len(run.each(r'moe\.layers\.0\.utilisation\.\d+'))
-    right.axhline(np.log(experts), color=PURPLE, linestyle=':', linewidth=1)
+    if experts := run.expert_shares.shape[1]:
+        right.axhline(np.log(experts), color=PURPLE, linestyle=':', linewidth=1)
     right.set_ylabel('entropy (nats; dotted: uniform)', color=PURPLE)
     right.grid(False)
     axes.legend(loc='lower left')
@@ -293,7 +298,8 @@ def grid(figure, panels):
 def draw_run(run, window=None):
     """The figure of one run, a panel for each thing it logged; `window` is the number of records averaged for smooth lines."""
     window = window or default_window(run)
-    panels = [draw for columns, draw in PANELS if run.has(*columns)] + [draw_tasks] * bool(run.eval_tasks)
+    panels = [draw for columns, draw in PANELS if run.has(*columns) and (draw is not draw_utilisation or run.expert_shares.size)]
+    panels += [draw_tasks] * bool(run.eval_tasks)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 1.2 + 3.3 * ((len(panels) + 1) // 2)), layout='constrained')
         for axes, draw in zip(grid(figure, len(panels)), panels):

@@ -1,8 +1,12 @@
 """Read the log of a run, for the plotting commands: a .jsonl, a .json, several of them, or the out_dir that holds them.
 
-The .jsonl is the truth and is preferred where both lie in a folder. Several logs of one out_dir are one run that was
-stopped and resumed: they are joined so that curves never fork. Logs of the older system (JSON only, `mfu` a number, no lr,
-tokens or wall time) are read too; what they lack is computed from time_ms and the batch in their config, or stays nan.
+The .jsonl is the truth and is preferred where both lie in a folder; the .json may lag behind it. Several logs of one out_dir
+are one run that was stopped and resumed: they are joined so that curves never fork. Logs of the older system (JSON only, `mfu`
+a number, no lr, tokens or wall time) are read too; what they lack is computed from time_ms and the batch in their config, or
+stays nan.
+
+Of a log of more than 2 * KEPT iterations every so-and-so-many-th is kept, and of those between, the lowest and the highest
+value of each of EXTREMES: a million iterations take no more memory than ten thousand, and no spike is lost.
 """
 import os
 import re
@@ -20,6 +24,8 @@ from engine.files import is_whole, parse_json  # noqa: E402
 MODEL = ('arch_preset', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'vocab_size', 'block_size', 'dataset')  # what tells models apart
 LARGEST = 1e200  # a number beyond it cannot be drawn
 SECTIONS = {'iter': 'training_iterations', 'eval': 'eval_steps', 'checkpoint': 'checkpoints', 'resume': 'resumes'}
+KEPT = 10_000   # iterations of a longer log, or up to twice as many
+EXTREMES = ('loss', 'gradients.global_norm', 'tokens_per_sec')
 
 
 class LogError(ConfigError):
@@ -47,11 +53,21 @@ class Run:
     checkpoints: np.ndarray     # iterations
     resumes: np.ndarray         # iterations after which a resumed process went on
     mfu_unknown: bool           # MFU was logged as null: the device's peak is not known
+    expert_shares: np.ndarray   # (layers, experts), share of the tokens that each got when that was last logged
+    shares_at: int              # the iteration of that
+    extremes: dict              # {name of EXTREMES: (iters, values)} of iterations that were left out of `iters`
     notes: list = field(default_factory=list)
 
     def column(self, name):
         """The values named `name`, one per entry of iters; all nan if the run did not log them."""
         return self.columns.get(name, np.full(len(self.iters), np.nan))
+
+    def raw(self, name):
+        """Return (iterations, values) of a column with the lowest and highest values between its entries."""
+        iters, values = self.extremes.get(name, (self.iters[:0], self.iters[:0]))
+        iters, values = np.concatenate([self.iters, iters]), np.concatenate([self.column(name), values])
+        order = np.argsort(iters, kind='stable')
+        return iters[order], values[order]
 
     def has(self, *names):
         """Whether any of these columns holds a finite number other than 0, which is the GPU memory of a run on CPU."""
@@ -123,7 +139,8 @@ def find_logs(paths):
         elif path.suffix not in ('.json', '.jsonl'):
             raise LogError(f'{path} is not a log: give a run_*.jsonl, a run_*.json or the folder that holds them')
         else:
-            files = [path]
+            beside = path.with_suffix('.jsonl')
+            files = [beside if beside.is_file() else path]
         for file in files:
             run = file.resolve().with_suffix('')
             if run not in found or file.suffix == '.jsonl':
@@ -132,12 +149,11 @@ def find_logs(paths):
 
 
 def read_log(path):
-    """Return one log file as a dict in the schema of the .json, with 'path', 'resumes' and 'damage', a list of notes, added. Raises LogError."""
+    """Return one log file as a dict in the schema of the .json, with 'path', 'resumes' and 'extremes', 'stride' and 'damage', a list of notes, added. Raises LogError."""
     try:
-        data = path.read_bytes()
+        log, bad = parse_jsonl(path) if path.suffix == '.jsonl' else parse_json_log(path.read_bytes(), path)
     except OSError as error:
         raise LogError(f'{path} cannot be read ({error.strerror})') from None
-    log, bad = parse_jsonl(data) if path.suffix == '.jsonl' else parse_json_log(data, path)
     log['path'] = path
     log['damage'] = [f'{path.name}: {len(bad)} record{"s" * (len(bad) > 1)} that cannot be read left out, the first is {bad[0]}'] if bad else []
     for key in ('config', 'startup_info', 'metadata'):
@@ -148,6 +164,8 @@ def read_log(path):
         # by iteration, so that a record written again after a resume replaces the first
         by_iter = {record['iter']: record for record in log[section]}
         log[section] = [by_iter[it] for it in sorted(by_iter)]
+    if log['stride'] > 1:
+        log['damage'].append(f"{path.name}: one of {log['stride']} logged iterations is drawn, with the lowest and highest values between")
     return log
 
 
@@ -177,31 +195,95 @@ def parse_json_log(data, path):
         records = records if isinstance(records, list) else []
         bad += [f'number {number} of {section}' for number, record in enumerate(records, 1) if not is_record(record)]
         log[section] = [record for record in records if is_record(record)]
+    iterations = Thinned(max(1, len(log['training_iterations']) // KEPT))
+    for record in log['training_iterations']:
+        iterations.add(record)
+    log['training_iterations'], log['extremes'] = iterations.finish()
+    log['stride'] = iterations.stride
     return log, bad
 
 
-def parse_jsonl(data):
+def parse_jsonl(path):
     """Return (log, places of lines that are no records) of a .jsonl; a last line without its end was cut by a kill."""
     log, bad = {section: [] for section in SECTIONS.values()}, []
-    *lines, rest = data.split(b'\n')
-    for number, line in enumerate([*lines, rest], 1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-        except ValueError:
-            record = None
-        kind = record.get('type') if isinstance(record, dict) else None
-        if kind in ('header', 'end'):
-            log.update({key: value for key, value in record.items() if key not in SECTIONS.values()})
-        elif isinstance(kind, str) and kind in SECTIONS and is_record(record):
-            if kind == 'resume':    # what lies beyond the resumed iteration was not part of what went on
-                for section in SECTIONS.values():
-                    log[section] = [old for old in log[section] if old['iter'] <= record['iter']]
-            log[SECTIONS[kind]].append(record)
-        elif (kind in SECTIONS if isinstance(kind, str) else True) and not (number == len(lines) + 1 and record is None):
-            bad.append(f'line {number}')
+    with open(path, 'rb') as f:
+        lines = sum(block.count(b'\n') for block in iter(lambda: f.read(2**22), b''))
+        iterations = Thinned(max(1, lines // KEPT))
+        f.seek(0)
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                record = parse_json(line)
+            except ValueError:
+                record = None
+            kind = record.get('type') if isinstance(record, dict) else None
+            if kind in ('header', 'end'):
+                log.update({key: value for key, value in record.items() if key not in SECTIONS.values()})
+            elif kind == 'iter' and is_record(record):
+                iterations.add(record)
+            elif isinstance(kind, str) and kind in SECTIONS and is_record(record):
+                if kind == 'resume':    # what lies beyond the resumed iteration was not part of what went on
+                    iterations.cut_after(record['iter'])
+                    for section in SECTIONS.values():
+                        log[section] = [old for old in log[section] if old['iter'] <= record['iter']]
+                log[SECTIONS[kind]].append(record)
+            elif (kind in SECTIONS if isinstance(kind, str) else True) and not (number == lines + 1 and record is None):
+                bad.append(f'line {number}')
+    log['training_iterations'], log['extremes'] = iterations.finish()
+    log['stride'] = iterations.stride
     return log, bad
+
+
+class Thinned:
+    """Takes the records of iterations one after the other and keeps each `stride`-th, with the extremes of those between."""
+
+    def __init__(self, stride):
+        self.stride, self.kept, self.extremes, self.between, self.last, self.shares = stride, [], [], [], None, None
+
+    def add(self, record):
+        self.last = record
+        if self.stride > 1:
+            gradients = record.get('gradients')
+            norm = gradients.get('global_norm') if isinstance(gradients, dict) else None
+            self.between.append((record['iter'], record.get('loss'), norm, record.get('tokens_per_sec')))
+            if len(self.between) < self.stride:
+                return
+        self._keep(record)
+
+    def _keep(self, record):
+        self.kept.append(record)
+        self._summarise()
+        # the shares of many experts are most of a record: only the newest are drawn
+        if any(layer.get('utilisation') for layer in layers_of(record)):
+            for layer in layers_of(self.shares) if self.shares else ():
+                layer.pop('utilisation', None)
+            self.shares = record
+
+    def _summarise(self):
+        for place, name in enumerate(EXTREMES, 1):
+            found = [(value, entry[0]) for entry in self.between if np.isfinite(value := number(entry[place]))]
+            self.extremes += [{'iter': it, name: value} for value, it in {min(found), max(found)}] if found else []
+        self.between = []
+
+    def cut_after(self, step):
+        """Forget what lies beyond iteration `step`."""
+        self._summarise()
+        self.kept = [record for record in self.kept if record['iter'] <= step]
+        self.extremes = [record for record in self.extremes if record['iter'] <= step]
+
+    def finish(self):
+        """Return (records that were kept, the last among them, and extremes as [{'iter': iteration, name: value}])."""
+        if self.between:
+            self._keep(self.last)
+        return self.kept, self.extremes
+
+
+def layers_of(record):
+    """Return the dicts of the layers with experts in a record, [] for one without."""
+    moe = record.get('moe')
+    layers = moe.get('layers') if isinstance(moe, dict) else None
+    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
 
 
 def start_order(log):
@@ -230,6 +312,7 @@ def join(earlier, later):
         if not later['resumes']:
             joined['resumes'] = joined['resumes'] + [{'iter': kept[-1]['iter']}]
     joined['training_iterations'] = kept + records
+    joined['extremes'] = [record for record in earlier['extremes'] if record['iter'] < start] + later['extremes']
     return joined, []
 
 
@@ -237,8 +320,11 @@ def build_run(log, notes):
     """The Run of a joined log: its arrays, with what the older system did not log computed where that is possible."""
     records = log['training_iterations']
     iters = np.array([record['iter'] for record in records])
-    columns = {}
+    columns, shares, shares_at = {}, np.empty((0, 0)), 0
     for row, record in enumerate(records):
+        found = [layer.pop('utilisation') for layer in layers_of(record) if isinstance(layer.get('utilisation'), list)]
+        if found and len({len(of_layer) for of_layer in found}) == 1:
+            shares, shares_at = np.array([[number(share) for share in of_layer] for of_layer in found]), record['iter']
         for name, value in numbers(record):
             if name not in columns:
                 columns[name] = np.full(len(records), np.nan)
@@ -253,7 +339,9 @@ def build_run(log, notes):
                           for name in sorted({name for record in log['eval_steps'] if isinstance(record.get('tasks'), dict) for name in record['tasks']})},
               checkpoints=np.array([record['iter'] for record in log['checkpoints']]),
               resumes=np.array([record['iter'] for record in log['resumes']]),
-              mfu_unknown=any(isinstance(record.get('mfu'), dict) and record['mfu'].get('mfu') is None for record in records), notes=notes)
+              mfu_unknown=any(isinstance(record.get('mfu'), dict) and record['mfu'].get('mfu') is None for record in records), notes=notes,
+              expert_shares=shares, shares_at=shares_at, extremes={name: tuple(np.array([(record['iter'], record[name]) for record in log['extremes'] if name in record]).reshape(-1, 2).T)
+                                              for name in EXTREMES})
 
     zero_based = int(iters[0] == 0)
     gaps = np.diff(iters)

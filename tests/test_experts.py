@@ -10,7 +10,7 @@ from engine import experts
 from model import Model
 from presets import resolve_shape
 
-MOE = ['--arch_preset=moe', '--num_experts=4', '--expert_d_ff=32', '--n_dense_layers=1', '--n_layer=3', '--balance_rate=0.01']
+MOE = ['--arch_preset=moe', '--num_experts=4', '--expert_d_ff=32', '--n_dense_layers=1', '--n_layer=3', '--balance_rate=0.01', '--expert_log_interval=7']
 
 
 def layer(n=40, width=16, inner=24, number=5, top_k=2, biases=True):
@@ -186,13 +186,19 @@ def test_every_layout_trains_alike(dataset, tmp_path, single, layout, work):
     run(2, *arguments(dataset, tmp_path, *MOE, *LAYOUTS[layout], *work))
     assert close(losses(tmp_path), losses(single), 1e-5)
     assert all(torch.equal(tensor, balances(single, 20)[name]) for name, tensor in balances(tmp_path, 20).items())
-    assert [r['moe']['layers'][0]['utilisation'] for r in records(tmp_path)] == [r['moe']['layers'][0]['utilisation'] for r in records(single)]
+    def shares(out):
+        return [[layer.get(key) for key in ('utilisation', 'least', 'most')] for record in records(out) for layer in record['moe']['layers']]
+    assert shares(tmp_path) == shares(single)
 
 
 def test_log_tells_of_every_expert(single):
     for record in records(single):
         first, second = record['moe']['layers']
-        assert (first['layer'], second['layer']) == (1, 2) and abs(sum(first['utilisation']) - 1) < 1e-3 and first['dropped'] == 0
+        assert (first['layer'], second['layer']) == (1, 2) and 0 <= first['least'] <= 0.25 <= first['most'] and first['dropped'] == 0
+        # that of each expert every expert_log_interval iterations, and in the first and the last
+        assert ('utilisation' in first) == (record['iter'] in (1, 7, 14, 20))
+        if 'utilisation' in first:
+            assert abs(sum(first['utilisation']) - 1) < 1e-3 and max(first['utilisation']) == first['most']
         assert 0 <= first['load_score'] <= 100 and 0 <= first['entropy'] <= math.log(4) + 1e-6 and record['moe']['aux_loss'] > 0.9
     assert records(single)[-1]['moe']['layers'][0]['bias_max'] > 0 > records(single)[-1]['moe']['layers'][0]['bias_min']
 

@@ -175,3 +175,9 @@ def test_every_tokenizer_gives_the_same_ids_in_transformers(tmp_path, kind):
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'hf'))
     ids = theirs(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
     assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == tokenizer.decode(ids) and theirs.eos_token_id == tokenizer.eot_id
+
+
+def test_a_character_that_an_exported_tokenizer_does_not_know_is_refused(tmp_path):
+    save_for_transformers(CharTokenizer.of_texts(['abc']), str(tmp_path))
+    with pytest.raises(ValueError, match="cannot encode 'abx'"):
+        HuggingFaceTokenizer.of_folder(str(tmp_path)).encode('abx')

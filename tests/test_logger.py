@@ -7,7 +7,9 @@ import os
 import pytest
 from conftest import losses, records, run_process
 
-from engine.logger import RunLog, finite, new_run_name, scalars
+from engine import logger
+from engine.logger import RunLog, new_run_name, scalars
+from engine.run_json import finite, read_records, write_json
 
 HEADER = {'config': {'a': 1}, 'startup_info': {}, 'metadata': {}}
 ITERATION = dict(lr=0.1, tokens_seen=10, time_ms=5.0, tokens_per_sec=100.0, data_wait_ms=0.0, wall_s=1.0, mfu=-100.0, memory={'allocated_gb': 1.0},
@@ -197,8 +199,8 @@ def test_a_damaged_line_is_set_aside(tmp_path):
     text = (tmp_path / 'run_1.jsonl').read_text().splitlines(keepends=True)
     bad = [text[2].replace('"type"', '"tyqe"'), '[1]\n', '{"type": "iter", "iter": "x"}\n', 'no json\n']
     (tmp_path / 'run_1.jsonl').write_text(''.join([*text[:2], *bad, text[3]]))
-    RunLog(str(tmp_path), 'run_1', HEADER, resume_step=3).close()
-    assert sorted(losses(tmp_path)) == [1, 3] and (tmp_path / 'run_1.jsonl.damaged').read_text() == ''.join(bad)
+    RunLog(str(tmp_path), 'run_1', HEADER, resume_step=2).close()  # what lies behind the last whole line up to there is looked at
+    assert sorted(losses(tmp_path)) == [1] and (tmp_path / 'run_1.jsonl.damaged').read_text() == ''.join(bad)
 
 
 def test_a_sync_by_another_thread_doubles_no_record(tmp_path):
@@ -232,3 +234,92 @@ def test_a_sync_by_another_thread_doubles_no_record(tmp_path):
     thread.join()
     log.close()
     assert [r['iter'] for r in records(tmp_path)] == list(range(1, 60))
+
+
+def long_log(folder, steps, start=0, **options):
+    log = RunLog(str(folder), 'run_1', HEADER, **options)
+    for step in range(start + 1, start + steps + 1):
+        log.event('iter', iter=step, loss=1.0 / step, **ITERATION)
+    return log
+
+
+def read_bytes():
+    """Bytes that this process has asked read() for."""
+    with open('/proc/self/io') as f:
+        return int(f.readline().split()[1])
+
+
+def test_the_json_is_written_at_doublings_and_at_the_end(tmp_path, monkeypatch):
+    """So that all writes together are in proportion to the log: each reads the .jsonl once."""
+    read = []
+    monkeypatch.setattr(logger, 'write_json', lambda path, *args: read.append(os.path.getsize(path)) or write_json(path, *args))
+    log = long_log(tmp_path, 5000)
+    assert 4 <= len(read) <= 7 and sum(read) < 2 * log.size
+    assert 2000 < len(read_json(tmp_path)['training_iterations']) < 5000  # valid meanwhile
+    log.close()
+    assert sum(read) < 3 * log.size and len(read_json(tmp_path)['training_iterations']) == 5000
+    read.clear()
+    log = long_log(tmp_path, 1000, 5000, resume_step=5000)  # a resume writes none
+    assert not read
+    log.close()
+    assert len(read) == 1 and [r['iter'] for r in read_json(tmp_path)['training_iterations']] == list(range(1, 6001))
+
+
+def test_log_save_interval_is_the_least_distance(tmp_path):
+    log = long_log(tmp_path, 999, save_interval=1000)
+    assert not (tmp_path / 'run_1.json').exists()
+    log.event('iter', iter=1000, loss=0.5, **ITERATION)
+    assert len(read_json(tmp_path)['training_iterations']) == 1000
+    log.close()
+
+
+def test_nothing_that_was_written_is_held(tmp_path):
+    import tracemalloc
+    log = long_log(tmp_path, 100)
+    tracemalloc.start()
+    for step in range(101, 5000):
+        log.event('iter', iter=step, loss=1.0, **ITERATION)
+    now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    log.close()
+    assert now < 50_000 and peak < 1_000_000 < log.size
+
+
+@pytest.mark.parametrize('cut', ['', '{"type": "iter", "iter": 5001, "lo'])
+def test_a_resume_reads_the_end_of_the_log_only(tmp_path, cut):
+    long_log(tmp_path, 5000, save_json=False).lines.close()
+    with open(tmp_path / 'run_1.jsonl', 'a') as f:
+        f.write(cut)
+    before = read_bytes()
+    log = RunLog(str(tmp_path), 'run_1', HEADER, resume_step=4900)
+    assert read_bytes() - before < 300_000 < log.size
+    log.close()
+    assert [r['iter'] for r in read_records(tmp_path / 'run_1.jsonl') if r['type'] == 'iter'] == list(range(1, 4901))
+    assert (tmp_path / 'run_1.jsonl.damaged').exists() == bool(cut)
+
+
+@pytest.mark.parametrize('evaluated', [True, False])
+def test_a_resume_keeps_what_belongs_to_its_step_in_any_order(tmp_path, evaluated):
+    """A checkpoint is recorded when it is saved, which may be after the next iterations; lines may be longer than what is read at a time."""
+    log = RunLog(str(tmp_path), 'run_1', HEADER)
+    long = {**ITERATION, 'gradients': {'x' * 200_000: 1.0}}
+    for step in (1, 2, 3, 4):
+        log.event('iter', iter=step, loss=1.0 * step, **long)
+        if step == 2:
+            log.event('eval', iter=2, val_loss=2.5, train_loss=2.0)
+    log.event('checkpoint', iter=2, val_loss=None, path='x')
+    log.event('iter', iter=5, loss=5.0, **{**long, 'wall_s': 9.0})
+    log.lines.close()
+    log = RunLog(str(tmp_path), 'run_1', HEADER, resume_step=2, evaluated=evaluated)
+    assert log.has_checkpoint(2) and not log.has_checkpoint(1) and 1.0 <= log.wall_s() < 3.0
+    log.close()
+    kinds = [(r['type'], r.get('iter')) for r in read_records(tmp_path / 'run_1.jsonl')]
+    assert kinds == [('header', None), ('iter', 1), ('iter', 2), *[('eval', 2)] * evaluated, ('checkpoint', 2), ('resume', 2), ('end', None)]
+    assert read_json(tmp_path)['checkpoints'][0]['val_loss'] == (2.5 if evaluated else None)
+
+
+def test_the_log_may_be_taken_away_meanwhile(tmp_path):
+    log = long_log(tmp_path, 3)
+    os.remove(tmp_path / 'run_1.jsonl')
+    log.close()
+    assert not (tmp_path / 'run_1.json').exists()

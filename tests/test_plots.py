@@ -14,6 +14,7 @@ PLOTS = Path(__file__).resolve().parent.parent / 'plots'
 sys.path.insert(0, str(PLOTS))
 import compare_runs     # noqa: E402
 import plot_single_run  # noqa: E402
+import run_log  # noqa: E402
 from run_log import load_run  # noqa: E402
 
 CONFIG = {'arch_preset': 'llama', 'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'd_ff': 256, 'dataset': 'shakespeare', 'block_size': 32,
@@ -399,3 +400,59 @@ def test_evaluations_are_drawn_along_steps_and_beside_each_other(tmp_path, capsy
     assert [patch.get_width() for patch in axes_named(bars, 'text val: loss').patches] == [3.0, 2.5]
     for args, message in (([str(tmp_path)], 'holds no evaluation*.json: run python evaluate.py'), ([str(tmp_path / 'x.png')], 'is not a result of evaluate.py')):
         assert message in exit_message(compare_evaluations, args, capsys)
+
+
+def test_a_long_log_is_thinned_and_loses_no_spike(tmp_path, monkeypatch):
+    """Extremes of the iterations between are drawn, the last iteration stays, and what a resume took back is gone."""
+    monkeypatch.setattr(run_log, 'KEPT', 50)
+    losses = {it: 4.0 - it / 1000 for it in range(1, 1001)}
+    losses[517], losses[333], losses[812] = 9.0, 0.5, 11.0
+    records = [record(it, loss=loss) for it, loss in losses.items()]
+    path = write_jsonl(tmp_path, [*records[:900], {'type': 'resume', 'iter': 800}, *[record(it, loss=3.0) for it in range(801, 1006)]])
+    run = load_run([path])
+    assert len(run.iters) < 100 and run.iters[-1] == 1005 and run.last('loss') == 3.0 and (np.diff(run.iters) > 0).all()
+    iters, values = run.raw('loss')
+    assert values.max() == 9.0 and iters[values.argmax()] == 517 and values.min() == 0.5 and (values[iters > 800] == 3.0).all()
+    assert len(iters) < 400 and (np.diff(iters) >= 0).all()
+    assert any('one of 22 logged iterations is drawn' in note for note in run.notes)
+    axes = axes_named(plot_single_run.draw_run(run), 'Loss')
+    assert max(drawn.get_ydata().max() for drawn in axes.lines[:1]) == 9.0
+    whole = json.loads(path.read_text().splitlines()[0]) | {'training_iterations': records}
+    path.unlink()
+    path.with_suffix('.json').write_text(json.dumps(whole))
+    run = load_run([path.with_suffix('.json')])
+    assert len(run.iters) < 100 and run.raw('loss')[1].max() == 11.0
+
+
+def test_reading_holds_a_bounded_number_of_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, 'KEPT', 50)
+    path, held = write_jsonl(tmp_path, []), []
+    with open(path, 'a') as f:
+        f.writelines(json.dumps(record(it)) + '\n' for it in range(1, 5001))
+    add = run_log.Thinned.add
+    monkeypatch.setattr(run_log.Thinned, 'add', lambda self, entry: (add(self, entry), held.append(len(self.kept) + len(self.between)))[0])
+    load_run([path])
+    assert len(held) == 5000 and max(held) <= 200
+
+
+def test_shares_of_experts_are_those_logged_last(tmp_path):
+    entries = [routed(it) for it in (1, 2, 3)]
+    for layer in entries[2]['moe']['layers']:
+        del layer['utilisation']
+    entries[1]['moe']['layers'][0]['utilisation'] = [0.25, 0.25, 0.25, 0.25]
+    run = load_run([write_jsonl(tmp_path, entries)])
+    assert run.shares_at == 2 and run.expert_shares.tolist() == [[0.25] * 4, [0.5, 0.25, 0.25, 0.0]]
+    assert not run.each(r'.*utilisation.*')
+    axes_named(plot_single_run.draw_run(run), 'Experts: share of the tokens at iteration 2')
+    for entry in entries:
+        for layer in entry['moe']['layers']:
+            layer.pop('utilisation', None)
+    figure = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, entries)]))
+    assert axes_named(figure, 'Experts: load score') and not any('share of the tokens' in axes.get_title(loc='left') for axes in figure.axes)
+
+
+def test_the_jsonl_beside_a_json_is_read(tmp_path):
+    """The .json of a run that goes on lags behind."""
+    lagging = write_json(tmp_path, [record(1)])
+    write_jsonl(tmp_path, [record(1), record(2)])
+    assert load_run([lagging]).iters.tolist() == [1, 2]

@@ -24,6 +24,7 @@ import re
 import socket
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +154,45 @@ def start(device=None, backend=None, timeout_minutes=10.0):
     return world
 
 
+def shares_torchruns_store():
+    """Whether processes meet in the store of torchrun, which outlives them; else rank 0 has one of its own."""
+    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+
+
+def meet(store, rank, size, timeout):
+    """Return a store for the processes that start together, within `store`, which holds what those of earlier starts wrote.
+
+    timeout: datetime.timedelta that a process waits for the others. Nothing that a process is told says which start it belongs to: torchrun on each
+    machine counts its own restarts, so that after the loss of a machine the counts differ. So rank 0 makes up a name, and each other rank joins it
+    once; a name under which its rank has been counted before, or that nobody answers, is of an earlier start. Raises ConfigError after `timeout`.
+    """
+    deadline, tried, pause = time.monotonic() + timeout.total_seconds(), set(), 0.02
+    late = ConfigError(f'not all of the {size} processes came within {timeout.total_seconds() / 60:g} minutes (this is rank {rank}): start all with the same '
+                       f'--nnodes and --nproc_per_node, or wait longer with --timeout_minutes')
+    if rank == 0:
+        name = uuid.uuid4().hex
+        mine = dist.PrefixStore(name, store)
+        store.set('newest start', name)
+        try:
+            mine.wait([f'rank {other}' for other in range(1, size)], timeout)
+        except dist.DistError:
+            raise late from None
+        mine.set('complete', '')
+        return mine
+    while time.monotonic() < deadline:
+        if store.check(['newest start']) and (name := store.get('newest start').decode()) not in tried:
+            tried.add(name)
+            found = dist.PrefixStore(name, store)
+            if found.add(f'rank {rank}', 1) == 1:
+                while time.monotonic() < deadline and store.get('newest start').decode() == name:
+                    if found.check(['complete']):
+                        return found
+                    time.sleep(pause)
+                    pause = min(1.5 * pause, 1.0)
+        time.sleep(0.1)
+    raise late
+
+
 def _join(world, backend, timeout):
     global _store
     world.backend = backend
@@ -160,10 +200,9 @@ def _join(world, backend, timeout):
         if world.size == 1:
             store = dist.HashStore()
         else:
-            # torchrun's store outlives the workers: after a restart (--max-restarts) the keys of the last attempt must not be met
-            torchruns = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+            torchruns = shares_torchruns_store()
             store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world.size, is_master=world.main and not torchruns)
-            store = _store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = _store = meet(store, world.rank, world.size, timeout) if torchruns else store
         # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
         dist.init_process_group(backend='cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     world.group = dist.new_group(backend='gloo', timeout=timeout) if backend != 'gloo' else dist.group.WORLD
@@ -234,6 +273,9 @@ def arrange(world, c, notes):
         raise ConfigError(f'context_parallel={k} does not divide block_size={c.block_size}: type --block_size={-(-c.block_size // k) * k} or --context_parallel={math.gcd(n, c.block_size)}')
     if k > 1 and c.dropout:
         raise ConfigError(f'context_parallel={k} has no dropout in its attention: type --dropout=0 or --context_parallel=1')
+    if shares_torchruns_store() and os.environ.get('GROUP_WORLD_SIZE', '1') != '1':
+        notes.append('WARNING: if a machine is lost, torchrun will not let another take its place: '
+                     'type `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before torchrun, on every machine')
     replicas = c.fsdp_replicas
     if c.use_fsdp and n % replicas:
         raise ConfigError(f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type --fsdp_replicas={_divisor(n, replicas)}')

@@ -1,15 +1,23 @@
 """What many processes do when one of them differs, fails, hangs or dies; and two machines' worth of them."""
+import concurrent.futures
+import contextlib
+import datetime
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, TINY, end_all, equal, free_port, losses, records, run_process, start_process, torchrun, weights
 from ranks import ranks, train
 
-from engine import checkpoint
+from engine import checkpoint, parallel
+from engine.configurator import ConfigError
 
 PLANT = '''
 """train.py with a difference on rank 1: argv[1] says which, the rest goes to train.py."""
@@ -146,6 +154,96 @@ def test_two_machines(dataset, tmp_path):
     assert code == 0 and other.returncode == 0 and output.count('Batch: 4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
     code, _ = train(4, *args[:-1], f'--out_dir={tmp_path}/one')
     assert code == 0 and losses(tmp_path / 'one') == losses(tmp_path / 'two')
+
+
+def rendezvous(address, ranks, size, seconds=20.0):
+    """What meet() gives, or raises, to each of these ranks, which start at the same time."""
+    def client():
+        return dist.TCPStore(*address, is_master=False, wait_for_workers=False)
+
+    def of(rank):
+        try:
+            found = parallel.meet(client(), rank, size, datetime.timedelta(seconds=seconds))
+            found.add('here', 1)
+            return found
+        except ConfigError as error:
+            return error
+    with concurrent.futures.ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(of, ranks))
+
+
+def test_ranks_meet_whatever_earlier_starts_left_behind():
+    """Whole starts, one whose rank 0 came alone, one without a rank 0, and one in which the ranks were dealt anew."""
+    address = ('127.0.0.1', free_port())
+    server = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
+
+    def whole(ranks):
+        found = rendezvous(address, ranks, len(ranks))
+        assert [store.add('here', 0) for store in found] == [len(ranks)] * len(ranks), found
+    whole([0, 1, 2])
+    whole([2, 1, 0])
+    assert all('not all of the 3 processes came within 0.0166667 minutes' in str(found) for found in rendezvous(address, [0, 1], 3, 1.0))  # a machine is lost
+    assert all(isinstance(found, ConfigError) for found in rendezvous(address, [1, 2], 3, 1.0))  # the one with rank 0
+    whole([1, 0, 2])
+    assert server.num_keys() > 0
+
+
+def test_a_rank_that_comes_before_rank_0_waits_for_it():
+    address = ('127.0.0.1', free_port())
+    server = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
+    assert not isinstance(rendezvous(address, [0, 1], 2)[1], ConfigError)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        early = pool.submit(rendezvous, address, [1], 2)  # finds the name of the start before
+        time.sleep(0.5)
+        assert not early.done()
+        found = rendezvous(address, [0], 2) + early.result()
+    assert [store.add('here', 0) for store in found] == [2, 2] and server is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout, shared', [([], True), (['--use_fsdp=True'], False)], ids=['DDP', 'FSDP'])
+def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layout, shared):
+    """Two torchruns: a worker of the second is killed, and that whole machine, in whose place another comes. The losses are those of an undisturbed
+    run. shared: in torchrun's own store, with which torchrun does not take in another machine, or in one of rank 0 for each start."""
+    last, port = 400 if not layout else 160, free_port()
+    args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', '--eval_interval=1000', '--eval_at_start=False', f'--checkpoint_interval={last // 40}']
+    environment = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '0' if shared else '1'}
+
+    def machine():
+        return start_process('-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_backend=c10d', '--rdzv_id=lost', '--monitor-interval=0.2',
+                             '--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2', f'--rdzv_endpoint=127.0.0.1:{port}', 'train.py', f'--out_dir={tmp_path}/lost', *args,
+                             env=environment)
+
+    def newest():
+        return max((int(name.removeprefix('step_')) for name in os.listdir(f'{tmp_path}/lost/checkpoints') if re.fullmatch(r'step_\d+', name)), default=0)
+    first, second = machine(), None
+    output = []
+    reader = threading.Thread(target=lambda: output.extend(first.stdout), daemon=True)
+    reader.start()
+    try:
+        while True:  # the machine that comes first has the store in which they meet, and stays
+            with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
+                break
+            time.sleep(0.05)
+        second = machine()
+        for lost, at in ('worker', last // 8), ('worker' if shared else 'machine', last // 2):
+            deadline = time.monotonic() + 90
+            while not os.path.isdir(f'{tmp_path}/lost/checkpoints') or newest() < at:
+                assert time.monotonic() < deadline and first.poll() is None, ''.join(output)
+                time.sleep(0.05)
+            if lost == 'worker':
+                os.kill(workers(second.pid)[0], signal.SIGKILL)
+            else:
+                end_all(second)
+                second = machine()
+        assert first.wait(120) == 0 and second.wait(60) == 0, ''.join(output)
+    finally:
+        for process in (first, second):
+            if process:
+                end_all(process)
+    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(records(tmp_path / 'lost', 'resume')) == 2
+    code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
+    assert code == 0 and losses(tmp_path / 'lost') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'lost', last), weights(tmp_path / 'calm', last))
 
 
 @pytest.mark.slow

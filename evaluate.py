@@ -146,7 +146,8 @@ def losses(model, dataset, args, tokenizer, world, state):
     """Loss per token over windows of the context's length, one behind the other; the last one may be shorter."""
     if len(shares_of(dataset)) > 1:
         raise ConfigError(f'{dataset} is a mixture: evaluate one data set at a time, with --dataset={shares_of(dataset)[0][0]}')
-    train, val, meta = open_dataset(dataset, ROOT, args.data_url or (state['config'].get('data_url') if state and not args.dataset else None))
+    url = args.data_url or (state['config'].get('data_url') if state and not args.dataset else None)
+    train, val, meta = parallel.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
     file, block = train if args.split == 'train' else val, model.config.block_size
     check_fit(file, model.config.vocab_size, 1)
     n = min(args.tokens or len(file), len(file)) - 1  # tokens that have one before them

@@ -235,10 +235,10 @@ def run(argv, stop):
     fetching = c.resume_from and not resume.is_step(c.resume_from)
     if fetching or not c.eval_only:  # evaluating alone only reads
         folder.hold(make=fetching or c.auto_resume)
-    c = resume.automatic(c, world)
+    c, verified = resume.automatic(c, world)
     resumed = nanogpt = hf_folder = None
     if c.init_from == 'resume':
-        c, resumed, nanogpt = resume.find(c, given, SHAPE_KEYS, world, notes)
+        c, resumed, nanogpt = resume.find(c, given, SHAPE_KEYS, world, notes, verified)
     elif c.init_from != 'scratch':
         c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
     start_step = resumed['step'] if resumed else 0
@@ -249,7 +249,7 @@ def run(argv, stop):
         parallel.from_main(lambda: resume.check_upload(c, resumed, notes), world)
 
     # ---- data and the model's shape
-    train_file, val_file, meta = open_dataset(c.dataset, ROOT, c.data_url)
+    train_file, val_file, meta = parallel.once_per_machine(lambda: open_dataset(c.dataset, ROOT, c.data_url), world)
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
@@ -258,8 +258,8 @@ def run(argv, stop):
         checks.refuse_in_parts(c, shape)
     checks.note_without_effect(c, given, shape, ROUTING, notes)
     data = {file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train_file, val_file)}
-    parallel.same({f'{split}.bin': what for split, what in data.items()}, 'the data', world)
     data_folder = folder_of(c.dataset, ROOT)
+    parallel.same({f'{split}.bin': what for split, what in data.items()} | {'folder': data_folder}, 'the data', world)
     tokenizer_id = parallel.from_main(lambda: tokenizer_match.tokenizer_identity(data_folder, meta), world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     if resumed:
@@ -373,7 +373,7 @@ def run(argv, stop):
             for name, tensor in optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ():
                 parallel.put(tensor, nanogpt['optimizer'][name])
         else:
-            checkpoint.load(resumed['path'], checkpoint_tensors(model, named, *(() if c.eval_only else (updated, optimizer, guard))), world.size, world.slow_group)
+            checkpoint.load(resumed['path'], checkpoint_tensors(model, named, *(() if c.eval_only else (updated, optimizer, guard))), world)
             scaler.load_state_dict(resumed['scaler'])
 
     # ---- log and report
@@ -400,6 +400,8 @@ def run(argv, stop):
     for line in report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
         log.say(line)
 
+    agreement = parallel.Agreement(world)
+
     def evaluate():
         """{'train': loss, 'val': loss, perhaps 'tasks': scores} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
         with parallel.forward_only(step_model), torch.no_grad():
@@ -410,12 +412,14 @@ def run(argv, stop):
         for split, file in (('train', train_file), ('val', val_file)):
             total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
             for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size):
-                if parallel.largest(stop.code(), world):
+                if agreement.begin(stop.code()):
                     return None
                 x, y = world.part(x.to(device), y.to(device))
                 with autocast:
                     loss = step_model(x, y, reduction='sum')
                 total += torch.stack([loss.double(), (y != IGNORE).sum().double()])
+                if agreement.end():
+                    return None
             total = parallel.sum_over_ranks(total, world)
             losses[split] = (total[0] / total[1]).item()
         if eval_tasks:
@@ -561,14 +565,17 @@ def run(argv, stop):
         step_loss = torch.zeros((), device=device)
         for number in range(accumulation):
             batch = loader.next(stop.code)
-            stop_code = parallel.largest(stop.code(), world)
+            # who is to stop says so before the micro-step, and all know after it: the answer comes while they compute
+            stop_code = agreement.begin(stop.code())
+            if not stop_code:
+                x, y, first_position = batch or loader.nothing()
+                x, y = world.part(x, y)
+                if c.dropout:
+                    torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
+                step_loss += micro_step(x, y, number)
+                stop_code = agreement.end()
             if stop_code:
                 break
-            x, y, first_position = batch
-            x, y = world.part(x, y)
-            if c.dropout:
-                torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
-            step_loss += micro_step(x, y, number)
         if stop_code:  # the step is given up: the weights are those of the last one, and its batches will come again
             micro_step.clear()
             continue

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import tokenizer_of  # noqa: E402
-from engine.dataset import Tokens  # noqa: E402
+from engine.dataset import LocalFile, Tokens  # noqa: E402
 
 STRETCH = 2**20  # tokens
 MOST = 2**21  # ids that are told apart
@@ -74,7 +74,7 @@ def open_split(folder, split):
         size = os.path.getsize(os.path.join(folder, name))
         if not size or size % dtype.itemsize:
             raise ValueError(f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of {dtype.name} tokens')
-    return meta, Tokens(folder, split, [np.memmap(os.path.join(folder, name), dtype=dtype, mode='r') for name in names], '', None)
+    return meta, Tokens(folder, split, [LocalFile(os.path.join(folder, name), dtype) for name in names], '', None)
 
 
 def stretches(total, sample):
@@ -133,7 +133,7 @@ def doubts(found, tokens, meta):
 def describe(folder, tokens, meta, found):
     pieces, counts, size = tokens.pieces, found['counts'], meta.get('vocab_size')
     used = int((counts > 0).sum())
-    yield f'{folder}, {tokens.split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name}, {len(pieces)} file{"s" if len(pieces) > 1 else ""}, {sum(piece.nbytes for piece in pieces) / 1e6:,.1f} MB'
+    yield f'{folder}, {tokens.split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name}, {len(pieces)} file{"s" if len(pieces) > 1 else ""}, {sum(piece.size for piece in pieces) / 1e6:,.1f} MB'
     if not meta:
         yield 'there is no meta.pkl, so these are taken for uint16 tokens of GPT-2'
     yield f'tokenizer: {meta.get("tokenizer", "not stated")}, end of text: {meta.get("eot_id")}; {meta.get("split", "no word on the split")}'

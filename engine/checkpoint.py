@@ -32,8 +32,9 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta,
                                                    TensorProperties, TensorStorageMetadata)
+from torch.distributed.tensor import DTensor
 
-from engine import faults
+from engine import faults, parallel
 from engine.configurator import ConfigError
 from engine.files import is_whole, parse_json, plain_name, seal, unseal
 
@@ -91,8 +92,9 @@ def _damage(path, level, fs):
             return f'{name} is missing'
         if fs.size(file) != entry['size']:
             return f"{name} has {fs.size(file)} bytes, expected {entry['size']}"
-        if (level == 'full' or name in ('state.json', '.metadata')) and sha256(file, fs) != entry['sha256']:
-            return f'{name} does not have the checksum of the manifest'
+    hashed = manifest['files'] if level == 'full' else ('state.json', '.metadata')
+    if reason := wrong_checksum(path, {name: manifest['files'][name] for name in hashed}, fs):
+        return reason
     for name, read in (('state.json', read_state), ('.metadata', read_metadata), ('evaluation.json', read_evaluation)):
         try:
             found = read(path, fs)
@@ -101,6 +103,39 @@ def _damage(path, level, fs):
         if name == 'state.json' and found.get('step') != step:
             return f"state.json is that of step {found.get('step')}"
     return None
+
+
+def wrong_checksum(path, files, fs=LOCAL):
+    """Return a sentence that names the first of `files` ({name: entry of a manifest}) without the checksum stated there, or None."""
+    for name, entry in files.items():
+        if sha256(f'{path}/{name}', fs) != entry['sha256']:
+            return f'{name} does not have the checksum of the manifest'
+    return None
+
+
+def why_broken_together(path, world, level='full'):
+    """why_broken() of a local checkpoint by all ranks together, with the same answer on each: every rank hashes its share of the bytes."""
+    def small():
+        reason = why_broken(path, 'size')
+        return reason, {} if reason else read_manifest(path)['files']
+    reason, files = parallel.from_main(small, world)
+    if reason or level != 'full':
+        return reason
+    owners = deal({name: entry['size'] for name, entry in files.items() if name not in ('state.json', '.metadata')}, world.size)
+    try:
+        reason = wrong_checksum(path, {name: files[name] for name, owner in owners.items() if owner == world.rank})
+    except OSError as error:
+        reason = f'{error.filename or path} cannot be read ({error.strerror or error})'
+    return next(filter(None, parallel.from_all(reason, world)), None)
+
+
+def deal(sizes, hands):
+    """Return {name: number below `hands`} for {name: size}: the largest first, each to the one with the least so far."""
+    load, owners = [0] * hands, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += sizes[name]
+    return owners
 
 
 def read_manifest(path, fs=LOCAL):
@@ -294,17 +329,37 @@ def tensor_bytes(path, fs=LOCAL):
     return sum(entry['size'] for entry in read_manifest(path, fs)['files'].values())
 
 
-def load(path, tensors, world_size=1, group=None):
-    """Read the tensors named in `tensors` ({name: tensor}) from the checkpoint `path` into them, in place; of a DTensor its part, however it was written.
+def load(path, tensors, world=None):
+    """Read the tensors named in `tensors` ({name: tensor}) from the checkpoint `path` into them, in place.
 
-    Raises ConfigError for metadata that describe anything but tensors in the files of the checkpoint, and
-    torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have.
+    world: the parallel.World whose ranks all call this, or None for one process. Of a DTensor each rank reads its part, however it was written; a tensor
+    that all have in full is read by the main rank and sent to the others. Raises ConfigError for metadata that describe anything but tensors in the
+    files of the checkpoint, and torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have.
     """
+    if world is None or world.size == 1:
+        _load(path, tensors)
+        return
+    split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    whole = {name: tensor for name, tensor in tensors.items() if name not in split}
+    error = None
+    if world.main:
+        try:
+            _load(path, whole)
+        except (ConfigError, dcp.api.CheckpointException) as raised:
+            error = raised
+    if parallel.from_main(lambda: error is not None, world):
+        raise error or dcp.api.CheckpointException('the main rank could not read the checkpoint', {})
+    parallel.send_from_main(whole.values(), world)
+    if split:
+        _load(path, split, world)
+
+
+def _load(path, tensors, world=None):
     try:
         metadata = read_metadata(path)
     except ValueError as error:
         raise ConfigError(f'{path}/.metadata is damaged ({error}): nothing was read from it; take another checkpoint') from None
-    dcp.load(tensors, storage_reader=_Reader(path, metadata), planner=_TensorPlanner(), process_group=group, no_dist=world_size == 1)
+    dcp.load(tensors, storage_reader=_Reader(path, metadata), planner=_TensorPlanner(), process_group=world and world.slow_group, no_dist=world is None)
 
 
 def record_evaluation(path, losses):

@@ -4,6 +4,7 @@
     a:0.7,b:0.3           a mixture: of 10 sequences 7 are the next ones of a and 3 of b, each in the order that it would have alone
     with data_url         files in object storage, read as they are needed and kept in data/name/copy
 """
+import contextlib
 import fractions
 import hashlib
 import itertools
@@ -17,23 +18,44 @@ import torch
 
 from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, replacing, token_dtype
 from engine.configurator import ConfigError, nearest
-from engine.files import inside, redact, sentence
+from engine.descriptors import FILES
+from engine.files import inside, is_whole, parse_json, redact, sentence
 from engine.remote import RemoteFile, Storage, read_together
 
 MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to the last one
 
 
+class LocalFile:
+    """Tokens of a file on this machine: len() and slices as of an array. size: in bytes."""
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype, self.size = path, dtype, os.path.getsize(path)
+
+    def __len__(self):
+        return self.size // self.dtype.itemsize
+
+    def __getitem__(self, part):
+        ids = np.empty(max(0, part.stop - part.start), self.dtype)
+        FILES.read_into(self.path, ids, part.start * self.dtype.itemsize)
+        return ids
+
+    def max(self):
+        """Return the largest id, which reads the whole file."""
+        return max(int(self[at:min(at + 2**24, len(self))].max()) for at in range(0, len(self), 2**24))
+
+
 class Tokens:
     """One split of a data set. `len()` is the number of tokens.
 
-    path: for messages; pieces: arrays or RemoteFiles of tokens, one behind the other; fingerprint: hex that tells it from others; max_id: largest id.
+    path: for messages; pieces: LocalFiles or RemoteFiles of tokens, one behind the other; fingerprint: hex that tells it from others; max_id: largest
+    id, to which every token that is read is held, or None.
     """
 
     def __init__(self, path, split, pieces, fingerprint, max_id):
         self.path, self.split, self.pieces, self.fingerprint, self.max_id = path, split, pieces, fingerprint, max_id
         self.remote = isinstance(pieces[0], RemoteFile)
         self.firsts = np.cumsum([0, *map(len, pieces)])
-        self.sources, self.view = [self], None
+        self.sources = [self]
 
     def __len__(self):
         return int(self.firsts[-1])
@@ -50,31 +72,30 @@ class Tokens:
 
     def slice(self, start, end):
         """The tokens start .. end: an array of the file's dtype."""
-        parts = self.parts(start, end)
-        found = read_together(parts) if self.remote else [piece[begin:stop] for piece, begin, stop in parts]
-        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, np.uint16)
+        found = self._read(self.parts(start, end))
+        return self._checked(found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, np.uint16))
 
     def windows(self, starts, block_size):
-        """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor."""
-        if len(self.pieces) == 1 and not self.remote:
-            if self.view is None or self.view.shape[1] != block_size + 1:
-                self.view = np.lib.stride_tricks.sliding_window_view(self.pieces[0], block_size + 1)
-            return torch.from_numpy(self.view[starts].astype(np.int64))
-        starts, rows = np.asarray(starts), np.empty((len(starts), block_size + 1), np.int64)
-        if not self.remote:
-            which = np.searchsorted(self.firsts, starts, 'right') - 1
-            for row, number, at, start in zip(rows, which.tolist(), (starts - self.firsts[which]).tolist(), starts.tolist()):
-                window = self.pieces[number][at:at + block_size + 1]
-                row[:] = window if len(window) == block_size + 1 else self.slice(start, start + block_size + 1)
-            return torch.from_numpy(rows)
-        parts = [self.parts(start, start + block_size + 1) for start in starts.tolist()]
-        found = iter(read_together([part for row in parts for part in row]))
+        """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor. Raises ConfigError for an id beyond max_id."""
+        parts = [self.parts(start, start + block_size + 1) for start in np.asarray(starts).tolist()]
+        rows = np.empty((len(parts), block_size + 1), np.int64)
+        found = iter(self._read([part for of_row in parts for part in of_row]))
         for row, of_row in zip(rows, parts):
             at = 0
             for _, begin, end in of_row:
                 row[at:at + end - begin] = next(found)
                 at += end - begin
-        return torch.from_numpy(rows)
+        return torch.from_numpy(self._checked(rows))
+
+    def _read(self, parts):
+        return read_together(parts) if self.remote else [piece[begin:end] for piece, begin, end in parts]
+
+    def _checked(self, ids):
+        """Return `ids`, an array of tokens of this split. Raises ConfigError for one beyond max_id, which no table of embeddings has a row for."""
+        if self.max_id is not None and ids.size and (largest := int(ids.max())) > self.max_id:
+            raise ConfigError(f'{self.path} holds token id {largest}, and {self.max_id} is the largest that it is known to have: '
+                              f'the file was changed or damaged; run the prepare.py of this data set again')
+        return ids
 
     def evaluation_starts(self, block_size, count):
         """Where the windows of evaluation begin: `count`, or as many as there are, evenly spaced and never overlapping."""
@@ -203,7 +224,7 @@ def _open_split(folder, split, files, meta):
         if size == 0 or size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
             raise ConfigError(f'{path} has {size} bytes, which is not {"a whole number of" if tokens is None else f"{tokens:,}"} {dtype.name} tokens: '
                               f'the file is damaged or its dtype is another; run the prepare.py of this data set again')
-        pieces.append(np.asarray(np.memmap(path, dtype=dtype, mode='r')))
+        pieces.append(LocalFile(path, dtype))
     path = paths[0] if len(paths) == 1 else f'{os.path.join(folder, split)}_*.bin'
     known, stated = fingerprint_of_files(paths), meta.get('fingerprint', {}).get(split)
     if stated and stated != known:
@@ -212,13 +233,30 @@ def _open_split(folder, split, files, meta):
     if 'dtype' not in meta and _looks_like_uint32(pieces[0]):
         raise ConfigError(f'{path} looks like uint32 tokens (every second 16-bit number is tiny), but no meta.pkl says so, '
                           f"which means uint16: write a meta.pkl with dtype 'uint32', or prepare the data set again")
-    # a split of many GB that its fingerprint vouches for is not read through at every start
-    max_id = meta.get('max_id', {}).get(split) if stated and sum(piece.nbytes for piece in pieces) > 2**30 else None
-    return Tokens(path, split, pieces, known, max(int(piece.max()) for piece in pieces) if max_id is None else max_id)
+    max_id = meta.get('max_id', {}).get(split) if stated else None
+    return Tokens(path, split, pieces, known, _largest_id(folder, pieces, known) if max_id is None else max_id)
+
+
+def _largest_id(folder, pieces, fingerprint):
+    """Return the largest id of files whose meta.pkl does not say it: read once, and noted in the folder's max_id.json under their fingerprint."""
+    path, noted = os.path.join(folder, 'max_id.json'), {}
+    with contextlib.suppress(OSError, ValueError):
+        with open(path, 'rb') as f:
+            noted = parse_json(f.read())
+    noted = noted if isinstance(noted, dict) else {}
+    if is_whole(noted.get(fingerprint), 0, 2**32):
+        return noted[fingerprint]
+    size = sum(piece.size for piece in pieces)
+    if size > 2**31:
+        print(f'{folder}: reading {size / 1e9:.1f} GB once for the largest token id, which no meta.pkl states', flush=True)
+    largest = max(piece.max() for piece in pieces)
+    with contextlib.suppress(OSError), replacing(path) as f:  # a folder that cannot be written to is read again
+        f.write(json.dumps({**noted, fingerprint: largest}).encode())
+    return largest
 
 
 def _looks_like_uint32(tokens):
-    head = tokens[:65536]
+    head = tokens[0:min(len(tokens), 65536)]
     return len(head) >= 64 and int(head[1::2].max()) <= 4 < int(head[0::2].max())
 
 

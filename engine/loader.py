@@ -209,6 +209,11 @@ class TrainLoader:
         window = window.to(self.device, non_blocking=self.pin)
         return window[:, :-1], window[:, 1:], position
 
+    def nothing(self):
+        """Return what next() would, with zeros: for a rank that has to take part in a step that will be given up."""
+        window = torch.zeros(self.batch_size, self.order.block_size + 1, dtype=torch.int64, device=self.device)
+        return window[:, :-1], window[:, 1:], self.position_of(self.micro)
+
     def _wait(self, interrupted):
         while True:
             try:

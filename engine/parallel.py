@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from engine import stopping
 from engine.configurator import ConfigError
+from engine.descriptors import raise_limit
 from engine.files import redact
 from engine.ring import Ring
 
@@ -62,6 +63,7 @@ class World:
     data_size: int = 1
     ring: Ring | None = None
     here: int = 1  # processes on this machine
+    local_rank: int = 0  # of these
     graph_stream: object = None  # torch.cuda.Stream on which steps are recorded, warmed up and exchange gradients; None without CUDA graphs
 
     @property
@@ -148,7 +150,8 @@ def start(device=None, backend=None, timeout_minutes=10.0):
     else:
         chosen = torch.device('cpu')
         _keep_freed_memory()
-    world = World(rank, size, chosen, here=here)
+    world = World(rank, size, chosen, here=here, local_rank=local_rank)
+    raise_limit()
     if size > 1:
         _join(world, backend, datetime.timedelta(minutes=timeout_minutes))
     return world
@@ -205,7 +208,7 @@ def _join(world, backend, timeout):
             store = _store = meet(store, world.rank, world.size, timeout) if torchruns else store
         # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
         dist.init_process_group(backend='cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-    world.group = dist.new_group(backend='gloo', timeout=timeout) if backend != 'gloo' else dist.group.WORLD
+    world.group = dist.group.WORLD
     world.slow_group = dist.new_group(backend='gloo', timeout=PATIENCE)
 
 
@@ -393,11 +396,14 @@ def waited_for_gradients(train_model):
 
 def last_micro_step(model, last, world):
     """Context of one micro-step. Under DDP, backward() sums gradients over ranks only if it is the `last` of an optimizer step; under ZeRO-2
-    parameters stay gathered until then. FSDP sums at each: a rank never holds more gradients than its own."""
+    parameters stay gathered until then. FSDP sums at each over the ranks that share the model, so that a rank never holds more gradients than its
+    own, and over replicas at the last."""
     if world.ddp and not last:
         return model.no_sync()
     if world.layout == 'ZeRO-2':
         model.set_reshard_after_backward(last)
+    if world.fsdp and world.mesh.ndim == 2:
+        model.set_requires_all_reduce(last)
     return contextlib.nullcontext()
 
 
@@ -476,6 +482,28 @@ def largest(number, world):
     return answer.item()
 
 
+class Agreement:
+    """Finds the largest of the ranks' small ints while they work: largest() in two halves, of which only the second waits."""
+
+    def __init__(self, world):
+        self.world, self.answer, self.work = world, None, None
+
+    def begin(self, number):
+        """Hand in this rank's number, and return the answer where it is known at once: on one process; else 0."""
+        if self.world.size == 1:
+            return number
+        self.answer = torch.tensor(number)
+        self.work = dist.all_reduce(self.answer, op=dist.ReduceOp.MAX, group=self.world.group, async_op=True)
+        return 0
+
+    def end(self):
+        """Return the largest of the numbers that were handed in, the same on every rank."""
+        if self.world.size == 1:
+            return 0
+        self.work.wait()
+        return self.answer.item()
+
+
 def worst(values, world):
     """A dict of floats, each the largest of all ranks."""
     if world.size == 1:
@@ -498,6 +526,19 @@ def from_main(work, world):
     if box[1] is not None:
         raise ConfigError(box[1])
     return box[0]
+
+
+def send_from_main(tensors, world):
+    """Overwrite each of `tensors`, which every rank has in full, with that of the main rank."""
+    for tensor in tensors if world.size > 1 else ():
+        dist.broadcast(tensor, src=0)
+
+
+def once_per_machine(work, world):
+    """Return what work() returns on the main rank (it must pickle). The first rank of each other machine does the work too and returns its own, to be
+    compared, so that a hundred processes do not all ask for the same ten thousand files. Raises a ConfigError of the main rank on all."""
+    result = from_main(work, world)
+    return work() if world.local_rank == 0 and not world.main else result
 
 
 def from_all(value, world):

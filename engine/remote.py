@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 
 from data.tokenfile import fingerprint_blocks
+from engine.descriptors import FILES
 from engine.files import open_url, redact, sentence
 
 BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbours at other times
@@ -77,17 +78,13 @@ class RemoteFile:
         self.storage, self.name, self.size, self.copy, self.dtype = storage, name, size, copy, dtype
         self.room = True  # on the local disk
         os.makedirs(os.path.dirname(copy), exist_ok=True)
-        self.data = os.open(copy, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(self.data, fcntl.LOCK_EX)  # other ranks begin at the same time
-        if os.fstat(self.data).st_size != size:
-            os.truncate(copy, 0)  # of another file
-            os.truncate(copy, size)
-            if os.path.exists(f'{copy}.blocks'):
-                os.truncate(f'{copy}.blocks', 0)
-        with open(f'{copy}.blocks', 'ab') as f:
-            f.truncate(-(-size // BLOCK) * 4)
-        fcntl.flock(self.data, fcntl.LOCK_UN)
-        self.sums = np.memmap(f'{copy}.blocks', dtype='<u4', mode='r+')
+        with open(copy, 'ab') as data, open(f'{copy}.blocks', 'ab') as blocks:
+            fcntl.flock(data, fcntl.LOCK_EX)  # other ranks begin at the same time
+            if os.fstat(data.fileno()).st_size != size:
+                data.truncate(0)  # of another file
+                data.truncate(size)
+                blocks.truncate(0)
+            blocks.truncate(-(-size // BLOCK) * 4)
         self.fetched = 0  # bytes
 
     def __len__(self):
@@ -102,24 +99,24 @@ class RemoteFile:
 
     def have(self, block):
         """The bytes of a block in the local copy, or None."""
-        if not self.sums[block]:
+        known = int.from_bytes(FILES.read(f'{self.copy}.blocks', 4, 4 * block), 'little')
+        if not known:
             return None
-        content = os.pread(self.data, BLOCK, block * BLOCK)
-        return content if _sum(content) == self.sums[block] else None
+        content = FILES.read(self.copy, BLOCK, block * BLOCK)
+        return content if _sum(content) == known else None
 
     def keep(self, block, content):
         """Put fetched blocks from `block` on into the local copy, while there is room."""
         self.fetched += len(content)
         if not self.room:
             return
+        sums = [_sum(content[i:i + BLOCK]) for i in range(0, len(content), BLOCK)]
         try:
-            os.pwrite(self.data, content, block * BLOCK)
+            FILES.write(self.copy, content, block * BLOCK)
+            FILES.write(f'{self.copy}.blocks', np.array(sums, '<u4').tobytes(), 4 * block)
         except OSError as error:
             self.room = False
             print(f'{self.copy}: no room for a local copy ({error.strerror}); going on without', flush=True)
-            return
-        for i in range(0, len(content), BLOCK):
-            self.sums[block + i // BLOCK] = _sum(content[i:i + BLOCK])
 
 
 def _sum(content):

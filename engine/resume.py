@@ -22,17 +22,17 @@ def is_step(resume_from):
 
 
 def automatic(c, world):
-    """`c` of a run with auto_resume: set to resume if there is something to continue, else as it is.
+    """Return `c` of a run with auto_resume, set to resume if there is something to continue, else as it is; and the path of a checkpoint that was verified, or None.
 
     The newest checkpoint of out_dir and of what out_dir has at upload_to counts; if there is none, resume_from.
     """
     if not c.auto_resume:
-        return c
+        return c, None
+    if not c.eval_only:
+        parallel.from_main(lambda: checkpoint.tidy(c.out_dir), world)
+    step, _ = _newest_whole(c.out_dir, c.verify_checkpoint, world)
 
     def look():
-        if not c.eval_only:
-            checkpoint.tidy(c.out_dir)
-        step, _ = checkpoint.newest_whole(c.out_dir, c.verify_checkpoint)
         if c.upload_to:
             place = copier.place_of(c.upload_to, c.out_dir)
             try:
@@ -51,16 +51,28 @@ def automatic(c, world):
         return ('resume', None) if begun else ('resume', c.resume_from) if c.resume_from else (c.init_from, None)
 
     init_from, resume_from = parallel.from_main(look, world)
-    return dataclasses.replace(c, init_from=init_from, resume_from=resume_from)
+    return dataclasses.replace(c, init_from=init_from, resume_from=resume_from), step and checkpoint.path_of(c.out_dir, step)
 
 
-def find(c, given, shape_keys, world, notes):
-    """(config, state, nanoGPT's content or None): what c.init_from='resume' means here.
+def _newest_whole(out_dir, level, world, wanted=None, verified=None):
+    """checkpoint.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes need not be read once more."""
+    rejected = []
+    for step in parallel.from_main(lambda: checkpoint.newest_first(out_dir) if wanted is None else [wanted], world):
+        path = checkpoint.path_of(out_dir, step)
+        reason = checkpoint.why_broken_together(path, world, 'size' if path == verified else level)
+        if reason is None:
+            return step, rejected
+        rejected.append((path, reason))
+    return None, rejected
+
+
+def find(c, given, shape_keys, world, notes, verified=None):
+    """(config, state, nanoGPT's content or None): what c.init_from='resume' means here. verified: path of a checkpoint that automatic() verified.
 
     state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for set_aside(); 'chosen' if the user went back. Keys
     that the user did not set now are taken from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
     """
-    step, rejected, certain, chosen = parallel.from_main(lambda: _choose(c), world)
+    step, rejected, certain, chosen = _choose(c, world, verified)
     if certain and not is_step(c.resume_from):
         notes.append(f'step {step} comes from {redact(c.resume_from)}')
     notes += [f'rejected {path}: {reason}' for path, reason in rejected]
@@ -87,19 +99,20 @@ def find(c, given, shape_keys, world, notes):
     return merged, state, imported
 
 
-def _choose(c):
+def _choose(c, world, verified):
     """(step or None, [(path, reason)] rejected, whether it was a certain step, whether the user chose it)."""
     if not c.eval_only:
-        checkpoint.tidy(c.out_dir)
+        parallel.from_main(lambda: checkpoint.tidy(c.out_dir), world)
     wanted, rejected, chosen = None, [], False
     if is_step(c.resume_from):
         wanted, chosen = int(c.resume_from), True
     elif c.resume_from:
-        wanted, rejected = copier.fetch(c.resume_from, c.out_dir)
+        wanted, rejected = parallel.from_main(lambda: copier.fetch(c.resume_from, c.out_dir), world)
+        verified = checkpoint.path_of(c.out_dir, wanted)  # after it was copied
         chosen = not c.auto_resume  # which takes the newest there is
-    step, more = checkpoint.newest_whole(c.out_dir, c.verify_checkpoint, wanted=wanted)
-    if step is None and wanted is not None and checkpoint.steps(c.out_dir):
-        raise ConfigError(f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps {checkpoint.steps(c.out_dir)}')
+    step, more = _newest_whole(c.out_dir, c.verify_checkpoint, world, wanted, verified)
+    if step is None and wanted is not None and (steps := parallel.from_main(lambda: checkpoint.steps(c.out_dir), world)):
+        raise ConfigError(f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps {steps}')
     return step, rejected + more, wanted is not None, chosen
 
 

@@ -2,16 +2,17 @@
 
     step k ends ── start() ── forward and backward of step k + 1 ── wait_staged() ── optimizer of step k + 1 ── ...
                      └─ thread: copy the tensors aside ──────────────┘
-                                check space, write, sync, manifest, read back, rename, remove older ones, hand to the copier
+                                check space, write, sync, read back, manifest, rename, remove older ones, hand to the copier
 
 The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of their own). Of tensors that
-every rank has in full, each copies and writes its share; of those that are split (DTensor), its part. The thread talks to those of the other ranks over a gloo group of
+every rank has in full, each copies and writes its share; of those that are split (DTensor), its part; and reads back what it wrote. The thread talks to those of the other ranks over a gloo group of
 its own, so that it never stands in the way of training's collectives. A save that fails is an Outcome with an error, the same on
 every rank; what was on disk before stays as it was.
 """
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -61,6 +62,7 @@ class Saver:
         self.staged.set()
         self.copies, self.stream, self.copied = {}, None, None
         self.stall_s, self.started = 0.0, 0.0
+        self.planner = _Planner()
         self.device_wait = None  # events of a GPU before and after its wait for the copy
 
     def reserve(self, tensors):
@@ -70,8 +72,12 @@ class Saver:
             self.copies = {name: torch.zeros_like(tensor, device='cpu', pin_memory=pin) for name, tensor in self._share(tensors).items()}
 
     def _share(self, tensors):
-        owners = _owners({name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}, self.world.size)
-        return {name: tensor for name, tensor in tensors.items() if _first_replica(tensor) and owners.get(name, self.world.rank) == self.world.rank}
+        split = {name: tensor.nbytes for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+        owners = checkpoint.deal({name: tensor.nbytes for name, tensor in tensors.items() if name not in split}, self.world.size)
+        replicas = self.world.mesh.size(0) if self.world.mesh is not None and self.world.mesh.ndim == 2 else 1
+        replica = self.world.mesh.get_local_rank(0) if replicas > 1 else 0
+        writing = checkpoint.deal(split, replicas)  # of groups that each have all parts of a split tensor (hybrid sharding), one writes it
+        return {name: tensor for name, tensor in tensors.items() if (writing[name] == replica if name in split else owners[name] == self.world.rank)}
 
     def start(self, step, tensors, state, due=None):
         """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint `step`; a save in flight must have been taken by wait().
@@ -157,6 +163,7 @@ class Saver:
             outcome.error, outcome.not_finite = str(error), True
         except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, training goes on and the user is told
             outcome.error = f'{type(error).__name__}: {error}' if not isinstance(error, _Failed) else str(error)
+            self.planner = _Planner()  # on every rank: what one remembers and another does not would not fit together
 
     def _stage(self, step, tensors):
         """Copies of this rank's tensors in host memory, as they were at start()."""
@@ -190,6 +197,7 @@ class Saver:
             writer = dcp.FileSystemWriter(temporary)
             writer.fs = files
             self._together(lambda: self._write_tensors(tensors, writer))
+            self._together(lambda: self._read_back(temporary, files.entries))
             written = {name: entry for entries in parallel.from_all(files.entries, self.world) for name, entry in entries.items()}
             self._together(lambda: self._commit(step, temporary, final, state, written) if main else None)
         except BaseException:
@@ -215,11 +223,16 @@ class Saver:
     def _write_tensors(self, tensors, writer):
         torch.serialization.set_crc32_options(False)  # a tenth of the work, and the manifest has better checksums
         try:
-            dcp.save(tensors, storage_writer=writer, process_group=self.world.slow_group, no_dist=self.world.size == 1)
+            dcp.save(tensors, storage_writer=writer, planner=self.planner, process_group=self.world.slow_group, no_dist=self.world.size == 1)
         except BaseException:
             if writer.fs.error:  # what the disk said; torch's own error says where in its archive that was
                 raise writer.fs.error from None
             raise
+
+    def _read_back(self, temporary, entries):
+        """Raise _Failed unless the files that this rank handed to the disk read back as they were."""
+        if reason := checkpoint.wrong_checksum(temporary, entries):
+            raise _Failed(f'what was written does not read back: {reason}')
 
     def _commit(self, step, temporary, final, state, written):
         text = json.dumps({'format': checkpoint.FORMAT, 'step': step, **state}, indent=1).encode()
@@ -230,7 +243,7 @@ class Saver:
         manifest = {'format': checkpoint.FORMAT, 'step': step, 'config_sha256': config_hash, 'files': dict(sorted(written.items()))}
         checkpoint.replace_file(os.path.join(temporary, 'manifest.json'), checkpoint.seal(manifest))
         checkpoint.sync_folder(temporary)
-        if reason := checkpoint.why_broken(temporary):  # what was handed to the disk, read back
+        if reason := checkpoint.why_broken(temporary, 'size'):  # each rank has read back its own files
             raise _Failed(f'what was written does not read back: {reason}')
         self.before_commit()
         faults.reach('before_rename', step)
@@ -260,6 +273,15 @@ class Saver:
         if failed:
             _, not_finite, sentence = min(failed)  # the rank that failed knows the reason better than those it let down
             raise (_NotFinite if not_finite else _Failed)(sentence) from error
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Remembers which rank writes what where: worked out by rank 0 once, and not for each save."""
+    made = itertools.count()
+
+    def __init__(self):
+        super().__init__(enable_plan_caching=True)
+        self._cached_plans_key = f'saver {next(self.made)}'  # torch keeps the plans of all planners in one place, by this name
 
 
 class _Failed(Exception):
@@ -326,23 +348,9 @@ class _Stream:
             faults.reach('after_shard', self.files.step)
 
 
-def _owners(tensors, world_size):
-    """{name: rank that writes it} of tensors that every rank holds in full: the largest first, each to the rank with the least so far."""
-    load, owners = [0] * world_size, {}
-    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
-        owners[name] = load.index(min(load))
-        load[owners[name]] += tensors[name].nbytes
-    return owners
-
-
 def _local(tensor):
     """The part of a tensor that is in this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _first_replica(tensor):
-    """Whether this rank is in the first of the groups that each have the whole of a split tensor (hybrid sharding)."""
-    return not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
 
 
 def _check_alike(name, target, source):

@@ -28,6 +28,8 @@ from engine import dataset, parallel
 what, argv = sys.argv[1], sys.argv[2:]
 if __name__ == '__main__':
     if os.environ['RANK'] == '1':
+        if what in ('data', 'missing'):
+            os.environ['LOCAL_RANK'] = '0'  # the first of a machine, which looks at its files
         if what == 'data':
             dataset.fingerprint_of_files = lambda paths: 'another'
         elif what == 'key':

@@ -10,7 +10,7 @@ from conftest import TINY, losses, records, run_process
 
 from engine import checkpoint, faults
 from engine.parallel import World
-from engine.saver import Saver, _owners
+from engine.saver import Saver
 
 ONE = World(0, 1, torch.device('cpu'))
 
@@ -75,9 +75,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 
 def test_every_rank_writes_its_share():
-    state = {name: torch.zeros(size) for name, size in (('a', 100), ('b', 60), ('c', 50), ('d', 1))}
-    assert _owners(state, 1) == dict.fromkeys('abcd', 0)
-    assert _owners(state, 2) == {'a': 0, 'b': 1, 'c': 1, 'd': 0}
+    sizes = {'a': 100, 'b': 60, 'c': 50, 'd': 1}
+    assert checkpoint.deal(sizes, 1) == dict.fromkeys('abcd', 0)
+    assert checkpoint.deal(sizes, 2) == {'a': 0, 'b': 1, 'c': 1, 'd': 0}
 
 
 # ---- a save that fails

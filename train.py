@@ -364,7 +364,8 @@ def run(argv, stop):
     named = dict(model.named_parameters())
     parameters = list(named.values())
     updated = parallel.optimized(named, world)
-    optimizer = optim.build_optimizer(updated, matrices=model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=parameters[0].device.type)
+    optimizer = optim.build_optimizer(updated, matrices=model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=parameters[0].device.type,
+                                      ranks=world.size if world.layout == 'DDP' else 1)
     parallel.bind(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
     guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)

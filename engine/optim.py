@@ -29,14 +29,14 @@ def decay_groups(named_parameters):
     return [name for name in decays if decays[name]], [name for name in decays if not decays[name]]
 
 
-def build_optimizer(named_parameters, *, matrices=(), momentum=0.95, learning_rate, betas, weight_decay, device_type):
-    """AdamW, or with `matrices`, names of parameters, Muon for these and AdamW for the rest; weight decay as decay_groups() says."""
+def build_optimizer(named_parameters, *, matrices=(), momentum=0.95, learning_rate, betas, weight_decay, device_type, ranks=1):
+    """AdamW, or with `matrices`, names of parameters, Muon for these and AdamW for the rest; weight decay as decay_groups() says. ranks: see Muon."""
     if not matrices:
         return build_adamw(named_parameters, learning_rate=learning_rate, betas=betas, weight_decay=weight_decay, device_type=device_type)
     named, matrices = dict(named_parameters), set(matrices)
     decayed, others = decay_groups(named.items())
     groups = [(True, weight_decay, [name for name in decayed if name in matrices]), (False, weight_decay, [name for name in decayed if name not in matrices]), (False, 0.0, others)]
-    return Muon([{'params': [named[n] for n in names], 'weight_decay': decay, 'muon': muon} for muon, decay, names in groups if names], learning_rate, betas, momentum)
+    return Muon([{'params': [named[n] for n in names], 'weight_decay': decay, 'muon': muon} for muon, decay, names in groups if names], learning_rate, betas, momentum, ranks)
 
 
 def build_adamw(named_parameters, *, learning_rate, betas, weight_decay, device_type):

@@ -409,8 +409,13 @@ def last_micro_step(model, last, world):
 
 def rows_of(tensor, mesh):
     """Slice of the rows of `tensor` that this rank has in the sharding dimension of `mesh`, as torch.chunk splits: the last may have fewer, or none."""
-    size, index = -(-len(tensor) // mesh.size(-1)), mesh.get_local_rank(mesh.ndim - 1)
-    return slice(min(index * size, len(tensor)), min((index + 1) * size, len(tensor)))
+    return rows_of_rank(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+
+
+def rows_of_rank(length, ranks, rank):
+    """Slice of the rows that one of `ranks` has of a tensor of `length` rows."""
+    size = -(-length // ranks)
+    return slice(min(rank * size, length), min((rank + 1) * size, length))
 
 
 def put(parameter, tensor):

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from conftest import TINY, equal, losses, records, run_train, weights
+from ranks import ranks
 from test_layouts import arguments, run
 
 from engine import muon, optim
@@ -121,3 +122,52 @@ def test_every_layout_makes_the_same_steps(dataset, tmp_path):
     # what one layout saved another goes on with
     run(1, f'--dataset={dataset}', f'--out_dir={tmp_path}/ZeRO-3', *TINY, '--init_from=resume', '--use_fsdp=False', '--max_iters=22', '--total_batch_size=256', '--batch_size=16')
     assert max(losses(tmp_path / 'ZeRO-3')) == 22 and records(tmp_path / 'ZeRO-3')[-1]['loss'] < one[1]
+
+
+def shared_steps(layout, bad_step):
+    """Three steps with the same gradients on every rank: this rank's rows of the parameters and momenta, and how many matrices it made orthogonal."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from engine import parallel
+    size = dist.get_world_size() if layout != 'single' else 1
+    generator, made = torch.Generator().manual_seed(0), []
+    shapes = [(12, 8)] * 5 + [(3, 9)] * 2 + [(1, 6), (20, 4), (8, 8)]
+    mesh = {'rows': lambda: init_device_mesh('cpu', (size,)), 'hybrid': lambda: init_device_mesh('cpu', (2, size // 2))}.get(layout, lambda: None)()
+    full = [torch.randn(shape, generator=generator) for shape in shapes]
+    parameters = [torch.nn.Parameter(of_mesh(tensor, mesh) if mesh else tensor) for tensor in full]
+    optimizer = Muon([{'params': parameters, 'weight_decay': 0.1, 'muon': True}], 0.05, (0.9, 0.95), ranks=size if mesh is None else 1)
+    real, muon.TOGETHER = muon.orthogonal, 2 * 96
+    muon.orthogonal = lambda matrices: (made.append(len(matrices)), real(matrices))[1]
+    try:
+        for step in range(3):
+            for p, shape in zip(parameters, shapes):
+                gradient = torch.randn(shape, generator=generator)
+                p.grad = of_mesh(gradient, mesh) if mesh else gradient
+            optimizer.found_inf = torch.tensor(float(step == bad_step))
+            optimizer.step()
+    finally:
+        muon.orthogonal, muon.TOGETHER = real, 2**22
+    found = []
+    for p in parameters:
+        for tensor in (p, optimizer.state[p]['momentum']):
+            found.append(tensor.full_tensor().detach().numpy() if mesh else tensor.detach().numpy())
+    return found, sum(made)
+
+
+def of_mesh(tensor, mesh):
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    from engine.parallel import rows_of
+    return DTensor.from_local(tensor[rows_of(tensor, mesh)].clone(), mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+@pytest.mark.parametrize('layout, size', [('full', 2), ('rows', 2), ('rows', 4), ('hybrid', 4)])
+def test_each_matrix_is_made_orthogonal_by_one_rank_to_the_bits_of_one_process(layout, size):
+    alone, all_of_them = shared_steps('single', 1)
+    answers = ranks(size)(shared_steps, layout, 1)
+    for found, _ in answers:
+        assert all((a == b).all() for a, b in zip(found, alone, strict=True))
+    shared = size // 2 if layout == 'hybrid' else size
+    assert all_of_them == 3 * 10 and sum(made for _, made in answers) == all_of_them * size // shared
+    assert max(made for _, made in answers) <= 3 * -(-10 // shared) + 3

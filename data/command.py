@@ -11,6 +11,7 @@ from data.tokenizer import load_tokenizer
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(DATA)
+SHARDED_FROM = 100e9  # bytes of ids, above which to copy them once more takes too long
 OPTIONS = """
 A corpus of any size goes through as many processes as there are cores. Interrupted work continues where it stopped when the same command is
 typed again. Many machines take a share each, --shard 1/3, 2/3, 3/3, and one of them then makes the data set with --merge and the
@@ -39,15 +40,17 @@ def corpus_parser(docstring, folder, *, source=None, tokenizer='gpt2', text_fiel
     parser.add_argument('--dedup', action='store_true', help='leave out documents whose text came before')
     parser.add_argument('--max_broken', type=float, default=0.01, metavar='FRACTION', help='of rows without a text, which are left out; more stop the run, default: 0.01')
     parser.add_argument('--max_lost', type=float, default=0.01, metavar='FRACTION', help='of characters that the tokenizer cannot write, found out by decoding a sample; more stop the run, default: 0.01')
+    parser.add_argument('--sharded', action=argparse.BooleanOptionalAction, default=None,
+                        help=f'leave the token ids in many files, which are read as one, instead of copying them into one; default: above {SHARDED_FROM / 1e9:g} GB of ids')
     parser.add_argument('--shard', metavar='I/N', help='only the I-th of N shares of the work; --merge makes the data set')
     parser.add_argument('--merge', nargs='+', metavar='FOLDER', help='make the data set of the shares in these folders')
     return parser
 
 
-def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, tokenizer_from=None, eot=None, config=None, endings=documents.FOLDER_ENDINGS):
+def corpus(args, folder, *, published=False, cut_txt=False, tokenizer_from=None, eot=None, config=None, endings=documents.FOLDER_ENDINGS):
     """Prepare the data set that `args` (of corpus_parser) describe. Raises ValueError for what the user got wrong.
 
-    published: the source has a validation split, told by names of files; cut_txt: a .txt is cut in two, else it is one document; sharded: a file for each part;
+    published: the source has a validation split, told by names of files; cut_txt: a .txt is cut in two, else it is one document;
     tokenizer_from: the hub's name of the tokenizer, for the message where it is missing; eot: how the token is written that must end its texts; config:
     the recipe made for this data set; endings: of files that are taken from a folder.
     """
@@ -71,7 +74,9 @@ def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, token
             if shard[1] > 1:
                 print(f'share {args.shard} is in {plan.folder(args.output)}; when all {shard[1]} are there, type the same command with --merge and the --output folders of all instead of --shard')
                 return
-            check_room(made, args.output, sharded)
+            size = sum(part.record['size'] for part in made)
+            sharded = size > SHARDED_FROM if args.sharded is None else args.sharded
+            check_room(size, args.output, sharded)
             writer, counts = assembly.assemble(plan, made, args.output, split=every, val_every=val_every, dedup=args.dedup, max_broken=args.max_broken, max_lost=args.max_lost, sharded=sharded,
                                                extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if args.tokenizer == 'char' else None)
         except BaseException as error:
@@ -87,9 +92,8 @@ def corpus(args, folder, *, published=False, cut_txt=False, sharded=False, token
     report(writer, folder, config)
 
 
-def check_room(made, output, sharded):
-    """Raise ValueError where the disk has no room for the ids of the Parts `made` once more."""
-    needed = sum(part.record['size'] for part in made)
+def check_room(needed, output, sharded):
+    """Raise ValueError where the disk has no room for `needed` bytes of ids once more."""
     if not sharded and (free := shutil.disk_usage(output).free) < needed:  # sharded files are the parts themselves
         raise ValueError(f'{output} needs {needed / 1e9:.1f} GB more and has {free / 1e9:.1f} GB: make room and type the same command again; the tokenized parts are kept')
 

@@ -26,5 +26,7 @@ def prepare(size, family, docstring, folder, argv=None):
     """Prepare the data set of `size`, a key of SOURCES, in the tokens of `family`, a key of FAMILIES, with the split of the source; that of 627b in a file for each part.
     docstring, folder: of the script; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
     tokenizer, tokenizer_from, eot, config = FAMILIES[family]
-    args = command.corpus_parser(docstring, folder, source=[SOURCES[size]], tokenizer=tokenizer).parse_args(argv)
-    command.corpus(args, folder, published=True, sharded=size == '627b', tokenizer_from=tokenizer_from, eot=eot, config=config)
+    parser = command.corpus_parser(docstring, folder, source=[SOURCES[size]], tokenizer=tokenizer)
+    if size == '627b':
+        parser.set_defaults(sharded=True)
+    command.corpus(parser.parse_args(argv), folder, published=True, tokenizer_from=tokenizer_from, eot=eot, config=config)

@@ -42,6 +42,7 @@ from engine.ring import Ring
 PATIENCE = datetime.timedelta(days=1)  # for what waits for disks and networks: a checkpoint may take long to read
 gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # the new name of torch 2.13
 _store = None  # where a rank that fails alone says so
+_slow_group = None  # made once: each group of gloo has threads and connections of its own for as long as the process lives
 
 
 @dataclass
@@ -197,9 +198,10 @@ def meet(store, rank, size, timeout):
 
 
 def _join(world, backend, timeout):
-    global _store
+    global _store, _slow_group
     world.backend = backend
     if not dist.is_initialized():
+        _slow_group = None
         if world.size == 1:
             store = dist.HashStore()
         else:
@@ -209,7 +211,8 @@ def _join(world, backend, timeout):
         # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
         dist.init_process_group(backend='cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     world.group = dist.group.WORLD
-    world.slow_group = dist.new_group(backend='gloo', timeout=PATIENCE)
+    _slow_group = _slow_group or dist.new_group(backend='gloo', timeout=PATIENCE)
+    world.slow_group = _slow_group
 
 
 def _keep_freed_memory():

@@ -410,3 +410,18 @@ def test_orphans_end(corpus, tmp_path):
     while any(os.path.exists(f'/proc/{child}') for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(children) >= 3 and not any(os.path.exists(f'/proc/{child}') for child in children)
+
+
+def test_large_data_sets_stay_in_many_files(corpus, tmp_path, monkeypatch):
+    """By themselves above SHARDED_FROM bytes of ids, and any data set where it is asked for: the same tokens."""
+    from engine.dataset import open_dataset
+    folder, _ = corpus
+    prepare(tmp_path / 'one', folder, tokenizer='bytes')
+    monkeypatch.setattr(pipeline, 'PART_BYTES', (20_000, 20_000))
+    own_text.main(['--output', str(tmp_path / 'asked'), '--input', str(folder), '--tokenizer', 'bytes', '--sharded'])
+    monkeypatch.setattr(command, 'SHARDED_FROM', 1000)
+    prepare(tmp_path / 'large', folder, tokenizer='bytes')
+    own_text.main(['--output', str(tmp_path / 'refused'), '--input', str(folder), '--tokenizer', 'bytes', '--no-sharded'])
+    found = {name: open_dataset(str(tmp_path / name), '/')[0] for name in ('one', 'asked', 'large', 'refused')}
+    assert [len(file.pieces) > 3 for file in found.values()] == [False, True, True, False]
+    assert len({file.slice(0, len(file)).tobytes() for file in found.values()}) == 1

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine.command_line import run_command, whole  # noqa: E402
 
 from engine import parallel, topology  # noqa: E402
 from engine.kernels import time_when_done  # noqa: E402
@@ -23,8 +24,8 @@ from engine.kernels import time_when_done  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--largest', type=int, default=256, help='MB of the largest message')
-    parser.add_argument('--calls', type=int, default=20, help='timed calls for each size, after 5 that are not')
+    parser.add_argument('--largest', type=whole(), default=256, help='MB of the largest message')
+    parser.add_argument('--calls', type=whole(), default=20, help='timed calls for each size, after 5 that are not')
     parser.add_argument('--device', help='cpu or cuda')
     args = parser.parse_args()
     world = parallel.start(args.device)
@@ -39,12 +40,12 @@ def main():
     sizes = [size for size in (1, 4, 16, 64, 256, 1024, 4096) if size <= args.largest]
     for size in sizes:
         count = size * 10**6 // 4 // n * n
-        whole, part = torch.ones(count, device=world.device), torch.ones(count // n, device=world.device)
-        for name, call, factor in (('all-reduce', lambda: dist.all_reduce(whole), 2), ('reduce-scatter', lambda: scatter(part, whole), 1),
-                                   ('all-gather', lambda: parallel.gather_rows(whole, part), 1)):
+        full, part = torch.ones(count, device=world.device), torch.ones(count // n, device=world.device)
+        for name, call, factor in (('all-reduce', lambda: dist.all_reduce(full), 2), ('reduce-scatter', lambda: scatter(part, full), 1),
+                                   ('all-gather', lambda: parallel.gather_rows(full, part), 1)):
             times = []
             for k in range(args.calls + 5):
-                whole.fill_(1.0)
+                full.fill_(1.0)
                 dist.barrier()
                 started = time_when_done(world.device)
                 call()
@@ -56,4 +57,4 @@ def main():
 
 
 if __name__ == '__main__':
-    parallel.leave(main())
+    parallel.leave(run_command(lambda _: main(), tell=parallel.tell))

@@ -9,6 +9,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine.command_line import run_command, whole  # noqa: E402
 import torch  # noqa: E402
 
 from engine import parallel  # noqa: E402
@@ -22,7 +23,7 @@ WAYS = {'plain': ({}, None), 'documents': ({}, END), 'window 128': (dict(sliding
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=7)
+    parser.add_argument('--steps', type=whole(), default=7)
     args = parser.parse_args()
     parallel.start('cpu')
     sizes = dict(arch_preset='llama', n_layer=4, n_head=6, n_embd=384, block_size=1024, vocab_size=2048)
@@ -41,4 +42,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -18,6 +18,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import run_command, whole  # noqa: E402
 
 from engine import optim, parallel  # noqa: E402
 from engine.kernels import time_when_done  # noqa: E402
@@ -30,7 +31,7 @@ from train import checkpoint_tensors  # noqa: E402
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (('n_layer', 6), ('n_embd', 768), ('n_head', 12), ('vocab_size', 8192), ('batch_size', 4), ('block_size', 256), ('saves', 5), ('steps', 6)):
-        parser.add_argument(f'--{name}', type=int, default=value)
+        parser.add_argument(f'--{name}', type=whole(), default=value)
     parser.add_argument('--folder', help='where to write, a temporary folder by default')
     args = parser.parse_args()
     world = parallel.start()
@@ -85,4 +86,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -13,6 +13,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import run_command, whole  # noqa: E402
 import train  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def run(folder, rate, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--steps', type=whole(), default=300)
     args = parser.parse_args()
     import matplotlib
     matplotlib.use('Agg')
@@ -50,4 +51,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

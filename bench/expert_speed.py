@@ -8,6 +8,7 @@ import statistics
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine.command_line import run_command, whole  # noqa: E402
 import torch  # noqa: E402
 
 from engine import parallel  # noqa: E402
@@ -18,12 +19,12 @@ from presets import resolve_shape  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=15)
-    parser.add_argument('--n_embd', type=int, default=256)
-    parser.add_argument('--n_layer', type=int, default=4)
-    parser.add_argument('--expert_d_ff', type=int, default=384)
-    parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--block_size', type=int, default=256)
+    parser.add_argument('--steps', type=whole(), default=15)
+    parser.add_argument('--n_embd', type=whole(), default=256)
+    parser.add_argument('--n_layer', type=whole(), default=4)
+    parser.add_argument('--expert_d_ff', type=whole(), default=384)
+    parser.add_argument('--batch', type=whole(), default=8)
+    parser.add_argument('--block_size', type=whole(), default=256)
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--device')
     args = parser.parse_args()
@@ -60,4 +61,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

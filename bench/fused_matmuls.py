@@ -6,11 +6,14 @@ Queries, keys and values by one matmul or by three, gate and up by one or by two
 """
 import argparse
 import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
-from step import kernels
+from step import kernels  # finds the project
 from torch import nn
+
+from engine.command_line import run_command, whole
 
 
 class Gated(nn.Module):
@@ -42,7 +45,7 @@ class Attended(nn.Module):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (('n_embd', 384), ('tokens', 2048), ('rounds', 12)):
-        parser.add_argument(f'--{name}', type=int, default=default)
+        parser.add_argument(f'--{name}', type=whole(), default=default)
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
     args = parser.parse_args()
@@ -65,4 +68,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -9,6 +9,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine.command_line import run_command, whole  # noqa: E402
 from generation import generate  # noqa: E402
 from sample import add_model_arguments, load  # noqa: E402
 
@@ -16,9 +17,9 @@ from sample import add_model_arguments, load  # noqa: E402
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument('--new_tokens', type=int, default=512)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--new_tokens', type=whole(), default=512)
+    parser.add_argument('--rounds', type=whole(), default=5)
+    parser.add_argument('--batch', type=whole(), default=1)
     parser.add_argument('--compile', action='store_true', help='time compiled decoding too')
     args = parser.parse_args()
     model, tokenizer, source, _, _, autocast = load(args)
@@ -39,4 +40,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

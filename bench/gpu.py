@@ -21,6 +21,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
+from engine.command_line import number, run_command  # noqa: E402
 FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
 SMALL = ['--n_layer=1', '--n_embd=64', '--n_head=2', '--head_dim=None', '--num_key_value_heads=None', '--d_ff=128', '--expert_d_ff=64', '--block_size=64', '--batch_size=2', '--gradient_accumulation_steps=1', '--total_batch_size=0', '--compile=False']
 RECIPES = ('full_llama_1.36b', *sorted({os.path.basename(path).removesuffix('.py') for pattern in ('full_*', 'moe_*', 'train_gpt2') for path in glob.glob(f'{ROOT}/config/{pattern}.py')} - {'full_llama_1.36b'}))
@@ -187,7 +188,7 @@ def main():
     parser.add_argument('--small', action='store_true', help='tiny models')
     parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=RECIPES, help='of the part throughput')
-    parser.add_argument('--minutes', type=float, default=20, help='that a part may take')
+    parser.add_argument('--minutes', type=number(), default=20, help='that a part may take')
     parser.add_argument('--output', default='gpu.log')
     parser.add_argument('--part', choices=PARTS, help='one process: this part')
     args = parser.parse_args()
@@ -214,4 +215,4 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_command(lambda _: main()))

@@ -275,6 +275,13 @@ def draw(args):
     print(args.output)
 
 
+def seconds(text):
+    """The `type` of --limit. The project's own are not imported here: --code says which version of it is."""
+    if not text.replace('.', '', 1).isdecimal() or not 0 < float(text) < 1e6:
+        raise argparse.ArgumentTypeError(f'{text!r} is no number of seconds')
+    return float(text)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
@@ -282,7 +289,7 @@ def main(argv=None):
     of_measure.add_argument('--only', nargs='+', choices=POINTS, default=list(POINTS), help='parts to measure (default: all)')
     of_measure.add_argument('--code', default=ROOT, metavar='FOLDER', help='the checkout that is measured (default: this one)')
     of_measure.add_argument('--out', required=True, metavar='FILE', help='.jsonl to which the results are appended')
-    of_measure.add_argument('--limit', type=float, default=300.0, metavar='SECONDS', help='after which a point is given up (default: 300)')
+    of_measure.add_argument('--limit', type=seconds, default=300.0, metavar='SECONDS', help='after which a point is given up (default: 300)')
     of_measure.add_argument('--folder', default=None, metavar='FOLDER', help='where temporary files go (default: that of the system)')
     of_one = commands.add_parser('one', help='measure one point in this process')
     of_one.add_argument('part', choices=POINTS)

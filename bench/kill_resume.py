@@ -22,6 +22,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
+from engine.command_line import number, run_command, whole  # noqa: E402
 
 from conftest import end_all, losses, make_dataset, records, weights  # noqa: E402
 from engine import checkpoint  # noqa: E402
@@ -53,17 +54,17 @@ def result(out_dir, max_iters):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--kills', type=int, default=100)
-    parser.add_argument('--processes', type=int, default=1)
+    parser.add_argument('--kills', type=whole(0), default=100)
+    parser.add_argument('--processes', type=whole(), default=1)
     parser.add_argument('--signal', choices=('KILL', 'TERM', 'USR1'), default='KILL')
     parser.add_argument('--compile', choices=('True', 'False'), default='False')
-    parser.add_argument('--max_iters', type=int, default=2000)
-    parser.add_argument('--longest', type=float, default=12.0, help='a start is ended after 0 to this many seconds')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--max_iters', type=whole(), default=2000)
+    parser.add_argument('--longest', type=number(), default=12.0, help='a start is ended after 0 to this many seconds')
+    parser.add_argument('--seed', type=whole(0), default=0)
     parser.add_argument('options', nargs='*', help='more keys for train.py')
     args = parser.parse_args(argv)
     chance = random.Random(args.seed)
-    number = getattr(signal, f'SIG{args.signal}')
+    chosen = getattr(signal, f'SIG{args.signal}')
     with tempfile.TemporaryDirectory() as folder:
         dataset = make_dataset(os.path.join(folder, 'data'))
         calm, out = os.path.join(folder, 'calm'), os.path.join(folder, 'out')
@@ -88,7 +89,7 @@ def main(argv=None):
                     end_all(process)
                     process.wait()
                 else:
-                    os.killpg(process.pid, number)
+                    os.killpg(process.pid, chosen)
                     try:
                         code = process.wait(30)
                     except subprocess.TimeoutExpired:
@@ -122,4 +123,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

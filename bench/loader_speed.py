@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from engine.command_line import run_command, whole  # noqa: E402
 from data.tokenfile import TokenFileWriter  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
 from engine.loader import TrainLoader, order_of  # noqa: E402
@@ -29,10 +30,10 @@ def nanogpt_batch(path, batch_size, block_size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--batch_size', type=int, default=32)
-    parser.add_argument('--block_size', type=int, default=1024)
-    parser.add_argument('--tokens', type=int, default=100_000_000)
+    parser.add_argument('--rounds', type=whole(), default=7)
+    parser.add_argument('--batch_size', type=whole(), default=32)
+    parser.add_argument('--block_size', type=whole(), default=1024)
+    parser.add_argument('--tokens', type=whole(), default=100_000_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         ids = np.random.default_rng(0).integers(0, 50257, args.tokens).astype('<u2')
@@ -66,4 +67,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -11,6 +11,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import run_command, whole  # noqa: E402
 
 
 def step(args):
@@ -44,8 +45,8 @@ def step(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (('rounds', 5), ('steps', 4), ('batch_size', 8), ('block_size', 256), ('n_layer', 2), ('n_embd', 384), ('vocab_size', 128256)):
-        parser.add_argument(f'--{name}', type=int, default=default)
-    parser.add_argument('--chunk', type=int, help='one process: tokens in a chunk, 0: all, -1: what training takes')
+        parser.add_argument(f'--{name}', type=whole(), default=default)
+    parser.add_argument('--chunk', type=whole(-1), help='one process: tokens in a chunk, 0: all, -1: what training takes')
     args = parser.parse_args()
     if args.chunk is not None:
         return step(args)
@@ -63,4 +64,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -16,6 +16,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import run_command  # noqa: E402
 MODELS = ('gpt2:6:384:6:256:8:50304:none', 'llama3:4:512:8:512:4:32000:none', 'llama:6:384:6:256:8:8192:full', 'moe:4:256:4:256:8:4096:selective')
 
 
@@ -90,4 +91,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

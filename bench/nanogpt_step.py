@@ -20,6 +20,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import number, run_command, whole  # noqa: E402
 
 from engine import optim, parallel  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
@@ -118,10 +119,10 @@ def time_to(target, loops, val, segment=20):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--full', action='store_true', help='train both for 2000 iterations and print losses on the whole validation split')
-    parser.add_argument('--seed', type=int, default=1337)
-    parser.add_argument('--segments', type=int, default=15)
-    parser.add_argument('--iterations', type=int, default=50, help='per segment')
-    parser.add_argument('--to', type=float, help='a validation loss: train both, in turns, until they have it')
+    parser.add_argument('--seed', type=whole(0), default=1337)
+    parser.add_argument('--segments', type=whole(), default=15)
+    parser.add_argument('--iterations', type=whole(), default=50, help='per segment')
+    parser.add_argument('--to', type=number(), help='a validation loss: train both, in turns, until they have it')
     args = parser.parse_args()
     parallel.start('cpu')
     folder = os.path.join(ROOT, 'data', 'shakespeare_char')
@@ -154,4 +155,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -24,6 +24,7 @@ import numpy as np
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import run_command, whole  # noqa: E402
 VOCABULARIES = {'gpt2': 50304, 'llama': 32000}
 RATES = dict(learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 PEERS = ('onetrain', 'nanogpt', 'hf_trainer', 'litgpt')
@@ -191,7 +192,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--family', choices=tuple(VOCABULARIES), help='default: both')
     for name, default in (('n_layer', 6), ('n_head', 6), ('n_embd', 384), ('block_size', 256), ('batch_size', 8), ('rounds', 5), ('steps', 3), ('warmup', 3)):
-        parser.add_argument(f'--{name}', type=int, default=default)
+        parser.add_argument(f'--{name}', type=whole(), default=default)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
     parser.add_argument('--hf_compile', action='store_true')
@@ -209,4 +210,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

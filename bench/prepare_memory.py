@@ -10,7 +10,9 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from prepare_speed import ROOT, make_corpus  # noqa: E402
+from prepare_speed import ROOT, make_corpus  # noqa: E402 (finds the project)
+
+from engine.command_line import number, run_command  # noqa: E402
 
 
 def memory(pid):
@@ -30,7 +32,7 @@ def memory(pid):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--mb', type=float, nargs='+', default=[50, 1000])
+    parser.add_argument('--mb', type=number(), nargs='+', default=[50, 1000])
     args = parser.parse_args()
     peaks = {}
     for megabytes in args.mb:
@@ -52,4 +54,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

@@ -20,6 +20,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import number, run_command, whole  # noqa: E402
 
 RECIPE = '''
 import sys
@@ -131,9 +132,9 @@ def make_corpus(folder, megabytes, vocab_size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--mb', type=float, default=200)
-    parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--vocab_size', type=int, default=32000)
+    parser.add_argument('--mb', type=number(), default=200)
+    parser.add_argument('--rounds', type=whole(), default=3)
+    parser.add_argument('--vocab_size', type=whole(), default=32000)
     parser.add_argument('--only', choices=('tiktoken', 'hugging_face'))
     parser.add_argument('--batched', action='store_true', help='also the recipe with batched=True')
     args = parser.parse_args()
@@ -183,4 +184,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_command(lambda _: main()))

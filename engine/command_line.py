@@ -3,7 +3,9 @@
 Every script imports this before anything that takes long to import: from here on a Ctrl-C ends it quietly, until
 run_command() has it raise KeyboardInterrupt again, so that work in progress can be put in order.
 """
+import argparse
 import errno
+import math
 import os
 import re
 import signal
@@ -59,6 +61,28 @@ def run_command(work, argv=None, tell=None, interrupted='interrupted'):
             raise
         tell(sentence)
         return 2
+
+
+def whole(least=1, most=2**31):
+    """Return the `type` of an argparse option that takes a whole number from `least` to `most`."""
+    def parse(text):
+        if not re.fullmatch(r'-?\d{1,20}', text, re.ASCII) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no whole number from {least:,} to {most:,}')
+        return int(text)
+    return parse
+
+
+def number(above=0.0, most=1e9):
+    """Return the `type` of an argparse option that takes a number above `above` and up to `most`."""
+    def parse(text):
+        try:
+            value = float(text) if text.isascii() else math.nan
+        except ValueError:
+            value = math.nan
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no number above {above:g} and up to {most:g}')
+        return value
+    return parse
 
 
 def check_arguments(argv):

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from engine.configurator import ConfigError, nearest
 from engine.descriptors import FILES
 from engine.files import inside, is_whole, parse_json, redact, sentence
 from engine.remote import RemoteFile, Storage, read_together
+from engine.tokenizer_match import same_ids
 
 MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to the last one
 
@@ -177,19 +177,15 @@ def open_dataset(dataset, root, url=None):
     if len(found) == 1:
         return found[0]
     first, shares = found[0][2], [share for _, share in named]
-    for (name, _), (_, _, meta) in zip(named, found):
-        if any(meta.get(key) != first.get(key) for key in ('vocab_size', 'eot_id', 'tokenizer', 'stoi')) or _tokenizer_files(name, root, meta) != _tokenizer_files(named[0][0], root, first):
-            raise ConfigError(f'{named[0][0]} and {name} were made with different tokenizers: prepare them with the same one')
+    for (name, _), (_, _, meta) in zip(named[1:], found[1:]):
+        folders = [os.path.join(root, 'data', each) for each in (named[0][0], name)]
+        unstated = not any(stated.get(key) for stated in (first, meta) for key in ('tokenizer', 'stoi'))  # both as nanoGPT writes them
+        same = meta.get('eot_id') == first.get('eot_id') and (meta.get('vocab_size') == first.get('vocab_size') if unstated else same_ids(*folders))
+        if not same:
+            raise ConfigError(f'{named[0][0]} and {name} were made with different tokenizers'
+                              + (', or with one that cannot be loaded here' if same is None else '') + ': prepare them with the same one')
     meta = {**first, 'tokens': {split: sum(len(one[i]) for one in found) for i, split in enumerate(SPLITS)}}
     return *(Mixture([one[i] for one in found], shares) for i in range(2)), meta
-
-
-def _tokenizer_files(name, root, meta):
-    """{name: bytes} of what a data set keeps of its tokenizer."""
-    stated = meta.get('tokenizer')
-    path = os.path.join(root, 'data', name, stated.get('path', '') or 'none') if isinstance(stated, dict) else ''
-    files = [os.path.join(path, file) for file in sorted(os.listdir(path))] if os.path.isdir(path) else [path] if os.path.isfile(path) else []
-    return {os.path.basename(file): pathlib.Path(file).read_bytes() for file in files}
 
 
 def _open(name, root):

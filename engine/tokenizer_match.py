@@ -51,6 +51,15 @@ def load_of_weights(folder):
         return None, str(error)
 
 
+def same_ids(folder, other_folder):
+    """Whether two data sets have the ids of one tokenizer, however it is described; None where that is not known."""
+    identities = [tokenizer_identity(where, read_meta(where)) for where in (folder, other_folder)]
+    if identities[0] is not None and identities[0] == identities[1]:
+        return True
+    (one, _), (other, _) = load_of_dataset(folder), load_of_dataset(other_folder)
+    return None if one is None or other is None else same_tokenizer(one, other)
+
+
 def check_weights(hf_folder, data_folder, dataset):
     """Return a sentence on whether the tokenizer of a Hugging Face folder is that of the data. Raises ConfigError if it is not."""
     theirs, reason = load_of_weights(hf_folder)

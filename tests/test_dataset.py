@@ -136,6 +136,24 @@ def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
         open_dataset(f'{three[0]}:1,{tmp_path}/none:1', ROOT)
 
 
+def test_sources_whose_tokenizers_give_the_same_ids_mix(tmp_path):
+    """One described as the bytes of the text, one by the files of a tokenizer that does the same."""
+    from data.tokenizer import BytesTokenizer, HuggingFaceTokenizer
+    from data.tokenizer_json import save_for_transformers
+    save_for_transformers(BytesTokenizer(), str(tmp_path / 'hf'))
+    folders = [str(tmp_path / name) for name in ('bytes', 'files', 'text')]
+    for folder, tokenizer in zip(folders, (BytesTokenizer(), HuggingFaceTokenizer.of_folder(str(tmp_path / 'hf')), HuggingFaceTokenizer.of_folder(str(tmp_path / 'hf')))):
+        write_dataset(folder, np.arange(2000) % 256, np.arange(500) % 256, vocab_size=257, eot_id=256, tokenizer=tokenizer, extra={})
+    assert len(open_dataset(f'{folders[0]}:1,{folders[1]}:1', '/')[0]) == 4000
+    path = tmp_path / 'text' / 'tokenizer' / 'tokenizer.json'
+    path.write_text(path.read_text().replace('"a":97', '"a":98').replace('"b":98', '"b":97'))
+    with pytest.raises(ConfigError, match='were made with different tokenizers: prepare'):
+        open_dataset(f'{folders[0]}:1,{folders[2]}:1', '/')
+    path.write_text('{')
+    with pytest.raises(ConfigError, match='different tokenizers, or with one that cannot be loaded here'):
+        open_dataset(f'{folders[0]}:1,{folders[2]}:1', '/')
+
+
 # ---- object storage
 
 @pytest.fixture

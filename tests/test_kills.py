@@ -11,8 +11,8 @@ import kill_resume  # noqa: E402
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [['--kills=3', '--longest=7', '--max_iters=500'], ['--kills=2', '--processes=2', '--longest=12', '--max_iters=400'],
-                                     ['--kills=1', '--processes=2', '--signal=TERM', '--longest=14', '--max_iters=1000']], ids=['one process', 'two ranks', 'SIGTERM to two ranks'])
+@pytest.mark.parametrize('options', [['--kills=3', '--longest=7', '--max_iters=250'], ['--kills=2', '--processes=2', '--longest=12', '--max_iters=200'],
+                                     ['--kills=1', '--processes=2', '--signal=TERM', '--longest=14', '--max_iters=500']], ids=['one process', 'two ranks', 'SIGTERM to two ranks'])
 def test_killed_at_random_moments(options, capsys):
     kill_resume.main([*options, f'--seed={random.randrange(10**6)}'])
     assert 'losses, evaluations and weights equal to the last bit' in capsys.readouterr().out

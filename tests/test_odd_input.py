@@ -2,6 +2,8 @@
 
 In this process, since a new one takes seconds to import torch; KeyboardInterrupt and arguments that are not UTF-8 are in test_hostile.py.
 """
+import argparse
+import importlib.util
 import json
 import os
 import pickle
@@ -197,3 +199,28 @@ def test_a_pickle_as_meta(dataset, tmp_path, capsys):
         shutil.copytree(dataset, tmp_path / 'set')
         (tmp_path / 'set' / 'meta.pkl').write_bytes(content)
         tame(capsys, trainer.main, [f'--dataset={tmp_path}/set', f'--out_dir={tmp_path}/out', *TINY, '--eval_only=True'])
+
+
+@pytest.mark.parametrize('name', sorted(path[:-3] for path in os.listdir(os.path.join(ROOT, 'bench')) if path.endswith('.py') and path not in ('step.py', 'memory_per_rank.py', 'sweep.py', 'throughput.py')))
+def test_numbers_of_the_benches(name, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, 'bench'))
+    spec = importlib.util.spec_from_file_location(f'bench_{name}', os.path.join(ROOT, 'bench', f'{name}.py'))  # one is named as a module of the project
+    module, parsers, parse = importlib.util.module_from_spec(spec), [], argparse.ArgumentParser.parse_args
+    spec.loader.exec_module(module)
+
+    def caught(self, *args, **kwargs):
+        parsers.append(self)
+        raise SystemExit(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, 'parse_args', caught)
+        patch.setattr(sys, 'argv', [name])
+        with pytest.raises(SystemExit):
+            module.main()
+    options = [action for action in parsers[0]._actions if action.type and action.option_strings]
+    if name == 'generation':  # it has some of sample.py's
+        options = [action for action in options if action.type.__module__ == 'engine.command_line']
+    for action in options:
+        for odd in ('x', '', 'nan', '-5', '1e400', '9' * 30, '0.0.0', '\u0663'):
+            with pytest.raises(SystemExit) as left:
+                parse(parsers[0], [action.option_strings[0], odd])
+            assert left.value.code == 2 and 'Traceback' not in capsys.readouterr().err

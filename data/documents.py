@@ -14,6 +14,7 @@ unit, so that its ids are those that the tokenizer's own library gives for that 
 memory per byte of text); a larger one is cut at line ends.
 """
 import codecs
+import concurrent.futures
 import contextlib
 import glob
 import gzip
@@ -56,6 +57,9 @@ class Row(NamedTuple):
     content: object
     problem: str | None
     read: int
+
+
+ASKED_AT_ONCE = 16  # files elsewhere
 
 
 def is_url(path):
@@ -165,6 +169,13 @@ def published_split(path, given):
         if word in SPLITS:
             return SPLITS[word]
     return 'train'
+
+
+def units_of_files(files, splits=None, txt_val_fraction=None):
+    """The units of `files` in their order. splits: {path: split}. Files elsewhere are asked some at a time: each answers after a round trip or two."""
+    with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE if any(map(is_url, files)) else 1) as pool:
+        found = pool.map(lambda path: units_of(path, (splits or {}).get(path), txt_val_fraction), files)
+        return [unit for units in found for unit in units]
 
 
 def units_of(path, split=None, txt_val_fraction=None):

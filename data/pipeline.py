@@ -45,7 +45,7 @@ class Plan:
     @classmethod
     def of_files(cls, files, tokenizer, *, txt_val_fraction=None, splits=None, **options):
         """A plan for `files` in their order. splits: {path: 'train' or 'val'} where the source says it; options: those of Plan."""
-        units = [unit for path in files for unit in documents.units_of(path, (splits or {}).get(path), txt_val_fraction)]
+        units = documents.units_of_files(files, splits, txt_val_fraction)
         total = sum(unit.size for unit in units)
         part_bytes = min(max(total // PARTS, PART_BYTES[0]), PART_BYTES[1])
         groups, size = [], part_bytes

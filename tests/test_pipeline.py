@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -425,3 +426,22 @@ def test_large_data_sets_stay_in_many_files(corpus, tmp_path, monkeypatch):
     found = {name: open_dataset(str(tmp_path / name), '/')[0] for name in ('one', 'asked', 'large', 'refused')}
     assert [len(file.pieces) > 3 for file in found.values()] == [False, True, True, False]
     assert len({file.slice(0, len(file)).tobytes() for file in found.values()}) == 1
+
+
+def test_files_elsewhere_are_asked_together(monkeypatch):
+    """In their order all the same; those on this machine one after the other."""
+    lock, asking, most = threading.Lock(), [0], [0]
+
+    def units_of(path, split, fraction):
+        with lock:
+            asking[0] += 1
+            most[0] = max(most[0], asking[0])
+        time.sleep(0.02)
+        with lock:
+            asking[0] -= 1
+        return [documents.Unit(path, 0, 0, 1, split)]
+    monkeypatch.setattr(documents, 'units_of', units_of)
+    for where, expected in (('s3://bucket/', range(4, 17)), ('/here/', [1])):
+        most[0], paths = 0, [f'{where}{i}.jsonl' for i in range(40)]
+        found = documents.units_of_files(paths, {paths[3]: 'val'})
+        assert [unit.path for unit in found] == paths and [unit.split for unit in found].count('val') == 1 and most[0] in expected

@@ -11,7 +11,8 @@ The layouts, and what each rank holds of parameters (P), gradients (G) and optim
 fsdp_replicas=r shards over groups of n/r ranks, each group a replica of the others (hybrid sharding). context_parallel=k splits each sequence over k
 neighbouring ranks (engine/ring.py); the layouts above then treat a rank's share of the tokens as they treat its share of the sequences.
 
-Parameters keep their names and their shapes in all of them; a part of one is a DTensor, split by rows (dimension 0) as torch.chunk splits.
+Parameters keep their names and their shapes in all of them; a part of one is a DTensor, split by rows (dimension 0) as torch.chunk splits, or, of
+experts that the ranks do not divide, along a width of each (placement()).
 """
 import contextlib
 import ctypes
@@ -322,13 +323,24 @@ def shard(model, world, dtype, reduce_dtype, offload):
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False) if dtype != torch.float32 else MixedPrecisionPolicy()
     offloading = CPUOffloadPolicy(pin_memory=world.device.type == 'cuda') if offload else OffloadPolicy()
     units, others = model.sharding_units()
+    common = dict(mesh=world.mesh, offload_policy=offloading, shard_placement_fn=lambda parameter: placement(parameter, world.mesh.size(-1)))
     for unit in others + units:  # what lies within another first
-        fully_shard(unit, mesh=world.mesh, reshard_after_forward=world.layout == 'ZeRO-3', offload_policy=offloading, mp_policy=low if unit in units else MixedPrecisionPolicy())
+        fully_shard(unit, reshard_after_forward=world.layout == 'ZeRO-3', mp_policy=low if unit in units else MixedPrecisionPolicy(), **common)
     # what is left is used first and last: it stays gathered in between
-    fully_shard(model, mesh=world.mesh, reshard_after_forward=False, offload_policy=offloading)
+    fully_shard(model, reshard_after_forward=False, **common)
     blocks = [unit for unit in units if not isinstance(unit, list)]
     for block, following in zip(blocks, blocks[1:]):
         block.set_modules_to_forward_prefetch([following])
+
+
+def placement(parameter, ranks):
+    """Return along which dimension FSDP splits a parameter, None for the first: the experts of a layer, (E, out, in), along another where `ranks` do not divide E.
+
+    Else a rank would hold one whole expert more than another, or none, and each exchange would be as large as if there were as many experts as ranks.
+    """
+    if parameter.dim() != 3 or len(parameter) % ranks == 0:
+        return None
+    return next((Shard(dim) for dim in (1, 2) if parameter.size(dim) % ranks == 0), None)
 
 
 def wrap(model, world, compile, accumulation, graphs=False):
@@ -424,7 +436,9 @@ def rows_of_rank(length, ranks, rank):
 def put(parameter, tensor):
     """Copy the full `tensor` into a parameter, or into the part of it that this rank holds."""
     if isinstance(parameter, DTensor):
-        parameter.detach().to_local().copy_(tensor[rows_of(tensor, parameter.device_mesh)])
+        mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
+        mine = rows_of_rank(tensor.size(dim), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        parameter.detach().to_local().copy_(tensor[(slice(None),) * dim + (mine,)])
     else:
         parameter.detach().copy_(tensor)
 

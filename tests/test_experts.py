@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from conftest import equal, losses, records, torchrun, weights
+from ranks import ranks
 from test_layouts import LAYOUTS, arguments, close, run
 
 from engine import experts
@@ -189,6 +190,34 @@ def test_every_layout_trains_alike(dataset, tmp_path, single, layout, work):
     def shares(out):
         return [[layer.get(key) for key in ('utilisation', 'least', 'most')] for record in records(out) for layer in record['moe']['layers']]
     assert shares(tmp_path) == shares(single)
+
+
+def held(arguments):
+    """A run of hybrid or full sharding on this rank: its exit code, and the elements of all experts that this rank holds."""
+    import train
+    from engine import parallel
+    real, found = parallel.shard, []
+
+    def shard(model, *args):
+        real(model, *args)
+        found.append(sum(p.to_local().numel() for p in model.parameters() if p.dim() == 3))
+    parallel.shard = shard
+    try:
+        return train.main(arguments), found[0]
+    finally:
+        parallel.shard = real
+
+
+def test_experts_that_the_ranks_do_not_divide_are_split_along_their_width(dataset, tmp_path):
+    """6 experts on 4 ranks: a rank holds a quarter of each; the losses, a checkpoint and its resumption on 2 ranks are those of one process."""
+    settings = [word for word in MOE if 'num_experts' not in word] + ['--num_experts=6', '--eval_iters=1', '--checkpoint_interval=10']
+    run(1, *arguments(dataset, tmp_path / 'one', *settings, '--batch_size=8'))
+    answers = ranks(4)(held, arguments(dataset, tmp_path / 'four', *settings, '--batch_size=2', '--use_fsdp=True'))
+    experts_of_layer = 6 * (2 * 32 * 32 + 32 * 32)
+    assert answers == [(0, 2 * experts_of_layer // 4)] * 4
+    assert close(losses(tmp_path / 'four'), losses(tmp_path / 'one'), 1e-5)
+    run(2, *arguments(dataset, tmp_path / 'four', *settings, '--batch_size=4', '--use_fsdp=True', '--init_from=resume', '--resume_from=10'))
+    assert close(losses(tmp_path / 'four'), losses(tmp_path / 'one'), 1e-5)
 
 
 def test_log_tells_of_every_expert(single):

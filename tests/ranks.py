@@ -39,6 +39,9 @@ class Ranks:
             raise AssertionError('\n'.join(failed) or f'no answer in {timeout} s from ranks {set(range(self.size)) - answers.keys()}')
         return [answers[rank][1] for rank in range(self.size)]
 
+    def threads(self):
+        return len(os.listdir(f'/proc/{self.processes[0].pid}/task'))
+
     def end(self):
         RUNNING.pop(self.size, None)
         for process in self.processes:
@@ -47,6 +50,8 @@ class Ranks:
 
 def ranks(size):
     """The Ranks of that size, started when first asked for."""
+    if size in RUNNING and RUNNING[size].threads() > 80:  # groups of meshes and rings stay as long as the process, each with threads of its own
+        RUNNING[size].end()
     if size not in RUNNING:
         RUNNING[size] = Ranks(size)
     return RUNNING[size]

@@ -118,10 +118,10 @@ def workers(torchrun_pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('layout', [[], ['--use_fsdp=True']], ids=['DDP', 'FSDP'])
-def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_path, layout):
-    """One rank is killed, twice; --max-restarts starts both again, on a store that still holds the keys of the first attempt."""
-    last = 150 if layout else 600
+@pytest.mark.parametrize('layout, deaths', [([], 2), (['--use_fsdp=True'], 1)], ids=['DDP', 'FSDP'])
+def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_path, layout, deaths):
+    """One rank is killed, under DDP twice; --max-restarts starts both again, on a store that still holds the keys of the first attempt."""
+    last = 90 if layout else 360
     args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', f'--eval_interval={last // 3}', f'--checkpoint_interval={last // 30}']
     process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3', 'train.py', f'--out_dir={tmp_path}/killed', *args,
                             env={'OMP_NUM_THREADS': '1'})
@@ -129,14 +129,14 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
     try:
         for line in process.stdout:
             output += line
-            if line.startswith((f'iter {last // 9}:', f'iter {last // 2}:')) and kills < 2:
+            if line.startswith((f'iter {last // 9}:', f'iter {last // 2}:')) and kills < deaths:
                 os.kill(workers(process.pid)[kills], signal.SIGKILL)
                 kills += 1
                 time.sleep(0.5)
-        assert process.wait(120) == 0 and kills == 2, output
+        assert process.wait(120) == 0 and kills == deaths, output
     finally:
         end_all(process)
-    assert output.count('continuing at iter') == 2 and [r['iter'] for r in records(tmp_path / 'killed')] == list(range(1, last + 1))
+    assert output.count('continuing at iter') == deaths and [r['iter'] for r in records(tmp_path / 'killed')] == list(range(1, last + 1))
     assert checkpoint.newest_whole(str(tmp_path / 'killed')) == (last, [])
     code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
     assert code == 0 and losses(tmp_path / 'killed') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'killed', last), weights(tmp_path / 'calm', last))
@@ -205,10 +205,10 @@ def test_a_rank_that_comes_before_rank_0_waits_for_it():
 @pytest.mark.slow
 @pytest.mark.parametrize('layout, shared', [([], True), (['--use_fsdp=True'], False)], ids=['DDP', 'FSDP'])
 def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layout, shared):
-    """Two torchruns: a worker of the second is killed, and that whole machine, in whose place another comes. The losses are those of an undisturbed
+    """Two torchruns: a worker of the second is killed, or that whole machine, in whose place another comes. The losses are those of an undisturbed
     run. shared: in torchrun's own store, with which torchrun does not take in another machine, or in one of rank 0 for each start."""
-    last, port = 400 if not layout else 160, free_port()
-    args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', '--eval_interval=1000', '--eval_at_start=False', f'--checkpoint_interval={last // 40}']
+    last, port = 240 if not layout else 80, free_port()
+    args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', '--eval_interval=1000', '--eval_at_start=False', f'--checkpoint_interval={last // 20}']
     environment = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '0' if shared else '1'}
 
     def machine():
@@ -228,22 +228,21 @@ def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layou
                 break
             time.sleep(0.05)
         second = machine()
-        for lost, at in ('worker', last // 8), ('worker' if shared else 'machine', last // 2):
-            deadline = time.monotonic() + 90
-            while not os.path.isdir(f'{tmp_path}/lost/checkpoints') or newest() < at:
-                assert time.monotonic() < deadline and first.poll() is None, ''.join(output)
-                time.sleep(0.05)
-            if lost == 'worker':
-                os.kill(workers(second.pid)[0], signal.SIGKILL)
-            else:
-                end_all(second)
-                second = machine()
+        deadline = time.monotonic() + 90
+        while not os.path.isdir(f'{tmp_path}/lost/checkpoints') or newest() < last // 4:
+            assert time.monotonic() < deadline and first.poll() is None, ''.join(output)
+            time.sleep(0.05)
+        if shared:
+            os.kill(workers(second.pid)[0], signal.SIGKILL)
+        else:
+            end_all(second)
+            second = machine()
         assert first.wait(120) == 0 and second.wait(60) == 0, ''.join(output)
     finally:
         for process in (first, second):
             if process:
                 end_all(process)
-    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(records(tmp_path / 'lost', 'resume')) == 2
+    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(records(tmp_path / 'lost', 'resume')) == 1
     code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
     assert code == 0 and losses(tmp_path / 'lost') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'lost', last), weights(tmp_path / 'calm', last))
 

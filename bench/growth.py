@@ -68,6 +68,8 @@ def written_log(count, folder):
                             'startup_info': {}, 'metadata': {}}) + '\n')
         for step in range(1, count + 1):
             f.write(json.dumps({'type': 'iter', **iteration(step)}) + '\n')
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def resume(count, folder):
@@ -209,6 +211,10 @@ def one(part, x, folder):
     elif part == 'parts':
         part_files(x, folder)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    if part in ('log', 'log_experts', 'resume'):
+        import engine.logger  # noqa: F401 (what it takes to import is not measured)
+    if part in ('log_experts', 'stated', 'unstated', 'parts'):
+        import engine.dataset  # noqa: F401
     begun = time.perf_counter()
     if part == 'log':
         log(x, folder)

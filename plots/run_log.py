@@ -8,6 +8,8 @@ stays nan.
 Of a log of more than 2 * KEPT iterations every so-and-so-many-th is kept, and of those between, the lowest and the highest
 value of each of EXTREMES: a million iterations take no more memory than ten thousand, and no spike is lost.
 """
+import contextlib
+import math
 import os
 import re
 import sys
@@ -211,7 +213,7 @@ def parse_jsonl(path):
         iterations = Thinned(max(1, lines // KEPT))
         f.seek(0)
         for number, line in enumerate(f, 1):
-            if not line.strip():
+            if iterations.pass_over(line) or not line.strip():
                 continue
             try:
                 record = parse_json(line)
@@ -235,11 +237,24 @@ def parse_jsonl(path):
     return log, bad
 
 
+# an iteration as engine/logger.py writes it: a line that looks otherwise is parsed
+_HEAD = re.compile(rb'\{"type": "iter", "iter": (\d{1,15}), "loss": (-?\d[\d.eE+-]{0,30}|null), ')
+_NUMBER = re.compile(rb'-?\d[\d.eE+-]{0,30}(?=[,}])')
+
+
 class Thinned:
     """Takes the records of iterations one after the other and keeps each `stride`-th, with the extremes of those between."""
 
     def __init__(self, stride):
         self.stride, self.kept, self.extremes, self.between, self.last, self.shares = stride, [], [], [], None, None
+
+    def pass_over(self, line):
+        """Return whether the line of a .jsonl records an iteration that is not kept: its numbers are found without parsing the rest, in a fifth of the time."""
+        if len(self.between) + 1 >= self.stride or not line.endswith(b'}\n') or not (head := _HEAD.match(line)):
+            return False
+        self.between.append((int(head[1]), head[2], _number_after(line, b'"global_norm": '), _number_after(line, b'"tokens_per_sec": ')))
+        self.last = line
+        return True
 
     def add(self, record):
         self.last = record
@@ -262,7 +277,7 @@ class Thinned:
 
     def _summarise(self):
         for place, name in enumerate(EXTREMES, 1):
-            found = [(value, entry[0]) for entry in self.between if np.isfinite(value := number(entry[place]))]
+            found = [(value, entry[0]) for entry in self.between if math.isfinite(value := number(entry[place]))]
             self.extremes += [{'iter': it, name: value} for value, it in {min(found), max(found)}] if found else []
         self.between = []
 
@@ -275,8 +290,16 @@ class Thinned:
     def finish(self):
         """Return (records that were kept, the last among them, and extremes as [{'iter': iteration, name: value}])."""
         if self.between:
-            self._keep(self.last)
+            with contextlib.suppress(ValueError):
+                self._keep(parse_json(self.last) if isinstance(self.last, bytes) else self.last)
         return self.kept, self.extremes
+
+
+def _number_after(line, key):
+    """Return the bytes of the number behind `key` in a line, None if there is none."""
+    begin = line.find(key) + len(key)
+    found = _NUMBER.match(line, begin) if begin >= len(key) else None
+    return found[0] if found else None
 
 
 def layers_of(record):
@@ -369,7 +392,12 @@ def numbers(record, prefix=''):
 
 
 def number(value):
-    """A value of a log as a float, nan for what is no number or too large to draw."""
+    """A value of a log as a float, nan for what is no number or too large to draw; a number may be in the bytes of its text."""
+    if isinstance(value, bytes):
+        try:
+            value = float(value)
+        except ValueError:
+            return np.nan
     return float(value) if isinstance(value, (int, float)) and abs(value) < LARGEST else np.nan
 
 

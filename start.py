@@ -71,7 +71,7 @@ def test():
     set_up()
     # whole files to each process: much of a file waits for other processes, and its fixtures are made once
     processes = max(1, min(4, os.cpu_count() or 1))
-    call('test', '-m', 'pytest', '-q', '-n', str(processes), '--dist', 'loadfile', *sys.argv[2:])
+    call('test', '-m', 'pytest', '-q', '-n', str(processes), '--dist', 'loadfile', '--no-loadscope-reorder', *sys.argv[2:])
 
 
 def main():

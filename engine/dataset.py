@@ -180,7 +180,7 @@ def open_dataset(dataset, root, url=None):
     for (name, _), (_, _, meta) in zip(named[1:], found[1:]):
         folders = [os.path.join(root, 'data', each) for each in (named[0][0], name)]
         unstated = not any(stated.get(key) for stated in (first, meta) for key in ('tokenizer', 'stoi'))  # both as nanoGPT writes them
-        same = meta.get('eot_id') == first.get('eot_id') and (meta.get('vocab_size') == first.get('vocab_size') if unstated else same_ids(*folders))
+        same = all(meta.get(key) == first.get(key) for key in ('eot_id', 'vocab_size')) and (unstated or same_ids(*folders))
         if not same:
             raise ConfigError(f'{named[0][0]} and {name} were made with different tokenizers'
                               + (', or with one that cannot be loaded here' if same is None else '') + ': prepare them with the same one')

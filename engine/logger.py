@@ -85,7 +85,7 @@ class RunLog:
         if goes_on:
             self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
         else:
-            self._append({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header})
+            self._append(finite({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header}))
         self.bar = tqdm(total=total, initial=first, unit='it', disable=None, dynamic_ncols=True, leave=False)
 
     def _cut_after(self, step, evaluated):
@@ -157,7 +157,7 @@ class RunLog:
             self.write_json()
 
     def _append(self, record):
-        line = json.dumps(finite(record)).encode() + b'\n'
+        line = json.dumps(record).encode() + b'\n'
         self.size += len(line)
         with self.lock:
             self.unwritten += line

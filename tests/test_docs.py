@@ -128,7 +128,7 @@ def test_commands_run(document, project):
 def test_files_and_keys_that_the_documents_name_exist():
     from train import ALIASES, Config
     known = {*Config.__dataclass_fields__, *ALIASES}
-    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args', 'limit', 'shard', 'merge', 'max_broken', 'dedup', 'num_proc', 'val_fraction', 'at', 'vocab_size', 'only', 'recipes', 'copy_to'}
+    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args', 'limit', 'shard', 'merge', 'max_broken', 'dedup', 'num_proc', 'val_fraction', 'at', 'vocab_size', 'only', 'recipes', 'copy_to', 'sharded', 'no'}
     for document in ('README.md', 'TRAINING_GUIDE.md'):
         with open(os.path.join(ROOT, document)) as f:
             text = f.read()

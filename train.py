@@ -515,7 +515,7 @@ def run(argv, stop):
     saver.reserve(checkpoint_tensors(model, named, updated, optimizer, guard))
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
-    last_evaluation, bad_before, shares_step = (-1, None), guard.counts(), start_step
+    last_evaluation, bad_before = (-1, None), guard.counts()
     # the sum over this rank's targets, over the targets of the whole step; ranks average, hence world.size
     micro_step = MicroStep(model, train_model, world, autocast, scaler, world.size / tokens_per_step, accumulation)
     if step < c.max_iters and (c.compile or c.use_cuda_graphs):
@@ -606,8 +606,8 @@ def run(argv, stop):
                                                               architecture=shape.describe())
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
             bad = guard.counts()
-            shares = bool(c.expert_log_interval) and (step == start_step + 1 or step == c.max_iters or step // c.expert_log_interval > shares_step // c.expert_log_interval)
-            shares_step = step if shares else shares_step
+            k = c.expert_log_interval  # met or passed since the last logged iteration
+            shares = bool(k) and (step in (start_step + 1, c.max_iters) or step // k > (step - interval_steps) // k)
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
                       data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, wall_s=log.wall_s(),
                       mfu=mfu, memory={key: worst[key] for key in used}, gradients=gradients,

@@ -1,7 +1,7 @@
 """
 Measures what grows with the length of a run, the size of its data and the number of its processes, and draws it.
 
-    python bench/growth.py measure --out=after.jsonl                          every part, some 15 minutes
+    python bench/growth.py measure --out=after.jsonl                          every part, in minutes
     python bench/growth.py measure --code=OTHER_CHECKOUT --out=before.jsonl   the same of another version
     python bench/growth.py measure --only log parts --out=after.jsonl
     python bench/growth.py draw before.jsonl after.jsonl --output=bench/growth.png
@@ -29,6 +29,7 @@ POINTS = {  # part: (values of x, what x is)
     'unstated': ((1, 10), 'GB of tokens opened again, without a meta.pkl'),
     'parts': ((100, 1_000, 10_000, 60_000), 'files of a data set opened, 1,024 descriptors'),
     'agreement': ((2, 4, 8, 16), 'ranks that agree beside a micro-step of 50 ms'),
+    'open_files': ((2, 4, 8, 16), 'ranks: open files of each (the number, not seconds)'),
     'verify': ((1, 2), 'ranks that verify a checkpoint of 1 GB'),
 }
 
@@ -113,12 +114,41 @@ def part_files(count, folder):
         writer.append('val', ids, [len(ids)])
 
 
-def agree(rank, size, port, answers):
+def on_rank(function, rank, size, port, answers, *args):
     import torch
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     from engine import parallel
     world = parallel.start('cpu')
+    answer = function(world, *args)
+    if world.main:
+        answers.put(answer)
+    parallel.barrier(world)
+    os._exit(0)
+
+
+def on_ranks(size, function, *args):
+    """What function(world, *args) returns on the main one of `size` gloo ranks, which are started for it."""
+    import socket
+
+    import torch.multiprocessing as multiprocessing
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    context = multiprocessing.get_context('spawn')
+    answers = context.SimpleQueue()
+    processes = [context.Process(target=on_rank, args=(function, rank, size, port, answers, *args)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    answer = answers.get()
+    for process in processes:
+        process.join()
+    return answer
+
+
+def agree(world):
+    """The median over 60 micro-steps of the seconds that agreeing adds."""
+    from engine import parallel
     beside = parallel.Agreement(world) if hasattr(parallel, 'Agreement') else None
     parallel.barrier(world)
     waited = []
@@ -132,38 +162,20 @@ def agree(rank, size, port, answers):
             parallel.largest(0, world)
             time.sleep(0.05)
         waited.append(time.perf_counter() - begun - 0.05)
-    if rank == 0:
-        answers.put(sorted(waited)[30])
-    parallel.barrier(world)
-    os._exit(0)
+    return sorted(waited)[30]
 
 
-def agreement(size):
-    """The median over 60 micro-steps of the seconds that agreeing adds."""
-    import socket
-
-    import torch.multiprocessing as multiprocessing
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context('spawn')
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=agree, args=(rank, size, port, answers)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    answer = answers.get()
-    for process in processes:
-        process.join()
-    return answer
+def open_files(world):
+    """The open files of a rank that takes part in a job and does nothing yet."""
+    return len(os.listdir('/proc/self/fd'))
 
 
-def verify_on(rank, size, port, folder, answers):
+def verify(world, folder):
+    """Seconds in which the ranks verify a checkpoint of theirs."""
     import torch
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+
     from engine import checkpoint, parallel
     from engine.saver import Saver
-    world = parallel.start('cpu')
     saver = Saver(folder, world, background=False)
     saver.start(1, {f'model.{i}': torch.full((2**24,), float(i)) for i in range(16)}, {})
     outcome = saver.wait()
@@ -174,28 +186,7 @@ def verify_on(rank, size, port, folder, answers):
         assert checkpoint.why_broken_together(path, world) is None
     else:
         assert parallel.from_main(lambda: checkpoint.why_broken(path), world) is None
-    if rank == 0:
-        answers.put(time.perf_counter() - begun)
-    parallel.barrier(world)
-    os._exit(0)
-
-
-def verify(size, folder):
-    import socket
-
-    import torch.multiprocessing as multiprocessing
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context('spawn')
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=verify_on, args=(rank, size, port, folder, answers)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    answer = answers.get()
-    for process in processes:
-        process.join()
-    return answer
+    return time.perf_counter() - begun
 
 
 def one(part, x, folder):
@@ -227,9 +218,11 @@ def one(part, x, folder):
     elif part in ('stated', 'unstated', 'parts'):
         open_data(folder)
     elif part == 'agreement':
-        seconds = agreement(x)
+        seconds = on_ranks(x, agree)
+    elif part == 'open_files':
+        seconds = on_ranks(x, open_files)
     else:
-        seconds = verify(x, folder)
+        seconds = on_ranks(x, verify, folder)
     seconds = time.perf_counter() - begun if seconds is None else seconds
     print(json.dumps({'part': part, 'x': x, 'seconds': seconds, 'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
 

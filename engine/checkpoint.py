@@ -158,12 +158,19 @@ def read_manifest(path, fs=LOCAL):
 
 def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
     """(step, rejected): the newest checkpoint that verifies (or `wanted`, if that does), or None, and [(path, reason)] of the newer ones."""
+    candidates = newest_first(out_dir, fs) if wanted is None else [wanted]
+    return first_whole(out_dir, candidates, lambda path: why_broken(path, level, fs))
+
+
+def first_whole(out_dir, candidates, why):
+    """(the first of the steps `candidates` whose path has why(path) None, or None; [(path, reason)] of those before it)."""
     rejected = []
-    for step in newest_first(out_dir, fs) if wanted is None else [wanted]:
-        reason = why_broken(path_of(out_dir, step), level, fs)
+    for step in candidates:
+        path = path_of(out_dir, step)
+        reason = why(path)
         if reason is None:
             return step, rejected
-        rejected.append((path_of(out_dir, step), reason))
+        rejected.append((path, reason))
     return None, rejected
 
 

@@ -2,8 +2,7 @@
 
 A data set may lie in tens of thousands of files, and a process may often have a thousand open. So a file is opened when a
 range of it is asked for, and the one that was used longest ago is closed. Reads name their offset (pread): processes that
-were forked from one another share no position, and nothing is read ahead, unlike through a memory map, which fetched 83
-times the bytes of random windows (bench/RESULTS.md).
+were forked from one another share no position, and a file that became shorter is an error, not the end of the process.
 """
 import collections
 import contextlib

@@ -56,14 +56,8 @@ def automatic(c, world):
 
 def _newest_whole(out_dir, level, world, wanted=None, verified=None):
     """checkpoint.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes need not be read once more."""
-    rejected = []
-    for step in parallel.from_main(lambda: checkpoint.newest_first(out_dir) if wanted is None else [wanted], world):
-        path = checkpoint.path_of(out_dir, step)
-        reason = checkpoint.why_broken_together(path, world, 'size' if path == verified else level)
-        if reason is None:
-            return step, rejected
-        rejected.append((path, reason))
-    return None, rejected
+    candidates = parallel.from_main(lambda: checkpoint.newest_first(out_dir) if wanted is None else [wanted], world)
+    return checkpoint.first_whole(out_dir, candidates, lambda path: checkpoint.why_broken_together(path, world, 'size' if path == verified else level))
 
 
 def find(c, given, shape_keys, world, notes, verified=None):

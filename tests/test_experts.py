@@ -232,6 +232,12 @@ def test_log_tells_of_every_expert(single):
     assert records(single)[-1]['moe']['layers'][0]['bias_max'] > 0 > records(single)[-1]['moe']['layers'][0]['bias_min']
 
 
+def test_shares_are_left_out_or_logged_when_their_interval_was_passed(train, tmp_path):
+    for interval, logged in ((0, []), (5, [1, 6, 12])):  # every third iteration is logged, and the first
+        assert train(tmp_path / str(interval), *MOE[:-1], f'--expert_log_interval={interval}', '--max_iters=12', '--log_interval=3') == 0
+        assert [r['iter'] for r in records(tmp_path / str(interval)) if 'utilisation' in r['moe']['layers'][0]] == logged
+
+
 def test_resume_is_bitwise(dataset, train, tmp_path, single):
     code = train(tmp_path / 'part', *MOE, '--max_iters=10', '--eval_interval=10', '--total_batch_size=256', '--batch_size=8', '--eval_iters=1', '--lr_decay_iters=600000')
     assert code == 0 and train(tmp_path / 'part', *MOE, '--batch_size=8', '--eval_iters=1', '--total_batch_size=256', '--init_from=resume', '--max_iters=20') == 0

@@ -280,3 +280,13 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
     finally:
         end_all(job)
     assert job.returncode == 0 and f'continuing at iter {step}' in output and max(losses(tmp_path / 'run')) == step + 5, output
+
+
+@pytest.mark.parametrize('code, seconds, restarts, again', [(1, 0, 0, True), (1, 600, 0, False), (1, 0, 20, False), (0, 0, 0, False)], ids=['lost', 'at once', 'too often', 'done'])
+def test_the_sbatch_script_queues_again_when_a_long_job_fails(tmp_path, code, seconds, restarts, again):
+    for name, text in (('srun', f'exit {code}\n'), ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n')):
+        (tmp_path / name).write_text('#!/bin/bash\n' + text)
+        (tmp_path / name).chmod(0o755)
+    environment = {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'SLURM_JOB_ID': '77', 'SLURM_NNODES': '2', 'REQUEUE_AFTER': str(seconds), 'SLURM_RESTART_COUNT': str(restarts)}
+    assert subprocess.run(['bash', 'train.sbatch', 'config/x.py'], cwd=ROOT, env=environment, timeout=30).returncode == code
+    assert (tmp_path / 'queued').exists() == again

@@ -128,8 +128,6 @@ def shared_steps(layout, bad_step):
     """Three steps with the same gradients on every rank: this rank's rows of the parameters and momenta, and how many matrices it made orthogonal."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-
-    from engine import parallel
     size = dist.get_world_size() if layout != 'single' else 1
     generator, made = torch.Generator().manual_seed(0), []
     shapes = [(12, 8)] * 5 + [(3, 9)] * 2 + [(1, 6), (20, 4), (8, 8)]

@@ -220,4 +220,4 @@ def record(path, results):
 
 
 if __name__ == '__main__':
-    parallel.leave(main())
+    parallel.run_and_leave(main)

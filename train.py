@@ -692,4 +692,4 @@ def learning_rate(c, step):
 
 
 if __name__ == '__main__':
-    parallel.leave(main())
+    parallel.run_and_leave(main)

@@ -24,7 +24,9 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 
@@ -43,6 +45,7 @@ from engine.ring import Ring
 PATIENCE = datetime.timedelta(days=1)  # for what waits for disks and networks: a checkpoint may take long to read
 gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # the new name of torch 2.13
 _store = None  # where a rank that fails alone says so
+_timeout = None  # how long a rank waits for another
 _slow_group = None  # made once: each group of gloo has threads and connections of its own for as long as the process lives
 
 
@@ -199,10 +202,10 @@ def meet(store, rank, size, timeout):
 
 
 def _join(world, backend, timeout):
-    global _store, _slow_group
+    global _store, _slow_group, _timeout
     world.backend = backend
     if not dist.is_initialized():
-        _slow_group = None
+        _slow_group, _timeout = None, timeout
         if world.size == 1:
             store = dist.HashStore()
         else:
@@ -246,6 +249,28 @@ def tell(error):
 def was_told():
     """Whether some rank told() what is wrong with the input and left: then the errors of others, which miss it, say nothing."""
     return _store is not None and _store.check(['told'])
+
+
+def run_and_leave(main):
+    """End the process with the exit code of main(), and after an error of the program with 1.
+
+    Where several processes work together the threads of this one, which may be waiting for a process that hangs, get no more time to finish
+    than processes wait for each other in training: a save that the others still take part in comes to its end, and none holds up the job.
+    """
+    try:
+        code = main()
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        deadline = time.monotonic() + _timeout.total_seconds()
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        sys.stdout.flush()
+        os._exit(1)
+    leave(code)
 
 
 def leave(code):

@@ -14,11 +14,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
 
 import torch
 
 import huggingface
+from data.tokenizer import TEMPLATES
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
 from engine.files import is_whole
@@ -97,10 +99,11 @@ SAMPLING = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_p
 
 
 def clear_leftovers(folder):
-    """Remove files of LEFTOVERS from `folder`."""
+    """Remove files of LEFTOVERS and templates of conversations from `folder`."""
     for name in LEFTOVERS:
         if os.path.isfile(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
+    shutil.rmtree(os.path.join(folder, TEMPLATES), ignore_errors=True)
 
 
 def keep_generation_settings(tokenizer, folder, vocab_size):

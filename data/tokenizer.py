@@ -18,8 +18,10 @@ Each class below has
     describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that tokenizer_of() needs to `folder`
 """
 import difflib
+import glob
 import importlib
 import os
+import shutil
 
 import numpy as np
 
@@ -28,6 +30,7 @@ from data.quick_tiktoken import Quick
 from engine.files import inside, is_whole, parse_json
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'chat_template.jinja', 'generation_config.json')
+TEMPLATES = 'additional_chat_templates'  # folder beside them of named .jinja files
 EOT = '<|endoftext|>'
 TRIAL = 2**20  # characters of text after which it is taken for a corpus, for which a second's preparation is worth it
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
@@ -76,7 +79,11 @@ def tokenizer_of(folder, meta):
     if kind == 'tiktoken':
         return TiktokenTokenizer(str(stated.get('name')))
     if kind == 'hf':
-        return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place))
+        path = inside(folder, stated.get('path'), place)
+        for link in filter(os.path.islink, glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)):
+            if link != path:  # export.py would publish what it leads to
+                raise ValueError(f'{link} is a link, where the folder of a data set holds files alone: run the prepare.py of this data set again')
+        return HuggingFaceTokenizer.of_folder(path)
     if kind == 'sentencepiece':
         return SentencePieceTokenizer.of_file(inside(folder, stated.get('path'), place))
     raise ValueError(f"{os.path.join(folder, 'meta.pkl')} names the tokenizer {stated!r}, expected a dict whose 'kind' is bytes, char, "
@@ -200,7 +207,7 @@ class TiktokenTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json of Hugging Face, read by the `tokenizers` library.
 
-    files: {name: bytes} of those of HF_FILES that exist; source: where they are from, for messages.
+    files: {name: bytes} of those of HF_FILES that exist, and of templates of conversations; source: where they are from, for messages.
     The files are kept, so that describe() can write them even when their folder is gone, or is the one written to. After some text, encode() goes
     through tiktoken where that gives the same ids faster (byte_level.py).
     """
@@ -226,7 +233,8 @@ class HuggingFaceTokenizer:
     def of_folder(cls, folder):
         if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
             raise ValueError(f'the folder {folder} has no tokenizer.json: name one that has, or run the prepare.py of this data set again')
-        return cls({name: _read(os.path.join(folder, name)) for name in HF_FILES if os.path.isfile(os.path.join(folder, name))}, folder)
+        templates = glob.glob(os.path.join(TEMPLATES, '*.jinja'), root_dir=folder)
+        return cls({name: _read(os.path.join(folder, name)) for name in (*HF_FILES, *templates) if os.path.isfile(os.path.join(folder, name))}, folder)
 
     def __reduce__(self):
         # a pickled tokenizers.Tokenizer forgets encode_special_tokens
@@ -277,13 +285,12 @@ class HuggingFaceTokenizer:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def describe(self, folder):
-        os.makedirs(os.path.join(folder, 'tokenizer'), exist_ok=True)
-        for name in HF_FILES:
-            path = os.path.join(folder, 'tokenizer', name)
-            if name in self.files:
-                _write(path, self.files[name])
-            elif os.path.exists(path):
-                os.remove(path)  # of the tokenizer that was here before
+        path = os.path.join(folder, 'tokenizer')
+        for name in HF_FILES:  # of the tokenizer that was here before
+            if os.path.exists(os.path.join(path, name)):
+                os.remove(os.path.join(path, name))
+        shutil.rmtree(os.path.join(path, TEMPLATES), ignore_errors=True)
+        write_files(self.files, path)
         return {'kind': 'hf', 'path': 'tokenizer'}
 
 
@@ -343,6 +350,14 @@ def _join(pieces):
 def _read(path):
     with open(path, 'rb') as f:
         return f.read()
+
+
+def write_files(files, folder):
+    """Write `files`, {name: bytes}, to `folder`; a name may begin with that of a folder in it."""
+    for name, content in files.items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _write(path, content)
 
 
 def _write(path, content):

@@ -2,7 +2,7 @@
 import json
 import os
 
-from data.tokenizer import EOT, BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from data.tokenizer import EOT, BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, write_files
 from engine.files import parse_json
 
 
@@ -14,9 +14,7 @@ def save_for_transformers(tokenizer, folder):
     notes = []
     os.makedirs(folder, exist_ok=True)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        for name, content in _cleaned(tokenizer).items():
-            with open(os.path.join(folder, name), 'wb') as f:
-                f.write(content)
+        write_files(_cleaned(tokenizer), folder)
         return []
     from tokenizers import Tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -66,7 +64,7 @@ def _cleaned(tokenizer):
     config['eos_token'] = config['bos_token'] = tokenizer.eot_token
     config.update({key: theirs[key] for key in ('chat_template', 'padding_side') if key in theirs})
     return {'tokenizer.json': json.dumps(described, ensure_ascii=False).encode(), 'tokenizer_config.json': json.dumps(config, indent=2).encode(),
-            **{name: tokenizer.files[name] for name in ('chat_template.jinja',) if name in tokenizer.files}}
+            **{name: tokenizer.files[name] for name in tokenizer.files if name.endswith('.jinja')}}
 
 
 def _config(folder, eos):

@@ -24,7 +24,9 @@ def tokenizer_identity(folder, meta):
     digest = hashlib.sha256(json.dumps([meta.get('tokenizer'), sorted(meta.get('stoi', {}).items())], default=str).encode())
     stated = meta.get('tokenizer')
     path = pathlib.Path(inside(folder, stated['path'], 'meta.pkl')) if isinstance(stated, dict) and 'path' in stated else None
-    for file in sorted(path.iterdir()) if path and path.is_dir() else [path] if path and path.is_file() else []:
+    for file in sorted(path.iterdir()) if path and path.is_dir() else [path] if path else []:
+        if not file.is_file():
+            continue  # templates of conversations say nothing of ids
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -12,8 +12,9 @@ from conftest import ROOT, TEXT, records, run_train
 import export
 import huggingface
 import sample
-from data.tokenizer import BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer
+from data.tokenizer import BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, tokenizer_of
 from data.tokenizer_json import byte_characters, save_for_transformers
+from engine.tokenizer_match import tokenizer_identity
 from generation import generate
 
 transformers = pytest.importorskip('transformers')
@@ -175,6 +176,35 @@ def test_every_tokenizer_gives_the_same_ids_in_transformers(tmp_path, kind):
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'hf'))
     ids = theirs(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
     assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == tokenizer.decode(ids) and theirs.eos_token_id == tokenizer.eot_id
+
+
+def test_templates_of_conversations_are_kept_and_those_of_another_tokenizer_removed(tmp_path):
+    for name in ('own', 'folder/data', 'hf'):
+        (tmp_path / name).mkdir(parents=True)
+    one = hugging_face_like('some text to make words of', tmp_path / 'own')
+    (tmp_path / 'own' / 'additional_chat_templates').mkdir()
+    (tmp_path / 'own' / 'additional_chat_templates' / 'tool_use.jinja').write_text('{{ messages }} with tools')
+    (tmp_path / 'own' / 'chat_template.jinja').write_text('{{ messages }}')
+    templates = {'default': '{{ messages }}', 'tool_use': '{{ messages }} with tools'}
+    meta = {'tokenizer': HuggingFaceTokenizer.of_folder(str(tmp_path / 'own')).describe(str(tmp_path / 'folder'))}
+    kept = tokenizer_of(str(tmp_path / 'folder'), meta)
+    save_for_transformers(kept, str(tmp_path / 'hf'))
+    assert transformers.AutoTokenizer.from_pretrained(str(tmp_path / 'hf')).chat_template == templates
+    identity = tokenizer_identity(str(tmp_path / 'folder'), meta)
+    assert identity
+    export.clear_leftovers(str(tmp_path / 'hf'))
+    one.describe(str(tmp_path / 'folder'))
+    for folder in (tmp_path / 'hf', tmp_path / 'folder' / 'tokenizer'):
+        assert not [name for name in folder.rglob('*') if 'template' in name.name]
+
+
+def test_a_link_in_the_tokenizer_of_a_data_set_is_not_published(tmp_path):
+    (tmp_path / 'own').mkdir()
+    meta = {'tokenizer': hugging_face_like('some text', tmp_path / 'own').describe(str(tmp_path))}
+    (tmp_path / 'secret').write_text('password')
+    (tmp_path / 'tokenizer' / 'chat_template.jinja').symlink_to(tmp_path / 'secret')
+    with pytest.raises(ValueError, match='chat_template.jinja is a link'):
+        tokenizer_of(str(tmp_path), meta)
 
 
 def test_a_character_that_an_exported_tokenizer_does_not_know_is_refused(tmp_path):

@@ -1,12 +1,16 @@
 """A run that was killed or stopped continues to the same bits, whatever evaluation and logging do beside it."""
 import json
 import os
+import pickle
+import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, equal, losses, records, run_process, run_train, start_process, weights
+from conftest import ROOT, TINY, equal, losses, records, run_process, run_train, start_process, weights, write_dataset
 
+from data.tokenfile import read_meta
 from engine import checkpoint
 from model import Model
 from presets import resolve_shape
@@ -127,8 +131,6 @@ def test_best_loss_is_remembered_over_a_resume(train, tmp_path):
 
 
 def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
-    import numpy as np
-    from conftest import write_dataset
     other = write_dataset(str(tmp_path / 'other'), np.arange(5000) % 40, np.arange(500) % 40, vocab_size=41)
     out = tmp_path / 'out'
     assert train(out, '--max_iters=5', '--eval_interval=5') == 0
@@ -148,9 +150,35 @@ def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
     assert state['best_val_loss'] == evaluated[-1]['val_loss']
 
 
+@pytest.mark.parametrize('now', ['same ids', 'other ids', 'nothing named', 'what it was is gone'])
+def test_other_data_to_continue_with_must_have_the_tokenizer_of_the_run(tmp_path, capsys, now):
+    """Compared by their ids; where they cannot be, the run says so and goes on."""
+    ids = np.random.default_rng(0).integers(0, 20, 3000)
+    def folder(name, characters, **more):
+        changes = {'vocab_size': 20, 'extra': {'stoi': {c: i for i, c in enumerate(characters)}, 'itos': dict(enumerate(characters))}, **more}
+        return write_dataset(str(tmp_path / name), ids, ids[:600], **changes)
+    letters = 'abcdefghijklmnopqrst'
+    before = folder('before', letters)
+    after = folder('after', letters[::-1] if now == 'other ids' else letters, split='another')
+    if now == 'nothing named':
+        meta = read_meta(after)
+        with open(os.path.join(after, 'meta.pkl'), 'wb') as f:
+            pickle.dump({key: meta[key] for key in ('vocab_size', 'dtype')}, f)
+    assert run_train(before, tmp_path / 'out', '--max_iters=4', '--checkpoint_interval=4') == 0
+    if now == 'what it was is gone':
+        shutil.rmtree(before)
+        after = folder('after', letters[::-1])
+    capsys.readouterr()
+    code = run_train(after, tmp_path / 'out', '--init_from=resume', '--max_iters=8', '--allow_data_change=True')
+    printed = capsys.readouterr()
+    assert code == (2 if now == 'other ids' else 0), printed
+    if now == 'other ids':
+        assert 'was made with another tokenizer than' in printed.err and records(tmp_path / 'out')[-1]['iter'] == 4
+    else:
+        assert ('is the one that this run was trained with is not known' in printed.out) == (now != 'same ids')
+
+
 def test_other_validation_data_alone_is_noticed(train, tmp_path, capsys):
-    import numpy as np
-    from conftest import write_dataset
     folders = [write_dataset(str(tmp_path / name), np.arange(5000) % 40, np.arange(500) % size, vocab_size=41) for name, size in (('a', 40), ('b', 30))]
     assert train(tmp_path / 'out', f'--dataset={folders[0]}', '--max_iters=5', '--eval_interval=100') == 0
     assert train(tmp_path / 'out', f'--dataset={folders[1]}', '--init_from=resume', '--max_iters=8') == 2

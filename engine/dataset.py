@@ -17,7 +17,7 @@ import torch
 
 from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, replacing, token_dtype
 from engine.configurator import ConfigError, nearest
-from engine.descriptors import FILES
+from engine.descriptors import FILES, ChangedFile, version
 from engine.files import inside, is_whole, parse_json, redact, sentence
 from engine.remote import RemoteFile, Storage, read_together
 from engine.tokenizer_match import same_ids
@@ -26,17 +26,27 @@ MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to 
 
 
 class LocalFile:
-    """Tokens of a file on this machine: len() and slices as of an array. size: in bytes."""
+    """Tokens of a file on this machine: len() and slices as of an array. size: in bytes.
+
+    A slice raises ChangedFile once the file is another than the one that look() saw.
+    """
 
     def __init__(self, path, dtype):
-        self.path, self.dtype, self.size = path, dtype, os.path.getsize(path)
+        self.path, self.dtype, self.version = path, dtype, version(os.stat(path))
+        self.size = self.version[2]
+
+    def look(self):
+        """Take the file of this name as it is now for the right one."""
+        FILES.forget(self.path)
+        self.version = version(os.stat(self.path))
 
     def __len__(self):
         return self.size // self.dtype.itemsize
 
     def __getitem__(self, part):
         ids = np.empty(max(0, part.stop - part.start), self.dtype)
-        FILES.read_into(self.path, ids, part.start * self.dtype.itemsize)
+        if FILES.read_into(self.path, ids, part.start * self.dtype.itemsize) != self.version:
+            raise ChangedFile
         return ids
 
     def max(self):
@@ -88,7 +98,16 @@ class Tokens:
         return torch.from_numpy(self._checked(rows))
 
     def _read(self, parts):
-        return read_together(parts) if self.remote else [piece[begin:end] for piece, begin, end in parts]
+        """Return the arrays of [(piece, begin, end)]. Raises ConfigError where a file was changed since it was opened."""
+        try:
+            return read_together(parts) if self.remote else [piece[begin:end] for piece, begin, end in parts]
+        except ChangedFile:  # or only touched: its bytes tell
+            for piece in self.pieces:
+                piece.look()
+            if fingerprint_of_pieces(self.pieces) != self.fingerprint:
+                raise ConfigError(f'{self.path} was changed while it was read: a run that goes on would learn from a mixture of both; '
+                                  f'put the file back that was there, and continue with --init_from=resume') from None
+            return self._read(parts)
 
     def _checked(self, ids):
         """Return `ids`, an array of tokens of this split. Raises ConfigError for one beyond max_id, which no table of embeddings has a row for."""
@@ -102,6 +121,14 @@ class Tokens:
         available = (len(self) - 1) // block_size
         count = min(count, available)
         return np.arange(count) * available // max(1, count) * block_size
+
+
+def fingerprint_of_pieces(pieces):
+    """Return the fingerprint of a split that lies in `pieces`, from their bytes."""
+    if isinstance(pieces[0], LocalFile):
+        return fingerprint_of_files([piece.path for piece in pieces])
+    by_name = {piece.name: piece for piece in pieces}
+    return fingerprint_of_files([*by_name], lambda name, blocks: by_name[name].fingerprint(blocks))
 
 
 class Mixture:
@@ -222,7 +249,7 @@ def _open_split(folder, split, files, meta):
                               f'the file is damaged or its dtype is another; run the prepare.py of this data set again')
         pieces.append(LocalFile(path, dtype))
     path = paths[0] if len(paths) == 1 else f'{os.path.join(folder, split)}_*.bin'
-    known, stated = fingerprint_of_files(paths), meta.get('fingerprint', {}).get(split)
+    known, stated = fingerprint_of_pieces(pieces), meta.get('fingerprint', {}).get(split)
     if stated and stated != known:
         raise ConfigError(f'{path} is not the file that its meta.pkl describes (fingerprint {known[:12]}, '
                           f'expected {stated[:12]}): run the prepare.py of this data set again')
@@ -263,7 +290,8 @@ def _open_url(name, root, url):
     place = f'data_url={redact(url)}'
     try:
         storage = Storage(url)
-        sizes = storage.sizes()
+        listed = storage.list()
+        sizes = {file: size for file, (size, _) in listed.items()}
         if 'meta.pkl' not in sizes:
             raise ConfigError(f'{place} has no meta.pkl: copy the whole folder of a prepared data set there')
         os.makedirs(os.path.join(folder, 'copy'), exist_ok=True)
@@ -281,12 +309,12 @@ def _open_url(name, root, url):
                 if sizes.get(file) != tokens * dtype.itemsize:
                     raise ConfigError(f'{place}: {file} has {sizes.get(file, "no")} bytes, its meta.pkl says {tokens * dtype.itemsize}: copy the folder there again')
             stated = meta['fingerprint'][split]
-            found = fingerprint_of_files([file for file, _ in files], lambda file, blocks: storage.fingerprint(file, sizes[file], blocks))
+            pieces = [RemoteFile(storage, file, *listed[file], inside(os.path.join(folder, 'copy'), f"{stated[:8]}_{file.replace('/', '_')}", place), dtype)
+                      for file, _ in files]
+            found = fingerprint_of_pieces(pieces)
             if found != stated:
                 raise ConfigError(f'{place}: the files of {split} are not those that its meta.pkl describes (fingerprint {found[:12]}, expected {stated[:12]}): '
                                   f'copy the folder there again')
-            pieces = [RemoteFile(storage, file, sizes[file], inside(os.path.join(folder, 'copy'), f"{stated[:8]}_{file.replace('/', '_')}", place), dtype)
-                      for file, _ in files]
             splits.append(Tokens(f'{redact(url)}/{split}', split, pieces, stated, meta['max_id'][split]))
     except ConfigError:
         raise

@@ -29,7 +29,10 @@ class Descriptors:
         return self.open[key]
 
     def read_into(self, path, buffer, offset):
-        """Fill `buffer` (writable, contiguous bytes) with the bytes of the file from `offset` on. Raises OSError where it ends before."""
+        """Fill `buffer` (writable, contiguous bytes) with the bytes of the file from `offset` on; returns its version().
+
+        Raises OSError where the file ends before.
+        """
         view = memoryview(buffer).cast('B')
         with self.lock:  # so that no other thread closes it meanwhile
             descriptor = self._of(path, os.O_RDONLY)
@@ -38,6 +41,7 @@ class Descriptors:
                 if not count:
                     raise OSError(f'{path} has become shorter: it ends at byte {offset:,}')
                 view, offset = view[count:], offset + count
+            return version(os.fstat(descriptor))
 
     def read(self, path, count, offset):
         """Return `count` bytes from `offset` on, fewer where the file ends."""
@@ -52,6 +56,12 @@ class Descriptors:
                 count = os.pwrite(descriptor, data, offset)
                 data, offset = data[count:], offset + count
 
+    def forget(self, path):
+        """Close a file, so that the next read opens the one that has its name then."""
+        with self.lock:
+            for key in [key for key in self.open if key[0] == path]:
+                os.close(self.open.pop(key))
+
     def close(self):
         """Close all; the next read opens its file again."""
         with self.lock:
@@ -60,6 +70,15 @@ class Descriptors:
 
 
 FILES = Descriptors()
+
+
+class ChangedFile(Exception):
+    """A file is another than the one that was opened, or was written to."""
+
+
+def version(status):
+    """Return what is another once a file was replaced or written to, from its os.stat_result."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def raise_limit():

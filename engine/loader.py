@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from engine import stopping
+from engine.configurator import ConfigError
 from engine.dataset import Mixture, cycle_of
 from engine.loss import IGNORE
 
@@ -174,7 +175,7 @@ class TrainLoader:
         self.wait_s, self.micro = 0.0, 0
         self.starts = None, None  # (number of a run of STARTS_AHEAD micro-steps, where their windows begin)
         self.workers, self.queue, self.stopped = None, None, threading.Event()
-        self.source = (self[micro] for micro in _Count())
+        self.source = (self.windows(micro) for micro in _Count())
         if num_workers:
             self.workers = iter(torch.utils.data.DataLoader(
                 self, sampler=_Count(), batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor,
@@ -190,6 +191,14 @@ class TrainLoader:
         return self.first + (micro * self.world_size + self.rank) * self.batch_size
 
     def __getitem__(self, micro):
+        """windows(), for DataLoader, which would make a page of an error: it is the item, and raised where that is asked for."""
+        try:
+            return self.windows(micro)
+        except (ConfigError, OSError) as error:
+            return error
+
+    def windows(self, micro):
+        """Return the sequences of this rank's micro-step `micro`: (batch_size, block_size + 1)."""
         run = micro // STARTS_AHEAD
         if self.starts[0] != run:  # numpy is quicker with many positions at once
             first = self.position_of(run * STARTS_AHEAD + np.arange(STARTS_AHEAD))

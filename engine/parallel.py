@@ -252,11 +252,7 @@ def was_told():
 
 
 def run_and_leave(main):
-    """End the process with the exit code of main(), and after an error of the program with 1.
-
-    Where several processes work together the threads of this one, which may be waiting for a process that hangs, get no more time to finish
-    than processes wait for each other in training: a save that the others still take part in comes to its end, and none holds up the job.
-    """
+    """End the process with the exit code of main(), and after an error of the program with 1."""
     try:
         code = main()
     except BaseException:
@@ -264,13 +260,21 @@ def run_and_leave(main):
             raise
         traceback.print_exc()
         sys.stderr.flush()
-        deadline = time.monotonic() + _timeout.total_seconds()
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(max(0.0, deadline - time.monotonic()))
+        _join_threads()
         sys.stdout.flush()
         os._exit(1)
     leave(code)
+
+
+def _join_threads():
+    """Wait for the threads of this process, one of which may be saving, but no longer than processes wait for each other in training.
+
+    A save that all take part in comes to its end, and one that waits for a process that hangs does not hold up the job.
+    """
+    deadline = time.monotonic() + _timeout.total_seconds()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def leave(code):
@@ -281,6 +285,7 @@ def leave(code):
     """
     stopping.ignore()  # all is done: a late signal may not change the code
     if dist.is_initialized():
+        _join_threads()
         gc.collect()
         if code == 0:
             dist.barrier()

@@ -13,11 +13,12 @@ import zlib
 import numpy as np
 
 from data.tokenfile import fingerprint_blocks
-from engine.descriptors import FILES
+from engine.descriptors import FILES, ChangedFile
 from engine.files import open_url, redact, sentence
 
 BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbours at other times
 TRIES = 6
+LOOK_AFTER = 60  # seconds: a question for each file of a batch costs as much as fetching it
 
 
 class Storage:
@@ -37,11 +38,17 @@ class Storage:
                 self.pid = os.getpid()
         return self.fs, self.root
 
-    def sizes(self):
-        """{name: bytes} of what lies there. Raises OSError."""
+    def list(self):
+        """{name: (bytes, version)} of what lies there. Raises OSError."""
         fs, root = self.connected()
         fs.invalidate_cache()
-        return {path[len(root):].lstrip('/'): info['size'] for path, info in fs.find(root, detail=True).items()}
+        return {path[len(root):].lstrip('/'): (info['size'], _version(info)) for path, info in fs.find(root, detail=True).items()}
+
+    def version(self, name):
+        """What is another once the file was replaced or written to."""
+        fs, root = self.connected()
+        fs.invalidate_cache()
+        return _version(fs.info(f'{root}/{name}'))
 
     def read(self, name):
         """All bytes of a small file."""
@@ -63,19 +70,23 @@ class Storage:
                 time.sleep(min(2.0 ** turn, 15) * 0.5)
         raise OSError(f'{redact(self.url)}/{wanted[0][0]} cannot be read ({type(error).__name__}: {sentence(error)})') from None
 
-    def fingerprint(self, name, size, blocks):
-        """That of data.tokenfile for a file of `size` bytes here."""
-        digest = hashlib.sha256(str(size).encode())
-        for content in self.ranges([(name, begin, end) for begin, end in fingerprint_blocks(size, blocks)]):
-            digest.update(content)
-        return digest.hexdigest()
+
+def _version(info):
+    """Return the first of the marks by which a file system tells one content of a file from another, with its size; info: of fsspec."""
+    mark = next((info[key] for key in ('ETag', 'etag', 'md5Hash', 'mtime', 'LastModified', 'last_modified', 'updated') if info.get(key)), None)
+    return info['size'], str(mark).strip('"')
 
 
 class RemoteFile:
-    """Tokens of a file in `storage`: len() and slices as of an array. copy: path of its local copy; size: in bytes."""
+    """Tokens of a file in `storage`: len() and slices as of an array.
 
-    def __init__(self, storage, name, size, copy, dtype):
+    size: in bytes; version: of its content; copy: path of its local copy. A slice that has to be fetched raises ChangedFile
+    once the file is another than the one that look() saw, which is asked after LOOK_AFTER seconds.
+    """
+
+    def __init__(self, storage, name, size, version, copy, dtype):
         self.storage, self.name, self.size, self.copy, self.dtype = storage, name, size, copy, dtype
+        self.version, self.looked = version, time.monotonic()
         self.room = True  # on the local disk
         os.makedirs(os.path.dirname(copy), exist_ok=True)
         with open(copy, 'ab') as data, open(f'{copy}.blocks', 'ab') as blocks:
@@ -92,6 +103,25 @@ class RemoteFile:
 
     def __getitem__(self, part):
         return read_together([(self, part.start, part.stop)])[0]
+
+    def fingerprint(self, blocks):
+        """That of data.tokenfile for the file there."""
+        digest = hashlib.sha256(str(self.size).encode())
+        for content in self.storage.ranges([(self.name, begin, end) for begin, end in fingerprint_blocks(self.size, blocks)]):
+            digest.update(content)
+        return digest.hexdigest()
+
+    def look(self):
+        """Take the file of this name as it is now for the right one; forget its local copy, which may have parts of both."""
+        self.version, self.looked = self.storage.version(self.name), time.monotonic()
+        FILES.write(f'{self.copy}.blocks', bytes(-(-self.size // BLOCK) * 4), 0)
+
+    def check(self):
+        """Raise ChangedFile if the file there is another than it was."""
+        if time.monotonic() - self.looked > LOOK_AFTER:
+            self.looked = time.monotonic()
+            if self.storage.version(self.name) != self.version:
+                raise ChangedFile
 
     def blocks_of(self, begin, end):
         """Numbers of the blocks with the tokens begin .. end."""
@@ -138,6 +168,8 @@ def read_together(wanted):
             runs.append([file, block, 1])
     if runs:
         found = runs[0][0].storage.ranges([(file.name, first * BLOCK, min((first + count) * BLOCK, file.size)) for file, first, count in runs])
+        for file in {file for file, _, _ in runs}:
+            file.check()
         for (file, first, count), content in zip(runs, found):
             file.keep(first, content)
             for i in range(count):

@@ -9,9 +9,10 @@ import torch
 from conftest import ROOT, losses, run_train, write_dataset
 
 from data.tokenfile import TokenFileWriter
-from engine import remote
+from engine import loader, remote
 from engine.configurator import ConfigError
 from engine.dataset import open_dataset, shares_of
+from engine.descriptors import FILES
 from engine.loader import MixedOrder, WindowOrder, evaluation_batches, order_of
 from engine.loss import IGNORE
 
@@ -66,6 +67,46 @@ def test_damaged_and_missing_files_of_many(pair):
     os.remove(path)
     with pytest.raises(ConfigError, match='train_000004.bin'):
         open_dataset(pair[1], '/')
+
+
+@pytest.mark.parametrize('which', [0, 1])
+@pytest.mark.parametrize('how', ['touched', 'put back', 'replaced', 'written to'])
+def test_a_file_that_changes_while_it_is_read(pair, which, how):
+    train = open_dataset(pair[which], '/')[0]
+    path, right = train.pieces[0].path, train.slice(0, 50).tolist()
+    content = open(path, 'rb').read()
+    if how == 'touched':
+        os.utime(path, (1, 1))
+    elif how == 'written to':
+        with open(path, 'r+b') as f:
+            f.write(b'xx')
+    else:  # under another name first, as rsync does; the descriptor stays that of the former until it is needed for another file
+        with open(f'{path}.new', 'wb') as f:
+            f.write(content if how == 'put back' else b'xx' + content[2:])
+        os.replace(f'{path}.new', path)
+        assert train.slice(0, 50).tolist() == right
+        FILES.close()
+    if how in ('touched', 'put back'):
+        assert train.slice(0, 50).tolist() == right == train.slice(0, 50).tolist()
+    else:
+        with pytest.raises(ConfigError, match='train.*bin was changed while it was read'):
+            train.slice(0, 50)
+
+
+@pytest.mark.parametrize('more', [[], ['--use_dataloader=True', '--dataloader_num_workers=2']], ids=['in process', 'workers'])
+def test_a_run_whose_data_changes_ends_with_a_sentence(tmp_path, pair, monkeypatch, capsys, more):
+    taken = loader.TrainLoader.next
+
+    def next_of(self, *given):
+        if self.micro == 12:
+            with open(os.path.join(pair[0], 'train.bin'), 'r+b') as f:
+                f.write(b'xx')
+        return taken(self, *given)
+    monkeypatch.setattr(loader.TrainLoader, 'next', next_of)
+    assert run_train(pair[0], tmp_path / 'out', '--max_iters=50', '--checkpoint_interval=5', '--vocab_size=5000', *more) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert 'train.bin was changed while it was read' in error
+    assert (tmp_path / 'out' / 'checkpoints' / 'step_00000005').is_dir()
 
 
 def test_names_and_weights():
@@ -198,6 +239,24 @@ def test_a_damaged_copy_is_fetched_again(stored, pair, monkeypatch):
     far = open_dataset('x', str(root), urls[0])[0]
     same(local[0], far)
     assert far.pieces[0].fetched == 256
+
+
+def test_a_file_there_that_changes_while_it_is_read(stored, pair, monkeypatch):
+    """The copy forgets what may be of the new file; the old one put back is read again."""
+    monkeypatch.setattr(remote, 'BLOCK', 256)
+    (urls, root), local = stored, open_dataset(pair[0], '/')
+    far = open_dataset('x', str(root), urls[0])[0]
+    fs, place = far.pieces[0].storage.connected()
+    content = fs.cat_file(f'{place}/train.bin')
+    far.slice(0, 99)
+    fs.pipe(f'{place}/train.bin', b'xx' + content[2:])
+    assert len(far.slice(200, 500))  # asked about a minute after the last time
+    monkeypatch.setattr(remote, 'LOOK_AFTER', 0)
+    with pytest.raises(ConfigError, match='/train was changed while it was read'):
+        far.slice(1000, 1200)
+    fs.pipe(f'{place}/train.bin', content)
+    same(local[0], far)
+    same(local[0], open_dataset('x', str(root), urls[0])[0])
 
 
 def test_a_full_disk_only_ends_the_copy(stored, pair, monkeypatch, capsys):

@@ -39,6 +39,7 @@ from engine.loss import IGNORE, choose_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
 from engine.report import memory_gb, report, startup_info
 from engine.saver import Saver
+from engine.stragglers import Stragglers
 from generation import generate, prompts_of
 import huggingface
 from model import Model
@@ -401,7 +402,7 @@ def run(argv, stop):
     for line in report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
         log.say(line)
 
-    agreement = parallel.Agreement(world)
+    agreement, stragglers = parallel.Agreement(world), Stragglers(world, log.say)
 
     def evaluate():
         """{'train': loss, 'val': loss, perhaps 'tasks': scores} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
@@ -599,7 +600,9 @@ def run(argv, stop):
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
             loss_value = step_loss.item()  # the only wait for the device
             used = memory_gb(device)
-            worst = parallel.worst({**used, 'data_wait_s': loader.wait_s / interval_steps, **({} if c.use_cuda_graphs else parallel.waited_for_gradients(train_model))}, world)
+            table = parallel.of_each_rank({**used, 'data_wait_s': loader.wait_s / interval_steps,
+                                           **({} if c.use_cuda_graphs else parallel.waited_for_gradients(train_model))}, world)
+            worst = {key: max(values) for key, values in table.items()}
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
             mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
@@ -609,7 +612,7 @@ def run(argv, stop):
             k = c.expert_log_interval  # met or passed since the last logged iteration
             shares = bool(k) and (step in (start_step + 1, c.max_iters) or step // k > (step - interval_steps) // k)
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
-                      data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, wall_s=log.wall_s(),
+                      data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, **stragglers.of(table, seconds), wall_s=log.wall_s(),
                       mfu=mfu, memory={key: worst[key] for key in used}, gradients=gradients,
                       skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step, shares))}))
             shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''

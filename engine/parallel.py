@@ -213,6 +213,7 @@ def _join(world, backend, timeout):
             store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world.size, is_master=world.main and not torchruns)
             store = _store = meet(store, world.rank, world.size, timeout) if torchruns else store
         # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
+        store.set(f'host {world.rank}', os.uname().nodename)
         dist.init_process_group(backend='cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     world.group = dist.group.WORLD
     _slow_group = _slow_group or dist.new_group(backend='gloo', timeout=PATIENCE)
@@ -259,11 +260,29 @@ def run_and_leave(main):
         if not dist.is_initialized():
             raise
         traceback.print_exc()
+        _name_missing()
         sys.stderr.flush()
         _join_threads()
         sys.stdout.flush()
         os._exit(1)
     leave(code)
+
+
+def _name_missing(patience=5.0):
+    """Print which ranks did not also come to an end within `patience` seconds: those hang, or were killed. One of the others prints it."""
+    if _store is None:
+        return
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        _store.set(f'left {rank}', '')
+        deadline = time.monotonic() + patience
+        while (missing := [other for other in range(size) if not _store.check([f'left {other}'])]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        if missing and rank == min(set(range(size)) - set(missing)):
+            names = ', '.join(f"rank {other} on {_store.get(f'host {other}').decode()}" for other in missing)
+            print(f"error: {names} did not answer: {'they hang or were' if missing[1:] else 'it hangs or was'} killed", file=sys.stderr)
+    except dist.DistError:
+        pass  # the store was with one of them
 
 
 def _join_threads():
@@ -285,6 +304,9 @@ def leave(code):
     """
     stopping.ignore()  # all is done: a late signal may not change the code
     if dist.is_initialized():
+        if code != 0 and _store is not None:
+            with contextlib.suppress(dist.DistError):
+                _store.set(f'left {dist.get_rank()}', '')
         _join_threads()
         gc.collect()
         if code == 0:
@@ -556,13 +578,15 @@ class Agreement:
         return self.answer.item()
 
 
-def worst(values, world):
-    """A dict of floats, each the largest of all ranks."""
-    if world.size == 1:
-        return values
-    answer = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=world.group)
-    return dict(zip(values, answer.tolist()))
+def of_each_rank(values, world):
+    """Return {name: list of the ranks' values} of a dict of floats that has the same names on every rank; agreed on the host."""
+    mine = torch.tensor([*values.values()], dtype=torch.float64)
+    table = [torch.empty_like(mine) for _ in range(world.size)]
+    if world.size > 1:
+        dist.all_gather(table, mine, group=world.group)
+    else:
+        table = [mine]
+    return dict(zip(values, torch.stack(table, dim=1).tolist()))
 
 
 def from_main(work, world):

@@ -82,6 +82,36 @@ def test_the_log_has_the_memory_of_the_worst_rank_and_the_wait_for_gradients(dat
     assert all(0 <= record['comm_wait_ms'] < record['time_ms'] for record in records(tmp_path)[1:]) and records(tmp_path)[-1]['comm_wait_ms'] > 0
 
 
+SLOW_RANK_2 = """
+import os, sys, time
+sys.path.insert(0, '.')
+import train
+from engine import loader
+what, argv = sys.argv[1], sys.argv[2:]
+if os.environ['RANK'] == '2':
+    if what == 'data':
+        next_of = loader.TrainLoader.next
+        loader.TrainLoader.windows_of = loader.TrainLoader.windows
+        loader.TrainLoader.windows = lambda self, micro: (time.sleep(0.05), self.windows_of(micro))[1]
+    else:
+        real = train.MicroStep.__call__
+        train.MicroStep.__call__ = lambda *args: (time.sleep(0.05), real(*args))[1]
+if __name__ == '__main__':
+    train.parallel.run_and_leave(lambda: train.main(argv))
+"""
+
+
+@pytest.mark.parametrize('what,layout', [('data', '--use_fsdp=True'), ('compute', '--use_fsdp=False')])
+def test_the_slowest_rank_is_named(dataset, tmp_path, what, layout):
+    (tmp_path / 'slow.py').write_text(SLOW_RANK_2)
+    code, output = torchrun(3, what, f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=30', '--eval_interval=100', '--total_batch_size=192', layout, script=str(tmp_path / 'slow.py'))
+    assert code == 0, output
+    line, = [line for line in output.splitlines() if 'is the slowest' in line]
+    assert line.startswith(f'rank 2 on {os.uname().nodename} is the slowest: the others wait ') and line.endswith('which waits for its data') == (what == 'data'), line
+    named = [r for r in records(tmp_path) if r['slowest_rank'] == 2 and 40 < r['slowest_rank_wait_ms'] < r['time_ms']]
+    assert len(named) >= 20, [(r['slowest_rank'], r['slowest_rank_wait_ms'], r['time_ms']) for r in records(tmp_path)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('at', [50, 40], ids=['training', 'saving'])
 def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_path, at):
@@ -105,10 +135,11 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
         assert process.wait(60) == 1, ''.join(output)
         reader.join(10)
         assert re.search('[Tt]imed out waiting|timeout caused', ''.join(output)), ''.join(output)  # in gloo's words
+        assert f'error: rank 1 on {os.uname().nodename} did not answer: it hangs or was killed' in ''.join(output)
     finally:
         end_all(process)
     step, rejected = checkpoint.newest_whole(str(tmp_path))
-    assert step >= at - 20 and not rejected
+    assert step >= 20 and not rejected  # that of step 40 may have been under way
 
 
 def workers(torchrun_pid):

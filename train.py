@@ -227,7 +227,7 @@ def run(argv, stop):
     c, given = resolve(Config, argv, ALIASES)
     notes = []  # fallbacks and changes, told in the report
     checks.refuse_impossible(c, given, notes)
-    world = parallel.start(c.device, c.backend, c.timeout_minutes)
+    world = parallel.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
     parallel.same({**resume.config_record(c), 'torch': torch.__version__}, 'the configuration', world)
     device = world.device
 

@@ -125,11 +125,11 @@ def is_rank_0():
     return os.environ.get('RANK', '0') in ('0', '') or os.environ.get('WORLD_SIZE', '1') == '1'
 
 
-def start(device=None, backend=None, timeout_minutes=10.0):
+def start(device=None, backend=None, timeout_minutes=10.0, out_dir=None):
     """Join the processes that torchrun started, or be the only one, and take a device.
 
     device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' | None (what fits). timeout_minutes: how long a
-    rank waits for another in training before it gives up. Raises ConfigError for a device or backend that this machine does not have.
+    rank waits for another in training before it gives up; out_dir: where each rank then writes what it was exchanging. Raises ConfigError for a device or backend that this machine does not have.
     """
     rank, local_rank, size, here = read_environment()
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -158,8 +158,20 @@ def start(device=None, backend=None, timeout_minutes=10.0):
     world = World(rank, size, chosen, here=here, local_rank=local_rank)
     raise_limit()
     if size > 1:
+        if backend == 'nccl' and out_dir:
+            record_collectives(out_dir)
         _join(world, backend, datetime.timedelta(minutes=timeout_minutes))
     return world
+
+
+def record_collectives(out_dir):
+    """Have torch's flight recorder write the last collectives of each rank to out_dir/nccl_trace_rank_* when one of them times out.
+
+    `torchfrtrace` compares them. What the environment says already stays.
+    """
+    for name, value in (('TORCH_FR_BUFFER_SIZE', '2000'), ('TORCH_NCCL_DUMP_ON_TIMEOUT', '1'),
+                        ('TORCH_FR_DUMP_TEMP_FILE', os.path.join(os.path.abspath(out_dir), 'nccl_trace_rank_'))):
+        os.environ.setdefault(name, value)
 
 
 def shares_torchruns_store():

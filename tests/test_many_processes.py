@@ -82,6 +82,17 @@ def test_the_log_has_the_memory_of_the_worst_rank_and_the_wait_for_gradients(dat
     assert all(0 <= record['comm_wait_ms'] < record['time_ms'] for record in records(tmp_path)[1:]) and records(tmp_path)[-1]['comm_wait_ms'] > 0
 
 
+def test_collectives_are_recorded_beside_the_run_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+    for name in ('TORCH_FR_BUFFER_SIZE', 'TORCH_NCCL_DUMP_ON_TIMEOUT', 'TORCH_FR_DUMP_TEMP_FILE'):
+        monkeypatch.setenv(name, 'x')  # so that all is as it was afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv('TORCH_FR_BUFFER_SIZE', '7')
+    monkeypatch.chdir(tmp_path)
+    parallel.record_collectives('out')
+    assert os.environ['TORCH_FR_BUFFER_SIZE'] == '7' and os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'] == '1'
+    assert os.environ['TORCH_FR_DUMP_TEMP_FILE'] == f'{tmp_path}/out/nccl_trace_rank_'
+
+
 SLOW_RANK_2 = """
 import os, sys, time
 sys.path.insert(0, '.')

@@ -40,12 +40,14 @@ from engine import stopping
 from engine.configurator import ConfigError
 from engine.descriptors import raise_limit
 from engine.files import redact
+from engine.heartbeat import Heartbeat
 from engine.ring import Ring
 
 PATIENCE = datetime.timedelta(days=1)  # for what waits for disks and networks: a checkpoint may take long to read
 gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # the new name of torch 2.13
 _store = None  # where a rank that fails alone says so
 _timeout = None  # how long a rank waits for another
+_heartbeat = None  # of this process, where there are several
 _slow_group = None  # made once: each group of gloo has threads and connections of its own for as long as the process lives
 
 
@@ -214,19 +216,21 @@ def meet(store, rank, size, timeout):
 
 
 def _join(world, backend, timeout):
-    global _store, _slow_group, _timeout
+    global _store, _slow_group, _timeout, _heartbeat
     world.backend = backend
     if not dist.is_initialized():
-        _slow_group, _timeout = None, timeout
+        _slow_group, _timeout, _heartbeat = None, timeout, None
         if world.size == 1:
             store = dist.HashStore()
         else:
             torchruns = shares_torchruns_store()
             store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world.size, is_master=world.main and not torchruns)
             store = _store = meet(store, world.rank, world.size, timeout) if torchruns else store
+            _heartbeat = Heartbeat(store, world.rank, world.size, timeout.total_seconds())
         # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
-        store.set(f'host {world.rank}', os.uname().nodename)
         dist.init_process_group(backend='cpu:gloo,cuda:nccl' if backend == 'nccl' else backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+        if _heartbeat:
+            _heartbeat.start()
     world.group = dist.group.WORLD
     _slow_group = _slow_group or dist.new_group(backend='gloo', timeout=PATIENCE)
     world.slow_group = _slow_group
@@ -272,29 +276,13 @@ def run_and_leave(main):
         if not dist.is_initialized():
             raise
         traceback.print_exc()
-        _name_missing()
+        if _heartbeat:
+            _heartbeat.name_silent()
         sys.stderr.flush()
         _join_threads()
         sys.stdout.flush()
         os._exit(1)
     leave(code)
-
-
-def _name_missing(patience=5.0):
-    """Print which ranks did not also come to an end within `patience` seconds: those hang, or were killed. One of the others prints it."""
-    if _store is None:
-        return
-    rank, size = dist.get_rank(), dist.get_world_size()
-    try:
-        _store.set(f'left {rank}', '')
-        deadline = time.monotonic() + patience
-        while (missing := [other for other in range(size) if not _store.check([f'left {other}'])]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        if missing and rank == min(set(range(size)) - set(missing)):
-            names = ', '.join(f"rank {other} on {_store.get(f'host {other}').decode()}" for other in missing)
-            print(f"error: {names} did not answer: {'they hang or were' if missing[1:] else 'it hangs or was'} killed", file=sys.stderr)
-    except dist.DistError:
-        pass  # the store was with one of them
 
 
 def _join_threads():
@@ -316,13 +304,12 @@ def leave(code):
     """
     stopping.ignore()  # all is done: a late signal may not change the code
     if dist.is_initialized():
-        if code != 0 and _store is not None:
-            with contextlib.suppress(dist.DistError):
-                _store.set(f'left {dist.get_rank()}', '')
         _join_threads()
         gc.collect()
         if code == 0:
             dist.barrier()
+        if _heartbeat:
+            _heartbeat.end()
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -298,8 +298,8 @@ class Model(nn.Module):
         """Loss of next-token prediction, or logits.
 
         idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the fp32 scalar loss and keeps
-        no logits: the mean over the targets, or their sum with reduction='sum'; with a ring, idx and targets are what Ring.part()
-        gave this rank, and the loss is that of its tokens. The losses of routing are in the gradient only, in training. Without targets,
+        no logits: the mean over the targets, or their sum with reduction='sum'; with a ring, idx and targets are what Ring.read_part()
+        read for this rank, and the loss is that of its tokens. The losses of routing are in the gradient only, in training. Without targets,
         returns logits (B, T, V), or (B, 1, V) of the last position with last_only; a ring plays no part then. cache: engine.cache.Cache of the tokens
         before, which takes up these.
         """

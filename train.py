@@ -33,7 +33,7 @@ from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, place_of
 from engine.dataset import check_fit, folder_of, open_dataset
 from engine.files import redact
-from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, mix, order_of
+from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, inputs_and_targets, mix, order_of, read_batch
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
@@ -413,10 +413,10 @@ def run(argv, stop):
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
             total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
-            for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size):
+            for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size, world.ring):
                 if agreement.begin(stop.code()):
                     return None
-                x, y = world.part(x.to(device), y.to(device))
+                x, y = x.to(device), y.to(device)
                 with autocast:
                     loss = step_model(x, y, reduction='sum')
                 total += torch.stack([loss.double(), (y != IGNORE).sum().double()])
@@ -475,12 +475,12 @@ def run(argv, stop):
     def prepare():
         """Compile, and record the CUDA graphs, on the first tokens of the data: no weight changes."""
         nonlocal micro_step
-        window = train_file.windows(order.starts(position, 2 * c.batch_size), c.block_size).to(device)  # as the loader gives it out: strides count too
-        batches = [world.part(part[:, :-1], part[:, 1:]) for part in window.split(c.batch_size)]
+        batches = [inputs_and_targets(read_batch(train_file, order.starts(position + i * c.batch_size, c.batch_size), c.block_size, world.ring).to(device))
+                   for i in range(2)]  # as the loader gives it out: strides count too
 
         def evaluation():
             if c.max_iters // c.eval_interval > start_step // c.eval_interval:
-                x, y = world.part(*(part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1))))
+                x, y = (part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1, ring=world.ring)))
                 with parallel.forward_only(step_model), torch.no_grad(), autocast:
                     step_model(x, y, reduction='sum')
 
@@ -510,7 +510,7 @@ def run(argv, stop):
         return 0
 
     loader = TrainLoader(train_file, order, batch_size=c.batch_size, rank=world.data_rank, world_size=world.data_size, position=position,
-                         device=device, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
+                         device=device, ring=world.ring, num_workers=loader_workers, prefetch_factor=c.dataloader_prefetch_factor)
     saver = Saver(c.out_dir, world, keep=c.keep_checkpoints, keep_every=c.keep_every, keep_all=c.keep_all_checkpoints, background=c.checkpoint_async,
                   before_commit=log.sync, copier=copier)
     saver.reserve(checkpoint_tensors(model, named, updated, optimizer, guard))
@@ -571,7 +571,6 @@ def run(argv, stop):
             stop_code = agreement.begin(stop.code())
             if not stop_code:
                 x, y, first_position = batch or loader.nothing()
-                x, y = world.part(x, y)
                 if c.dropout:
                     torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
                 step_loss += micro_step(x, y, number)

@@ -50,7 +50,7 @@ def main():
                 started = time_when_done(world.device)
                 call()
                 times.append(time_when_done(world.device) - started)
-            seconds = parallel.worst({'median': sorted(times[5:])[args.calls // 2]}, world)['median']
+            seconds = max(parallel.of_each_rank({'median': sorted(times[5:])[args.calls // 2]}, world)['median'])
             if world.main:
                 print(f'| {name} | {size} | {1000 * seconds:.2f} | {4 * count * factor * (n - 1) / n / seconds / 1e9:.2f} |', flush=True)
     return 0

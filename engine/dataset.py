@@ -32,7 +32,8 @@ class LocalFile:
     """
 
     def __init__(self, path, dtype):
-        self.path, self.dtype, self.version = path, dtype, version(os.stat(path))
+        self.path, self.dtype = path, dtype
+        self.look()
         self.size = self.version[2]
 
     def look(self):
@@ -46,7 +47,7 @@ class LocalFile:
     def __getitem__(self, part):
         ids = np.empty(max(0, part.stop - part.start), self.dtype)
         if FILES.read_into(self.path, ids, part.start * self.dtype.itemsize) != self.version:
-            raise ChangedFile
+            raise ChangedFile(self.path)
         return ids
 
     def max(self):

@@ -9,6 +9,8 @@ import contextlib
 import os
 import threading
 
+from engine.configurator import ConfigError
+
 MOST = 128  # open at a time
 
 
@@ -59,8 +61,9 @@ class Descriptors:
     def forget(self, path):
         """Close a file, so that the next read opens the one that has its name then."""
         with self.lock:
-            for key in [key for key in self.open if key[0] == path]:
-                os.close(self.open.pop(key))
+            for key in ((path, os.O_RDONLY), (path, os.O_RDWR)):
+                if key in self.open:
+                    os.close(self.open.pop(key))
 
     def close(self):
         """Close all; the next read opens its file again."""
@@ -72,8 +75,11 @@ class Descriptors:
 FILES = Descriptors()
 
 
-class ChangedFile(Exception):
+class ChangedFile(ConfigError):
     """A file is another than the one that was opened, or was written to."""
+
+    def __init__(self, path):
+        super().__init__(f'{path} was changed while it was read: wait until nothing writes to it')
 
 
 def version(status):

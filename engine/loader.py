@@ -131,8 +131,18 @@ def order_of(file, block_size, seed):
     return MixedOrder(file, block_size, seed) if isinstance(file, Mixture) else WindowOrder(len(file), block_size, seed)
 
 
-def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1):
-    """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (batch_size, block_size).
+def read_batch(file, starts, block_size, ring=None):
+    """Return the sequences of `file` that begin at `starts`, (B,) array: (B, block_size + 1) int64; or of an engine.ring.Ring this rank's part."""
+    return ring.read_part(file, starts) if ring else file.windows(starts, block_size)
+
+
+def inputs_and_targets(batch):
+    """Return (x, y) of a batch of read_batch()."""
+    return (batch[0], batch[1]) if batch.dim() == 3 else (batch[:, :-1], batch[:, 1:])
+
+
+def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1, ring=None):
+    """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (batch_size, block_size); with an engine.ring.Ring this rank's part of them.
 
     n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping: the same at every
     evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many batches of the same
@@ -141,8 +151,9 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
     starts = file.evaluation_starts(block_size, n_batches * batch_size)
     for first in range(0, len(starts), world_size * batch_size):
         mine = starts[first + rank * batch_size:first + (rank + 1) * batch_size]
-        window = file.windows(np.resize(mine if len(mine) else starts[:1], batch_size), block_size)
-        x, y = window[:, :-1], window[:, 1:].clone()
+        filled = np.resize(mine if len(mine) else starts[:1], batch_size)
+        x, y = inputs_and_targets(read_batch(file, filled, block_size, ring))
+        y = y.clone()
         y[len(mine):] = IGNORE
         yield x, y
 
@@ -161,15 +172,15 @@ class TrainLoader:
 
     Micro-step m of a step that starts at position p gets, on rank r of w, the sequences from p + (m * w + r) * batch_size:
     one process with accumulation 4 and two with accumulation 2 see the same steps. `next()` returns
-    (x, y, position of its first sequence); x and y are (batch_size, block_size) int64 on `device`.
+    (x, y, position of its first sequence); x and y are (batch_size, block_size) int64 on `device`, or with `ring`, an engine.ring.Ring, this rank's part of them.
 
     On CUDA the windows are gathered into pinned memory by a thread that runs ahead and copied without waiting; files that lie elsewhere are read by such
     a thread too. With `num_workers` > 0 torch's DataLoader gathers in that many processes, `prefetch_factor` batches ahead each.
     `wait_s` adds up the seconds that next() spent waiting.
     """
 
-    def __init__(self, file, order, *, batch_size, rank, world_size, position, device, num_workers=0, prefetch_factor=2):
-        self.file, self.order, self.batch_size = file, order, batch_size
+    def __init__(self, file, order, *, batch_size, rank, world_size, position, device, num_workers=0, prefetch_factor=2, ring=None):
+        self.file, self.order, self.batch_size, self.ring = file, order, batch_size, ring
         self.rank, self.world_size, self.first = rank, world_size, position
         self.device, self.pin = device, device.type == 'cuda'
         self.wait_s, self.micro = 0.0, 0
@@ -198,13 +209,13 @@ class TrainLoader:
             return error
 
     def windows(self, micro):
-        """Return the sequences of this rank's micro-step `micro`: (batch_size, block_size + 1)."""
+        """Return what read_batch() does for this rank's micro-step `micro`."""
         run = micro // STARTS_AHEAD
         if self.starts[0] != run:  # numpy is quicker with many positions at once
             first = self.position_of(run * STARTS_AHEAD + np.arange(STARTS_AHEAD))
             positions = first[:, None] + np.arange(self.batch_size)
             self.starts = run, self.order.at(positions.ravel()).reshape(positions.shape)
-        return self.file.windows(self.starts[1][micro % STARTS_AHEAD], self.order.block_size)
+        return read_batch(self.file, self.starts[1][micro % STARTS_AHEAD], self.order.block_size, self.ring)
 
     def next(self, interrupted=lambda: False):
         """The next (x, y, position), or None if interrupted() became true while waiting for it."""
@@ -215,13 +226,12 @@ class TrainLoader:
             return None
         position = self.position_of(self.micro)
         self.micro += 1
-        window = window.to(self.device, non_blocking=self.pin)
-        return window[:, :-1], window[:, 1:], position
+        return *inputs_and_targets(window.to(self.device, non_blocking=self.pin)), position
 
     def nothing(self):
         """Return what next() would, with zeros: for a rank that has to take part in a step that will be given up."""
-        window = torch.zeros(self.batch_size, self.order.block_size + 1, dtype=torch.int64, device=self.device)
-        return window[:, :-1], window[:, 1:], self.position_of(self.micro)
+        shape = (2, self.batch_size, len(self.ring.positions)) if self.ring else (self.batch_size, self.order.block_size + 1)
+        return *inputs_and_targets(torch.zeros(shape, dtype=torch.int64, device=self.device)), self.position_of(self.micro)
 
     def _wait(self, interrupted):
         while True:

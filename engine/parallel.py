@@ -85,10 +85,6 @@ class World:
     def fsdp(self):
         return self.layout in ('ZeRO-2', 'ZeRO-3')
 
-    def part(self, x, y):
-        """This rank's share of the tokens of its sequences: (B, block_size) inputs x and targets y, which is all of them but for context parallelism."""
-        return self.ring.part(x, y) if self.ring else (x, y)
-
     def describe(self):
         """Such as 'FSDP (ZeRO-3), 2 replicas, context parallel 2'."""
         replicas = self.mesh.size(0) if self.fsdp and self.mesh.ndim == 2 else 1

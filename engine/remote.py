@@ -121,7 +121,7 @@ class RemoteFile:
         if time.monotonic() - self.looked > LOOK_AFTER:
             self.looked = time.monotonic()
             if self.storage.version(self.name) != self.version:
-                raise ChangedFile
+                raise ChangedFile(self.name)
 
     def blocks_of(self, begin, end):
         """Numbers of the blocks with the tokens begin .. end."""

@@ -27,12 +27,25 @@ class Ring:
         chunk = -(-block_size // (2 * size))
         first, second = (torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank))
         positions = torch.cat([first, second])
-        self.beyond = (positions >= block_size).to(device)
         self.positions = positions.clamp(max=block_size - 1).to(device)  # global position of each local token
+        self.chunks = [(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank)]
+        self.block_size = block_size
 
-    def part(self, x, y):
-        """This rank's tokens of the (B, block_size) int64 inputs x and targets y: two (B, local) tensors."""
-        return x[:, self.positions], y[:, self.positions].masked_fill(self.beyond, IGNORE)
+    def read_part(self, file, starts):
+        """Read this rank's tokens of the sequences that begin at `starts`, (B,) array: (2, B, local) int64, inputs and targets.
+
+        file: engine.dataset.Tokens or Mixture. Nothing that other ranks of the ring hold is read.
+        """
+        x, y = [], []
+        for begin, end in self.chunks:
+            end, beyond = min(end, self.block_size), max(0, end - max(begin, self.block_size))
+            if begin < end:
+                window = file.windows(starts + begin, end - begin)
+                x, y = [*x, window[:, :-1]], [*y, window[:, 1:]]
+            if beyond:  # filled up with the last token
+                last = file.windows(starts + self.block_size - 1, 0).expand(-1, beyond)
+                x, y = [*x, last], [*y, torch.full_like(last, IGNORE)]
+        return torch.stack([torch.cat(x, dim=1), torch.cat(y, dim=1)])
 
     def keep_from_compiler(self):
         """Let torch.compile leave sends and receives alone. Called when there is something to compile, since this alone imports the compiler (a second)."""
@@ -52,7 +65,7 @@ class Ring:
 
 
 def ring_attention(q, k, v, ring, kernel=None):
-    """Causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each rank of `ring` holds the tokens Ring.part() gave it.
+    """Causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each rank of `ring` holds the tokens of Ring.read_part().
 
     q: (B, n_head, t, head_dim); k, v: (B, n_kv, t, head_dim) with n_head a multiple of n_kv; t = 2 * chunk local tokens. Returns
     (B, n_head, t, head_dim) in q's dtype. kernel: 'flash' | 'manual' | None (flash where the device has it for this dtype). Every rank must call it,

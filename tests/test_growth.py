@@ -146,6 +146,7 @@ def counted_run(arguments):
     def add(key, number=1):
         counts[key] += number
     counting(dist, 'all_reduce', lambda tensor, *_, op=None, **more: add('host', int(op == dist.ReduceOp.MAX)))
+    counting(dist, 'all_gather', lambda *_, **more: add('host'))
     counting(train, 'open_dataset', lambda *_: add('opened'))
     counting(checkpoint, 'sha256', lambda path, *_: hashed.append((os.path.basename(os.path.dirname(path)), os.path.basename(path))))
     counting(checkpoint, '_load', lambda path, tensors, world=None: add('read_from_checkpoint', sum(t.nbytes if not isinstance(t, parallel.DTensor) else t.to_local().nbytes

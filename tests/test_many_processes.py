@@ -129,7 +129,7 @@ sys.path.insert(0, '.')
 import train
 from engine import saver
 real = saver.Saver._commit
-saver.Saver._commit = lambda *args: (time.sleep(6), real(*args))[1]
+saver.Saver._commit = lambda *args: (time.sleep(8), real(*args))[1]
 if __name__ == '__main__':
     train.parallel.run_and_leave(lambda: train.main(sys.argv[1:]))
 """
@@ -142,7 +142,7 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
     (tmp_path / 'slow_disk.py').write_text(SLOW_DISK)
     at, slow = {'training': 50, 'saving': 40, 'waiting for a save': 40, 'nowhere': 0}[where], where in ('waiting for a save', 'nowhere')
     process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'slow_disk.py') if slow else 'train.py', f'--dataset={dataset}',
-                            f'--out_dir={tmp_path}', *TINY, f'--max_iters={100000 if at else 45}', '--checkpoint_interval=20', '--timeout_minutes=0.05', env={'OMP_NUM_THREADS': '1'})
+                            f'--out_dir={tmp_path}', *TINY, f'--max_iters={100000 if at else 45}', '--checkpoint_interval=20', '--timeout_minutes=0.1', env={'OMP_NUM_THREADS': '1'})
     output = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
     try:
@@ -158,7 +158,7 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
             assert process.wait(90) == 0, ''.join(output)
             return
         while len(workers(process.pid)) > 1:  # the one that did not hang leaves by itself
-            assert time.monotonic() - stopped < 20, ''.join(output)
+            assert time.monotonic() - stopped < 30, ''.join(output)
             time.sleep(0.1)
         assert workers(process.pid), ''.join(output)
         os.kill(workers(process.pid)[-1], signal.SIGCONT)  # so that torchrun need not wait half a minute to end it
@@ -168,7 +168,7 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
     finally:
         end_all(process)
     step, rejected = checkpoint.newest_whole(str(tmp_path))
-    assert slow or step >= 20 and not rejected  # that of step 40 may have been under way
+    assert not rejected and (step or at) >= 20  # a save may have been under way
 
 
 

@@ -32,7 +32,7 @@ def bytes_of_a_rank(options):
     optimizer = optim.build_adamw(updated, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')
     parallel.bind(optimizer, named, updated, world)
     step_model, train_model = parallel.wrap(model, world, False, 1)
-    x, y = world.part(torch.zeros(1, 32, dtype=torch.int64), torch.zeros(1, 32, dtype=torch.int64))
+    x = y = torch.zeros(1, len(world.ring.positions) if world.ring else 32, dtype=torch.int64)
     for step in range(3):
         with parallel.last_micro_step(train_model, True, world):
             train_model(x, y).backward()

@@ -1,10 +1,20 @@
 """Ring attention is dense attention: output, gradients, and less memory for each rank."""
+import numpy as np
 import pytest
 import torch
+from conftest import write_dataset
 from ranks import ranks
 
+from engine import descriptors
 from engine.attention import attention
+from engine.dataset import open_dataset
+from engine.loss import IGNORE
 from engine.ring import Ring, ring_attention
+
+
+def beyond(ring):
+    """Which of the local tokens only fill a sequence up."""
+    return torch.cat([torch.arange(begin, end) for begin, end in ring.chunks]) >= ring.block_size
 
 
 def compare(T, n_head, n_kv, head_dim, kernel, dtype):
@@ -17,13 +27,14 @@ def compare(T, n_head, n_kv, head_dim, kernel, dtype):
     dense = [t.to(torch.float32, copy=True).requires_grad_() for t in (q, k, v)]
     expected = attention(*dense, 'manual')
     expected.backward(grad.float())
-    mine = ring.positions[~ring.beyond]
+    real = ~beyond(ring)
+    mine = ring.positions[real]
     local = [t[:, :, ring.positions].clone().requires_grad_() for t in (q, k, v)]
     out = ring_attention(*local, ring, kernel)
-    out.backward(grad[:, :, ring.positions] * (~ring.beyond)[:, None])  # what fills up has no target, hence no gradient
+    out.backward(grad[:, :, ring.positions] * real[:, None])  # what fills up has no target, hence no gradient
     pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(local, dense))]
     assert all(a.dtype == dtype for a, _ in pairs)
-    return [(a[:, :, ~ring.beyond].float() - b[:, :, mine]).abs().max().item() for a, b in pairs]
+    return [(a[:, :, real].float() - b[:, :, mine]).abs().max().item() for a, b in pairs]
 
 
 @pytest.mark.parametrize('size', [2, 4])
@@ -50,7 +61,7 @@ def saved_bytes(context_parallel):
     model = Model(shape, ring=ring)
     model.init_weights(0)
     x = torch.randint(64, (1, 512), generator=torch.Generator().manual_seed(0))
-    x, y = ring.part(x, x) if ring else (x, x)
+    x = x[:, ring.positions] if ring else x
     parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def note(tensor):
@@ -58,7 +69,7 @@ def saved_bytes(context_parallel):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model(x, y, reduction='sum')
+        loss = model(x, x, reduction='sum')
     loss.backward()
     return sum(kept.values())
 
@@ -76,3 +87,18 @@ def test_all_ranks_have_the_same_work():
         pairs = [sum(int(p) + 1 for p in ring.positions) for ring in rings]  # a token at position p attends to p + 1
         assert max(pairs) - min(pairs) <= max(pairs) * 0.01
         assert sorted(torch.cat([ring.positions for ring in rings]).tolist()) == list(range(48 * size))
+
+
+@pytest.mark.parametrize('size, block_size', [(1, 8), (2, 64), (2, 37), (3, 48), (4, 9), (4, 4), (8, 20)])
+def test_ranks_read_their_tokens_alone(tmp_path, monkeypatch, size, block_size):
+    file = open_dataset(write_dataset(str(tmp_path), np.arange(2000) % 61, np.arange(200) % 61), '/')[0]
+    starts, read, real = np.array([0, 700, 1300]), [], descriptors.FILES.read_into
+    window = file.windows(starts, block_size)
+    monkeypatch.setattr(descriptors.FILES, 'read_into', lambda path, buffer, offset: (read.append(buffer.nbytes), real(path, buffer, offset))[1])
+    for rank in range(size):
+        ring, before = Ring(None, rank, size, block_size, torch.device('cpu')), sum(read)
+        x, y = ring.read_part(file, starts)
+        assert torch.equal(x, window[:, :-1][:, ring.positions])
+        assert torch.equal(y, window[:, 1:][:, ring.positions].masked_fill(beyond(ring), IGNORE))
+        assert sum(read) - before <= len(starts) * 2 * (-(-block_size // size) + 1 + 3), (rank, read)  # two bytes a token; each piece has one more
+        assert x.shape == (3, 2 * -(-block_size // (2 * size)))

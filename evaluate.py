@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import tempfile
 import time
 
 import numpy as np
@@ -127,8 +128,7 @@ def place_of_results(args, state):
     folder = os.path.dirname(path) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
-        open(f'{path}.tmp', 'ab').close()
-        os.remove(f'{path}.tmp')
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f'{path} cannot be written to ({error.strerror}): give another --json') from None
     return path

@@ -20,7 +20,7 @@ import sys
 import torch
 
 import huggingface
-from data.tokenizer import TEMPLATES
+from data.tokenizer import TEMPLATES, TEXTS
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
 from engine.files import is_whole
@@ -119,10 +119,6 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
         config['eos_token_id'] = list(dict.fromkeys([tokenizer.eot_id, *ends]))
     with open(path, 'w', encoding='utf-8') as f:
         json.dump(config, f, indent=2)
-
-
-TEXTS = ('def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n', '', ' ', '  a ', 'a\tb\r\nc', '12345 1234567890', '①\u0301 ｶﾞ か\u3099 ﬁ Å', '▁', 'a▁b', '日本語のテキスト', '😀 👩‍👩‍👧',
-         '\u200b\ufeff\x01', 'The  quick\n\n\nbrown   fox', "it's we'll I'M")  # what tokenizers read differently
 
 
 def check(folder, shape, tokenizer):

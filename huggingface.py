@@ -12,7 +12,7 @@ import torch
 
 from engine import rope
 from engine.configurator import ConfigError
-from engine.files import is_whole, parse_json, plain_name
+from engine.files import check_regular, is_whole, parse_json, plain_name, sentence
 from presets import ROUTING, ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
@@ -51,6 +51,7 @@ def fetch(source):
 def read_settings(folder):
     """The trainer's model keys for the config.json in `folder`. Raises ConfigError for what model.py cannot compute."""
     path = os.path.join(folder, 'config.json')
+    check_regular(path)
     try:
         with open(path, 'rb') as f:
             hf = parse_json(f.read())
@@ -501,6 +502,7 @@ def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_si
     eot_id: id that ends a text, or None. Raises ConfigError where no architecture computes this model.
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
     kind = family(config)
     if kind != 'glm4_moe' and any(bool(tensor.any()) for name, tensor in state_dict.items() if name.endswith('router.balance')):
         raise ConfigError(f'the experts of this model were balanced by a bias, which {kind} does not have: train with --balance_rate=0 (and --aux_loss_weight=0.01), '
@@ -516,7 +518,10 @@ def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_si
     for name in os.listdir(folder):
         if re.fullmatch(r'model(-\d+-of-\d+)?\.safetensors(\.index\.json)?', name):
             os.remove(os.path.join(folder, name))  # of an export before, which may have had more files
-    save_torch_state_dict(theirs, folder, max_shard_size=shard_size)
+    try:
+        save_torch_state_dict(theirs, folder, max_shard_size=shard_size)
+    except SafetensorError as error:
+        raise ConfigError(f'the weights could not be written to {folder} ({sentence(error)}): make room and type the same command again') from None
     for name in os.listdir(folder):
         if name.endswith('.safetensors'):
             os.chmod(os.path.join(folder, name), 0o644)  # the library makes them readable for their owner only

@@ -161,6 +161,8 @@ def resolve_shape(settings, vocab_size=None):
         raise ConfigError(f'{missing[0]} is not given, and no preset has it')
     if given['vocab_size'] is None and vocab_size is not None:
         shape['vocab_size'] = vocab_size
+    if shape['vocab_size'] is None:
+        raise ConfigError('vocab_size is not given, and neither a preset nor a data set has it')
     if given['normalization'] is None and shape['normalization'] == 'layernorm' and not shape['bias']:
         shape['normalization'] = 'layernorm_nobias'
     n_embd, n_head = shape['n_embd'], shape['n_head']

@@ -226,7 +226,8 @@ def run(argv, stop):
     # ---- configuration, processes, device
     c, given = resolve(Config, argv, ALIASES)
     notes = []  # fallbacks and changes, told in the report
-    checks.refuse_impossible(c, given, notes)
+    checks.refuse_impossible(c)
+    checks.note_schedule(c, notes)
     world = parallel.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
     parallel.same({**resume.config_record(c), 'torch': torch.__version__}, 'the configuration', world)
     device = world.device
@@ -240,6 +241,10 @@ def run(argv, stop):
     resumed = nanogpt = hf_folder = None
     if c.init_from == 'resume':
         c, resumed, nanogpt = resume.find(c, given, SHAPE_KEYS, world, notes, verified)
+        try:
+            checks.refuse_impossible(c)
+        except ConfigError as error:
+            raise ConfigError(f"the checkpoint in {c.out_dir} has settings that no run can have: {error}") from None
     elif c.init_from != 'scratch':
         c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
     start_step = resumed['step'] if resumed else 0

@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import tokenizer_of  # noqa: E402
 from engine.dataset import LocalFile, Tokens  # noqa: E402
+from engine.files import replacing  # noqa: E402
 
 STRETCH = 2**20  # tokens
 MOST = 2**21  # ids that are told apart
@@ -179,7 +180,8 @@ def draw(path, title, found):
     axes[0][-1].set(xlabel='rank of the id', ylabel='times', title=f'{len(often):,} ids that occur')
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as f:
+        figure.savefig(f, format='png', dpi=120)
     pyplot.close(figure)
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data import documents
-from data.tokenfile import check_ids, replacing, token_dtype
-from engine.files import is_whole, seal, unseal
+from data.tokenfile import check_ids, token_dtype
+from engine.files import is_whole, replacing, seal, unseal
 
 DOCUMENT = np.dtype([('tokens', '<u8'), ('last', '?'), ('hash', '<u8', 2)])  # a document, or a piece of one; last: it ends here; hash 0: not to be compared
 EVERY_S = 0.2

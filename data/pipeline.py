@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import documents, parts
 from data.documents import Unit
-from data.tokenfile import replacing
+from engine.files import replacing
 
 PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between

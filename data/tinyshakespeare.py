@@ -3,7 +3,6 @@ import http.client
 import os
 import urllib.request
 
-from data.tokenfile import replacing
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SPLIT = 'the last 10 % of the characters are val'

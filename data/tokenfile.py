@@ -26,7 +26,7 @@ import shutil
 
 import numpy as np
 
-from engine.files import inside, is_whole
+from engine.files import check_own, inside, is_whole, no_link
 
 SPLITS = ('train', 'val')
 
@@ -47,8 +47,9 @@ def read_meta(folder):
     Raises ValueError for a file that is no plain pickle, and for an entry that is not what the table above says.
     """
     path = os.path.join(folder, 'meta.pkl')
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return {}
+    check_own(path)
     try:
         with open(path, 'rb') as f:
             meta = _PlainUnpickler(io.BytesIO(f.read())).load()
@@ -66,6 +67,9 @@ def read_meta(folder):
             inside(folder, name, path)
     for name in (*meta.get('ends', {}).values(), *([meta['tokenizer']['path']] if _has_path(meta.get('tokenizer')) else [])):
         inside(folder, name, path)
+    if _has_path(meta.get('tokenizer')) and meta['tokenizer']['path'] not in ('tokenizer', 'tokenizer.model'):
+        raise ValueError(f"{path}: the path of the tokenizer is {repr(meta['tokenizer']['path'])[:60]}, expected 'tokenizer' or 'tokenizer.model': "
+                         f'run the prepare.py of this data set again')
     return meta
 
 
@@ -110,19 +114,6 @@ def token_dtype(meta):
     if name not in ('uint16', 'uint32'):
         raise ValueError(f"meta.pkl says dtype {name!r}; token files are 'uint16' or 'uint32'")
     return np.dtype(name).newbyteorder('<')
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file of bytes to write, which takes the place of `path` when the block ends without an error and is gone otherwise."""
-    name = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(name, 'wb') as f:
-            yield f
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
 
 
 def fingerprint_blocks(size, blocks=256, block_bytes=4096):
@@ -191,7 +182,7 @@ class TokenFileWriter:
 
     def _open(self, name):
         self.written.append(name)
-        return open(self._tmp(name), 'wb')
+        return open(self._tmp(name), 'wb', opener=no_link)
 
     def write(self, split, ids, ends_document=True):
         """Append the `ids` (1-D, any integer type) of a document to `split`; an empty list counts as no document.
@@ -271,7 +262,7 @@ class TokenFileWriter:
                 os.remove(self._final(name))
         if not isinstance(self.meta['tokenizer'], dict):
             self.meta['tokenizer'] = self.meta['tokenizer'].describe(self.folder)
-        with open(self._tmp('meta.pkl'), 'wb') as f:
+        with self._open('meta.pkl') as f:
             pickle.dump(self.meta, f)
             f.flush()
             os.fsync(f.fileno())

@@ -17,23 +17,31 @@ Each class below has
     lossless            whether decode(encode(text)) is the text, whatever it is
     describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that tokenizer_of() needs to `folder`
 """
+import contextlib
 import difflib
 import glob
 import importlib
 import os
+import re
 import shutil
 
 import numpy as np
 
 from data.byte_level import twin_of
 from data.quick_tiktoken import Quick
-from engine.files import inside, is_whole, parse_json
+from engine.files import check_own, inside, is_whole, parse_json
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'chat_template.jinja', 'generation_config.json')
 TEMPLATES = 'additional_chat_templates'  # folder beside them of named .jinja files
 EOT = '<|endoftext|>'
 TRIAL = 2**20  # characters of text after which it is taken for a corpus, for which a second's preparation is worth it
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
+
+
+def is_tokenizer_file(name):
+    """Whether `name` is that of a file which describe() writes to a data set's folder tokenizer/."""
+    folder, _, rest = name.partition('/')
+    return folder == 'tokenizer' and (rest in HF_FILES or bool(re.fullmatch(rf'{TEMPLATES}/[^/]+\.jinja', rest)))
 
 
 def load_tokenizer(spec, texts=None):
@@ -79,11 +87,7 @@ def tokenizer_of(folder, meta):
     if kind == 'tiktoken':
         return TiktokenTokenizer(str(stated.get('name')))
     if kind == 'hf':
-        path = inside(folder, stated.get('path'), place)
-        for link in filter(os.path.islink, glob.glob(os.path.join(glob.escape(path), '**'), recursive=True)):
-            if link != path:  # export.py would publish what it leads to
-                raise ValueError(f'{link} is a link, where the folder of a data set holds files alone: run the prepare.py of this data set again')
-        return HuggingFaceTokenizer.of_folder(path)
+        return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place))
     if kind == 'sentencepiece':
         return SentencePieceTokenizer.of_file(inside(folder, stated.get('path'), place))
     raise ValueError(f"{os.path.join(folder, 'meta.pkl')} names the tokenizer {stated!r}, expected a dict whose 'kind' is bytes, char, "
@@ -101,17 +105,22 @@ def decode_after(tokenizer, before, ids):
     return whole[len(os.path.commonprefix([start, whole])):]
 
 
+# what tokenizers read differently
+TEXTS = ('def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n', '', ' ', '  a ', 'a\tb\r\nc', '12345 1234567890', '①\u0301 ｶﾞ か\u3099 ﬁ Å', '▁', 'a▁b', '日本語のテキスト', '😀 👩‍👩‍👧',
+         '\u200b\ufeff\x01', 'The  quick\n\n\nbrown   fox', "it's we'll I'M")
+
+
 def same_tokenizer(a, b):
-    """Return whether two tokenizers give the same ids, for text that goes through the vocabulary of each."""
+    """Return whether two tokenizers end a text with the same id and give the same ids, for TEXTS and for text that goes through the vocabulary of each."""
     def text_of(tokenizer):
-        ids = range(0, tokenizer.vocab_size, max(1, tokenizer.vocab_size // 2000))
-        return ''.join(tokenizer.decode([i]) for i in ids).replace(UNKNOWN, '')
-    if a.vocab_size != b.vocab_size:
-        return False
-    try:
-        return all(a.encode(text).tolist() == b.encode(text).tolist() for text in (text_of(a), text_of(b)))
-    except ValueError:  # a character that one of them does not know
-        return False
+        return ''.join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size)).replace(UNKNOWN, '')
+
+    def ids_of(tokenizer, text):
+        try:
+            return tokenizer.encode(text).tolist()
+        except ValueError:  # a character that it does not know
+            return None
+    return a.vocab_size == b.vocab_size and a.eot_id == b.eot_id and all(ids_of(a, text) == ids_of(b, text) for text in (*TEXTS, f'a{EOT}b</s>', text_of(a), text_of(b)))
 
 
 class BytesTokenizer:
@@ -204,6 +213,35 @@ class TiktokenTokenizer:
         return {'kind': 'tiktoken', 'name': self.name}
 
 
+@contextlib.contextmanager
+def _panics_are_errors(say):
+    """Raise ValueError(say(error)) for any error of the library `tokenizers`, whose panics are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+            raise
+        raise ValueError(say(str(error)[:200])) from None
+
+
+def refuse_unfit(content, path):
+    """Raise ValueError for a tokenizer.json, as bytes, that gives other ids of the same text each time, or on which its library ends the process."""
+    try:
+        described = parse_json(content)
+    except ValueError:
+        return  # the library says what is wrong with it
+    model = described.get('model') if isinstance(described, dict) else None
+    if not isinstance(model, dict):
+        return
+    if model.get('dropout'):
+        raise ValueError(f"{path} has dropout={str(model['dropout'])[:20]}, which gives other ids of the same text each time: set it to null there")
+    prefix, merges = model.get('continuing_subword_prefix'), model.get('merges')
+    if prefix and isinstance(merges, list):
+        right = [pair.split(' ')[-1] if isinstance(pair, str) else pair[-1] if isinstance(pair, list) and pair else None for pair in merges]
+        if not all(isinstance(piece, str) and piece.startswith(str(prefix)) for piece in right):
+            raise ValueError(f'{path} has merges without its continuing_subword_prefix {str(prefix)[:20]!r}: fetch it again')
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json of Hugging Face, read by the `tokenizers` library.
 
@@ -216,10 +254,9 @@ class HuggingFaceTokenizer:
     def __init__(self, files, source):
         tokenizers = _library('tokenizers', source)
         self.files, self.source = files, source
-        try:
+        refuse_unfit(files['tokenizer.json'], os.path.join(source, 'tokenizer.json'))
+        with _panics_are_errors(lambda error: f'{os.path.join(source, "tokenizer.json")} cannot be read as a tokenizer ({error}): fetch it again'):
             self.tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode('utf-8'))
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(f'{os.path.join(source, "tokenizer.json")} cannot be read as a tokenizer ({error}): fetch it again') from None
         self.tokenizer.encode_special_tokens = True  # that is: encode their text, do not look for them in it
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -234,7 +271,10 @@ class HuggingFaceTokenizer:
         if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
             raise ValueError(f'the folder {folder} has no tokenizer.json: name one that has, or run the prepare.py of this data set again')
         templates = glob.glob(os.path.join(TEMPLATES, '*.jinja'), root_dir=folder)
-        return cls({name: _read(os.path.join(folder, name)) for name in (*HF_FILES, *templates) if os.path.isfile(os.path.join(folder, name))}, folder)
+        names = [name for name in (*HF_FILES, *templates) if os.path.lexists(os.path.join(folder, name))]
+        for name in names:
+            check_own(os.path.join(folder, name))  # export.py publishes what a link leads to
+        return cls({name: _read(os.path.join(folder, name)) for name in names}, folder)
 
     def __reduce__(self):
         # a pickled tokenizers.Tokenizer forgets encode_special_tokens
@@ -270,19 +310,18 @@ class HuggingFaceTokenizer:
     def encode(self, text):
         if self.twin is not None and (ids := self.twin.encode(text)) is not None:
             return ids
-        try:
+        with _panics_are_errors(lambda error: f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
+                                              f'leave out characters that its training text did not have'):
             # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
             ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
-        except Exception as error:  # the library's own, such as of a model of characters that does not know one
-            raise ValueError(f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
-                             f'leave out characters that its training text did not have') from None
         if self.encoded <= TRIAL < self.encoded + len(text):
             self.twin = twin_of(self.files['tokenizer.json'].decode('utf-8'))
         self.encoded += len(text)
         return ids
 
     def decode(self, ids):
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _panics_are_errors(lambda error: f'the tokenizer of {self.source} cannot decode its ids ({error}): fetch it again'):
+            return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def describe(self, folder):
         path = os.path.join(folder, 'tokenizer')

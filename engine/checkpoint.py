@@ -9,19 +9,17 @@
 engine/saver.py writes them: into a temporary folder, synced to disk, read back, renamed; only then are older ones removed.
 What looks at checkpoints takes an fsspec file system `fs`, so that it works on a bucket as on a folder.
 
-A checkpoint may come from anywhere, so nothing in it is trusted. Its metadata are read by an unpickler that builds only
-what describes tensors, tensors with weights_only, and an entry of any other kind is an error; every name in it is one of
+A checkpoint may come from anywhere, so nothing in it is trusted. Its metadata are read by engine/dcp_metadata.py, tensors
+with weights_only, and an entry of any other kind is an error; every name in it is one of
 its own files; every field of its JSON files has a known type. One that was fetched from a URL or another folder carries
 fetched.json, and read_state() leaves out the keys of its configuration that reach outside its out_dir.
 """
 import contextlib
 import datetime
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import warnings
@@ -29,14 +27,12 @@ import warnings
 import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.local import LocalFileSystem
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta,
-                                                   TensorProperties, TensorStorageMetadata)
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
-from engine import faults, parallel
+from engine import dcp_metadata, faults, parallel
 from engine.configurator import ConfigError
-from engine.files import is_whole, parse_json, plain_name, seal, unseal
+from engine.files import check_regular, is_whole, parse_json, plain_name, replacing, seal, sentence, unseal
 
 FORMAT = 2
 OWN_FILES = ('manifest.json', 'evaluation.json', 'fetched.json')  # beside those that a manifest lists
@@ -183,10 +179,10 @@ def sha256(path, fs=LOCAL):
 
 
 # what the fields of state.json, manifest.json and evaluation.json may hold: (test, in words)
-_WHOLE = (is_whole, 'a whole number that is not negative')
+_WHOLE = (lambda value: is_whole(value, 0, 2**53), 'a whole number from 0 to 2**53')
 _NUMBER = (lambda value: isinstance(value, (int, float)) and not isinstance(value, bool), 'a number')
 _LOSS = (lambda value: value is None or _NUMBER[0](value), 'a number or null')
-_TEXT = (lambda value: isinstance(value, str) and len(value) < 4096 and '\0' not in value, 'a text')
+_TEXT = (lambda value: isinstance(value, str) and len(value) < 4096 and not re.search(r'[\x00-\x1f\x7f-\x9f]', value), 'a text of one line')
 _TEXT_OR_NULL = (lambda value: value is None or _TEXT[0](value), 'a text or null')
 _DICT = (lambda value: isinstance(value, dict), 'an object')
 _FLAG = (lambda value: isinstance(value, bool), 'true or false')
@@ -307,28 +303,7 @@ def read_metadata(path, fs=LOCAL):
 
     Raises ValueError for anything that does not describe tensors in its own files.
     """
-    data = _read(fs, f'{path}/.metadata')
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f'{type(error).__name__}: {str(error)[:200]}') from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-        raise ValueError('it does not describe tensors')
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f'{str(name)[:60]} is a {type(entry).__name__}, not a tensor')
-        chunks = entry.chunks
-        if not isinstance(entry.properties, TensorProperties) or not isinstance(entry.size, torch.Size) or not isinstance(chunks, list) or not all(
-                isinstance(chunk, ChunkStorageMetadata) and isinstance(chunk.offsets, torch.Size) and isinstance(chunk.sizes, torch.Size) for chunk in chunks):
-            raise ValueError(f'{name[:60]} is not described as a tensor')
-    for index, place in metadata.storage_data.items():
-        if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo) or not is_whole(place.offset) or not is_whole(place.length) \
-                or getattr(place, 'transform_descriptors', None):
-            raise ValueError('it says of a tensor not where it lies')
-        plain_name(place.relative_path, 'it')
-    if metadata.storage_meta is not None and not isinstance(metadata.storage_meta, StorageMeta):
-        raise ValueError('it does not describe tensors')
-    return metadata
+    return dcp_metadata.parse(_read(fs, f'{path}/.metadata'), read_manifest(path, fs)['files'])
 
 
 def tensor_bytes(path, fs=LOCAL):
@@ -341,21 +316,14 @@ def load(path, tensors, world=None):
 
     world: the parallel.World whose ranks all call this, or None for one process. Of a DTensor each rank reads its part, however it was written; a tensor
     that all have in full is read by the main rank and sent to the others. Raises ConfigError for metadata that describe anything but tensors in the
-    files of the checkpoint, and torch.distributed.checkpoint.CheckpointException for a name or shape that the checkpoint does not have.
+    files of the checkpoint, for a name or shape that it does not have, and for tensors that are not what the metadata say.
     """
     if world is None or world.size == 1:
         _load(path, tensors)
         return
     split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     whole = {name: tensor for name, tensor in tensors.items() if name not in split}
-    error = None
-    if world.main:
-        try:
-            _load(path, whole)
-        except (ConfigError, dcp.api.CheckpointException) as raised:
-            error = raised
-    if parallel.from_main(lambda: error is not None, world):
-        raise error or dcp.api.CheckpointException('the main rank could not read the checkpoint', {})
+    parallel.from_main(lambda: _load(path, whole), world)
     parallel.send_from_main(whole.values(), world)
     if split:
         _load(path, split, world)
@@ -366,7 +334,16 @@ def _load(path, tensors, world=None):
         metadata = read_metadata(path)
     except ValueError as error:
         raise ConfigError(f'{path}/.metadata is damaged ({error}): nothing was read from it; take another checkpoint') from None
-    dcp.load(tensors, storage_reader=_Reader(path, metadata), planner=_TensorPlanner(), process_group=world and world.slow_group, no_dist=world is None)
+    for name, tensor in tensors.items():
+        stored = metadata.state_dict_metadata.get(name)
+        if stored is None or tuple(stored.size) != tuple(tensor.shape):
+            raise ConfigError(f'{path} has {f"{name} of shape {tuple(stored.size)}" if stored else f"no {name}"}, and the model of its settings has {name} of shape '
+                              f'{tuple(tensor.shape)}: it is not the checkpoint of such a run; take another')
+    try:
+        dcp.load(tensors, storage_reader=_Reader(path, metadata), planner=_TensorPlanner(), process_group=world and world.slow_group, no_dist=world is None)
+    except dcp.api.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ConfigError(f'{path} cannot be read ({type(reason).__name__}: {sentence(reason)}): take another checkpoint') from None
 
 
 def record_evaluation(path, losses):
@@ -417,7 +394,15 @@ def retain(out_dir, newest, *, keep, keep_every=0, also=()):
 
 
 def remove(path, step):
-    """Remove a checkpoint so that one killed half-way does not look like a broken checkpoint. Raises OSError."""
+    """Remove a checkpoint so that one killed half-way does not look like a broken checkpoint. Raises OSError.
+
+    Of a link to one only the link goes, and a folder without a manifest, which is none, stays.
+    """
+    if os.path.islink(path):
+        os.remove(path)
+        return
+    if not os.path.isfile(os.path.join(path, 'manifest.json')):
+        raise OSError(0, 'it has no manifest.json, so it is not known to be a checkpoint')
     going = os.path.join(os.path.dirname(path), f'.removing_{os.path.basename(path)}')
     shutil.rmtree(going, ignore_errors=True)
     os.rename(path, going)
@@ -467,11 +452,8 @@ def free_name(path):
 
 def replace_file(path, data):
     """Write bytes to `path` so that a reader sees the old file or the new one, and the new one is on disk."""
-    with open(f'{path}.tmp', 'wb') as f:
+    with replacing(path, sync=True) as f:
         f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f'{path}.tmp', path)
 
 
 def sync_folder(path):
@@ -483,25 +465,10 @@ def sync_folder(path):
 
 
 def _read(fs, path):
+    if fs is LOCAL:
+        check_regular(path)
     with fs.open(path, 'rb') as f:
         return f.read()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds what torch.distributed.checkpoint writes into .metadata about tensors, and nothing else."""
-    allowed = {
-        ('torch.distributed.checkpoint.metadata', name) for name in
-        ('Metadata', 'MetadataIndex', 'TensorStorageMetadata', 'ChunkStorageMetadata', 'TensorProperties', 'StorageMeta', '_MEM_FORMAT_ENCODING')
-    } | {
-        ('torch.distributed.checkpoint.filesystem', '_StorageInfo'), ('torch', 'Size'), ('torch.serialization', '_get_layout'),
-        ('collections', 'OrderedDict'), ('pathlib', 'PosixPath'),
-    } | {('torch', str(d).removeprefix('torch.')) for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64,
-                                                          torch.int32, torch.uint8, torch.bool)}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}, which does not describe a tensor and is not admitted')
-        return super().find_class(module, name)
 
 
 class _Reader(dcp.FileSystemReader):

@@ -12,8 +12,8 @@ _MOST = {'batch_size': 2**20, 'gradient_accumulation_steps': 10**6, 'eval_iters'
          'timeout_minutes': 10**6, 'max_time': 10**6, 'keep_checkpoints': 2**31, 'context_parallel': 2**20, 'fsdp_replicas': 2**20}
 
 
-def refuse_impossible(c, given, notes):
-    """Raise ConfigError for values that no run can have; note options that this version cannot obey and runs without."""
+def refuse_impossible(c):
+    """Raise ConfigError for values that no run can have."""
     faults.check()
     for key in ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size', 'block_size', 'max_iters',
                 'keep_checkpoints', 'log_save_interval', 'max_bad_steps', 'fsdp_replicas', 'context_parallel', 'dataloader_num_workers', 'dataloader_prefetch_factor'):
@@ -51,6 +51,10 @@ def refuse_impossible(c, given, notes):
     for key, package in (('wandb_log', 'wandb'), ('tensorboard_log', 'tensorboard')):
         if getattr(c, key) and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ConfigError(f'{key}=True needs the package {package}: pip install {package}, or leave it out')
+
+
+def note_schedule(c, notes):
+    """Note a learning rate that hardly does what its keys are for."""
     if c.decay_lr and c.warmup_iters >= c.max_iters and c.init_from != 'resume':
         notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
     if c.decay_lr and c.min_lr > c.learning_rate:

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from engine import checkpoint, faults
 from engine.configurator import ConfigError
-from engine.files import open_url, redact, sentence
+from engine.files import check_own, open_url, redact, sentence
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 LOGS = ('jsonl', 'log', 'json')
@@ -82,6 +82,8 @@ def copy_logs(fs, here, to_fs, there, run_name):
     """Copy the logs of a run from the folder `here` to the folder `there`, without a line that is being written."""
     for ending in LOGS:
         name = f'{run_name}.{ending}'
+        if isinstance(fs, LocalFileSystem):
+            check_own(f'{here}/{name}')
         if fs.isfile(f'{here}/{name}'):
             data = fs.cat_file(f'{here}/{name}')
             _write(to_fs, f'{there}/{name}', data if ending == 'json' else data[:data.rfind(b'\n') + 1])
@@ -338,6 +340,8 @@ def _fetch_one(fs, root, step, source, out_dir, run_name):
 def _fetch_logs(fs, root, run_name, out_dir, only_missing=False):
     for name in (f'{run_name}.jsonl', f'{run_name}.log'):
         log = os.path.join(out_dir, name)
+        if isinstance(fs, LocalFileSystem):
+            check_own(f'{root}/{name}')
         if not fs.isfile(f'{root}/{name}') or only_missing and os.path.exists(log):
             continue
         fs.get_file(f'{root}/{name}', f'{log}.tmp')

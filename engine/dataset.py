@@ -15,10 +15,11 @@ import os
 import numpy as np
 import torch
 
-from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, replacing, token_dtype
+from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, token_dtype
+from data.tokenizer import is_tokenizer_file
 from engine.configurator import ConfigError, nearest
 from engine.descriptors import FILES, ChangedFile, version
-from engine.files import inside, is_whole, parse_json, redact, sentence
+from engine.files import inside, is_whole, parse_json, redact, replacing, sentence
 from engine.remote import RemoteFile, Storage, read_together
 from engine.tokenizer_match import same_ids
 
@@ -300,7 +301,7 @@ def _open_url(name, root, url):
         meta = read_meta(folder)
         stated = meta.get('tokenizer')
         path = stated.get('path') if isinstance(stated, dict) else None
-        _copy(storage, folder, [file for file in sizes if path and (file == path or file.startswith(f'{path}/'))], place)
+        _copy(storage, folder, [file for file in sizes if file == path and path == 'tokenizer.model' or path == 'tokenizer' and is_tokenizer_file(file)], place)
         if missing := [key for key in ('fingerprint', 'max_id', 'tokens') if key not in meta]:
             raise ConfigError(f'{place}: its meta.pkl states no {missing[0]}: prepare the data set anew and copy its folder there')
         dtype, splits = token_dtype(meta), []

@@ -1,12 +1,16 @@
 """Names, URLs and JSON that come from elsewhere: checked here once, before they are used.
 
-A name that a manifest, a listing, a meta.pkl or an index gives is joined to a folder only by inside().
+A name that a manifest, a listing, a meta.pkl or an index gives is joined to a folder only by inside(), and what somebody
+else's folder holds is opened after check_own(), and written by replacing(), which follow no link out of it.
 A URL is opened by open_url(), and recorded or shown as redact() leaves it. JSON is read by parse_json(), and by unseal()
 where it carries a checksum.
 """
+import contextlib
 import hashlib
 import json
+import os
 import re
+import secrets
 
 from engine.configurator import ConfigError
 
@@ -34,6 +38,52 @@ def inside(folder, name, source):
     """
     parts = name.split('/') if isinstance(name, str) else [name]
     return '/'.join([str(folder), *(plain_name(part, source) for part in parts)])
+
+
+def check_regular(path):
+    """Raise ConfigError if `path` is something else than a file, such as a pipe or a device, which may have no end."""
+    if os.path.lexists(path) and not os.path.isfile(path):
+        kind = 'a folder' if os.path.isdir(path) else 'a pipe or a device' if os.path.exists(path) else 'a broken link'
+        raise ConfigError(f'{path} is {kind}, expected a file: put one there, or take it away')
+
+
+def check_own(path):
+    """check_regular(), and raise ConfigError for a link that leads out of the folder of `path`.
+
+    It would let whoever made the folder choose a private file to be shown, sent or written to. Folders of the hub's cache
+    link to the blobs beside them.
+    """
+    check_regular(path)
+    if os.path.islink(path):
+        real, root = os.path.realpath(path), os.path.realpath(os.path.dirname(path) or '.')
+        if os.path.basename(os.path.dirname(root)) == 'snapshots':
+            root = os.path.dirname(os.path.dirname(root))
+        if os.path.commonpath([real, root]) != root:
+            raise ConfigError(f'{path} is a link out of its folder, to {real}: put a copy there if that is meant')
+
+
+@contextlib.contextmanager
+def replacing(path, mode='wb', sync=False):
+    """Give a file to write to, which takes the place of `path` when the block ends without an error and is gone otherwise.
+
+    sync: whether it is on the disk before that. A link at `path` is replaced, not followed.
+    """
+    name = f'{path}.{secrets.token_hex(4)}.tmp'
+    try:
+        with open(name, mode, encoding=None if 'b' in mode else 'utf-8', opener=no_link) as f:
+            yield f
+            if sync:
+                f.flush()
+                os.fsync(f.fileno())
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(name)
+
+
+def no_link(path, flags):
+    """An opener for open(): follows no link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 _SCHEME = re.compile(r'([a-zA-Z][a-zA-Z0-9+.-]*://)')
@@ -72,6 +122,9 @@ def open_url(url):
     Nothing of the listings is cached: what others write there is seen. Raises ConfigError for what cannot be opened.
     """
     import fsspec
+    if re.match(r'(s3|s3a|gs|gcs)://', url) and HIDDEN + '@' in redact(url):
+        raise ConfigError(f'{redact(url)} has a user or a password in it, which no bucket takes: give them in the environment, such as AWS_ACCESS_KEY_ID and '
+                          f'AWS_SECRET_ACCESS_KEY, and leave them out here')
     try:
         local = '://' not in url or url.startswith(('file://', 'local://'))
         fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **({'auto_mkdir': True} if local else {}))

@@ -21,7 +21,7 @@ import time
 from tqdm import tqdm
 
 from engine.configurator import ConfigError
-from engine.files import redact
+from engine.files import check_own, redact
 from engine.run_json import Summary, finite, parse_record, read_records, summarize, write_json
 
 FORMAT = 1
@@ -74,6 +74,8 @@ class RunLog:
             return
         try:
             os.makedirs(out_dir, exist_ok=True)
+            for ending in ('log', 'jsonl', 'json'):
+                check_own(f'{self.path}.{ending}')
             goes_on = resume_step is not None and self._cut_after(resume_step, evaluated)
             self.text = open(f'{self.path}.log', 'a', encoding='utf-8', errors='backslashreplace')
             self.lines, self.unwritten, self.disk_works = open(f'{self.path}.jsonl', 'ab', buffering=0), b'', True

@@ -80,7 +80,9 @@ def find(c, given, shape_keys, world, notes, verified=None):
             raise ConfigError(f'{path}/state.json has no {missing[0]}: it is not the checkpoint of a run; take another with --resume_from')
     elif os.path.isfile(old) and not c.resume_from:
         imported = nanogpt.read_checkpoint(old)
-        state = {'step': imported['step'], 'best_val_loss': imported['best_val_loss'], 'config': imported['config']}
+        not_taken_over = {key: value for key, value in imported['config'].items() if checkpoint.reaches_outside(key, value)}
+        state = {'step': imported['step'], 'best_val_loss': imported['best_val_loss'], 'not_taken_over': not_taken_over,
+                 'config': {key: value for key, value in imported['config'].items() if key not in not_taken_over}}
         notes.append(f"imported nanoGPT's {old} at iter {imported['step']}; it stays as it is")
     else:
         why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
@@ -135,14 +137,14 @@ def _merged(c, given, state, shape_keys, notes):
 
 
 def _ask_again(c, given, state, saved, notes):
-    """Note the keys of a fetched checkpoint that are not taken over; raise ConfigError for one without which the run cannot go on.
+    """Note the keys of a fetched checkpoint, or of nanoGPT's, that are not taken over; raise ConfigError for one without which the run cannot go on.
 
     That is its data set where it is a path, and a URL whose secret part was never recorded.
     """
     for key, value in state.get('not_taken_over', {}).items():
         if key in given or value == getattr(type(c), key, None):
             continue
-        said = f'{key}={redact(value)!r} of the fetched checkpoint is not taken over, since it reaches outside of {c.out_dir}'
+        said = f'{key}={redact(value)!r} of a checkpoint that anybody may have made is not taken over, since it reaches outside of {c.out_dir}'
         if key == 'dataset':
             raise ConfigError(f'{said}: give the --dataset here')
         notes.append(f'{said}: give --{key} to have it')
@@ -248,6 +250,16 @@ def make_way(c, world, notes):
         notes.append(f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}')
 
 
+def _largest_file():
+    """Return the bytes that a file of this process may have at most."""
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return math.inf if limit == resource.RLIM_INFINITY else limit
+    except ImportError:
+        return math.inf
+
+
 class Folder:
     """The folder of a run, held by its main rank so that no second process writes there."""
 
@@ -299,7 +311,9 @@ class Folder:
                     open(name, 'ab').close()
         except OSError as error:
             raise self._unwritable(error) from None
-        free = shutil.disk_usage(folder).free
+        free, most = shutil.disk_usage(folder).free, _largest_file()
+        if most < size:
+            raise ConfigError(f'no file may be larger than {most:,} bytes here (ulimit -f), and a checkpoint of this run takes {size:,}: type `ulimit -f unlimited`')
         if free < size:
             raise ConfigError(f'{folder} has {free / 1e9:.2f} GB free, and a checkpoint of this run takes {size / 1e9:.2f} GB: '
                               f'make room, or give an --out_dir on another disk')

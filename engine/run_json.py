@@ -6,14 +6,13 @@
 
 The iterations are copied as they are read; only evaluations and checkpoints, which are few, are held.
 """
-import contextlib
 import json
 import math
 import os
 import shutil
 import tempfile
 
-from engine.files import is_whole, parse_json
+from engine.files import check_regular, is_whole, parse_json, replacing
 
 _NUMBER, _MAYBE = (int, float), (int, float, type(None))
 # what the readers of a record need of it, beside its 'type'
@@ -54,6 +53,7 @@ def read_records(path):
 
 def _lines(path):
     """Yield (line, record) for the whole records of a .jsonl."""
+    check_regular(path)
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
             if record := parse_record(line):
@@ -149,32 +149,26 @@ def write_json(path, target, top):
     """
     summary, losses, evaluations, checkpoints = Summary(), {}, [], []
     folder = os.path.dirname(os.path.abspath(target))
-    try:
-        with open(f'{target}.tmp', 'w', encoding='utf-8') as f, \
-                tempfile.TemporaryFile('w+', encoding='utf-8', dir=folder) as progress:
-            f.write(json.dumps(finite(top))[:-1] + (', ' if top else '') + '"training_iterations": [')
-            comma = ''
-            for line, record in _lines(path):
-                summary.add(record)
-                kind = record.pop('type')
-                if kind == 'iter':
-                    f.write(comma + _without_type(line, record))
-                    progress.write(comma + json.dumps(finite(_progress(record))))
-                    comma = ', '
-                elif kind == 'eval':
-                    losses[record['iter']] = record['val_loss']
-                    evaluations.append(record)
-                elif kind == 'checkpoint':
-                    checkpoints.append(record)
-            for record in checkpoints:  # saved before its evaluation, which knows the loss
-                record['val_loss'] = losses.get(record['iter'], record['val_loss'])
-            f.write(f'], "eval_steps": {json.dumps(finite(evaluations))}, "checkpoints": {json.dumps(finite(checkpoints))}')
-            f.write(', "training_progress": [')
-            progress.seek(0)
-            shutil.copyfileobj(progress, f)
-            f.write(f'], "summary": {json.dumps(finite(summary.as_dict()))}}}')
-        os.replace(f'{target}.tmp', target)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(f'{target}.tmp')
+    with replacing(target, 'w') as f, tempfile.TemporaryFile('w+', encoding='utf-8', dir=folder) as progress:
+        f.write(json.dumps(finite(top))[:-1] + (', ' if top else '') + '"training_iterations": [')
+        comma = ''
+        for line, record in _lines(path):
+            summary.add(record)
+            kind = record.pop('type')
+            if kind == 'iter':
+                f.write(comma + _without_type(line, record))
+                progress.write(comma + json.dumps(finite(_progress(record))))
+                comma = ', '
+            elif kind == 'eval':
+                losses[record['iter']] = record['val_loss']
+                evaluations.append(record)
+            elif kind == 'checkpoint':
+                checkpoints.append(record)
+        for record in checkpoints:  # saved before its evaluation, which knows the loss
+            record['val_loss'] = losses.get(record['iter'], record['val_loss'])
+        f.write(f'], "eval_steps": {json.dumps(finite(evaluations))}, "checkpoints": {json.dumps(finite(checkpoints))}')
+        f.write(', "training_progress": [')
+        progress.seek(0)
+        shutil.copyfileobj(progress, f)
+        f.write(f'], "summary": {json.dumps(finite(summary.as_dict()))}}}')
     return summary.as_dict()

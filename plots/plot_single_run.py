@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from engine.configurator import ConfigError
+from engine.files import replacing
 from run_log import cleaned, load_runs
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
@@ -331,7 +332,8 @@ def save(figure, path):
     """Write the picture and print where. Raises ConfigError for a path that cannot be one."""
     check_output(path)
     with matplotlib.rc_context(STYLE):      # ticks are made while drawing
-        figure.savefig(path, dpi=130)
+        with replacing(path) as f:
+            figure.savefig(f, format=path.suffix[1:], dpi=130)
     print(path)
 
 

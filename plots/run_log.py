@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from engine.configurator import ConfigError  # noqa: E402
-from engine.files import is_whole, parse_json  # noqa: E402
+from engine.files import check_regular, is_whole, parse_json  # noqa: E402
 
 MODEL = ('arch_preset', 'n_layer', 'n_head', 'n_embd', 'd_ff', 'vocab_size', 'block_size', 'dataset')  # what tells models apart
 LARGEST = 1e200  # a number beyond it cannot be drawn
@@ -208,6 +208,7 @@ def parse_json_log(data, path):
 def parse_jsonl(path):
     """Return (log, places of lines that are no records) of a .jsonl; a last line without its end was cut by a kill."""
     log, bad = {section: [] for section in SECTIONS.values()}, []
+    check_regular(path)
     with open(path, 'rb') as f:
         lines = sum(block.count(b'\n') for block in iter(lambda: f.read(2**22), b''))
         iterations = Thinned(max(1, lines // KEPT))

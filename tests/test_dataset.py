@@ -103,10 +103,10 @@ def test_a_run_whose_data_changes_ends_with_a_sentence(tmp_path, pair, monkeypat
                 f.write(b'xx')
         return taken(self, *given)
     monkeypatch.setattr(loader.TrainLoader, 'next', next_of)
-    assert run_train(pair[0], tmp_path / 'out', '--max_iters=50', '--checkpoint_interval=5', '--vocab_size=5000', *more) == 2
+    assert run_train(pair[0], tmp_path / 'out', '--max_iters=50', '--checkpoint_interval=5', '--checkpoint_async=False', '--vocab_size=5000', *more) == 2
     error, = capsys.readouterr().err.splitlines()
     assert 'train.bin was changed while it was read' in error
-    assert (tmp_path / 'out' / 'checkpoints' / 'step_00000005').is_dir()
+    assert len(os.listdir(tmp_path / 'out' / 'checkpoints')) >= 2
 
 
 def test_names_and_weights():

@@ -1,9 +1,11 @@
 """Proves that files somebody else made run no code, write nothing outside of their folder, send nothing, and leave no secret in a log."""
+import dataclasses
 import glob
 import hashlib
 import io
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 from conftest import make_dataset, run_process, write_dataset
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
 import checkpoints
 import evaluate
@@ -99,12 +101,51 @@ def forge(path, kind):
         metadata.storage_data = {index: _StorageInfo('../../../x', place.offset, place.length) for index, place in metadata.storage_data.items()}
     elif kind == 'transformed':
         metadata.storage_data = {index: _StorageInfo(place.relative_path, place.offset, place.length, ['zstd']) for index, place in metadata.storage_data.items()}
+    elif kind in LIES:
+        LIES[kind](metadata, key)
+    data = pickle.dumps(metadata)
+    if kind == 'attribute of a class':  # BUILD(PosixPath, (None, {'__truediv__': PosixPath})), before all else
+        name = b'cpathlib\nPosixPath\n'
+        data = data[:2] + name + b'N}X\x0b\0\0\0__truediv__' + name + b's\x86b0' + data[2:]
+    elif kind == 'attribute of a dataclass':
+        name = b'ctorch.distributed.checkpoint.metadata\nMetadata\n'
+        data = data[:2] + name + b'N}X\x05\0\0\0mixin' + name + b's\x86b0' + data[2:]
     with open(f'{path}/.metadata', 'wb') as f:
-        pickle.dump(metadata, f)
+        f.write(data)
     seal(path)
 
 
-@pytest.mark.parametrize('kind', ['bytes', 'foreign class', 'in place of all', 'wrapped', 'file outside', 'transformed'])
+def place(metadata, key, **changes):
+    index, = [index for index in metadata.storage_data if index.fqn == key]
+    metadata.storage_data[index] = dataclasses.replace(metadata.storage_data[index], **changes)
+
+
+def chunk(metadata, key, offsets=(0, 0), sizes=(44, 32), more=False):
+    entry = metadata.state_dict_metadata[key]
+    entry.chunks = [*entry.chunks[:int(more)], ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))]
+
+
+OTHER = 'model.transformer.ln_f.weight'
+LIES = {
+    'no chunk': lambda m, key: m.state_dict_metadata[key].chunks.clear(),
+    'half a chunk': lambda m, key: chunk(m, key, sizes=(22, 32)),
+    'two chunks alike': lambda m, key: chunk(m, key, more=True),
+    'a chunk outside': lambda m, key: chunk(m, key, offsets=(1, 0)),
+    'a negative chunk': lambda m, key: chunk(m, key, offsets=(-1, 0)),
+    'a chunk of one number': lambda m, key: chunk(m, key, offsets=(0,), sizes=(44 * 32,)),
+    'a file that is not there': lambda m, key: place(m, key, relative_path='nofile.distcp'),
+    'a file of another kind': lambda m, key: place(m, key, relative_path='state.json'),
+    'beyond the file': lambda m, key: place(m, key, offset=10**9),
+    'no bytes': lambda m, key: place(m, key, length=0),
+    'all bytes': lambda m, key: place(m, key, length=2**61),
+    'no place': lambda m, key: [m.storage_data.pop(index) for index in list(m.storage_data) if index.fqn == key],
+    'a place of nothing': lambda m, key: m.storage_data.update({MetadataIndex('x', torch.Size([0])): next(iter(m.storage_data.values()))}),
+    'the place of another': lambda m, key: place(m, key, offset=next(p.offset for i, p in m.storage_data.items() if i.fqn == OTHER)),
+    'a size that is none': lambda m, key: setattr(m.state_dict_metadata[key], 'size', [44, 32]),
+}
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'foreign class', 'in place of all', 'wrapped', 'file outside', 'transformed', 'attribute of a class', 'attribute of a dataclass', 'no chunk'])
 def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch, capsys):
     """By any command that reads one, here and fetched; training goes on from the one before."""
     mark = str(tmp_path / 'CODE_RAN')
@@ -122,6 +163,34 @@ def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch,
     assert 'continuing at iter 2' in capsys.readouterr().out
     assert train(run, '--init_from=resume', '--max_iters=3') == 0
     assert 'continuing at iter 2' in capsys.readouterr().out and not os.path.exists(mark)
+    assert str(pathlib.PurePosixPath('a') / 'b') == str(pathlib.Path('a') / 'b') == 'a/b' and not hasattr(Metadata, 'mixin')
+
+
+@pytest.mark.parametrize('kind', LIES)
+def test_metadata_that_lie_are_damaged(kind, run):
+    path = newest(run)
+    assert checkpoint.why_broken(path, 'size') is None
+    forge(path, kind)
+    assert '.metadata is damaged' in checkpoint.why_broken(path, 'size')
+
+
+def test_tensors_of_another_shape_than_the_metadata_say_are_an_error(run):
+    path = newest(run)
+    with open(f'{path}/.metadata', 'rb') as f:
+        metadata = pickle.load(f)
+    metadata.state_dict_metadata[OTHER].size = torch.Size([4, 8])
+    metadata.state_dict_metadata[OTHER].chunks = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([4, 8]))]
+    index, = [index for index in metadata.storage_data if index.fqn == OTHER]
+    metadata.storage_data[MetadataIndex(OTHER, torch.Size([0, 0]))] = metadata.storage_data.pop(index)
+    with open(f'{path}/.metadata', 'wb') as f:
+        pickle.dump(metadata, f)
+    seal(path)
+    with pytest.raises(ConfigError, match=r'has model.transformer.ln_f.weight of shape \(4, 8\), and the model'):
+        checkpoint.load(path, {OTHER: torch.zeros(32)})
+    with pytest.raises(ConfigError, match='cannot be read|ln_f.weight'):
+        checkpoint.load(path, {OTHER: torch.zeros(4, 8)})
+    with pytest.raises(ConfigError, match='has no model.nothing'):
+        checkpoint.load(path, {'model.nothing': torch.zeros(4, 8)})
 
 
 def test_what_is_a_plain_name():
@@ -197,7 +266,7 @@ def test_a_path_of_another_machine_is_no_data_set(run, tmp_path, capsys):
     import train as trainer
     assert trainer.main(['--init_from=resume', f'--resume_from=file://{run}', f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False']) == 2
     error = capsys.readouterr().err
-    assert 'of the fetched checkpoint is not taken over' in error and 'give the --dataset here' in error
+    assert 'of a checkpoint that anybody may have made is not taken over' in error and 'give the --dataset here' in error
 
 
 SECRET = 'https://user:hunter2@host/set?sig=hunter2#hunter2'

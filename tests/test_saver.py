@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, losses, records, run_process
 
-from engine import checkpoint, faults
+from engine import checkpoint, faults, resume
 from engine.parallel import World
 from engine.saver import Saver
 
@@ -123,12 +123,15 @@ def test_what_the_disk_garbles_is_noticed_before_older_ones_go(tmp_path, monkeyp
     assert checkpoint.newest_whole(str(tmp_path)) == (1, [])
 
 
-def test_a_run_goes_on_while_saves_fail(train, tmp_path, capsys):
-    """Under the kernel's limit for the size of a file, which needs no rights: logs fit, tensors do not."""
+def test_a_run_goes_on_while_saves_fail(train, tmp_path, capsys, monkeypatch):
+    """Under the kernel's limit for the size of a file, which needs no rights: logs fit, tensors do not. At the start it is refused."""
     assert train(tmp_path, '--max_iters=10', '--eval_interval=10', '--save_log_to_json=False') == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
+        assert train(tmp_path, '--init_from=resume', '--max_iters=30', '--log_interval=10') == 2
+        assert 'no file may be larger than 200,000 bytes here (ulimit -f)' in capsys.readouterr().err and max(losses(tmp_path)) == 10
+        monkeypatch.setattr(resume, '_largest_file', lambda: 10**9)
         code = train(tmp_path, '--init_from=resume', '--max_iters=30', '--log_interval=10')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

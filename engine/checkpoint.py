@@ -65,7 +65,7 @@ def why_broken(path, level='full', fs=LOCAL):
     try:
         return _damage(path, level, fs)
     except OSError as error:
-        if fs is not LOCAL:  # a server that is away says nothing about the checkpoint
+        if not isinstance(fs, LocalFileSystem):  # a server that is away says nothing about the checkpoint
             raise
         return f'{error.filename or path} cannot be read ({error.strerror or error})'
 
@@ -273,6 +273,8 @@ def read_state(path, fs=LOCAL):
     if odd := [key for key, value in state.get('versions', {}).items() if not isinstance(value, str)]:
         raise ValueError(f'versions.{odd[0]} is no text')
     config = state.get('config', {})
+    if config and (missing := [key for key in ('arch_preset', 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size') if key not in config]):
+        raise ValueError(f'config has no {missing[0]}')
     _check_fields(config, _CONFIG)
     for key, value in config.items():
         if not (value is None or isinstance(value, (bool, int, float, str))) or isinstance(value, str) and '\0' in value:
@@ -465,7 +467,7 @@ def sync_folder(path):
 
 
 def _read(fs, path):
-    if fs is LOCAL:
+    if isinstance(fs, LocalFileSystem):
         check_regular(path)
     with fs.open(path, 'rb') as f:
         return f.read()

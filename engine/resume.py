@@ -9,7 +9,7 @@ import typing
 
 from engine import checkpoint, copier, nanogpt, parallel
 from engine.configurator import ConfigError, checked
-from engine.files import HIDDEN, redact
+from engine.files import check_own, HIDDEN, redact
 
 # what a resumed run takes from its own command line, never from the checkpoint
 NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_checkpoint', 'allow_data_change', 'max_time', 'eval_only', 'eval_at_start',
@@ -307,6 +307,7 @@ class Folder:
             os.remove(probe)
             for ending in copier.LOGS:
                 name = os.path.join(self.path, f'{run_name}.{ending}')
+                check_own(name)
                 if os.path.lexists(name):
                     open(name, 'ab').close()
         except OSError as error:

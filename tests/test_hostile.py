@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_dataset, run_process, write_dataset
+from conftest import ROOT, make_dataset, run_process, write_dataset
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
@@ -21,7 +21,7 @@ import evaluate
 import export
 import sample
 from data.tokenfile import read_meta
-from data.tokenizer import tokenizer_of
+from data.tokenizer import load_tokenizer, tokenizer_of
 from engine import checkpoint, files, resume
 from engine.configurator import ConfigError
 from engine.dataset import open_dataset
@@ -298,6 +298,7 @@ def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
 
 
 ODD_META = [{'files': {'train': [('../victim', 5)], 'val': [('val.bin', 5)]}}, {'files': 5}, {'tokenizer': {'kind': 'hf', 'path': '../../x'}}, {'tokenizer': {'kind': 'sentencepiece', 'path': '/etc/passwd'}},
+            {'tokenizer': {'kind': 'sentencepiece', 'path': 'prepare.py'}}, {'tokenizer': {'kind': 'hf', 'path': '.'}},
             {'ends': {'train': '/etc/passwd', 'val': 'x'}}, {'fingerprint': {'train': '../../x', 'val': 'x'}}, {'vocab_size': 'abc'}, {'vocab_size': 10**30}, {'eot_id': [1]}, {'stoi': 5, 'itos': 5},
             {'itos': {}, 'stoi': {}}, {'tokens': b'x'}, {'max_id': {'train': -1, 'val': 1}}, {'dtype': 'float64'}]
 
@@ -447,3 +448,198 @@ def test_commands_as_processes_have_no_traceback(run, tmp_path):
     """What only a process of its own shows: arguments that are not UTF-8."""
     code, output = run_process('sample.py', f'--out_dir={run}', '--device=cpu', '--start=\udcff')
     assert code == 2 and 'Traceback' not in output and 'is not UTF-8' in output
+
+
+# ---- links, pipes, and values that no run can have
+
+def test_a_data_set_elsewhere_brings_its_tokenizer_and_no_other_file(tmp_path, dataset):
+    (tmp_path / 'data' / 'x').mkdir(parents=True)
+    (tmp_path / 'data' / 'x' / 'prepare.py').write_text('precious')
+    shutil.copytree(dataset, tmp_path / 'there')
+    meta = {**read_meta(dataset), 'tokenizer': {'kind': 'hf', 'path': 'tokenizer'}}
+    for key in ('stoi', 'itos'):
+        meta.pop(key)
+    for name in ('prepare.py', 'tokenizer/run.py', 'tokenizer/tokenizer.json', 'tokenizer/additional_chat_templates/a.jinja', 'tokenizer/additional_chat_templates/a.py'):
+        (tmp_path / 'there' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'there' / name).write_text('theirs')
+    (tmp_path / 'there' / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    open_dataset('x', str(tmp_path), f'file://{tmp_path}/there')
+    assert (tmp_path / 'data' / 'x' / 'prepare.py').read_text() == 'precious'
+    found = sorted(str(path.relative_to(tmp_path / 'data' / 'x')) for path in (tmp_path / 'data' / 'x' / 'tokenizer').rglob('*') if path.is_file())
+    assert found == ['tokenizer/additional_chat_templates/a.jinja', 'tokenizer/tokenizer.json']
+    (tmp_path / 'there' / 'meta.pkl').write_bytes(pickle.dumps({**meta, 'tokenizer': {'kind': 'sentencepiece', 'path': 'prepare.py'}}))
+    with pytest.raises(ConfigError, match="expected 'tokenizer' or 'tokenizer.model'"):
+        open_dataset('x', str(tmp_path), f'file://{tmp_path}/there')
+    assert (tmp_path / 'data' / 'x' / 'prepare.py').read_text() == 'precious'
+
+
+def test_what_a_checkpoint_links_to_is_not_removed(run, train, tmp_path):
+    for name in ('victim', 'run/checkpoints/step_00000003'):
+        os.makedirs(tmp_path / name if name == 'victim' else f"{run}/{name.removeprefix('run/')}", exist_ok=True)
+    for path in (tmp_path / 'victim', pathlib.Path(run) / 'checkpoints' / 'step_00000003'):
+        (path / 'thesis.txt').write_text('precious')
+    os.symlink(tmp_path / 'victim', f'{run}/checkpoints/step_00000001')
+    assert train(run, '--init_from=resume', '--max_iters=12', '--checkpoint_interval=2') == 0
+    for path in (tmp_path / 'victim', pathlib.Path(run) / 'checkpoints' / 'step_00000003'):
+        assert (path / 'thesis.txt').read_text() == 'precious'
+    assert not os.path.lexists(f'{run}/checkpoints/step_00000001')
+
+
+def log_of(run, ending='log'):
+    found, = glob.glob(f'{run}/run_*.{ending}')
+    return found
+
+
+def link_log(run, tmp_path, ending='log'):
+    (tmp_path / 'id_rsa').write_text('PRIVATE')
+    log = log_of(run, ending)
+    os.remove(log)
+    os.symlink(tmp_path / 'id_rsa', log)
+
+
+@pytest.mark.parametrize('ending', ['log', 'jsonl'])
+def test_a_link_in_place_of_a_log_is_neither_sent_nor_written_to(run, train, tmp_path, capsys, ending):
+    link_log(run, tmp_path, ending)
+    assert train(tmp_path / 'out', '--init_from=resume', f'--resume_from={run}', '--max_iters=6', f'--upload_to=file://{tmp_path}/bucket') == 2
+    assert checkpoints.main([run, f'--copy_to=file://{tmp_path}/bucket2']) in (1, 2)
+    assert train(run, '--init_from=resume', '--max_iters=6') == 2
+    assert capsys.readouterr().err.count('is a link out of its folder') == 3
+    assert (tmp_path / 'id_rsa').read_text() == 'PRIVATE'
+    assert not any(b'PRIVATE' in path.read_bytes() for name in ('bucket', 'bucket2', 'out') for path in (tmp_path / name).rglob('*') if path.is_file())
+
+
+def test_folders_of_the_hub_link_to_their_blobs(tmp_path):
+    for name in ('hub/blobs', 'hub/snapshots/1', 'mine'):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / 'hub' / 'blobs' / 'a').write_text('{}')
+    (tmp_path / 'mine' / 'b').write_text('{}')
+    for name, target in (('config.json', '../../blobs/a'), ('other.json', '../../../mine/b')):
+        os.symlink(target, tmp_path / 'hub' / 'snapshots' / '1' / name)
+    files.check_own(str(tmp_path / 'hub' / 'snapshots' / '1' / 'config.json'))
+    files.check_own(str(tmp_path / 'mine' / 'nothing'))
+    with pytest.raises(ConfigError, match='is a link out of its folder'):
+        files.check_own(str(tmp_path / 'hub' / 'snapshots' / '1' / 'other.json'))
+
+
+def test_pictures_and_results_replace_a_link(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(ROOT, 'plots'))
+    import plot_single_run
+    (tmp_path / 'bashrc').write_text('mine')
+    for link in (log_of(run).replace('.log', '.png'), f'{run}/evaluation_00000004.json', f'{run}/evaluation_00000004.json.tmp'):
+        os.symlink(tmp_path / 'bashrc', link)
+    assert plot_single_run.main([run]) == 0
+    assert evaluate.main([f'--out_dir={run}', '--device=cpu']) == 2 or (tmp_path / 'bashrc').read_text() == 'mine'
+    assert (tmp_path / 'bashrc').read_text() == 'mine' and open(log_of(run, 'png'), 'rb').read(4) == b'\x89PNG'
+
+
+@pytest.mark.parametrize('name', ['data/meta.pkl', 'run/manifest.json', 'run/state.json', 'run/run.jsonl', 'hf/config.json', 'data/broken link'])
+def test_what_has_no_end_is_not_read(name, run, dataset, train, tmp_path, capsys):
+    kind, file = name.split('/')
+    if kind == 'data':
+        shutil.copytree(dataset, tmp_path / 'set')
+        os.remove(tmp_path / 'set' / 'meta.pkl')
+        os.symlink('/nowhere', tmp_path / 'set' / 'meta.pkl') if file == 'broken link' else os.mkfifo(tmp_path / 'set' / 'meta.pkl')
+        import train as trainer
+        code = trainer.main([f'--dataset={tmp_path}/set', f'--out_dir={tmp_path}/out', '--device=cpu', '--compile=False', '--max_iters=1'])
+    elif kind == 'hf':
+        (tmp_path / 'hf').mkdir()
+        os.mkfifo(tmp_path / 'hf' / 'config.json')
+        code = train(tmp_path / 'out', f'--init_from={tmp_path}/hf')
+    else:
+        path = log_of(run, 'jsonl') if file == 'run.jsonl' else f'{newest(run)}/{file}'
+        os.remove(path)
+        os.mkfifo(path)
+        if file != 'run.jsonl':
+            assert 'damaged' in checkpoint.why_broken(newest(run)) or 'missing' in checkpoint.why_broken(newest(run))
+            assert checkpoints.main([run]) == 1
+            return
+        code = train(run, '--init_from=resume', '--max_iters=6')
+    error = capsys.readouterr().err
+    assert code == 2 and error.count('\n') == 1 and ('a pipe or a device' in error or 'a broken link' in error or kind == 'hf'), error
+
+
+NANOGPT = dict(n_layer=1, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=41)
+
+
+def test_a_checkpoint_of_nanogpt_sends_nothing(dataset, tmp_path, capsys):
+    n, V, T = NANOGPT['n_embd'], 41, 16
+    shapes = {'wte': (V, n), 'wpe': (T, n), 'h.0.ln_1': (n,), 'h.0.attn.c_attn': (3 * n, n), 'h.0.attn.c_proj': (n, n), 'h.0.ln_2': (n,), 'h.0.mlp.c_fc': (4 * n, n),
+              'h.0.mlp.c_proj': (n, 4 * n), 'ln_f': (n,)}
+    model = {f'transformer.{name}.weight': torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape) for name, shape in shapes.items()}
+    model['lm_head.weight'] = model['transformer.wte.weight']
+    (tmp_path / 'ng').mkdir()
+    (tmp_path / 'secret').write_text('the fox')
+    torch.save({'model': model, 'optimizer': {'state': {}, 'param_groups': []}, 'model_args': {**NANOGPT, 'dropout': 0.0}, 'iter_num': 2, 'best_val_loss': 3.0,
+                'config': dict(upload_to=f'file://{tmp_path}/sent', sample_start=f'FILE:{tmp_path}/secret', sample_interval=1, batch_size=2, gradient_accumulation_steps=1,
+                               eval_iters=2, eval_interval=2, max_iters=5)}, tmp_path / 'ng' / 'ckpt.pt')
+    import train as trainer
+    assert trainer.main(['--init_from=resume', f'--out_dir={tmp_path}/ng', '--device=cpu', '--compile=False', f'--dataset={dataset}']) == 0
+    said = capsys.readouterr().out
+    assert 'upload_to=' in said and 'is not taken over' in said and 'the fox' not in said and not (tmp_path / 'sent').exists()
+
+
+IMPOSSIBLE = dict(eval_interval=0, log_interval=0, batch_size=-1, gradient_accumulation_steps=0, context_parallel=0, dropout=2, learning_rate=-1e-3, beta1=1.5, loss_chunk=-1,
+                  eval_iters=0, weight_decay=-1, grad_clip=-1, muon_momentum=5, spike_factor=0.5, keep_checkpoints=-5, checkpoint_interval=-5, warmup_iters=-5, seed=-1,
+                  max_bad_steps=0, optimizer='muon', dataloader_num_workers=-1)
+
+
+@pytest.mark.parametrize('key', IMPOSSIBLE)
+def test_settings_of_a_checkpoint_that_no_run_can_have(key, run, train, capsys):
+    """Of two kinds: out of range, and such that the tensors do not fit."""
+    edit_state(newest(run), **{f'config_{key}': IMPOSSIBLE[key]})
+    settings = ['--init_from=resume', f'--out_dir={run}', '--device=cpu', '--max_iters=6']
+    import train as trainer
+    config = checkpoint.read_state(newest(run))['config'] if not checkpoint.why_broken(newest(run)) else None
+    assert trainer.main(settings) == 2 if config else True
+    error = capsys.readouterr().err
+    assert not config or error.count('\n') == 1 and (key in error or 'it is not the checkpoint of such a run' in error), error
+
+
+@pytest.mark.parametrize('key', ['config', 'config_n_layer', 'config_vocab_size', 'config_arch_preset'])
+def test_a_state_without_a_shape(key, run, capsys):
+    path = newest(run)
+    with open(f'{path}/state.json', encoding='utf-8') as f:
+        state = json.load(f)
+    (state if key == 'config' else state['config']).pop(key.removeprefix('config_'))
+    with open(f'{path}/state.json', 'w', encoding='utf-8') as f:
+        json.dump(state, f)
+    seal(path)
+    import train as trainer
+    for command in (lambda: trainer.main(['--init_from=resume', '--resume_from=4', f'--out_dir={run}', '--device=cpu', '--max_iters=6']), lambda: sample.main([f'--out_dir={run}', '--step=4', '--device=cpu']),
+                    lambda: export.main([f'--out_dir={run}', '--step=4', f'--to={run}/hf'])):
+        assert command() == 2
+        assert capsys.readouterr().err.count('\n') == 1
+
+
+def bpe(**changes):
+    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [], 'normalizer': None, 'pre_tokenizer': None, 'post_processor': None, 'decoder': None,
+                       'model': {'type': 'BPE', 'vocab': {'a': 0, 'b': 1, 'ab': 2}, 'merges': ['a b']}, **changes}).encode()
+
+
+@pytest.mark.parametrize('content, message', [
+    (bpe(model={'type': 'BPE', 'vocab': {'a': 0, 'é': 1, 'aé': 2}, 'merges': ['a é'], 'continuing_subword_prefix': '#'}), 'merges without its continuing_subword_prefix'),
+    (bpe(model={'type': 'BPE', 'vocab': {'a': 0, 'b': 1, 'ab': 2}, 'merges': [['a', 'b']], 'continuing_subword_prefix': '########'}), 'merges without its continuing_subword_prefix'),
+    (bpe(model={'type': 'BPE', 'vocab': {'a': 0, 'b': 1, 'ab': 2}, 'merges': ['a b'], 'dropout': 0.5}), 'other ids of the same text each time'),
+    (bpe(normalizer={'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}), 'cannot be read|cannot encode'),
+    (bpe(normalizer={'type': 'Precompiled', 'precompiled_charsmap': 'BAAAAP////8AAAAA'}), 'cannot be read|cannot encode'),
+    (bpe(decoder={'type': 'Strip', 'content': 'b', 'start': 0, 'stop': 10**6}), 'cannot decode')], ids=range(6))
+def test_a_tokenizer_that_panics_is_refused(content, message, tmp_path):
+    (tmp_path / 'tokenizer.json').write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tokenizer = load_tokenizer(str(tmp_path))
+        tokenizer.decode(tokenizer.encode('abab'))
+        tokenizer.decode(tokenizer.encode('b'))
+
+
+def test_credentials_in_the_url_of_a_bucket_are_refused_and_hidden():
+    for url in ('s3://AKIA:hunter2/hunter2@bucket/x', 'gs://AKIA:hunter2@bucket/x'):
+        with pytest.raises(ConfigError, match='has a user or a password in it') as error:
+            files.open_url(url)
+        assert 'hunter2' not in str(error.value)
+
+
+def test_texts_of_a_checkpoint_are_one_line(run, capsys):
+    edit_state(newest(run), time='\x1b[2J\x1b[31mOWNED')
+    assert checkpoints.main([run]) == 1
+    said = capsys.readouterr().out
+    assert '\x1b' not in said and 'time is' in said

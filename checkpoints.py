@@ -83,6 +83,11 @@ def show(args):
 def copy(args):
     fs, runs = runs_of(args)
     to_fs, to_root = open_url(args.copy_to)
+    for run in runs if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem) else ():
+        for name in {checkpoint.read_state(checkpoint.path_of(run, step)).get('run_name') for step in steps_of(run, fs, args)
+                     if checkpoint.why_broken(checkpoint.path_of(run, step), 'size') is None} - {None}:
+            if f'{os.path.realpath(place_of_copy(run, name, to_root))}/'.startswith(f'{os.path.realpath(run)}/'):
+                raise ConfigError(f'--copy_to={args.copy_to} would put the copy of {run} into itself: give another folder')
     copied = there = broken = 0
     for run in runs:
         names = set()
@@ -110,7 +115,7 @@ def copy(args):
             target = place_of_copy(run, run_name, to_root)
             tried(lambda: copier.copy_logs(fs, run, to_fs, target, run_name), args.copy_to)
             print(f'{run_name} is at {redact(target)}', flush=True)
-    print(f'{copied} checkpoint{"s" * (copied != 1)} copied' + (f', {there} there already' if there else '') + (f', {broken} not whole' if broken else ''))
+    print(f'{copied} checkpoint{"s" * (copied != 1)} copied' + (f', {there} there already, verified' if there else '') + (f', {broken} not whole' if broken else ''))
     return 1 if broken else 0
 
 
@@ -123,7 +128,7 @@ def place_of_copy(run, run_name, to_root):
 def copy_one(fs, run, step, to_fs, target, run_name):
     """Copy a checkpoint and the logs of its run; return whether it was not there."""
     there = checkpoint.path_of(target, step)
-    new = copier.copy_checkpoint(fs, checkpoint.path_of(run, step), to_fs, there, lambda: copier.copy_logs(fs, run, to_fs, target, run_name), step)
+    new = copier.copy_checkpoint(fs, checkpoint.path_of(run, step), to_fs, there, lambda: copier.copy_logs(fs, run, to_fs, target, run_name), step, again=True)
     if isinstance(to_fs, LocalFileSystem):
         checkpoint.mark_fetched(there, redact(run))
     return new

@@ -26,7 +26,7 @@ import torch
 
 from data.tokenfile import read_meta
 from data.tokenizer import decode_after, same_tokenizer, tokenizer_of
-from engine import checkpoint, parallel, tasks
+from engine import checkpoint, kernels, parallel, tasks
 from engine.configurator import ConfigError
 from engine.dataset import check_fit, folder_of, open_dataset, shares_of
 from engine.files import parse_json
@@ -61,6 +61,7 @@ def run(args):
     if args.tokens < 0:
         raise ConfigError(f'--tokens={args.tokens} must not be negative')
     wanted = tasks.load_tasks(args.tasks, args.limit)
+    files_of_tasks = dict(word.strip().partition(':')[::2] for word in args.tasks.split(','))
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
     dataset = args.dataset or state and state['config'].get('dataset')
@@ -75,7 +76,9 @@ def run(args):
     say = print if world.main else (lambda *words: None)
     say(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters, {world.size} process{"es" * (world.size > 1)}')
     results = {'model': source, 'weights': identity(source, state), 'step': state and state['step'], 'time': now(), 'architecture': model.config.describe(),
-               'parameters': model.parameter_counts()['total']}
+               'parameters': model.parameter_counts()['total'],
+               'conditions': {'block_size': model.config.block_size, 'rope_scaling': model.config.rope_scaling, 'rope_factor': model.config.rope_factor, 'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.')}}
+    parallel.from_main(lambda: check_results(path, results), world)
 
     def keep():
         if world.main:
@@ -91,6 +94,7 @@ def run(args):
         if wanted:
             results['tasks'] = tasks.evaluate(wanted, model, args.batch_size, world.device, lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size)
             for name, found in results['tasks'].items():
+                found.update(file=files_of_tasks.get(name), limit=args.limit)
                 say(f"{name}: acc {100 * found['acc']:.2f} %, acc_norm {100 * found['acc_norm']:.2f} % of {found['items']} items")
             keep()
         if args.speed:
@@ -204,16 +208,33 @@ def synchronised(device):
     return time.perf_counter()
 
 
+def earlier_results(path):
+    """Return the object in the JSON file of earlier results, {} where there is none. Raises ConfigError for a file of another kind."""
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return {}
+    try:
+        with open(path, 'rb') as f:
+            before = parse_json(f.read())
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or 'weights' not in before:
+        raise ConfigError(f'{path} holds something else than results of evaluate.py: give another --json, or move it away')
+    return before
+
+
+def check_results(path, results):
+    """Raise ConfigError where the file of the results has some of the same weights that were measured under other conditions."""
+    before = earlier_results(path)
+    if before.get('weights') == results['weights'] and before.get('conditions') not in (None, results['conditions']):
+        was, now_is = ({key: value for key, value in each['conditions'].items() if value != other['conditions'].get(key)} if isinstance(each['conditions'], dict) else each['conditions']
+                       for each, other in ((before, results), (results, before)))
+        raise ConfigError(f'{path} holds results under other conditions, {was} where this is {now_is}: give another --json, or move it away')
+
+
 def record(path, results):
     """Add `results` to the JSON file of this checkpoint; what was measured of the same weights before and not now stays, other data sets' losses too."""
-    before = {}
-    if os.path.isfile(path):
-        try:
-            with open(path, 'rb') as f:
-                before = parse_json(f.read())
-        except ValueError:
-            pass  # half-written by something else: made anew
-    if isinstance(before, dict) and before.get('weights') == results['weights']:
+    before = earlier_results(path)
+    if before.get('weights') == results['weights']:
         together = {key: {**earlier, **results.get(key, {})} for key in ('tasks', 'losses') if isinstance(earlier := before.get(key, {}), dict)}
         results = {**before, **results, **together}
     checkpoint.replace_file(path, json.dumps(results, indent=2).encode())

@@ -23,7 +23,7 @@ import huggingface
 from data.tokenizer import TEMPLATES, TEXTS
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
-from engine.files import is_whole
+from engine.files import is_whole, replacing
 from engine.run_json import read_records
 from engine.report import size_of
 from model import Model
@@ -58,13 +58,14 @@ def run(args):
     except (KeyError, TypeError) as error:
         raise ConfigError(f'{path}/state.json does not say what a model card needs ({type(error).__name__}: {error}): it is not the checkpoint of a run') from None
     print(f'{path} as {kind}, {args.dtype}')
+    os.makedirs(args.to, exist_ok=True)
+    with replacing(os.path.join(args.to, 'README.md'), 'w') as f:  # first: by it this command knows its folders
+        f.write(readme)
     huggingface.write(args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size)
     clear_leftovers(args.to)
     for note in save_for_transformers(tokenizer, args.to):
         print(f'WARNING: the exported tokenizer may give other ids than sentencepiece for {note}')
     keep_generation_settings(tokenizer, args.to, shape.vocab_size)
-    with open(os.path.join(args.to, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(readme)
     if not args.no_check:
         print(check(args.to, shape, tokenizer))
     if args.push_to_hub:
@@ -81,6 +82,9 @@ def check_folder(folder):
     try:
         new = not os.path.exists(folder)
         os.makedirs(folder, exist_ok=True)
+        others = [name for name in sorted(os.listdir(folder)) if not name.startswith('.')]
+        if others and not is_export(folder):
+            raise ConfigError(f'--to={folder} holds {", ".join(others[:3])}{" and more" * (len(others) > 3)}, which no export wrote: give a new folder')
         for name in ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'README.md'):
             if os.path.isdir(os.path.join(folder, name)):
                 raise IsADirectoryError(0, f'{name} there is a folder')
@@ -92,9 +96,20 @@ def check_folder(folder):
         raise ConfigError(f'--to={folder} cannot be written to ({error.strerror}): give another folder') from None
 
 
+def is_export(folder):
+    """Whether the model card in `folder` is one that this command wrote, and nothing there is of a run, a data set or the project."""
+    path = os.path.join(folder, 'README.md')
+    if any(os.path.exists(os.path.join(folder, name)) for name in ('train.py', 'checkpoints', 'meta.pkl')) or not os.path.isfile(path):
+        return False
+    with open(path, encoding='utf-8', errors='replace') as f:
+        return TITLE in f.read(2000)
+
+
+TITLE = '# A language model trained with onetrain'
 # what an export before, or another program, may have left in the folder, and what readers would take for part of this model
 LEFTOVERS = ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'chat_template.json', 'adapter_config.json', 'adapter_model.safetensors', 'processor_config.json',
-             'preprocessor_config.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'merges.txt', 'tekken.json', 'tiktoken.model', 'pytorch_model.bin', 'evaluation.json')
+             'preprocessor_config.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'merges.txt', 'tekken.json', 'tiktoken.model', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'params.json',
+             'consolidated.safetensors', 'evaluation.json')
 SAMPLING = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
@@ -187,7 +202,7 @@ def card(shape, state, log, kind):
         ('software', f"onetrain, torch {state['versions']['torch']}"),
     ]
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
-    return (f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# A language model trained with onetrain\n\n| | |\n|---|---|\n{table}\n\n'
+    return (f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| | |\n|---|---|\n{table}\n\n'
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nname = 'THIS_FOLDER'\ntokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
             "ids = tokenizer('Once', return_tensors='pt', return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))\n```\n")
 

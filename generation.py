@@ -56,7 +56,7 @@ def text_of(path, said):
     if not os.path.isfile(path):
         raise ConfigError(f'{said}{path}: no such file')
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             return f.read()
     except UnicodeDecodeError as error:
         raise ConfigError(f'{said}{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}): '

@@ -20,7 +20,7 @@ import torch
 
 import huggingface
 from data.tokenfile import read_meta
-from data.tokenizer import decode_after, load_tokenizer, tokenizer_of
+from data.tokenizer import decode_after, ids_digest, load_tokenizer, tokenizer_of
 from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, shortened
@@ -66,7 +66,10 @@ def tokenizer_of_run(state):
     folder, meta = data_of(state['config'])
     trained_with = state.get('data', {}).get('train', {}).get('fingerprint')
     same = len(shares_of(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get('train') in (None, trained_with)
-    return tokenizer_of(folder, meta), meta, None if same else f'{folder} is not the data that this model was trained with'
+    tokenizer, gave = tokenizer_of(folder, meta), state.get('token_ids')
+    if gave and ids_digest(tokenizer) != gave:
+        return tokenizer, meta, f'the tokenizer of {folder} gives other ids than the one that this model was trained with'
+    return tokenizer, meta, None if same else f'{folder} is not the data that this model was trained with'
 
 
 def load_state(out_dir, step):

@@ -267,6 +267,7 @@ def run(argv, stop):
     data_folder = folder_of(c.dataset, ROOT)
     parallel.same({f'{split}.bin': what for split, what in data.items()} | {'folder': data_folder}, 'the data', world)
     tokenizer_id = parallel.from_main(lambda: tokenizer_match.tokenizer_identity(data_folder, meta), world)
+    token_ids = parallel.from_main(lambda: tokenizer_match.digest_of_dataset(data_folder), world)
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     if resumed:
         parallel.from_main(lambda: tokenizer_match.check_resumed(resumed, data_folder, meta, c.dataset, notes), world)
@@ -439,7 +440,7 @@ def run(argv, stop):
         nonlocal saved_step
         state = {'run_name': run_name, 'branch': lineage, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': resume.config_record(c),
                  'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(),
-                 'data': data, 'windows': windows, 'tokenizer': tokenizer_id, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
+                 'data': data, 'windows': windows, 'tokenizer': tokenizer_id, 'token_ids': token_ids, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
                  'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
         due = time.perf_counter()
         settle(saver.wait())  # one save at a time

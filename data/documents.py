@@ -299,14 +299,32 @@ def read(unit, text_field='text'):
 def _text(f, unit):
     f.seek(unit.begin)
     content = f.read(unit.end - unit.begin)
-    if content.count(0) > len(content) // 10:
-        raise ValueError(f'{unit.path} has a NUL in every {len(content) // content.count(0)} bytes, as UTF-16 without a byte order mark has, expected UTF-8: '
-                         f'convert it, `iconv -f UTF-16LE -t UTF-8 {unit.path} > NEW`')
+    _refuse_utf16(content, unit.path)
     try:
         return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True).decode(content, final=True)
     except UnicodeDecodeError as error:
         raise ValueError(f'{unit.path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {unit.begin + error.start:,}): '
                          f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
+
+
+_CONTROLS = bytes({*range(32)} - {*b'\t\n\r\f\v\x1b'})  # what no text has; a terminal's colours begin with the last
+
+
+def _refuse_utf16(content, path):
+    """Raise ValueError for bytes that are UTF-16 without a byte order mark, much of which is UTF-8 as well.
+
+    Every second byte is then that of a script, such as 00 of Latin letters, 04 of Cyrillic or 06 of Arabic ones.
+    """
+    head = np.frombuffer(content, np.uint8, min(len(content), 2**20) // 2 * 2)
+    for name, half in (('UTF-16LE', head[1::2]), ('UTF-16BE', head[0::2])):
+        often = int(np.bincount(half).argmax()) if len(half) >= 16 else 255
+        if often < 16 and often not in b'\n\r' and (half == often).sum() > 0.6 * len(half):
+            raise ValueError(f'{path} has the byte {often:02x} at most {"odd" if name == "UTF-16LE" else "even"} places, as {name} without a byte order mark has, '
+                             f'expected UTF-8: convert it, `iconv -f {name} -t UTF-8 {path} > NEW`')
+    controls = len(content) - len(content.translate(None, _CONTROLS))
+    if controls > len(content) // 20:
+        raise ValueError(f'{path} has {100 * controls / len(content):.0f} % control characters, so it is no text in UTF-8: convert it, '
+                         f'for instance with `iconv -f UTF-16LE -t UTF-8 {path} > NEW`')
 
 
 def _json_rows(f, unit, field):
@@ -401,7 +419,9 @@ def _parquet_rows(f, unit, field):
             kind = kind.field(name).type if kind is not None and pyarrow.types.is_struct(kind) and name in [kind.field(i).name for i in range(kind.num_fields)] else None
         if kind is None:
             raise ValueError(f'{unit.path} has no column {field!r}: name one of {", ".join(names)} with --text_field, as a.b for b within a')
-        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        encoded = pyarrow.types.is_dictionary(kind)  # as pandas writes a category
+        kind = kind.value_type if encoded else kind
+        text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
         groups = range(unit.begin, unit.end)
         rows, number = sum(file.metadata.row_group(i).num_rows for i in groups), 0
         try:
@@ -409,6 +429,8 @@ def _parquet_rows(f, unit, field):
                 column = batch.column(0)
                 for name in path[1:]:
                     column = pyarrow.compute.struct_field(column, name)
+                column = column.dictionary_decode() if encoded else column
+                column = column.cast(pyarrow.large_string()) if pyarrow.types.is_string_view(kind) else column
                 for value in (column.cast(pyarrow.large_binary()) if text else column).to_pylist():
                     number += 1
                     yield Row(*_decoded(value, field), unit.size * number // rows)
@@ -454,7 +476,7 @@ def _without_padding(rows, arrays, path):
     """A bool array over `rows`: True where a token is no padding, as attention_mask and sequence_lengths say. Raises ValueError."""
     kept = np.ones(rows.shape, bool)
     if (mask := arrays.get('attention_mask')) is not None:
-        if mask.size != rows.size or mask.dtype.kind not in 'biuf':
+        if mask.shape not in (rows.shape, arrays[TOKENS].shape) or mask.dtype.kind not in 'biuf':
             raise ValueError(f'{path}: attention_mask is {mask.dtype} of shape {mask.shape}, expected numbers of the shape of {TOKENS}, {rows.shape}')
         kept &= mask.reshape(rows.shape) != 0
     if (lengths := arrays.get('sequence_lengths')) is not None:
@@ -467,7 +489,7 @@ def _without_padding(rows, arrays, path):
 def _overlap(rows, stride):
     """How many tokens a row repeats of the one before: what the array `stride` leaves of a row, or None: what all of the first rows repeat; 0 for none."""
     width = rows.shape[1]
-    if stride is not None and stride.size == 1 and 0 < int(stride.reshape(-1)[0]) < width:
+    if stride is not None and stride.size == 1 and stride.dtype.kind in 'iu' and 0 < int(stride.reshape(-1)[0]) < width:
         return width - int(stride.reshape(-1)[0])
     first = rows[:8]
     if len(first) < 3 or (first == first[0]).all():

@@ -20,6 +20,7 @@ Each class below has
 import contextlib
 import difflib
 import glob
+import hashlib
 import importlib
 import os
 import re
@@ -108,6 +109,30 @@ def decode_after(tokenizer, before, ids):
 # what tokenizers read differently
 TEXTS = ('def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n', '', ' ', '  a ', 'a\tb\r\nc', '12345 1234567890', '①\u0301 ｶﾞ か\u3099 ﬁ Å', '▁', 'a▁b', '日本語のテキスト', '😀 👩‍👩‍👧',
          '\u200b\ufeff\x01', 'The  quick\n\n\nbrown   fox', "it's we'll I'M")
+
+
+def _pairs_and_alphabets():
+    pairs = ''.join(chr(a) + chr(b) for a in range(32, 127) for b in range(32, 127))
+    ranges = (0xa1, 0x250), (0x391, 0x460), (0x5d0, 0x5eb), (0x621, 0x64b), (0x904, 0x940), (0xe01, 0xe31), (0x3041, 0x3097), (0x4e00, 0x4f00), (0xac00, 0xac80)
+    text = pairs + ''.join(chr(i) for begin, end in ranges for i in range(begin, end))
+    return ' '.join(text[i:i + 20] for i in range(0, len(text), 20))
+
+
+def ids_digest(tokenizer):
+    """Return a text that is another one for tokenizers which give other ids, as far as texts of many scripts tell.
+
+    It stands in the checkpoints of a run. An encoding of tiktoken, which may not be on this machine, is known by its name.
+    """
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return f'tiktoken {tokenizer.name}'
+    found = [tokenizer.vocab_size, tokenizer.eot_id]
+    for text in (*TEXTS, _pairs_and_alphabets()):
+        known = ''.join(c for c in text if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else text
+        try:
+            found.append(tokenizer.encode(known).tolist())
+        except ValueError:
+            found.append(None)
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def same_tokenizer(a, b):

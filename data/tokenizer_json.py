@@ -62,7 +62,7 @@ def _cleaned(tokenizer):
         if isinstance(token, str) and token in known:  # another would be added behind the vocabulary of the model
             config[name] = token
     config['eos_token'] = config['bos_token'] = tokenizer.eot_token
-    config.update({key: theirs[key] for key in ('chat_template', 'padding_side') if key in theirs})
+    config.update({key: theirs[key] for key in ('chat_template', 'padding_side', 'truncation_side', 'split_special_tokens') if key in theirs})
     return {'tokenizer.json': json.dumps(described, ensure_ascii=False).encode(), 'tokenizer_config.json': json.dumps(config, indent=2).encode(),
             **{name: tokenizer.files[name] for name in tokenizer.files if name.endswith('.jinja')}}
 

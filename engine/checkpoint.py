@@ -189,7 +189,7 @@ _FLAG = (lambda value: isinstance(value, bool), 'true or false')
 _LINEAGE = (lambda value: isinstance(value, str) and bool(re.fullmatch(r'\d{8}T\d{6}\.\d{6}Z', value)), 'a time such as 20261125T101500.000000Z')
 _FORMAT = (lambda value: is_whole(value, 1, FORMAT), f'1 to {FORMAT}; a later one needs a later version of onetrain')
 _STATE = {'format': _FORMAT, 'step': _WHOLE, 'run_name': _TEXT, 'branch': _LINEAGE, 'position': _WHOLE, 'tokens': _WHOLE, 'tokens_per_step': _WHOLE,
-          'threads': _WHOLE, 'world_size': _WHOLE, 'config': _DICT, 'best_val_loss': _LOSS, 'scaler': _DICT, 'data': _DICT, 'windows': _TEXT, 'tokenizer': _TEXT_OR_NULL,
+          'threads': _WHOLE, 'world_size': _WHOLE, 'config': _DICT, 'best_val_loss': _LOSS, 'scaler': _DICT, 'data': _DICT, 'windows': _TEXT, 'tokenizer': _TEXT_OR_NULL, 'token_ids': _TEXT_OR_NULL,
           'optimizer': _TEXT, 'time': _TEXT, 'versions': _DICT}
 # keys of the configuration that commands read, beside those of the model's shape, which presets.resolve_shape() checks
 _CONFIG = {'dataset': _TEXT, 'max_iters': _WHOLE, 'total_batch_size': _WHOLE, 'learning_rate': _NUMBER, 'min_lr': _NUMBER, 'weight_decay': _NUMBER,

@@ -53,14 +53,16 @@ def probe(url, out_dir, patience=60.0):
                           f'rights, or leave --upload_to out')
 
 
-def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, step=None):
+def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, step=None, again=False):
     """Copy the checkpoint folder `here` of the file system fs to `there` of to_fs; return False if it was there already.
 
     Every file is read back and compared with the manifest, which comes last. before_manifest: called when all else is there.
-    Raises ValueError for what does not read back, and what the file systems raise.
+    again: whether the files of a copy that is there are read too, and those that are damaged copied. Raises ValueError for what does not read back, and what the file systems raise.
     """
     expected, manifest = checkpoint.read_manifest(here, fs)['files'], fs.cat_file(f'{here}/manifest.json')
     new = not _equals(to_fs, f'{there}/manifest.json', manifest)
+    if again and not new:
+        new = not all(_has(to_fs, f'{there}/{name}', entry) for name, entry in expected.items())
     if new:
         if to_fs.isfile(f'{there}/manifest.json'):  # of a lineage that this run left: no mixture may look whole
             to_fs.rm_file(f'{there}/manifest.json')

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from engine import kernels
 from engine.configurator import ConfigError, nearest
-from engine.files import parse_json
+from engine.files import is_whole, parse_json
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def _hellaswag(line):
     def clean(text):  # traces of WikiHow's headings
         return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
     question = clean(f"{_text(line, 'activity_label')}: {_text(line, 'ctx_a')} {_text(line, 'ctx_b').capitalize()}")
-    return _item(question, [clean(ending) for ending in _texts(line['endings'], 'endings')], int(line['label']))
+    return _item(question, [clean(ending) for ending in _texts(line['endings'], 'endings')], _number(line['label']))
 
 
 def _arc(line):
@@ -45,13 +45,22 @@ def _openbookqa(line):
 
 
 def _piqa(line):
-    return _item(f"Question: {_text(line, 'goal')}\nAnswer:", [_text(line, 'sol1'), _text(line, 'sol2')], int(line['label']))
+    return _item(f"Question: {_text(line, 'goal')}\nAnswer:", [_text(line, 'sol1'), _text(line, 'sol2')], _number(line['label']))
 
 
 def _text(line, key):
     if not isinstance(line[key], str):
         raise ValueError(f'{key} is a {type(line[key]).__name__}, expected a text')
     return line[key]
+
+
+def _number(label):
+    """The index that a label states: a whole number, or one written as text, as the hub has it."""
+    if is_whole(label):
+        return label
+    if isinstance(label, str) and label.isascii() and label.isdecimal():
+        return int(label[:9])
+    raise ValueError(f'label is {str(label)[:40]!r}, expected the number of a choice')
 
 
 def _texts(value, key):
@@ -96,6 +105,8 @@ def load_tasks(words, limit=None):
         name, _, path = word.partition(':')
         if name not in TASKS:
             raise ConfigError(f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)}; others through `lm_eval` on the folder that export.py writes')
+        if name in tasks:
+            raise ConfigError(f'the task {name} is named twice: ask one file at a time')
         lines = _lines_of_file(path) if path else _lines_of_hub(name)
         items = []
         for number, line in itertools.islice(lines, limit):

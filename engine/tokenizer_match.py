@@ -9,7 +9,7 @@ import os
 import pathlib
 
 from data.tokenfile import read_meta
-from data.tokenizer import load_tokenizer, same_tokenizer, tokenizer_of
+from data.tokenizer import ids_digest, load_tokenizer, same_tokenizer, tokenizer_of
 from engine.configurator import ConfigError
 from engine.files import inside
 
@@ -75,11 +75,26 @@ def check_weights(hf_folder, data_folder, dataset):
     return f'their tokenizer gives the ids of {dataset}'
 
 
+def digest_of_dataset(folder):
+    """Return ids_digest() of the tokenizer of a data set, None where it is not known."""
+    stated = read_meta(folder).get('tokenizer')
+    if isinstance(stated, dict) and stated.get('kind') == 'tiktoken':
+        return f"tiktoken {stated.get('name')}"  # loading it may mean to fetch it
+    tokenizer, _ = load_of_dataset(folder)
+    return None if tokenizer is None else ids_digest(tokenizer)
+
+
 def check_resumed(resumed, folder, meta, dataset, notes):
     """Raise ConfigError if the data that a run resumes with were made with another tokenizer than those it was trained with.
 
     resumed: the state of its checkpoint; folder, meta: of the data set now.
     """
+    gave, gives = resumed.get('token_ids'), digest_of_dataset(folder)
+    if gave and gives and gave.startswith('tiktoken') == gives.startswith('tiktoken'):
+        if gave != gives:
+            raise ConfigError(f'the tokenizer of {dataset} gives other ids than the one that this run was trained with: prepare the data with the same '
+                              f'--tokenizer, or give the --dataset it had')
+        return
     was, now = resumed.get('tokenizer'), tokenizer_identity(folder, meta)
     if was is None or was == now:
         return

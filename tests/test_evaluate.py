@@ -10,6 +10,7 @@ from test_export import hugging_face_like
 
 import evaluate
 import export
+import generation
 import sample
 from data.tokenfile import TokenFileWriter
 from engine import tasks
@@ -165,6 +166,38 @@ def test_results_are_kept_for_the_same_weights_only(trained, tmp_path, capsys):
     assert evaluate.main([f'--out_dir={trained}/run', *common, '--no_loss', f'--json={tmp_path}/new/folder/x.json']) == 0 and (tmp_path / 'new' / 'folder' / 'x.json').exists()
 
 
+def test_results_under_other_conditions_are_not_mixed(trained, tmp_path, capsys):
+    common = [f'--out_dir={trained}/run', '--device=cpu', '--tokens=100', f'--json={tmp_path}/x.json']
+    assert evaluate.main(common) == 0
+    before = json.loads((tmp_path / 'x.json').read_text())
+    assert before['conditions'] == {'block_size': 64, 'rope_scaling': 'none', 'rope_factor': 1.0, 'dtype': 'float32'}
+    for more, words in ((['--block_size=4'], "{'block_size': 64} where this is {'block_size': 4}"), (['--dtype=bfloat16'], "{'dtype': 'float32'} where this is {'dtype': 'bfloat16'}")):
+        capsys.readouterr()
+        assert evaluate.main([*common, *more]) == 2 and words in capsys.readouterr().err
+    assert json.loads((tmp_path / 'x.json').read_text()) == before
+    for name, content in (('notes.txt', 'keep'), ('other.json', '{"a": 1}'), ('list.json', '[1]')):
+        (tmp_path / name).write_text(content)
+        assert evaluate.main([*common, f'--json={tmp_path}/{name}']) == 2 and 'holds something else than results of evaluate.py' in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize('label', [0.9, True, '-1', '1.0', '²', None, [0]])
+def test_labels_are_whole_numbers(tmp_path, label):
+    for number, right in enumerate((0, '1')):
+        (tmp_path / 'a.jsonl').write_text(json.dumps({'goal': 'a', 'sol1': 'b', 'sol2': 'c', 'label': right}) + '\n')
+        assert tasks.load_tasks(f'piqa:{tmp_path}/a.jsonl')['piqa'][0].answer == number
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'goal': 'a', 'sol1': 'b', 'sol2': 'c', 'label': label}) + '\n')
+    with pytest.raises(ConfigError, match='line 1: not an item of piqa'):
+        tasks.load_tasks(f'piqa:{tmp_path}/a.jsonl')
+    with pytest.raises(ConfigError, match='piqa is named twice'):
+        tasks.load_tasks(f'piqa:{FILES["piqa"]},piqa:{tmp_path}/a.jsonl')
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfThe')
+    assert generation.lines_of(str(tmp_path / 'a.txt'), '') == ['The']
+
+
 def test_data_of_another_tokenizer_and_tasks_it_cannot_spell(trained, dataset, tmp_path, capsys):
     assert evaluate.main([f'--out_dir={trained}/run', '--device=cpu', f'--dataset={dataset}']) == 2
     assert 'was made with another tokenizer than the model' in capsys.readouterr().err
@@ -199,4 +232,4 @@ def test_tasks_at_evaluations_of_a_run(trained, tmp_path, layout):
     found = records(tmp_path / 'run', 'eval')[-1]['tasks']
     assert ', hellaswag ' in output and found['piqa']['items'] == 4
     assert evaluate.main([f'--out_dir={tmp_path}/run', '--device=cpu', f'--tasks={WORDS}', '--limit=4', f'--json={tmp_path}/x.json', '--no_loss']) == 0
-    assert json.loads((tmp_path / 'x.json').read_text())['tasks'] == found
+    assert json.loads((tmp_path / 'x.json').read_text())['tasks'] == {name: {**one, 'file': dict(word.split(':') for word in WORDS.split(','))[name], 'limit': 4} for name, one in found.items()}

@@ -12,7 +12,7 @@ from conftest import ROOT, TEXT, records, run_train
 import export
 import huggingface
 import sample
-from data.tokenizer import BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, tokenizer_of
+from data.tokenizer import BytesTokenizer, CharTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, TiktokenTokenizer, ids_digest, same_tokenizer, tokenizer_of
 from data.tokenizer_json import byte_characters, save_for_transformers
 from engine.tokenizer_match import tokenizer_identity
 from generation import generate
@@ -205,6 +205,37 @@ def test_a_link_in_the_tokenizer_of_a_data_set_is_not_published(tmp_path):
     (tmp_path / 'tokenizer' / 'chat_template.jinja').symlink_to(tmp_path / 'secret')
     with pytest.raises(ValueError, match='chat_template.jinja is a link'):
         tokenizer_of(str(tmp_path), meta)
+
+
+def test_a_folder_of_something_else_is_not_written_over(dataset, tmp_path, capsys):
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=2', '--eval_interval=2') == 0
+    (tmp_path / 'project').mkdir()
+    for name in ('README.md', 'vocab.json', 'config.json'):
+        (tmp_path / 'project' / name).write_text('mine')
+    for folder in ('project', 'run'):
+        capsys.readouterr()
+        assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/{folder}', '--no_check']) == 2 and 'which no export wrote' in capsys.readouterr().err
+    assert sorted((path.name, path.read_text()) for path in (tmp_path / 'project').iterdir()) == [('README.md', 'mine'), ('config.json', 'mine'), ('vocab.json', 'mine')]
+    for _ in range(2):
+        assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/new', '--no_check']) == 0
+
+
+def test_tokenizers_that_differ_in_more_than_words_are_not_the_same(tmp_path):
+    """In the end of a text, in what is done to characters, and in two ids."""
+    (tmp_path / 'one').mkdir()
+    one = hugging_face_like('The quick brown fox; some text to make words of', tmp_path / 'one')
+    described = json.loads((tmp_path / 'one' / 'tokenizer.json').read_text())
+    vocabulary = described['model']['vocab']
+    swapped = {**vocabulary, 'q': vocabulary['u'], 'u': vocabulary['q']}
+    others = {'end': (described, '{"eos_token": "q"}'), 'normalizer': ({**described, 'normalizer': {'type': 'NFKC'}}, None), 'ids': ({**described, 'model': {**described['model'], 'vocab': swapped}}, None)}
+    for name, (tokenizer, config) in others.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'tokenizer.json').write_text(json.dumps(tokenizer))
+        (tmp_path / name / 'tokenizer_config.json').write_text(config or '{"eos_token": "</s>"}')
+        other = HuggingFaceTokenizer.of_folder(str(tmp_path / name))
+        assert not same_tokenizer(one, other) and ids_digest(one) != ids_digest(other), name
+    again = HuggingFaceTokenizer.of_folder(str(tmp_path / 'one'))
+    assert same_tokenizer(one, again) and ids_digest(one) == ids_digest(again)
 
 
 def test_a_character_that_an_exported_tokenizer_does_not_know_is_refused(tmp_path):

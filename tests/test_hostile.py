@@ -409,8 +409,23 @@ def test_copies_go_both_ways(run, tmp_path, capsys):
     assert f'{name} is at {back}/run/{name}' in out and checkpoint.steps(f'{back}/run/{name}') == [4]
     path = checkpoint.path_of(f'{back}/run/{name}', 4)
     assert checkpoint.why_broken(path) is None and os.path.isfile(f'{path}/fetched.json') and os.path.isfile(f'{back}/run/{name}/{name}.json')
-    assert checkpoints.main([there, f'--copy_to={back}']) == 0 and '1 checkpoint copied, 1 there already' in capsys.readouterr().out
+    assert checkpoints.main([there, f'--copy_to={back}']) == 0 and '1 checkpoint copied, 1 there already, verified' in capsys.readouterr().out
     assert checkpoints.main([there, f'--copy_to={back}', '--step=3']) == 2 and 'has no checkpoint of step 3' in capsys.readouterr().err
+
+
+def test_a_copy_that_was_damaged_is_made_again(run, tmp_path, capsys):
+    assert checkpoints.main([run, f'--copy_to={tmp_path}/cp']) == 0
+    file = max(glob.glob(f'{tmp_path}/cp/**/*.distcp', recursive=True), key=os.path.getsize)
+    content = bytearray(open(file, 'rb').read())
+    content[len(content) // 2] ^= 1
+    with open(file, 'wb') as f:
+        f.write(content)
+    capsys.readouterr()
+    assert checkpoints.main([run, f'--copy_to={tmp_path}/cp']) == 0 and '1 checkpoint copied, 1 there already, verified' in capsys.readouterr().out
+    assert checkpoints.main([f'{tmp_path}/cp']) == 0
+    for place in (run, f'file://{run}', os.path.dirname(run)):
+        assert checkpoints.main([run, f'--copy_to={place}']) == 2 and 'into itself' in capsys.readouterr().err
+    assert not os.path.exists(f'{run}/run')
 
 
 def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(tmp_path):

@@ -1,6 +1,7 @@
 """Proves that preparing data counts what it loses, and stops where that is much: encodings, characters without an id, padding, overlaps, flipped bytes."""
 import io
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -51,10 +52,30 @@ def test_other_encodings_are_named_with_the_command(name, encoding, tmp_path):
         texts_of(tmp_path / name)
 
 
-def test_utf_16_without_a_mark_is_no_text(tmp_path):
-    (tmp_path / 'a.txt').write_bytes('a text of some length'.encode('utf-16-le'))
-    with pytest.raises(ValueError, match='as UTF-16 without a byte order mark has'):
+SCRIPTS = {'latin': 'a text of some length\n', 'cyrillic': 'Все счастливые семьи похожи друг на друга, каждая несчастливая.\n', 'greek': 'Όλες οι ευτυχισμένες οικογένειες μοιάζουν\n',
+           'arabic': 'كل العائلات السعيدة تتشابه لكن كل عائلة تعيسة\n', 'hebrew': 'כל המשפחות המאושרות דומות זו לזו\n', 'hindi': 'सभी सुखी परिवार एक जैसे होते हैं\n'}
+
+
+@pytest.mark.parametrize('encoding', ['utf-16-le', 'utf-16-be'])
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_utf_16_without_a_mark_is_no_text(tmp_path, script, encoding):
+    (tmp_path / 'a.txt').write_bytes((SCRIPTS[script] * 9).encode(encoding))
+    with pytest.raises(ValueError, match=f"as {encoding.upper().replace('-L', 'L').replace('-B', 'B')} without a byte order mark has"):
         texts_of(tmp_path / 'a.txt')
+    (tmp_path / 'b.txt').write_text(SCRIPTS[script] * 9, encoding='utf-8')
+    assert texts_of(tmp_path / 'b.txt') == [(SCRIPTS[script] * 9, None)]
+
+
+def test_what_is_odd_and_text_all_the_same(tmp_path):
+    for text in ('1\n2\n3\n' * 50, '\x1b[31mred\x1b[0m\n' * 20, 'a\0b ' * 3 + 'c' * 90, '\t' * 9, 'x' * 40, '\r\n' * 30):
+        (tmp_path / 'a.txt').write_bytes(text.encode())
+        assert texts_of(tmp_path / 'a.txt') == [(text.replace('\r\n', '\n'), None)]
+    (tmp_path / 'a.txt').write_bytes(bytes(range(32)) * 9)
+    with pytest.raises(ValueError, match='% control characters, so it is no text'):
+        texts_of(tmp_path / 'a.txt')
+
+
+def test_json_in_utf_16_is_a_problem_of_each_line(tmp_path):
     (tmp_path / 'a.jsonl').write_bytes('{"text": "a"}\n'.encode('utf-16-le') * 20)
     assert all(content is None and problem for content, problem in texts_of(tmp_path / 'a.jsonl'))
 
@@ -106,6 +127,26 @@ def test_npz_rows_without_padding_and_without_overlap(tmp_path):
         np.savez(tmp_path / 'odd.npz', input_ids=rows, **odd)
         with pytest.raises(ValueError, match='expected'):
             texts_of(tmp_path / 'odd.npz')
+
+
+def test_arrays_of_another_shape_or_kind_are_refused(tmp_path):
+    rows = np.arange(1, 25).reshape(4, 6)
+    np.savez(tmp_path / 'a.npz', input_ids=rows, attention_mask=np.ones((6, 4)))
+    with pytest.raises(ValueError, match=r'expected numbers of the shape of input_ids, \(4, 6\)'):
+        texts_of(tmp_path / 'a.npz')
+    np.savez(tmp_path / 'b.npz', input_ids=rows, stride=np.array(1 + 2j))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert [row.tolist() for row, _ in texts_of(tmp_path / 'b.npz')] == rows.tolist()
+
+
+def test_columns_of_any_kind_of_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    texts = ['one', 'two', 'one', 'größe']
+    for number, column in enumerate((pyarrow.array(texts), pyarrow.array(texts).dictionary_encode(), pyarrow.array(texts, pyarrow.string_view()), pyarrow.array(texts, pyarrow.large_string()))):
+        pyarrow.parquet.write_table(pyarrow.table({'text': column}), tmp_path / f'{number}.parquet')
+        assert texts_of(tmp_path / f'{number}.parquet') == [(text, None) for text in texts]
 
 
 def test_a_flipped_byte_in_a_part_is_made_again(tmp_path):

@@ -6,8 +6,9 @@ Lists checkpoints, in a folder or a bucket, and copies them from anywhere to any
     python checkpoints.py out-demo --copy_to=s3://bucket/runs       all that are whole, verified after the copy
     python checkpoints.py s3://bucket/runs --copy_to=back --step=2000   the way back, one step
 
-A copy of a run is at COPY_TO/NAME/RUN, where NAME is that of its out_dir; there `python sample.py --out_dir=` reads it. What
-is there already is not copied again, so the same command goes on where it was interrupted.
+A copy of a run is at COPY_TO/NAME/RUN, where NAME is that of its out_dir; there `python sample.py --out_dir=` reads it if its
+data set is one of data/ by its name. What is there already is verified and not copied again, so the same command goes on where
+it was interrupted.
 Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used, 130 Ctrl-C.
 """
 from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly

@@ -134,7 +134,9 @@ def _check_types(given):
         kinds = typing.get_args(kind) or (kind,)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         fits = isinstance(value, bool) if bool in kinds else isinstance(value, str) if str in kinds else number and (float in kinds or isinstance(value, int))
-        if not fits or number and not abs(value) < 2**63:  # nan is not
+        if fits and number and not abs(value) < 2**63:  # nan is not
+            raise ConfigError(f'{name}={shortened(value)} must be a number below 2**63')
+        if not fits:
             raise ConfigError(f'{name}={shortened(value)} is {a_type(value)}, expected {" or ".join(k.__name__ for k in kinds if k is not type(None))}')
         if name in _CHOICES and value not in _CHOICES[name]:
             raise ConfigError(f'{name}={shortened(value)} is not one of {", ".join(_CHOICES[name])}')

@@ -12,10 +12,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
 from engine.command_line import run_command  # noqa: E402
 
+import argparse  # noqa: E402
+
 import test_memory  # noqa: E402
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = test_memory.table(test_memory.LAYOUTS)
     print('| layout | ranks | parameters | gradients | optimizer state | all of it, share of one process |\n|---|---|---|---|---|---|')
     for (layout, size), row in rows.items():

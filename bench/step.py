@@ -1,14 +1,16 @@
 """train.py's step on one process, in pieces that can be timed, for any recipe; and what its matmuls alone take. What bench/throughput.py and bench/peers.py measure."""
-import dataclasses
 import os
-import statistics
 import sys
-
-import numpy as np
-import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+from engine.command_line import run_command  # noqa: E402, F401 (first: a Ctrl-C while libraries are imported ends the process quietly)
+
+import dataclasses  # noqa: E402
+import statistics  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 import train  # noqa: E402
 from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402

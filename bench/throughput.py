@@ -8,6 +8,8 @@ Speed of a recipe on this machine, one process: tokens per second, model FLOPs u
 Takes all keys of train.py, and those below. Data are random ids of the recipe's vocabulary. The speed is the median of whole iterations without
 a pause; the pieces are timed in others that wait for the device after each, so they add up to a little more.
 """
+from step import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
 import argparse
 import dataclasses
 import json
@@ -91,5 +93,4 @@ def measure(c, folder, largest, iterations, warmup):
 
 
 if __name__ == '__main__':
-    from engine.command_line import run_command
     sys.exit(run_command(lambda argv: main(argv) and None))

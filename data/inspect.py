@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 
 from data.tokenfile import read_meta, token_dtype  # noqa: E402
 from data.tokenizer import tokenizer_of  # noqa: E402
-from engine.dataset import LocalFile, Tokens  # noqa: E402
+from engine.dataset import LocalFile, Tokens, fingerprint_of_pieces  # noqa: E402
 from engine.files import replacing  # noqa: E402
 
 STRETCH = 2**20  # tokens
@@ -75,7 +75,8 @@ def open_split(folder, split):
         size = os.path.getsize(os.path.join(folder, name))
         if not size or size % dtype.itemsize:
             raise ValueError(f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of {dtype.name} tokens')
-    return meta, Tokens(folder, split, [LocalFile(os.path.join(folder, name), dtype) for name in names], '', None)
+    pieces = [LocalFile(os.path.join(folder, name), dtype) for name in names]
+    return meta, Tokens(folder, split, pieces, fingerprint_of_pieces(pieces), None)
 
 
 def stretches(total, sample):
@@ -125,6 +126,8 @@ def doubts(found, tokens, meta):
     stated = meta.get('tokens', {}).get(tokens.split)
     if stated is not None and stated != found['tokens']:
         said.append(f'meta.pkl states {stated:,} tokens')
+    if meta.get('fingerprint', {}).get(tokens.split) not in (None, tokens.fingerprint):
+        said.append('these are not the bytes that meta.pkl describes: train.py refuses them, run prepare.py again')
     eot = meta.get('eot_id')
     if eot is not None and found['counted'] == found['tokens'] and (eot >= len(counts) or not counts[eot]):
         said.append(f'the id {eot}, which ends a document, never occurs')
@@ -181,7 +184,7 @@ def draw(path, title, found):
     figure.suptitle(title)
     figure.tight_layout()
     with replacing(path) as f:
-        figure.savefig(f, format='png', dpi=120)
+        figure.savefig(f, format=os.path.splitext(path)[1][1:], dpi=120)
     pyplot.close(figure)
 
 

@@ -57,7 +57,7 @@ def test_what_looks_wrong(bytes_set, tmp_path, capsys):
         return ' '.join(inspect.main([str(folder), '--output', str(tmp_path / 'a.png')])['doubts'])
     wide = np.random.default_rng(0).integers(100, 60_000, 5000)
     assert 'ids are beyond the vocabulary of 200' in doubts(vocab_size=200)
-    assert 'not the bytes that meta.pkl describes' in doubts(vocab_size=257, fingerprint={'train': 'x', 'val': 'x'})
+    assert 'not the bytes that meta.pkl describes' in doubts(vocab_size=257, fingerprint={'train': 'a' * 64, 'val': 'a' * 64})
     assert 'meta.pkl states 7 tokens' in doubts(vocab_size=257, tokens={'train': 7, 'val': 7})
     assert 'the id 255, which ends a document, never occurs' in doubts(eot_id=255)
     wide.astype(np.uint32).tofile(folder / 'train.bin')

@@ -18,10 +18,13 @@ def tensors(value=1.0):
     return {'model.a': torch.full((5, 3), value), 'optimizer.step.a': torch.tensor(value), 'optimizer.exp_avg.a': torch.full((5, 3), 2 * value)}
 
 
+SHAPE = {'arch_preset': 'gpt2', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'block_size': 8, 'vocab_size': 8}
+
+
 def save(out_dir, step, value=None, **options):
     """The path of a checkpoint of tensors(value), written in the foreground."""
     saver = Saver(str(out_dir), ONE, background=False, **options)
-    saver.start(step, tensors(step if value is None else value), {'config': {'x': 1}, 'position': step * 10})
+    saver.start(step, tensors(step if value is None else value), {'config': {**SHAPE, 'x': 1}, 'position': step * 10})
     outcome = saver.wait()
     assert outcome.error is None, outcome
     return outcome.path

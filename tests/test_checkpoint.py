@@ -36,7 +36,7 @@ def test_saved_is_loaded(tmp_path):
     checkpoint.load(path, into)
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors(7.0).items())
     state = checkpoint.read_state(path)
-    assert state['step'] == 7 and state['position'] == 70 and state['config'] == {'x': 1}
+    assert state['step'] == 7 and state['position'] == 70 and state['config'] == {**SHAPE, 'x': 1}
     assert checkpoint.newest_whole(str(tmp_path)) == (7, [])
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['step_00000007']
 

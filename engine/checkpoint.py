@@ -227,11 +227,9 @@ def new_lineage(known=()):
 
 def lineages(out_dir, fs=LOCAL):
     """Return the lineages of all checkpoints under out_dir, those that were set aside among them."""
-    folder, found = folder_of(out_dir), set()
-    for path in fs.ls(folder, detail=False) if fs.isdir(folder) else []:
-        with contextlib.suppress(ValueError, OSError):
-            found.add(age(path, fs)[0])
-    return found
+    folder = folder_of(out_dir)
+    states = _each(fs.ls(folder, detail=False) if fs.isdir(folder) else [], 'state.json', parse_state, fs)
+    return {state.get('branch', '') for state in states.values()}
 
 
 def age(path, fs=LOCAL):
@@ -245,12 +243,10 @@ def age(path, fs=LOCAL):
 
 def newest_first(out_dir, fs=LOCAL):
     """The steps under out_dir by age(); one whose state.json cannot be read counts to the newest branch, so that it is told of."""
-    branches = {}
-    for step in steps(out_dir, fs):
-        with contextlib.suppress(ValueError, OSError):
-            branches[step] = age(path_of(out_dir, step), fs)[0]
+    paths = {path_of(out_dir, step): step for step in steps(out_dir, fs)}
+    branches = {paths[path]: state.get('branch', '') for path, state in _each(paths, 'state.json', parse_state, fs).items()}
     newest = max(branches.values(), default='')
-    return sorted(steps(out_dir, fs), key=lambda step: (branches.get(step, newest), step), reverse=True)
+    return sorted(paths.values(), key=lambda step: (branches.get(step, newest), step), reverse=True)
 
 
 # ---- what it holds
@@ -261,7 +257,17 @@ def read_state(path, fs=LOCAL):
     Of a fetched checkpoint, 'config' is without the keys that reach outside of out_dir; these are in 'not_taken_over'.
     Raises ValueError for a field of another type, or a later format; OSError if the file cannot be read.
     """
-    state = parse_json(_read(fs, f'{path}/state.json'))
+    state = parse_state(_read(fs, f'{path}/state.json'))
+    config, state['not_taken_over'] = state.get('config', {}), {}
+    if fs is LOCAL and os.path.lexists(f'{path}/fetched.json'):
+        state['not_taken_over'] = {key: value for key, value in config.items() if reaches_outside(key, value)}
+        state['config'] = {key: value for key, value in config.items() if key not in state['not_taken_over']}
+    return state
+
+
+def parse_state(data):
+    """Return the dict in the bytes of a state.json, all of it. Raises ValueError as read_state() does."""
+    state = parse_json(data)
     if not isinstance(state, dict):
         raise ValueError('it holds no object')
     _check_fields(state, _STATE)
@@ -279,10 +285,6 @@ def read_state(path, fs=LOCAL):
     for key, value in config.items():
         if not (value is None or isinstance(value, (bool, int, float, str))) or isinstance(value, str) and '\0' in value:
             raise ValueError(f'config.{key} is {json.dumps(value)[:60]}, expected a number, a text, true, false or null')
-    state['not_taken_over'] = {}
-    if fs is LOCAL and os.path.lexists(f'{path}/fetched.json'):
-        state['not_taken_over'] = {key: value for key, value in config.items() if reaches_outside(key, value)}
-        state['config'] = {key: value for key, value in config.items() if key not in state['not_taken_over']}
     return state
 
 
@@ -357,9 +359,12 @@ def record_evaluation(path, losses):
 def read_evaluation(path, fs=LOCAL):
     """Return the losses noted in checkpoint `path`, or None. Raises ValueError for a damaged file."""
     file = f'{path}/evaluation.json'
-    if not fs.isfile(file):
-        return None
-    losses = unseal(_read(fs, file))
+    return parse_evaluation(_read(fs, file)) if fs.isfile(file) else None
+
+
+def parse_evaluation(data):
+    """Return the losses in the bytes of an evaluation.json. Raises ValueError for a damaged one."""
+    losses = unseal(data)
     _check_fields(losses, {'train': _LOSS, 'val': _LOSS, 'data': _TEXT, 'tasks': _DICT})
     if 'val' not in losses:
         raise ValueError('it has no val')
@@ -368,11 +373,8 @@ def read_evaluation(path, fs=LOCAL):
 
 def best_step(out_dir, fs=LOCAL):
     """Step of the checkpoint with the lowest recorded validation loss on the data evaluated last, the newest of equals; None where none is recorded."""
-    found = {}
-    for step in steps(out_dir, fs):
-        with contextlib.suppress(ValueError, OSError):  # why_broken() tells of it
-            if evaluation := read_evaluation(path_of(out_dir, step), fs):
-                found[step] = evaluation
+    paths = {path_of(out_dir, step): step for step in steps(out_dir, fs)}
+    found = {paths[path]: evaluation for path, evaluation in _each(paths, 'evaluation.json', parse_evaluation, fs).items()}
     found = {step: e['val'] for step, e in found.items() if e.get('data') == found[max(found)].get('data') and e['val'] is not None and math.isfinite(e['val'])}
     return min(found, key=lambda step: (found[step], -step)) if found else None
 
@@ -464,6 +466,30 @@ def sync_folder(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _each(paths, name, parse, fs):
+    """Return {path: parse(bytes of the file `name` in it)} of the checkpoints `paths` where that can be read; why_broken() tells of the others.
+
+    A server is asked for all of them together: a run may keep a thousand checkpoints.
+    """
+    files = {f'{path}/{name}': path for path in paths}
+    if isinstance(fs, LocalFileSystem):
+        contents = {}
+        for file in files:
+            with contextlib.suppress(ValueError, OSError):
+                contents[file] = _read(fs, file)
+    else:
+        contents = fs.cat([*files], on_error='return') if files else {}
+        for error in filter(lambda content: isinstance(content, Exception), contents.values()):
+            if not isinstance(error, (OSError, ValueError)):
+                raise error  # such as of a server that is away: that says nothing about a checkpoint
+        contents = {file: content for file, content in contents.items() if isinstance(content, bytes)}
+    found = {}
+    for file, data in contents.items():
+        with contextlib.suppress(ValueError, KeyError):
+            found[files[file]] = parse(data)
+    return found
 
 
 def _read(fs, path):

@@ -413,6 +413,20 @@ def test_copies_go_both_ways(run, tmp_path, capsys):
     assert checkpoints.main([there, f'--copy_to={back}', '--step=3']) == 2 and 'has no checkpoint of step 3' in capsys.readouterr().err
 
 
+def test_many_checkpoints_of_a_bucket_are_looked_at_together(run, s3, monkeypatch):
+    import fsspec
+    fs, place = fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL'], skip_instance_cache=True), 'bucket/together'
+    for step in range(1, 31):
+        fs.put(newest(run), f'{place}/checkpoints/step_{step:08d}', recursive=True)
+    fs.pipe(f'{place}/checkpoints/step_00000007/state.json', b'{')
+    fs.rm(f'{place}/checkpoints/step_00000008/evaluation.json')
+    asked, real = [], fs.cat
+    monkeypatch.setattr(fs, 'cat', lambda paths, **more: (asked.append(len(paths)), real(paths, **more))[1])
+    monkeypatch.setattr(type(fs), 'open', lambda *_, **__: 1 / 0)
+    assert checkpoint.newest_first(place, fs) == [*range(30, 0, -1)] and checkpoint.lineages(place, fs) == {checkpoint.read_state(newest(run))['branch']}
+    assert checkpoint.best_step(place, fs) == 30 and asked == [30, 30, 30]
+
+
 def test_a_copy_that_was_damaged_is_made_again(run, tmp_path, capsys):
     assert checkpoints.main([run, f'--copy_to={tmp_path}/cp']) == 0
     file = max(glob.glob(f'{tmp_path}/cp/**/*.distcp', recursive=True), key=os.path.getsize)

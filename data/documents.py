@@ -301,10 +301,15 @@ def _text(f, unit):
     content = f.read(unit.end - unit.begin)
     _refuse_utf16(content, unit.path)
     try:
-        return io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True).decode(content, final=True)
+        text = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8')(), translate=True).decode(content, final=True)
     except UnicodeDecodeError as error:
         raise ValueError(f'{unit.path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {unit.begin + error.start:,}): '
                          f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
+    controls = len(content) - len(content.translate(None, _CONTROLS))
+    if controls > len(content) // 20:
+        raise ValueError(f'{unit.path} has {100 * controls / len(content):.0f} % control characters, so it is no text in UTF-8: convert it, '
+                         f'for instance with `iconv -f UTF-16LE -t UTF-8 {unit.path} > NEW`')
+    return text
 
 
 _CONTROLS = bytes({*range(32)} - {*b'\t\n\r\f\v\x1b'})  # what no text has; a terminal's colours begin with the last
@@ -321,10 +326,6 @@ def _refuse_utf16(content, path):
         if often < 16 and often not in b'\n\r' and (half == often).sum() > 0.6 * len(half):
             raise ValueError(f'{path} has the byte {often:02x} at most {"odd" if name == "UTF-16LE" else "even"} places, as {name} without a byte order mark has, '
                              f'expected UTF-8: convert it, `iconv -f {name} -t UTF-8 {path} > NEW`')
-    controls = len(content) - len(content.translate(None, _CONTROLS))
-    if controls > len(content) // 20:
-        raise ValueError(f'{path} has {100 * controls / len(content):.0f} % control characters, so it is no text in UTF-8: convert it, '
-                         f'for instance with `iconv -f UTF-16LE -t UTF-8 {path} > NEW`')
 
 
 def _json_rows(f, unit, field):

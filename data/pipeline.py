@@ -130,7 +130,8 @@ def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
             if name.endswith('.tmp'):
                 os.remove(os.path.join(folder, name))
             there.add(int(name[:6]))
-    made = {part.index: part for index in tqdm(sorted(there), unit=' parts', desc='checking', disable=None) if (part := parts.read(folder, index, plan.parts[index]))}
+    with _checked(sorted(there), lambda index: parts.read(folder, index, plan.parts[index])) as checked:
+        made = {part.index: part for part in checked if part}
     if made:
         print(f'{len(made)} of {len(mine)} parts are there already')
     sizes = {index: sum(unit.size for unit in plan.parts[index]) for index in mine}
@@ -165,23 +166,33 @@ def _first(limit, indices, made):
 def find(plan, folders):
     """The Parts of `plan` in order, each in the first of `folders` that has it whole. Raises ValueError for missing ones."""
     made, texts = [], 0
-    for index in tqdm(range(len(plan.parts)), unit=' parts', desc='checking', disable=None):
-        part = next((part for folder in folders if (part := parts.read(folder, index))), None)
-        if part is None:
-            missing = [i for i in range(len(plan.parts)) if not any(os.path.exists(parts.path(folder, i, 'json')) for folder in folders)] or [index]
-            raise ValueError(f'{len(missing)} of {len(plan.parts)} parts are missing or damaged, the first is {missing[0]}: run each --shard to its end and name all their folders')
-        made.append(part)
-        texts += part.record['documents']
-        if plan.limit is not None and texts >= plan.limit:
-            break
+    with _checked(range(len(plan.parts)), lambda index: next((part for folder in folders if (part := parts.read(folder, index))), None)) as checked:
+        for index, part in enumerate(checked):
+            if part is None:
+                missing = [i for i in range(len(plan.parts)) if not any(os.path.exists(parts.path(folder, i, 'json')) for folder in folders)] or [index]
+                raise ValueError(f'{len(missing)} of {len(plan.parts)} parts are missing or damaged, the first is {missing[0]}: run each --shard to its end and name all their folders')
+            made.append(part)
+            texts += part.record['documents']
+            if plan.limit is not None and texts >= plan.limit:
+                break
     return made
+
+
+@contextlib.contextmanager
+def _checked(indices, read):
+    """Give an iterator over read(index) of `indices`, which some threads are ahead of: what they do is to read files and to hash them."""
+    pool = concurrent.futures.ThreadPoolExecutor(max(4, len(os.sched_getaffinity(0))))
+    try:
+        yield tqdm(pool.map(read, indices), total=len(indices), unit=' parts', desc='checking', disable=None)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _make(plan, folder, todo, num_proc, advance):
     """Make the parts `todo`; yields (index, record) of each when it is finished."""
     if min(num_proc, len(todo)) <= 1:
         for index in todo:
-            yield index, _make_one(plan, folder, index, advance)
+            yield index, _make_one(plan, folder, index, plan.parts[index], advance)
         return
     # fork() starts sooner, and cuts off the threads that other libraries have
     context = multiprocessing.get_context('spawn' if THREADED & set(sys.modules) or threading.active_count() > 1 else 'fork')
@@ -193,12 +204,13 @@ def _make(plan, folder, todo, num_proc, advance):
             now = list(counters)
         advance(*(a - b for a, b in zip(now, seen)))
         seen[:] = now
-    pool = concurrent.futures.ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (plan, folder, counters))
+    # a worker is told of the units of a part when it is to make it, not of all there are
+    pool = concurrent.futures.ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (dataclasses.replace(plan, parts=None), folder, counters))
     try:
         waiting, rest = {}, iter(todo)
         while True:
             while len(waiting) < 2 * num_proc and (index := next(rest, None)) is not None:
-                waiting[pool.submit(_make_here, index)] = index
+                waiting[pool.submit(_make_here, index, plan.parts[index])] = index
             if not waiting:
                 break
             done, _ = concurrent.futures.wait(waiting, timeout=2 * parts.EVERY_S, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -228,18 +240,18 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _make_here(index):
+def _make_here(index, units):
     plan, folder, counters = _work
 
     def advance(*numbers):
         with counters.get_lock():
             for i, number in enumerate(numbers):
                 counters[i] += number
-    return _make_one(plan, folder, index, advance)
+    return _make_one(plan, folder, index, units, advance)
 
 
-def _make_one(plan, folder, index, advance):
-    return parts.make(folder, index, plan.parts[index], plan.tokenizer, text_field=plan.text_field, limit=plan.limit, advance=advance)
+def _make_one(plan, folder, index, units, advance):
+    return parts.make(folder, index, units, plan.tokenizer, text_field=plan.text_field, limit=plan.limit, advance=advance)
 
 
 def clear(plan, output):

@@ -47,6 +47,7 @@ PATIENCE = datetime.timedelta(days=1)  # for what waits for disks and networks: 
 gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # the new name of torch 2.13
 _store = None  # where a rank that fails alone says so
 _timeout = None  # how long a rank waits for another
+SAVER_THREAD = 'checkpoint'  # the name of the thread that writes one
 _heartbeat = None  # of this process, where there are several
 _slow_group = None  # made once: each group of gloo has threads and connections of its own for as long as the process lives
 
@@ -275,20 +276,20 @@ def run_and_leave(main):
         if _heartbeat:
             _heartbeat.name_silent()
         sys.stderr.flush()
-        _join_threads()
+        _join_saver()
         sys.stdout.flush()
         os._exit(1)
     leave(code)
 
 
-def _join_threads():
-    """Wait for the threads of this process, one of which may be saving, but no longer than processes wait for each other in training.
+def _join_saver():
+    """Wait for a save of this process that is under way, but no longer than processes wait for each other in training.
 
     A save that all take part in comes to its end, and one that waits for a process that hangs does not hold up the job.
     """
     deadline = time.monotonic() + _timeout.total_seconds()
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
+        if thread.name == SAVER_THREAD:  # the compiler has threads too, which never end
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -300,7 +301,7 @@ def leave(code):
     """
     stopping.ignore()  # all is done: a late signal may not change the code
     if dist.is_initialized():
-        _join_threads()
+        _join_saver()
         gc.collect()
         if code == 0:
             dist.barrier()

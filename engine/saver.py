@@ -94,7 +94,7 @@ class Saver:
         if self.world.device.type == 'cuda':
             self.copied = torch.cuda.Event()
             self.copied.record()  # the point in training's stream at which the tensors are those of this step
-        self.thread = threading.Thread(target=self._run, args=(step, mine, state, size), name='checkpoint')  # not a daemon: an error elsewhere lets it finish
+        self.thread = threading.Thread(target=self._run, args=(step, mine, state, size), name=parallel.SAVER_THREAD)  # not a daemon: an error elsewhere lets it finish
         self.thread.start()
         if not self.background:
             self.thread.join()

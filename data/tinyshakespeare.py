@@ -3,6 +3,7 @@ import http.client
 import os
 import urllib.request
 
+from engine.files import replacing
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SPLIT = 'the last 10 % of the characters are val'

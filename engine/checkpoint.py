@@ -24,7 +24,6 @@ import re
 import shutil
 import warnings
 
-import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta

@@ -47,9 +47,14 @@ class LocalFile:
 
     def __getitem__(self, part):
         ids = np.empty(max(0, part.stop - part.start), self.dtype)
-        if FILES.read_into(self.path, ids, part.start * self.dtype.itemsize) != self.version:
-            raise ChangedFile(self.path)
+        self.fill([(ids, part.start)])
         return ids
+
+    def fill(self, wanted):
+        """Fill each array of `wanted`, [(array of the dtype, number)], with the tokens from its number on."""
+        width = self.dtype.itemsize
+        if FILES.read_into(self.path, [(ids, first * width) for ids, first in wanted]) != self.version:
+            raise ChangedFile(self.path)
 
     def max(self):
         """Return the largest id, which reads the whole file."""
@@ -84,32 +89,49 @@ class Tokens:
 
     def slice(self, start, end):
         """The tokens start .. end: an array of the file's dtype."""
-        found = self._read(self.parts(start, end))
+        found = self._unchanged(lambda: self._read(self.parts(start, end)))
         return self._checked(found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, np.uint16))
 
     def windows(self, starts, block_size):
         """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor. Raises ConfigError for an id beyond max_id."""
-        parts = [self.parts(start, start + block_size + 1) for start in np.asarray(starts).tolist()]
-        rows = np.empty((len(parts), block_size + 1), np.int64)
-        found = iter(self._read([part for of_row in parts for part in of_row]))
-        for row, of_row in zip(rows, parts):
-            at = 0
-            for _, begin, end in of_row:
-                row[at:at + end - begin] = next(found)
-                at += end - begin
-        return torch.from_numpy(self._checked(rows))
+        starts, width = np.asarray(starts), block_size + 1
+        rows = np.empty((len(starts), width), self.pieces[0].dtype)
+        numbers = np.searchsorted(self.firsts, starts, 'right') - 1
+        places, crossing = zip(numbers.tolist(), (starts - self.firsts[numbers]).tolist()), starts + width > self.firsts[numbers + 1]
+        wanted = {}  # {number of a piece: [(where to, its first token)]}
+        for row, (number, first), start, crosses in zip(rows, places, starts.tolist(), crossing.tolist()):
+            if not crosses:
+                wanted.setdefault(number, []).append((row, first))
+                continue
+            for piece, begin, end in self.parts(start, start + width):
+                wanted.setdefault(self.pieces.index(piece), []).append((row[:end - begin], begin))
+                row = row[end - begin:]
+        self._unchanged(lambda: self._fill(wanted))
+        return torch.from_numpy(self._checked(rows).astype(np.int64))
+
+    def _fill(self, wanted):
+        if not self.remote:
+            for number, places in wanted.items():
+                self.pieces[number].fill(places)
+            return
+        places = [(self.pieces[number], first, ids) for number, several in wanted.items() for ids, first in several]
+        for (_, _, ids), found in zip(places, read_together([(piece, first, first + len(ids)) for piece, first, ids in places])):
+            ids[:] = found
 
     def _read(self, parts):
-        """Return the arrays of [(piece, begin, end)]. Raises ConfigError where a file was changed since it was opened."""
+        return read_together(parts) if self.remote else [piece[begin:end] for piece, begin, end in parts]
+
+    def _unchanged(self, read):
+        """Return read(). Raises ConfigError where a file was changed since it was opened."""
         try:
-            return read_together(parts) if self.remote else [piece[begin:end] for piece, begin, end in parts]
+            return read()
         except ChangedFile:  # or only touched: its bytes tell
             for piece in self.pieces:
                 piece.look()
             if fingerprint_of_pieces(self.pieces) != self.fingerprint:
                 raise ConfigError(f'{self.path} was changed while it was read: a run that goes on would learn from a mixture of both; '
                                   f'put the file back that was there, and continue with --init_from=resume') from None
-            return self._read(parts)
+            return self._unchanged(read)
 
     def _checked(self, ids):
         """Return `ids`, an array of tokens of this split. Raises ConfigError for one beyond max_id, which no table of embeddings has a row for."""

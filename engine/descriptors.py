@@ -30,20 +30,25 @@ class Descriptors:
             self.open[key] = os.open(path, flags | os.O_CLOEXEC)
         return self.open[key]
 
-    def read_into(self, path, buffer, offset):
-        """Fill `buffer` (writable, contiguous bytes) with the bytes of the file from `offset` on; returns its version().
+    def read_into(self, path, wanted):
+        """Fill each array of `wanted`, [(contiguous array, offset)], with the bytes of the file from its offset on; returns the file's version().
 
         Raises OSError where the file ends before.
         """
-        view = memoryview(buffer).cast('B')
         with self.lock:  # so that no other thread closes it meanwhile
             descriptor = self._of(path, os.O_RDONLY)
-            while view.nbytes:
-                count = os.preadv(descriptor, [view], offset)
-                if not count:
-                    raise OSError(f'{path} has become shorter: it ends at byte {offset:,}')
-                view, offset = view[count:], offset + count
+            for array, offset in wanted:
+                count = os.preadv(descriptor, [array], offset)
+                if count != array.nbytes:
+                    self._rest(path, descriptor, memoryview(array).cast('B')[count:], offset + count)
             return version(os.fstat(descriptor))
+
+    def _rest(self, path, descriptor, view, offset):
+        while view.nbytes:
+            count = os.preadv(descriptor, [view], offset)
+            if not count:
+                raise OSError(f'{path} has become shorter: it ends at byte {offset:,}')
+            view, offset = view[count:], offset + count
 
     def read(self, path, count, offset):
         """Return `count` bytes from `offset` on, fewer where the file ends."""

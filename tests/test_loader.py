@@ -9,7 +9,7 @@ import torch
 from conftest import write_dataset
 
 from engine.configurator import ConfigError
-from engine.dataset import Tokens, check_fit, open_dataset
+from engine.dataset import check_fit, open_dataset
 from engine.loader import TrainLoader, WindowOrder, evaluation_batches, permute
 from engine.loss import IGNORE
 
@@ -106,7 +106,7 @@ def test_worker_processes_give_the_same_batches(counting):
     assert sequences(file, **layout, num_workers=2) == sequences(file, **layout)
 
 
-def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting):
+def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting, tmp_path):
     file = open_split(counting, 'val')
     rows = [x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5)]
     assert rows == [x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5)]
@@ -116,7 +116,7 @@ def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting
     assert len(ranks[0]) == len(ranks[1]) == 3 and (ranks[1][2][1] == IGNORE).all()  # five batches: in the last round one rank only has targets
     assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all((y != IGNORE).all() for x, y in [*ranks[0], *ranks[1][:2]])
     for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
-        file = Tokens('val.bin', 'val', [np.arange(n_tokens, dtype=np.uint16)], '', n_tokens)
+        file = open_split(write_dataset(str(tmp_path / str(n_tokens)), np.arange(100), np.arange(n_tokens), vocab_size=5000), 'val')
         batches = list(evaluation_batches(file, 32, 4, 10**6))
         assert sum((y != IGNORE).sum() for _, y in batches) == (n_tokens - 1) // 32 * 32 and all(x.shape == y.shape == (4, 32) for x, y in batches)
     file = open_split(counting, 'val')

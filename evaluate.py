@@ -76,9 +76,9 @@ def run(args):
     say = print if world.main else (lambda *words: None)
     say(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters, {world.size} process{"es" * (world.size > 1)}')
     results = {'model': source, 'weights': identity(source, state), 'step': state and state['step'], 'time': now(), 'architecture': model.config.describe(),
-               'parameters': model.parameter_counts()['total'],
-               'conditions': {'block_size': model.config.block_size, 'rope_scaling': model.config.rope_scaling, 'rope_factor': model.config.rope_factor, 'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.')}}
-    parallel.from_main(lambda: check_results(path, results), world)
+               'parameters': model.parameter_counts()['total']}
+    conditions = {'block_size': model.config.block_size, 'rope_scaling': model.config.rope_scaling, 'rope_factor': model.config.rope_factor, 'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.')}
+    parallel.from_main(lambda: check_results(path, results['weights'], conditions), world)
 
     def keep():
         if world.main:
@@ -87,6 +87,7 @@ def run(args):
     with torch.no_grad(), autocast:
         if not args.no_loss:
             found = results['loss'] = losses(model, dataset, args, tokenizer, world, state)
+            found['conditions'] = conditions
             results['losses'] = {f"{found['dataset']} {found['split']}": found}
             say(f"{found['dataset']} {found['split']}, {found['tokens']:,} tokens: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
                 + (f", {found['bits_per_byte']:.4f} bits per byte" if found['bits_per_byte'] else '') + f" ({found['seconds']:.1f} s)")
@@ -94,7 +95,7 @@ def run(args):
         if wanted:
             results['tasks'] = tasks.evaluate(wanted, model, args.batch_size, world.device, lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size)
             for name, found in results['tasks'].items():
-                found.update(file=files_of_tasks.get(name), limit=args.limit)
+                found.update(file=files_of_tasks.get(name), limit=args.limit, conditions=conditions)
                 say(f"{name}: acc {100 * found['acc']:.2f} %, acc_norm {100 * found['acc_norm']:.2f} % of {found['items']} items")
             keep()
         if args.speed:
@@ -222,13 +223,15 @@ def earlier_results(path):
     return before
 
 
-def check_results(path, results):
+def check_results(path, weights, conditions):
     """Raise ConfigError where the file of the results has some of the same weights that were measured under other conditions."""
     before = earlier_results(path)
-    if before.get('weights') == results['weights'] and before.get('conditions') not in (None, results['conditions']):
-        was, now_is = ({key: value for key, value in each['conditions'].items() if value != other['conditions'].get(key)} if isinstance(each['conditions'], dict) else each['conditions']
-                       for each, other in ((before, results), (results, before)))
-        raise ConfigError(f'{path} holds results under other conditions, {was} where this is {now_is}: give another --json, or move it away')
+    for results in (before.get('losses'), before.get('tasks')) if before.get('weights') == weights else ():
+        for name, found in results.items() if isinstance(results, dict) else ():
+            other = found.get('conditions') if isinstance(found, dict) else None  # unknown in what earlier versions wrote
+            if isinstance(other, dict) and other != conditions:
+                was, now_is = ({key: value for key, value in one.items() if value != two.get(key)} for one, two in ((other, conditions), (conditions, other)))
+                raise ConfigError(f'{path} holds {name} measured under other conditions, {was} where this is {now_is}: give another --json, or move it away')
 
 
 def record(path, results):

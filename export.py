@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 
 import torch
 
@@ -88,8 +89,9 @@ def check_folder(folder):
         for name in ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'README.md'):
             if os.path.isdir(os.path.join(folder, name)):
                 raise IsADirectoryError(0, f'{name} there is a folder')
-        open(os.path.join(folder, '.probe'), 'wb').close()
-        os.remove(os.path.join(folder, '.probe'))
+        if links := [name for name in sorted(os.listdir(folder)) if os.path.islink(os.path.join(folder, name))]:
+            raise ConfigError(f'--to={folder} holds the link {links[0]}, and what it leads to would be written over: give a new folder')
+        tempfile.TemporaryFile(dir=folder).close()
         if new:
             os.rmdir(folder)  # nothing is there before there is something to write
     except OSError as error:
@@ -97,12 +99,16 @@ def check_folder(folder):
 
 
 def is_export(folder):
-    """Whether the model card in `folder` is one that this command wrote, and nothing there is of a run, a data set or the project."""
-    path = os.path.join(folder, 'README.md')
-    if any(os.path.exists(os.path.join(folder, name)) for name in ('train.py', 'checkpoints', 'meta.pkl')) or not os.path.isfile(path):
+    """Whether this command wrote what is in `folder`, as its model card or its config.json says, and nothing there is of a run, a data set or the project."""
+    if any(os.path.exists(os.path.join(folder, name)) for name in ('train.py', 'checkpoints', 'meta.pkl')):
         return False
-    with open(path, encoding='utf-8', errors='replace') as f:
-        return TITLE in f.read(2000)
+    for name, mark in (('README.md', TITLE), ('config.json', '"trained_with": "onetrain"')):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(path, encoding='utf-8', errors='replace') as f:
+                if mark in f.read(100_000):
+                    return True
+    return False
 
 
 TITLE = '# A language model trained with onetrain'
@@ -132,7 +138,7 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if is_whole(i, 0, vocab_size - 1)]
     if tokenizer.eot_id is not None and {*ends} - {tokenizer.eot_id}:
         config['eos_token_id'] = list(dict.fromkeys([tokenizer.eot_id, *ends]))
-    with open(path, 'w', encoding='utf-8') as f:
+    with replacing(path, 'w') as f:
         json.dump(config, f, indent=2)
 
 

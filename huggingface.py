@@ -12,7 +12,7 @@ import torch
 
 from engine import rope
 from engine.configurator import ConfigError
-from engine.files import check_regular, is_whole, parse_json, plain_name, sentence
+from engine.files import check_regular, is_whole, parse_json, plain_name, replacing, sentence
 from presets import ROUTING, ModelConfig
 
 _ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'silu': 'silu', 'relu': 'relu'}
@@ -525,9 +525,9 @@ def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_si
     for name in os.listdir(folder):
         if name.endswith('.safetensors'):
             os.chmod(os.path.join(folder, name), 0o644)  # the library makes them readable for their owner only
-    for file, content in (('config.json', _hf_config(kind, config, dtype, eot_id)),
+    for file, content in (('config.json', {**_hf_config(kind, config, dtype, eot_id), 'trained_with': 'onetrain'}),
                           ('generation_config.json', {'bos_token_id': eot_id, 'eos_token_id': eot_id})):
-        with open(os.path.join(folder, file), 'w') as f:
+        with replacing(os.path.join(folder, file), 'w') as f:
             json.dump(content, f, indent=2)
 
 

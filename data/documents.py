@@ -306,24 +306,26 @@ def _text(f, unit):
         raise ValueError(f'{unit.path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {unit.begin + error.start:,}): '
                          f'convert it, for instance with `iconv -f latin1 -t utf-8`') from None
     controls = len(content) - len(content.translate(None, _CONTROLS))
-    if controls > len(content) // 20:
+    if controls > max(8, len(content) // 20):
         raise ValueError(f'{unit.path} has {100 * controls / len(content):.0f} % control characters, so it is no text in UTF-8: convert it, '
                          f'for instance with `iconv -f UTF-16LE -t UTF-8 {unit.path} > NEW`')
     return text
 
 
-_CONTROLS = bytes({*range(32)} - {*b'\t\n\r\f\v\x1b'})  # what no text has; a terminal's colours begin with the last
+# what no text has: not white space, nor what separates fields, strikes over (\b), or begins a terminal's colours
+_CONTROLS = bytes({*range(28)} - {*b'\b\t\n\r\f\v\x1b'})
 
 
 def _refuse_utf16(content, path):
     """Raise ValueError for bytes that are UTF-16 without a byte order mark, much of which is UTF-8 as well.
 
-    Every second byte is then that of a script, such as 00 of Latin letters, 04 of Cyrillic or 06 of Arabic ones.
+    Every second byte is then that of a script, such as 00 of Latin letters, 04 of Cyrillic or 06 of Arabic ones, and 00 of
+    the blanks between them.
     """
     head = np.frombuffer(content, np.uint8, min(len(content), 2**20) // 2 * 2)
     for name, half in (('UTF-16LE', head[1::2]), ('UTF-16BE', head[0::2])):
         often = int(np.bincount(half).argmax()) if len(half) >= 16 else 255
-        if often < 16 and often not in b'\n\r' and (half == often).sum() > 0.6 * len(half):
+        if often < 16 and often not in b'\n\r' and (half == 0).any() and (half == often).sum() > 0.6 * len(half):
             raise ValueError(f'{path} has the byte {often:02x} at most {"odd" if name == "UTF-16LE" else "even"} places, as {name} without a byte order mark has, '
                              f'expected UTF-8: convert it, `iconv -f {name} -t UTF-8 {path} > NEW`')
 

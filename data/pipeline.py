@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import documents, parts
 from data.documents import Unit
-from engine.files import replacing
+from engine.files import no_link, replacing
 
 PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between
@@ -108,7 +108,7 @@ def alone(plan, output, shard=(1, 1)):
     """Hold the parts folder of a plan and a shard, which is made, so that two runs of one command do not make the same parts. Raises ValueError where another holds it."""
     plan.save(output)
     path = os.path.join(plan.folder(output), f'shard-{shard[0]}-of-{shard[1]}.lock')
-    with open(path, 'w') as f:
+    with open(path, 'w', opener=no_link) as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

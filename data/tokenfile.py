@@ -26,7 +26,7 @@ import shutil
 
 import numpy as np
 
-from engine.files import check_own, inside, is_whole, no_link
+from engine.files import check_regular, inside, is_whole, no_link, refuse_deep_pickle
 
 SPLITS = ('train', 'val')
 
@@ -49,10 +49,12 @@ def read_meta(folder):
     path = os.path.join(folder, 'meta.pkl')
     if not os.path.lexists(path):
         return {}
-    check_own(path)
+    check_regular(path)
     try:
         with open(path, 'rb') as f:
-            meta = _PlainUnpickler(io.BytesIO(f.read())).load()
+            content = f.read()
+        refuse_deep_pickle(content)
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f'{path} cannot be read: {error}') from None
     if not isinstance(meta, dict):

@@ -30,7 +30,7 @@ import numpy as np
 
 from data.byte_level import twin_of
 from data.quick_tiktoken import Quick
-from engine.files import check_own, inside, is_whole, parse_json
+from engine.files import check_own, inside, is_whole, parse_json, replacing
 
 HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'chat_template.jinja', 'generation_config.json')
 TEMPLATES = 'additional_chat_templates'  # folder beside them of named .jinja files
@@ -88,7 +88,7 @@ def tokenizer_of(folder, meta):
     if kind == 'tiktoken':
         return TiktokenTokenizer(str(stated.get('name')))
     if kind == 'hf':
-        return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place))
+        return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place), folder)
     if kind == 'sentencepiece':
         return SentencePieceTokenizer.of_file(inside(folder, stated.get('path'), place))
     raise ValueError(f"{os.path.join(folder, 'meta.pkl')} names the tokenizer {stated!r}, expected a dict whose 'kind' is bytes, char, "
@@ -119,20 +119,19 @@ def _pairs_and_alphabets():
 
 
 def ids_digest(tokenizer):
-    """Return a text that is another one for tokenizers which give other ids, as far as texts of many scripts tell.
+    """Return a text that is another one for tokenizers which give other ids, as far as their vocabulary and texts of many scripts tell.
 
     It stands in the checkpoints of a run. An encoding of tiktoken, which may not be on this machine, is known by its name.
     """
     if isinstance(tokenizer, TiktokenTokenizer):
         return f'tiktoken {tokenizer.name}'
-    found = [tokenizer.vocab_size, tokenizer.eot_id]
-    for text in (*TEXTS, _pairs_and_alphabets()):
-        known = ''.join(c for c in text if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else text
-        try:
-            found.append(tokenizer.encode(known).tolist())
-        except ValueError:
-            found.append(None)
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+    if hasattr(tokenizer, 'stoi'):
+        found = sorted(tokenizer.stoi.items())
+    else:
+        vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+        found = [vocabulary, *(tokenizer.encode(text).tolist() for text in (_pairs_and_alphabets(), ''.join(vocabulary).replace(UNKNOWN, '')))]
+    digest = hashlib.sha256(repr([tokenizer.vocab_size, tokenizer.eot_id, found]).encode('utf-8', 'surrogatepass')).hexdigest()
+    return f'1 {digest}'  # the number of this way to make it, which stands in checkpoints
 
 
 def same_tokenizer(a, b):
@@ -292,13 +291,14 @@ class HuggingFaceTokenizer:
         self.twin, self.encoded = None, 0
 
     @classmethod
-    def of_folder(cls, folder):
+    def of_folder(cls, folder, root=None):
+        """The one in `folder`; root: the folder of somebody else's data set of which it is a part."""
         if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
             raise ValueError(f'the folder {folder} has no tokenizer.json: name one that has, or run the prepare.py of this data set again')
         templates = glob.glob(os.path.join(TEMPLATES, '*.jinja'), root_dir=folder)
         names = [name for name in (*HF_FILES, *templates) if os.path.lexists(os.path.join(folder, name))]
         for name in names:
-            check_own(os.path.join(folder, name))  # export.py publishes what a link leads to
+            check_own(os.path.join(folder, name), root or folder)  # export.py publishes what a link leads to
         return cls({name: _read(os.path.join(folder, name)) for name in names}, folder)
 
     def __reduce__(self):
@@ -350,8 +350,10 @@ class HuggingFaceTokenizer:
 
     def describe(self, folder):
         path = os.path.join(folder, 'tokenizer')
+        if os.path.islink(path):
+            raise ValueError(f'{path} is a link, and the files of a tokenizer are to be written there: remove it')
         for name in HF_FILES:  # of the tokenizer that was here before
-            if os.path.exists(os.path.join(path, name)):
+            if os.path.lexists(os.path.join(path, name)):
                 os.remove(os.path.join(path, name))
         shutil.rmtree(os.path.join(path, TEMPLATES), ignore_errors=True)
         write_files(self.files, path)
@@ -425,5 +427,5 @@ def write_files(files, folder):
 
 
 def _write(path, content):
-    with open(path, 'wb') as f:
+    with replacing(path) as f:
         f.write(content)

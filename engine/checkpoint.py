@@ -479,7 +479,7 @@ def _each(paths, name, parse, fs):
             with contextlib.suppress(ValueError, OSError):
                 contents[file] = _read(fs, file)
     else:
-        contents = fs.cat([*files], on_error='return') if files else {}
+        contents = dict(zip(files, fs.cat_ranges([*files], None, None, on_error='return') if files else ()))  # cat() would take [ for a pattern
         for error in filter(lambda content: isinstance(content, Exception), contents.values()):
             if not isinstance(error, (OSError, ValueError)):
                 raise error  # such as of a server that is away: that says nothing about a checkpoint

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from engine import checkpoint, faults
 from engine.configurator import ConfigError
-from engine.files import check_own, open_url, redact, sentence
+from engine.files import check_own, open_url, redact, replacing, sentence
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 LOGS = ('jsonl', 'log', 'json')
@@ -92,12 +92,13 @@ def copy_logs(fs, here, to_fs, there, run_name):
 
 
 def _transfer(fs, path, to_fs, to_path):
-    if isinstance(fs, LocalFileSystem):
-        to_fs.put_file(path, to_path)
-        return
     if isinstance(to_fs, LocalFileSystem):
         os.makedirs(os.path.dirname(to_path), exist_ok=True)
-        fs.get_file(path, to_path)
+        with fs.open(path, 'rb') as source, replacing(to_path) as target:
+            shutil.copyfileobj(source, target, 2**22)
+        return
+    if isinstance(fs, LocalFileSystem):
+        to_fs.put_file(path, to_path)
         return
     with fs.open(path, 'rb') as source, to_fs.open(to_path, 'wb') as target:
         shutil.copyfileobj(source, target, 2**22)
@@ -113,7 +114,12 @@ def _equals(fs, path, data):
 
 def _write(fs, path, data):
     if not _equals(fs, path, data):
-        fs.pipe_file(path, data)
+        if isinstance(fs, LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path) as f:
+                f.write(data)
+        else:
+            fs.pipe_file(path, data)
         if not _equals(fs, path, data):
             raise ValueError(f'{path} reads back differently')
 
@@ -346,7 +352,7 @@ def _fetch_logs(fs, root, run_name, out_dir, only_missing=False):
             check_own(f'{root}/{name}')
         if not fs.isfile(f'{root}/{name}') or only_missing and os.path.exists(log):
             continue
-        fs.get_file(f'{root}/{name}', f'{log}.tmp')
-        if os.path.exists(log):
-            os.rename(log, checkpoint.free_name(f'{log}.before_fetch'))
-        os.rename(f'{log}.tmp', log)
+        with fs.open(f'{root}/{name}', 'rb') as source, replacing(log) as target:
+            shutil.copyfileobj(source, target, 2**22)
+            if os.path.lexists(log):
+                os.rename(log, checkpoint.free_name(f'{log}.before_fetch'))

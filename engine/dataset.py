@@ -19,7 +19,7 @@ from data.tokenfile import SPLITS, fingerprint_of_files, read_meta, token_dtype
 from data.tokenizer import is_tokenizer_file
 from engine.configurator import ConfigError, nearest
 from engine.descriptors import FILES, ChangedFile, version
-from engine.files import inside, is_whole, parse_json, redact, replacing, sentence
+from engine.files import check_regular, inside, is_whole, parse_json, redact, replacing, sentence
 from engine.remote import RemoteFile, Storage, read_together
 from engine.tokenizer_match import same_ids
 
@@ -287,6 +287,7 @@ def _open_split(folder, split, files, meta):
 def _largest_id(folder, pieces, fingerprint):
     """Return the largest id of files whose meta.pkl does not say it: read once, and noted in the folder's max_id.json under their fingerprint."""
     path, noted = os.path.join(folder, 'max_id.json'), {}
+    check_regular(path)
     with contextlib.suppress(OSError, ValueError):
         with open(path, 'rb') as f:
             noted = parse_json(f.read())

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties,
                                                    TensorStorageMetadata)
 
-from engine.files import is_whole, plain_name
+from engine.files import is_whole, plain_name, refuse_deep_pickle
 
 _METADATA, _FILESYSTEM = 'torch.distributed.checkpoint.metadata', 'torch.distributed.checkpoint.filesystem'
 _CLASSES = [(_METADATA, name) for name in ('Metadata', 'MetadataIndex', 'TensorStorageMetadata', 'ChunkStorageMetadata',
@@ -70,6 +70,7 @@ def parse(data, files):
     tensors whose every part lies in one of these.
     """
     try:
+        refuse_deep_pickle(data)
         unpickler = _Unpickler(data)
         found = unpickler.load()
     except Exception as error:  # a damaged pickle can raise nearly anything

@@ -27,7 +27,8 @@ class Descriptors:
         else:
             while len(self.open) >= self.most:
                 os.close(self.open.popitem(last=False)[1])
-            self.open[key] = os.open(path, flags | os.O_CLOEXEC)
+            # what is written to is a local copy, which is no link
+            self.open[key] = os.open(path, flags | os.O_CLOEXEC | (os.O_NOFOLLOW if flags & os.O_RDWR else 0))
         return self.open[key]
 
     def read_into(self, path, wanted):

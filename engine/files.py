@@ -6,11 +6,14 @@ A URL is opened by open_url(), and recorded or shown as redact() leaves it. JSON
 where it carries a checksum.
 """
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import pickletools
 import re
 import secrets
+import time
 
 from engine.configurator import ConfigError
 
@@ -47,19 +50,16 @@ def check_regular(path):
         raise ConfigError(f'{path} is {kind}, expected a file: put one there, or take it away')
 
 
-def check_own(path):
-    """check_regular(), and raise ConfigError for a link that leads out of the folder of `path`.
+def check_own(path, root=None):
+    """check_regular(), and raise ConfigError for a link that leads out of the folder `root`; None: that of `path`.
 
-    It would let whoever made the folder choose a private file to be shown, sent or written to. Folders of the hub's cache
-    link to the blobs beside them.
+    It would let whoever made the folder choose a private file to be shown, sent or written to. What the hub's client
+    downloaded lies among the blobs of its cache, to which other folders link.
     """
     check_regular(path)
-    if os.path.islink(path):
-        real, root = os.path.realpath(path), os.path.realpath(os.path.dirname(path) or '.')
-        if os.path.basename(os.path.dirname(root)) == 'snapshots':
-            root = os.path.dirname(os.path.dirname(root))
-        if os.path.commonpath([real, root]) != root:
-            raise ConfigError(f'{path} is a link out of its folder, to {real}: put a copy there if that is meant')
+    real, root = os.path.realpath(path), os.path.realpath(root or os.path.dirname(path) or '.')
+    if os.path.commonpath([real, root]) != root and not re.search(r'/models--[^/]+/blobs/[0-9a-f]{40,64}$', real):
+        raise ConfigError(f'{path} is a link out of its folder, to {real}: put a copy there if that is meant')
 
 
 @contextlib.contextmanager
@@ -68,6 +68,10 @@ def replacing(path, mode='wb', sync=False):
 
     sync: whether it is on the disk before that. A link at `path` is replaced, not followed.
     """
+    for old in glob.glob(f'{glob.escape(path)}.????????.tmp'):  # of a process that was killed meanwhile
+        with contextlib.suppress(OSError):
+            if time.time() - os.lstat(old).st_mtime > 3600:
+                os.remove(old)
     name = f'{path}.{secrets.token_hex(4)}.tmp'
     try:
         with open(name, mode, encoding=None if 'b' in mode else 'utf-8', opener=no_link) as f:
@@ -137,6 +141,35 @@ def open_url(url):
 def sentence(error):
     """Return what an exception of a library says as one line without secrets, at most 200 characters."""
     return ' '.join(redact(str(error)).split())[:200]
+
+
+def refuse_deep_pickle(data, most=100):
+    """Raise ValueError for a pickle, as bytes, of values nested more than `most` deep, without building any.
+
+    Tuples within tuples a million deep end the process when they are hashed.
+    """
+    stack, memo, mark = [], {}, object()  # of depths
+    for op, argument, _ in pickletools.genops(data):
+        if op.name in ('GET', 'BINGET', 'LONG_BINGET'):
+            stack.append(memo.get(argument, 0))
+        elif op.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+            memo[len(memo) if op.name == 'MEMOIZE' else argument] = stack[-1] if stack and stack[-1] is not mark else 0
+        elif op.name == 'MARK':
+            stack.append(mark)
+        else:
+            taken = []
+            for kind in reversed(op.stack_before):
+                if kind is pickletools.stackslice:
+                    while stack and stack[-1] is not mark:
+                        taken.append(stack.pop())
+                elif stack:
+                    taken.append(stack.pop())
+            depths = [depth for depth in taken if depth is not mark]
+            filled = depths.pop() if op.name in ('APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD') and depths else 0
+            depth = max(filled, 1 + max(depths, default=-1))
+            stack.extend([depth] * len(op.stack_after))
+            if depth > most:
+                raise ValueError(f'it is nested more than {most} deep')
 
 
 def parse_json(data):

@@ -21,7 +21,7 @@ import time
 from tqdm import tqdm
 
 from engine.configurator import ConfigError
-from engine.files import check_own, redact
+from engine.files import check_own, no_link, redact
 from engine.run_json import Summary, finite, parse_record, read_records, summarize, write_json
 
 FORMAT = 1
@@ -117,7 +117,7 @@ class RunLog:
                 if record['type'] == 'checkpoint':
                     self.checkpoints.add(record['iter'])
             if damaged:
-                with open(f'{path}.damaged', 'ab') as aside:
+                with open(f'{path}.damaged', 'ab', opener=no_link) as aside:
                     aside.writelines(damaged)
             # never longer than before: a kill in between leaves a line that was cut
             f.seek(begin)

@@ -5,6 +5,7 @@ import re
 import torch
 
 from engine.configurator import ConfigError
+from engine.files import is_whole
 
 
 def read_checkpoint(path):
@@ -19,12 +20,18 @@ def read_checkpoint(path):
         sizes, trained = content['model_args'], content['config']
         model = {name.removeprefix('_orig_mod.'): tensor for name, tensor in content['model'].items()}
         step, best = content['iter_num'], float(content['best_val_loss'])
+        if not is_whole(step, 0, 2**53) or not isinstance(trained, dict):
+            raise ValueError('iter_num is no whole number, or config no dict')
+        if odd := [name for name, tensor in model.items() if tensor.layout != torch.strided or tensor.is_meta]:
+            raise ValueError(f'{odd[0]} is not a plain tensor')
         states = content['optimizer']['state']
         model = {name: tensor for name, tensor in model.items() if not re.search(r'\.attn\.(bias|masked_bias)$', name)}
         # nanoGPT numbers its parameters: first those with two dimensions or more, then the rest, each in the model's order
         names = [name for name in model if name != 'lm_head.weight']
         numbered = [n for n in names if model[n].dim() >= 2] + [n for n in names if model[n].dim() < 2]
         optimizer = {f'{key}.{name}': torch.as_tensor(states[i][key]) for i, name in enumerate(numbered) for key in ('step', 'exp_avg', 'exp_avg_sq')} if states else {}
+        if odd := [key for key, tensor in optimizer.items() if not key.startswith('step.') and tensor.shape != model[key.partition('.')[2]].shape]:
+            raise ValueError(f'{odd[0]} has another shape than its weight')
         shape = {key: sizes[key] for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(f'{path} is not a checkpoint of nanoGPT: {type(error).__name__}: {str(error)[:200]}') from None

@@ -3,6 +3,7 @@
 The copy of a file is a sparse file of its size and, beside it, the checksum of each block that is there (0: not yet). A block counts only if its checksum is
 right, so that a copy which a crash left half-written is fetched again, not trusted. Processes of a machine share it.
 """
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -14,11 +15,11 @@ import numpy as np
 
 from data.tokenfile import fingerprint_blocks
 from engine.descriptors import FILES, ChangedFile
-from engine.files import open_url, redact, sentence
+from engine.files import no_link, open_url, redact, sentence
 
 BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbours at other times
 TRIES = 6
-LOOK_AFTER = 60  # seconds: a question for each file of a batch costs as much as fetching it
+LOOK_AFTER = 600  # seconds between two questions for the versions of all files
 
 
 class Storage:
@@ -26,6 +27,7 @@ class Storage:
 
     def __init__(self, url):
         self.url, self.pid, self.lock = url.rstrip('/'), None, threading.Lock()
+        self.known, self.looked, self.looking = {}, time.monotonic(), None
 
     def __reduce__(self):
         return Storage, (self.url,)
@@ -44,11 +46,16 @@ class Storage:
         fs.invalidate_cache()
         return {path[len(root):].lstrip('/'): (info['size'], _version(info)) for path, info in fs.find(root, detail=True).items()}
 
-    def version(self, name):
-        """What is another once the file was replaced or written to."""
-        fs, root = self.connected()
-        fs.invalidate_cache()
-        return _version(fs.info(f'{root}/{name}'))
+    def versions(self):
+        """{name: version} of what lies there, as it was some minutes ago at most where the server answers: asked for by a thread, for all files together."""
+        if time.monotonic() - self.looked > LOOK_AFTER and (self.looking is None or not self.looking.is_alive()):
+            self.looked, self.looking = time.monotonic(), threading.Thread(target=self._look, daemon=True, name='versions')
+            self.looking.start()
+        return self.known
+
+    def _look(self):
+        with contextlib.suppress(Exception):  # no answer says nothing of the files; it is asked again
+            self.known = {name: version for name, (_, version) in self.list().items()}
 
     def read(self, name):
         """All bytes of a small file."""
@@ -81,15 +88,15 @@ class RemoteFile:
     """Tokens of a file in `storage`: len() and slices as of an array.
 
     size: in bytes; version: of its content; copy: path of its local copy. A slice that has to be fetched raises ChangedFile
-    once the file is another than the one that look() saw, which is asked after LOOK_AFTER seconds.
+    once the file is another than the one that look() saw, which is asked every LOOK_AFTER seconds.
     """
 
     def __init__(self, storage, name, size, version, copy, dtype):
         self.storage, self.name, self.size, self.copy, self.dtype = storage, name, size, copy, dtype
-        self.version, self.looked = version, time.monotonic()
+        self.version = version
         self.room = True  # on the local disk
         os.makedirs(os.path.dirname(copy), exist_ok=True)
-        with open(copy, 'ab') as data, open(f'{copy}.blocks', 'ab') as blocks:
+        with open(copy, 'ab', opener=no_link) as data, open(f'{copy}.blocks', 'ab', opener=no_link) as blocks:
             fcntl.flock(data, fcntl.LOCK_EX)  # other ranks begin at the same time
             if os.fstat(data.fileno()).st_size != size:
                 data.truncate(0)  # of another file
@@ -112,16 +119,14 @@ class RemoteFile:
         return digest.hexdigest()
 
     def look(self):
-        """Take the file of this name as it is now for the right one; forget its local copy, which may have parts of both."""
-        self.version, self.looked = self.storage.version(self.name), time.monotonic()
+        """Take the file of this name as it was last seen for the right one; forget its local copy, which may have parts of both."""
+        self.version = self.storage.known.get(self.name, self.version)
         FILES.write(f'{self.copy}.blocks', bytes(-(-self.size // BLOCK) * 4), 0)
 
     def check(self):
         """Raise ChangedFile if the file there is another than it was."""
-        if time.monotonic() - self.looked > LOOK_AFTER:
-            self.looked = time.monotonic()
-            if self.storage.version(self.name) != self.version:
-                raise ChangedFile(self.name)
+        if self.storage.versions().get(self.name, self.version) != self.version:
+            raise ChangedFile(self.name)
 
     def blocks_of(self, begin, end):
         """Numbers of the blocks with the tokens begin .. end."""

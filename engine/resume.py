@@ -9,7 +9,7 @@ import typing
 
 from engine import checkpoint, copier, nanogpt, parallel
 from engine.configurator import ConfigError, checked
-from engine.files import check_own, HIDDEN, redact
+from engine.files import HIDDEN, check_own, no_link, redact
 
 # what a resumed run takes from its own command line, never from the checkpoint
 NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_checkpoint', 'allow_data_change', 'max_time', 'eval_only', 'eval_at_start',
@@ -279,7 +279,7 @@ class Folder:
             return False
         try:
             os.makedirs(self.path, exist_ok=True)
-            self.file = open(os.path.join(self.path, '.lock'), 'a+')
+            self.file = open(os.path.join(self.path, '.lock'), 'a+', opener=no_link)
         except OSError as error:
             raise self._unwritable(error) from None
         try:

@@ -90,7 +90,7 @@ def check_resumed(resumed, folder, meta, dataset, notes):
     resumed: the state of its checkpoint; folder, meta: of the data set now.
     """
     gave, gives = resumed.get('token_ids'), digest_of_dataset(folder)
-    if gave and gives and gave.startswith('tiktoken') == gives.startswith('tiktoken'):
+    if gave and gives and gave.split()[0] == gives.split()[0]:  # made in the same way
         if gave != gives:
             raise ConfigError(f'the tokenizer of {dataset} gives other ids than the one that this run was trained with: prepare the data with the same '
                               f'--tokenizer, or give the --dataset it had')

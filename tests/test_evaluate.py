@@ -170,7 +170,7 @@ def test_results_under_other_conditions_are_not_mixed(trained, tmp_path, capsys)
     common = [f'--out_dir={trained}/run', '--device=cpu', '--tokens=100', f'--json={tmp_path}/x.json']
     assert evaluate.main(common) == 0
     before = json.loads((tmp_path / 'x.json').read_text())
-    assert before['conditions'] == {'block_size': 64, 'rope_scaling': 'none', 'rope_factor': 1.0, 'dtype': 'float32'}
+    assert before['loss']['conditions'] == {'block_size': 64, 'rope_scaling': 'none', 'rope_factor': 1.0, 'dtype': 'float32'}
     for more, words in ((['--block_size=4'], "{'block_size': 64} where this is {'block_size': 4}"), (['--dtype=bfloat16'], "{'dtype': 'float32'} where this is {'dtype': 'bfloat16'}")):
         capsys.readouterr()
         assert evaluate.main([*common, *more]) == 2 and words in capsys.readouterr().err
@@ -232,4 +232,5 @@ def test_tasks_at_evaluations_of_a_run(trained, tmp_path, layout):
     found = records(tmp_path / 'run', 'eval')[-1]['tasks']
     assert ', hellaswag ' in output and found['piqa']['items'] == 4
     assert evaluate.main([f'--out_dir={tmp_path}/run', '--device=cpu', f'--tasks={WORDS}', '--limit=4', f'--json={tmp_path}/x.json', '--no_loss']) == 0
-    assert json.loads((tmp_path / 'x.json').read_text())['tasks'] == {name: {**one, 'file': dict(word.split(':') for word in WORDS.split(','))[name], 'limit': 4} for name, one in found.items()}
+    assert json.loads((tmp_path / 'x.json').read_text())['tasks'] == {name: {**one, 'file': dict(word.split(':') for word in WORDS.split(','))[name], 'limit': 4,
+                                                                             'conditions': {'block_size': 64, 'rope_scaling': 'none', 'rope_factor': 1.0, 'dtype': 'float32'}} for name, one in found.items()}

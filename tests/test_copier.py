@@ -195,17 +195,16 @@ def test_an_earlier_step_of_the_same_folder(train, tmp_path, capsys):
 def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatch):
     """The first time that each file of tensors is put there, a bit flips on the way."""
     assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
-    from fsspec.implementations.local import LocalFileSystem
-    put, damaged = LocalFileSystem.put_file, []
+    transfer, damaged = copier._transfer, []
 
-    def unreliable(self, here, there, **options):
-        put(self, here, there, **options)
+    def unreliable(fs, here, to_fs, there):
+        transfer(fs, here, to_fs, there)
         if there.endswith('.distcp') and not damaged:
             damaged.append(there)
             with open(there, 'r+b') as f:
                 f.seek(500)
                 f.write(b'#')
-    monkeypatch.setattr(LocalFileSystem, 'put_file', unreliable)
+    monkeypatch.setattr(copier, '_transfer', unreliable)
     copies = copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), 'run_x')  # which has no log
     assert copies.finish(30)
     news = copies.news()

@@ -250,11 +250,27 @@ def test_a_file_there_that_changes_while_it_is_read(stored, pair, monkeypatch):
     content = fs.cat_file(f'{place}/train.bin')
     far.slice(0, 99)
     fs.pipe(f'{place}/train.bin', b'xx' + content[2:])
-    assert len(far.slice(200, 500))  # asked about a minute after the last time
+    storage = far.pieces[0].storage
+    assert len(far.slice(200, 500)) and storage.looking is None  # asked for some minutes after the last time
     monkeypatch.setattr(remote, 'LOOK_AFTER', 0)
+
+    def looked():
+        storage.versions()
+        storage.looking.join()
+        monkeypatch.setattr(remote, 'LOOK_AFTER', 1000)
+        storage.versions()
+        monkeypatch.setattr(remote, 'LOOK_AFTER', 0)
+    real = storage.list
+    storage.list = lambda: 1 / 0  # a server that does not answer says nothing
+    looked()
+    assert len(far.slice(500, 600))
+    storage.looking.join()
+    storage.list = real
+    looked()
     with pytest.raises(ConfigError, match='/train was changed while it was read'):
         far.slice(1000, 1200)
     fs.pipe(f'{place}/train.bin', content)
+    looked()
     same(local[0], far)
     same(local[0], open_dataset('x', str(root), urls[0])[0])
 

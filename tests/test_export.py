@@ -199,12 +199,17 @@ def test_templates_of_conversations_are_kept_and_those_of_another_tokenizer_remo
 
 
 def test_a_link_in_the_tokenizer_of_a_data_set_is_not_published(tmp_path):
-    (tmp_path / 'own').mkdir()
-    meta = {'tokenizer': hugging_face_like('some text', tmp_path / 'own').describe(str(tmp_path))}
+    for name in ('own', 'set', 'other'):
+        (tmp_path / name).mkdir()
+    meta = {'tokenizer': hugging_face_like('some text', tmp_path / 'own').describe(str(tmp_path / 'set'))}
     (tmp_path / 'secret').write_text('password')
-    (tmp_path / 'tokenizer' / 'chat_template.jinja').symlink_to(tmp_path / 'secret')
-    with pytest.raises(ValueError, match='chat_template.jinja is a link'):
-        tokenizer_of(str(tmp_path), meta)
+    (tmp_path / 'set' / 'tokenizer' / 'chat_template.jinja').symlink_to(tmp_path / 'secret')
+    (tmp_path / 'other' / 'tokenizer').symlink_to(tmp_path / 'own')
+    for name, file in (('set', 'chat_template.jinja'), ('other', 'tokenizer.json')):
+        with pytest.raises(ValueError, match=f'{file} is a link'):
+            tokenizer_of(str(tmp_path / name), meta)
+    with pytest.raises(ValueError, match='tokenizer is a link'):
+        HuggingFaceTokenizer.of_folder(str(tmp_path / 'own')).describe(str(tmp_path / 'other'))
 
 
 def test_a_folder_of_something_else_is_not_written_over(dataset, tmp_path, capsys):

@@ -415,13 +415,13 @@ def test_copies_go_both_ways(run, tmp_path, capsys):
 
 def test_many_checkpoints_of_a_bucket_are_looked_at_together(run, s3, monkeypatch):
     import fsspec
-    fs, place = fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL'], skip_instance_cache=True), 'bucket/together'
+    fs, place = fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL'], skip_instance_cache=True), 'bucket/together[x=1]'
     for step in range(1, 31):
         fs.put(newest(run), f'{place}/checkpoints/step_{step:08d}', recursive=True)
     fs.pipe(f'{place}/checkpoints/step_00000007/state.json', b'{')
-    fs.rm(f'{place}/checkpoints/step_00000008/evaluation.json')
-    asked, real = [], fs.cat
-    monkeypatch.setattr(fs, 'cat', lambda paths, **more: (asked.append(len(paths)), real(paths, **more))[1])
+    fs.rm_file(f'{place}/checkpoints/step_00000008/evaluation.json')
+    asked, real = [], fs.cat_ranges
+    monkeypatch.setattr(fs, 'cat_ranges', lambda paths, *args, **more: (asked.append(len(paths)), real(paths, *args, **more))[1])
     monkeypatch.setattr(type(fs), 'open', lambda *_, **__: 1 / 0)
     assert checkpoint.newest_first(place, fs) == [*range(30, 0, -1)] and checkpoint.lineages(place, fs) == {checkpoint.read_state(newest(run))['branch']}
     assert checkpoint.best_step(place, fs) == 30 and asked == [30, 30, 30]
@@ -538,16 +538,22 @@ def test_a_link_in_place_of_a_log_is_neither_sent_nor_written_to(run, train, tmp
 
 
 def test_folders_of_the_hub_link_to_their_blobs(tmp_path):
-    for name in ('hub/blobs', 'hub/snapshots/1', 'mine'):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / 'hub' / 'blobs' / 'a').write_text('{}')
+    hub, blob = tmp_path / 'models--org--name', 'a' * 40
+    for folder in (hub / 'blobs', hub / 'snapshots' / '1' / 'templates', tmp_path / 'mine'):
+        folder.mkdir(parents=True)
+    (hub / 'blobs' / blob).write_text('{}')
     (tmp_path / 'mine' / 'b').write_text('{}')
-    for name, target in (('config.json', '../../blobs/a'), ('other.json', '../../../mine/b')):
-        os.symlink(target, tmp_path / 'hub' / 'snapshots' / '1' / name)
-    files.check_own(str(tmp_path / 'hub' / 'snapshots' / '1' / 'config.json'))
-    files.check_own(str(tmp_path / 'mine' / 'nothing'))
-    with pytest.raises(ConfigError, match='is a link out of its folder'):
-        files.check_own(str(tmp_path / 'hub' / 'snapshots' / '1' / 'other.json'))
+    snapshot = hub / 'snapshots' / '1'
+    for path, target in ((snapshot / 'config.json', f'../../blobs/{blob}'), (snapshot / 'other.json', '../../../mine/b'), (snapshot / 'above.json', '../../refs'),
+                         (tmp_path / 'mine' / 'config.json', hub / 'blobs' / blob), (tmp_path / 'mine' / 'templates', snapshot / 'templates')):
+        os.symlink(target, path)
+    (hub / 'refs').write_text('x')
+    (snapshot / 'templates' / 'a.jinja').write_text('x')
+    for path in (snapshot / 'config.json', tmp_path / 'mine' / 'nothing', tmp_path / 'mine' / 'config.json'):
+        files.check_own(str(path))
+    for path, root in ((snapshot / 'other.json', None), (snapshot / 'above.json', None), (tmp_path / 'mine' / 'templates' / 'a.jinja', str(tmp_path / 'mine'))):
+        with pytest.raises(ConfigError, match='is a link out of its folder'):
+            files.check_own(str(path), root)
 
 
 def test_pictures_and_results_replace_a_link(run, tmp_path, monkeypatch):

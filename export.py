@@ -55,7 +55,8 @@ def run(args):
     if elsewhere:
         raise ConfigError(f'{elsewhere}, so its tokenizer may be another: prepare it as it was')
     try:
-        readme = card(shape, state, facts(args.out_dir, state['run_name'], state['step']), kind)
+        prompt = 'Once' if not hasattr(tokenizer, 'stoi') or {*'Once'} <= {*tokenizer.stoi} else max(tokenizer.stoi, key=str.isalpha)
+        readme = card(shape, state, facts(args.out_dir, state['run_name'], state['step']), kind, prompt)
     except (KeyError, TypeError) as error:
         raise ConfigError(f'{path}/state.json does not say what a model card needs ({type(error).__name__}: {error}): it is not the checkpoint of a run') from None
     print(f'{path} as {kind}, {args.dtype}')
@@ -144,6 +145,7 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
 
 def check(folder, shape, tokenizer):
     """What was found when transformers read `folder`. Raises ConfigError if its logits or token ids are others than ours."""
+    os.environ.setdefault('TORCHAO_FORCE_SKIP_LOADING_SO_FILES', '1')  # which transformers imports, and which complains of kernels that no check needs
     try:
         import transformers
     except ImportError:
@@ -187,8 +189,8 @@ def facts(out_dir, run_name, step):
     return found
 
 
-def card(shape, state, log, kind):
-    """The text of a model card."""
+def card(shape, state, log, kind, prompt='Once'):
+    """The text of a model card; prompt: a text that its tokenizer knows."""
     c = state['config']
     with torch.device('meta'):
         counts = Model(shape).parameter_counts()
@@ -210,7 +212,7 @@ def card(shape, state, log, kind):
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
     return (f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| | |\n|---|---|\n{table}\n\n'
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nname = 'THIS_FOLDER'\ntokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
-            "ids = tokenizer('Once', return_tensors='pt', return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))\n```\n")
+            f"ids = tokenizer({prompt!r}, return_tensors='pt', return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids, max_new_tokens={max(1, min(50, shape.block_size - 8))})[0]))\n```\n")
 
 
 def hub(name):

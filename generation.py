@@ -65,9 +65,15 @@ def text_of(path, said):
         raise ConfigError(f'{said}{path} cannot be read ({error.strerror})') from None
 
 
+def default_start(tokenizer):
+    """Return the text that samples begin with where nothing else is given: a line end, or the first of the characters where they are few and it is not among them."""
+    characters = getattr(tokenizer, 'stoi', ('\n',))
+    return '\n' if '\n' in characters else min(characters)
+
+
 def prompts_of(start, tokenizer, block_size):
     """Token ids of the key sample_start: of the text, or with FILE:name of each line of a file. Raises ConfigError for what a model of block_size tokens cannot begin with."""
-    prompts = []
+    prompts, start = [], default_start(tokenizer) if start == '\n' else start
     for text in (lines_of(start[5:], 'sample_start=FILE:') if start.startswith('FILE:') else [start]) or ['']:
         try:
             prompts.append(tokenizer.encode(text).tolist())

@@ -25,7 +25,7 @@ from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, shortened
 from engine.dataset import folder_of, shares_of
-from generation import check_prompts, generate, text_of
+from generation import check_prompts, default_start, generate, text_of
 from model import Model
 from presets import resolve_shape
 
@@ -69,7 +69,8 @@ def tokenizer_of_run(state):
     tokenizer, gave = tokenizer_of(folder, meta), state.get('token_ids')
     gives = ids_digest(tokenizer) if gave else None
     if gave and gave.split()[0] == gives.split()[0] and gave != gives:
-        return tokenizer, meta, f'the tokenizer of {folder} gives other ids than the one that this model was trained with'
+        raise ConfigError(f'{folder} was prepared again, with a tokenizer that gives other ids than the one that this model was trained with: '
+                          f'prepare it as it was, or give the later data set a folder of its own with --output')
     return tokenizer, meta, None if same else f'{folder} is not the data that this model was trained with'
 
 
@@ -181,8 +182,9 @@ def run(args):
             raise ConfigError(f'--{name}={shortened(value)} must be from {low:,} to {high:,}' + (', and above 0' if name == 'top_p' else ''))
     if '' in args.stop:
         raise ConfigError('--stop is empty, and every text begins with that: leave it out, or give the text that ends a sample')
-    starts = [text_of(start[5:], '--start=FILE:') if start.startswith('FILE:') else start for start in args.start or ['\n']]
+    starts = [text_of(start[5:], '--start=FILE:') if start.startswith('FILE:') else start for start in args.start or []]
     model, tokenizer, source, _, world, autocast = load(args)
+    starts = starts or [default_start(tokenizer)]
     generator = torch.Generator(world.device).manual_seed(args.seed)
     print(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters\n', flush=True)
 

@@ -493,6 +493,7 @@ def run(argv, stop):
         def forget_routing():
             model.after_step(world, 0.0, None)
         if c.compile:
+            log.say('compiling')
             seconds, error = compile_ahead(lambda: micro_step(*batches[0], accumulation - 1), evaluation)
             micro_step.clear()
             forget_routing()

@@ -234,7 +234,8 @@ def open_dataset(dataset, root, url=None):
         same = all(meta.get(key) == first.get(key) for key in ('eot_id', 'vocab_size')) and (unstated or same_ids(*folders))
         if not same:
             raise ConfigError(f'{named[0][0]} and {name} were made with different tokenizers'
-                              + (', or with one that cannot be loaded here' if same is None else '') + ': prepare them with the same one')
+                              + (', or with one that cannot be loaded here' if same is None else '') + ': prepare them with the same one'
+                              + (' (char makes its own for each text: take bytes, or one of data/train_tokenizer.py)' if 'stoi' in first and 'stoi' in meta else ''))
     meta = {**first, 'tokens': {split: sum(len(one[i]) for one in found) for i, split in enumerate(SPLITS)}}
     return *(Mixture([one[i] for one in found], shares) for i in range(2)), meta
 
@@ -245,14 +246,17 @@ def _open(name, root):
         meta = read_meta(folder)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if not meta and (beside := [file for file in ('train.ends', 'tokenizer', 'tokenizer.model') if os.path.exists(os.path.join(folder, file))]):
+        raise ConfigError(f'{folder} has no meta.pkl, which prepare.py wrote beside {beside[0]}: put it back or prepare the data set again, since without it '
+                          f"train.bin would be read as GPT-2's tokens")
     files = meta.get('files') or {split: [(f'{split}.bin', None)] for split in SPLITS}
     missing = [file for split in SPLITS for file, _ in files[split] if not os.path.isfile(os.path.join(folder, file))]
     if missing:
         if os.path.isfile(os.path.join(folder, 'prepare.py')):
-            raise ConfigError(f"data set {name!r} is not prepared ({folder} has no {' and no '.join(missing[:3])}): run `python data/{name}/prepare.py` first")
+            raise ConfigError(f"data set {name!r} is not prepared ({folder} has no {' and no '.join(missing[:3])}): run `python data/{name}/prepare.py{' --input YOUR.txt --tokenizer char' if name == 'own_text' else ''}` first")
         if meta.get('files'):
             raise ConfigError(f'{folder} has no {missing[0]}, which its meta.pkl names: copy it there, or prepare the data set again')
-        known = sorted(d for d in os.listdir(os.path.join(root, 'data')) if os.path.isfile(os.path.join(root, 'data', d, 'prepare.py')))
+        known = sorted(d for d in os.listdir(os.path.join(root, 'data')) if any(os.path.isfile(os.path.join(root, 'data', d, file)) for file in ('prepare.py', 'meta.pkl', 'train.bin')))
         raise ConfigError(f"no data set {name!r} in {os.path.join(root, 'data')}{nearest(name, known)}; known are {', '.join(known)}; for text of your "
                           f"own run `python data/own_text/prepare.py --input FILE --output data/{name}`")
     try:
@@ -364,6 +368,8 @@ def check_fit(file, vocab_size, block_size):
         if source.max_id >= vocab_size:
             raise ConfigError(f'{source.path} holds token id {source.max_id}, beyond vocab_size={vocab_size}: '
                               f'type --vocab_size={source.max_id + 1} or more, or prepare the data with the tokenizer of this model')
+        if len(source) < 2:
+            raise ConfigError(f'{source.path} has {len(source)} token{"s" * (len(source) != 1)}, and nothing to predict: prepare more text, or give the split a larger share')
         if len(source) < block_size + 1:
             raise ConfigError(f'{source.path} has {len(source)} tokens, too few for one block of block_size={block_size} and its target: '
-                              f'type --block_size={max(1, len(source) - 1)} or less, or prepare more text')
+                              f'type --block_size={len(source) - 1} or less, or prepare more text')

@@ -91,6 +91,8 @@ def test_missing_data_set_names_its_prepare_command(refused):
 def test_token_file_of_odd_size(refused, tmp_path):
     folder = write_dataset(str(tmp_path / 'odd'), np.arange(64), np.arange(64))
     os.remove(os.path.join(folder, 'meta.pkl'))
+    assert 'has no meta.pkl, which prepare.py wrote beside train.ends' in refused(f'--dataset={folder}')
+    os.remove(os.path.join(folder, 'train.ends'))
     with open(os.path.join(folder, 'val.bin'), 'ab') as f:
         f.write(b'x')
     assert 'val.bin has 129 bytes, which is not a whole number of uint16 tokens' in refused(f'--dataset={folder}')

@@ -232,6 +232,9 @@ def test_tokenizers_that_differ_in_more_than_words_are_not_the_same(tmp_path):
     described = json.loads((tmp_path / 'one' / 'tokenizer.json').read_text())
     vocabulary = described['model']['vocab']
     swapped = {**vocabulary, 'q': vocabulary['u'], 'u': vocabulary['q']}
+    georgian = [chr(0x10d0 + i) for i in range(32)]
+    sets = [CharTokenizer(*({c: i for i, c in enumerate(order)}, dict(enumerate(order)))) for order in (georgian, georgian[::-1])]
+    assert ids_digest(sets[0]) != ids_digest(sets[1]) and ids_digest(sets[0]).startswith('1 ')
     others = {'end': (described, '{"eos_token": "q"}'), 'normalizer': ({**described, 'normalizer': {'type': 'NFKC'}}, None), 'ids': ({**described, 'model': {**described['model'], 'vocab': swapped}}, None)}
     for name, (tokenizer, config) in others.items():
         (tmp_path / name).mkdir()

@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import export
 import sample
 from data.tokenfile import read_meta
 from data.tokenizer import load_tokenizer, tokenizer_of
-from engine import checkpoint, files, resume
+from engine import checkpoint, dcp_metadata, files, resume
 from engine.configurator import ConfigError
 from engine.dataset import open_dataset
 from engine.logger import new_run_name
@@ -678,3 +679,88 @@ def test_texts_of_a_checkpoint_are_one_line(run, capsys):
     assert checkpoints.main([run]) == 1
     said = capsys.readouterr().out
     assert '\x1b' not in said and 'time is' in said
+
+
+def test_what_is_written_beside_a_log_follows_no_link(run, train, tmp_path, capsys):
+    with open(log_of(run, 'jsonl'), 'a') as f:
+        f.write('touch CODE_RAN\n')
+    for name in ('bashrc', 'thesis'):
+        (tmp_path / name).write_text('mine')
+    os.symlink(tmp_path / 'bashrc', f"{log_of(run, 'jsonl')}.damaged")
+    assert train(run, '--init_from=resume', '--max_iters=5') == 2
+    os.remove(f"{log_of(run, 'jsonl')}.damaged")
+    os.remove(f'{run}/.lock')
+    os.symlink(tmp_path / 'thesis', f'{run}/.lock')
+    assert train(run, '--init_from=resume', '--max_iters=5') == 2
+    assert (tmp_path / 'bashrc').read_text() == (tmp_path / 'thesis').read_text() == 'mine'
+
+
+def test_copies_and_exports_write_through_no_link(run, tmp_path, capsys):
+    assert checkpoints.main([run, f'--copy_to={tmp_path}/cp', '--step=2']) == 0
+    copied, = glob.glob(f'{tmp_path}/cp/run/run_*')
+    assert export.main([f'--out_dir={run}', f'--to={tmp_path}/hf', '--no_check']) == 0
+    for name in ('log', 'state', 'config'):
+        (tmp_path / name).write_text('mine')
+    os.makedirs(f'{copied}/checkpoints/step_00000004')
+    os.remove(glob.glob(f'{copied}/run_*.log')[0])
+    os.remove(f'{tmp_path}/hf/config.json')
+    for link, name in ((f"{copied}/{os.path.basename(log_of(run))}", 'log'), (f'{copied}/checkpoints/step_00000004/state.json', 'state'), (f'{tmp_path}/hf/config.json', 'config')):
+        os.symlink(tmp_path / name, link)
+    assert checkpoints.main([run, f'--copy_to={tmp_path}/cp']) == 0
+    assert export.main([f'--out_dir={run}', f'--to={tmp_path}/hf', '--no_check']) == 2 and 'holds the link config.json' in capsys.readouterr().err
+    assert [(tmp_path / name).read_text() for name in ('log', 'state', 'config')] == ['mine'] * 3
+
+
+def test_a_copy_of_data_and_a_tokenizer_write_through_no_link(tmp_path, dataset):
+    (tmp_path / 'data' / 'x' / 'copy').mkdir(parents=True)
+    (tmp_path / 'thesis').write_text('precious')
+    stated = read_meta(dataset)['fingerprint']['train']
+    os.symlink(tmp_path / 'thesis', tmp_path / 'data' / 'x' / 'copy' / f'{stated[:8]}_train.bin')
+    with pytest.raises(ConfigError, match='cannot be reached'):
+        open_dataset('x', str(tmp_path), f'file://{dataset}')
+    from data.tokenizer import HuggingFaceTokenizer
+    (tmp_path / 'own').mkdir()
+    (tmp_path / 'own' / 'tokenizer.json').write_bytes(bpe())
+    (tmp_path / 'set' / 'tokenizer').mkdir(parents=True)
+    os.symlink(tmp_path / 'thesis', tmp_path / 'set' / 'tokenizer' / 'tokenizer.json')
+    HuggingFaceTokenizer.of_folder(str(tmp_path / 'own')).describe(str(tmp_path / 'set'))
+    assert (tmp_path / 'thesis').read_text() == 'precious' and (tmp_path / 'set' / 'tokenizer' / 'tokenizer.json').read_bytes() == bpe()
+
+
+@pytest.mark.parametrize('data', [b'\x80\x02})' + b'\x85' * 3_000_000 + b'Ns.', b'\x80\x02}' + b'(' * 100_000 + b't' * 100_000 + b'Ns.', b'\x80\x02}N' + b'\x85\x94' * 200 + b'Ns.'],
+                         ids=['tuples of one', 'marks', 'kept'])
+def test_pickles_nested_deeply_are_refused(data, run, tmp_path):
+    for parse in (lambda: files.refuse_deep_pickle(data), lambda: dcp_metadata.parse(data, {})):
+        with pytest.raises(ValueError, match='nested more than 100 deep'):
+            parse()
+    (tmp_path / 'meta.pkl').write_bytes(data)
+    with pytest.raises(ValueError, match='nested more than 100 deep'):
+        read_meta(str(tmp_path))
+
+
+def test_large_pickles_are_not_deep():
+    value = {f'k{i}': [i, (i, (i, 'x')), {'a': {i}}] for i in range(3000)}
+    for protocol in (0, 2, 4):
+        files.refuse_deep_pickle(pickle.dumps(value, protocol=protocol))
+
+
+def test_what_a_killed_process_was_writing_goes_after_an_hour(tmp_path):
+    for name, age in (('a.json.0123abcd.tmp', 7200), ('a.json.0123abce.tmp', 60), ('b.json.0123abcd.tmp', 7200)):
+        (tmp_path / name).write_text('x')
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with files.replacing(str(tmp_path / 'a.json')) as f:
+        f.write(b'y')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.json', 'a.json.0123abce.tmp', 'b.json.0123abcd.tmp']
+
+
+@pytest.mark.parametrize('change', [{'iter_num': 'x'}, {'iter_num': 3.5}, {'config': 5}], ids=str)
+def test_an_odd_checkpoint_of_nanogpt_is_none(change, tmp_path):
+    from engine import nanogpt
+    content = {'model': {'transformer.wte.weight': torch.zeros(4, 4)}, 'optimizer': {'state': {}}, 'model_args': dict(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=4),
+               'iter_num': 3, 'best_val_loss': 1.0, 'config': {}}
+    torch.save(content, tmp_path / 'ckpt.pt')
+    assert nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))['step'] == 3
+    torch.save({**content, **change}, tmp_path / 'ckpt.pt')
+    with pytest.raises(ConfigError, match='is not a checkpoint of nanoGPT'):
+        nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+

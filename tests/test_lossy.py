@@ -67,7 +67,7 @@ def test_utf_16_without_a_mark_is_no_text(tmp_path, script, encoding):
 
 
 def test_what_is_odd_and_text_all_the_same(tmp_path):
-    for text in ('1\n2\n3\n' * 50, '\x1b[31mred\x1b[0m\n' * 20, 'a\0b ' * 3 + 'c' * 90, '\t' * 9, 'x' * 40, '\r\n' * 30):
+    for text in ('\n'.join('\t'.join('012'[i % 3] for i in range(50)) for _ in range(30)), '\t' * 8 + 'x\n' * 3, 'N\bNA\bAM\bME\bE\n' * 30, 'bell\x07 rings', 'a\x1fb\x1f' * 40, ' \f' * 40, '1\n2\n3\n' * 50, '\x1b[31mred\x1b[0m\n' * 20, 'a\0b ' * 3 + 'c' * 90, '\t' * 9, 'x' * 40, '\r\n' * 30):
         (tmp_path / 'a.txt').write_bytes(text.encode())
         assert texts_of(tmp_path / 'a.txt') == [(text.replace('\r\n', '\n'), None)]
     (tmp_path / 'a.txt').write_bytes(bytes(range(32)) * 9)

@@ -532,7 +532,7 @@ def run(argv, stop):
     gc.freeze()  # what stays for good is not searched for garbage again
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
     if step >= c.max_iters:
-        log.say(f'nothing to train: already at iter {step} of max_iters={c.max_iters}')
+        log.say(f'nothing to train: already at iter {step} of max_iters={c.max_iters}; a larger --max_iters goes on')
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     while True:

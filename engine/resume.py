@@ -316,7 +316,7 @@ class Folder:
         if most < size:
             raise ConfigError(f'no file may be larger than {most:,} bytes here (ulimit -f), and a checkpoint of this run takes {size:,}: type `ulimit -f unlimited`')
         if free < size:
-            raise ConfigError(f'{folder} has {free / 1e9:.2f} GB free, and a checkpoint of this run takes {size / 1e9:.2f} GB: '
+            raise ConfigError(f'{folder} has {free / 1e6:,.1f} MB free, and a checkpoint of this run takes {size / 1e6:,.1f} MB: '
                               f'make room, or give an --out_dir on another disk')
 
     def _unwritable(self, error):

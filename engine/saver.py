@@ -218,7 +218,7 @@ class Saver:
         os.makedirs(temporary)
         free, needed = shutil.disk_usage(temporary).free, int(1.01 * size) + 2**20
         if free < needed:
-            raise _Failed(f'{os.path.dirname(temporary)} has {free / 1e9:.2f} GB free, the checkpoint takes {needed / 1e9:.2f} GB')
+            raise _Failed(f'{os.path.dirname(temporary)} has {free / 1e6:,.1f} MB free, the checkpoint and a margin take {needed / 1e6:,.1f} MB')
 
     def _write_tensors(self, tensors, writer):
         torch.serialization.set_crc32_options(False)  # a tenth of the work, and the manifest has better checksums

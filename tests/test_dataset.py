@@ -11,7 +11,7 @@ from conftest import ROOT, losses, run_train, write_dataset
 from data.tokenfile import TokenFileWriter
 from engine import loader, remote
 from engine.configurator import ConfigError
-from engine.dataset import open_dataset, shares_of
+from engine.dataset import check_fit, open_dataset, shares_of
 from engine.descriptors import FILES
 from engine.loader import MixedOrder, WindowOrder, evaluation_batches, order_of
 from engine.loss import IGNORE
@@ -107,6 +107,24 @@ def test_a_run_whose_data_changes_ends_with_a_sentence(tmp_path, pair, monkeypat
     error, = capsys.readouterr().err.splitlines()
     assert 'train.bin was changed while it was read' in error
     assert len(os.listdir(tmp_path / 'out' / 'checkpoints')) >= 2
+
+
+def test_what_is_not_a_data_set_is_told_with_what_to_type(tmp_path):
+    (tmp_path / 'data' / 'own_text').mkdir(parents=True)
+    (tmp_path / 'data' / 'own_text' / 'prepare.py').write_text('')
+    for name, letters in (('mybooks', 'ab'), ('books2', 'cd')):
+        write_dataset(str(tmp_path / 'data' / name), np.arange(200) % 2, np.arange(200) % 2, vocab_size=2, extra={'stoi': {c: i for i, c in enumerate(letters)}, 'itos': dict(enumerate(letters))})
+    for name, message in (('own_text', r'prepare.py --input YOUR.txt --tokenizer char` first'), ('mybook', "did you mean 'mybooks'.*known are books2, mybooks, own_text"),
+                          ('mybooks:1,books2:1', 'char makes its own for each text')):
+        with pytest.raises(ConfigError, match=message):
+            open_dataset(name, str(tmp_path))
+    train, val, _ = open_dataset('mybooks', str(tmp_path))
+    check_fit(val, 2, 199)
+    with pytest.raises(ConfigError, match='type --block_size=199 or less'):
+        check_fit(val, 2, 200)
+    small = write_dataset(str(tmp_path / 'small'), np.arange(9) % 2, [1], vocab_size=2)
+    with pytest.raises(ConfigError, match='has 1 token, and nothing to predict: prepare more text'):
+        check_fit(open_dataset(small, '/')[1], 2, 1)
 
 
 def test_names_and_weights():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, records, run_train
+from conftest import ROOT, TEXT, records, run_train, write_dataset
 
 import export
 import huggingface
@@ -210,6 +210,19 @@ def test_a_link_in_the_tokenizer_of_a_data_set_is_not_published(tmp_path):
             tokenizer_of(str(tmp_path / name), meta)
     with pytest.raises(ValueError, match='tokenizer is a link'):
         HuggingFaceTokenizer.of_folder(str(tmp_path / 'own')).describe(str(tmp_path / 'other'))
+
+
+@pytest.mark.parametrize('letters', ['abcdefgh', 'Once upon'])
+def test_the_snippet_of_the_model_card_runs(tmp_path, letters):
+    """Also where the context is short and the alphabet knows no 'Once'."""
+    letters = ''.join(dict.fromkeys(letters))
+    ids = torch.randint(len(letters), (3000,), generator=torch.Generator().manual_seed(0)).numpy()
+    data = write_dataset(str(tmp_path / 'data'), ids, ids[:500], vocab_size=len(letters), extra={'stoi': {c: i for i, c in enumerate(letters)}, 'itos': dict(enumerate(letters))})
+    assert run_train(data, tmp_path / 'run', '--max_iters=2', '--eval_interval=2') == 0
+    assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 0
+    card = (tmp_path / 'hf' / 'README.md').read_text()
+    snippet = card.split('```python\n')[1].split('```')[0].replace('THIS_FOLDER', str(tmp_path / 'hf'))
+    exec(compile(snippet, 'card', 'exec'), {})
 
 
 def test_a_folder_of_something_else_is_not_written_over(dataset, tmp_path, capsys):

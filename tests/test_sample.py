@@ -1,9 +1,11 @@
 """sample.py writes with the model that was trained: every family, runs and Hugging Face folders, repeatable, with clear refusals."""
 import os
 
+import numpy as np
 import pytest
-from conftest import TEXT
+from conftest import TEXT, run_train, write_dataset
 
+import export
 import huggingface
 import sample
 from engine import checkpoint
@@ -129,3 +131,31 @@ def _next(lines):
         return next(lines)
     except StopIteration:
         raise EOFError from None
+
+
+def characters(folder, letters):
+    """A data set of these characters, in this order."""
+    ids = np.random.default_rng(0).integers(0, len(letters), 3000)
+    return write_dataset(str(folder), ids, ids[:500], vocab_size=len(letters), extra={'stoi': {c: i for i, c in enumerate(letters)}, 'itos': dict(enumerate(letters))})
+
+
+def test_a_data_set_that_was_prepared_again_with_another_tokenizer(tmp_path, capsys):
+    """Whatever is in its place now, no model of before writes with it."""
+    data, out = characters(tmp_path / 'data', 'abcdefgh'), tmp_path / 'out'
+    assert run_train(data, out, '--max_iters=2', '--eval_interval=2') == 0
+    for letters in ('hgfedcba', 'abcdefghijklmnop'):
+        characters(tmp_path / 'data', letters)
+        for command in (lambda: sample.main([f'--out_dir={out}', '--device=cpu']), lambda: export.main([f'--out_dir={out}', f'--to={tmp_path}/hf'])):
+            capsys.readouterr()
+            assert command() == 2 and 'was prepared again, with a tokenizer that gives other ids' in capsys.readouterr().err
+    characters(tmp_path / 'data', 'abcdefgh')
+    assert sample.main([f'--out_dir={out}', '--device=cpu', '--max_new_tokens=2', '--num_samples=1']) == 0
+
+
+def test_samples_of_a_text_without_line_ends(tmp_path, capsys):
+    data = characters(tmp_path / 'data', 'xyz')
+    assert run_train(data, tmp_path / 'out', '--max_iters=2', '--eval_interval=2', '--sample_interval=2') == 0
+    capsys.readouterr()
+    code, text = write(capsys, f'--out_dir={tmp_path}/out')
+    assert code == 0 and text.split('parameters\n')[1].strip().startswith('x')
+    assert run_train(data, tmp_path / 'new', '--max_iters=2', '--sample_interval=2', '--sample_start=q') == 2

@@ -89,7 +89,7 @@ def test_too_little_space_is_known_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr('engine.saver.shutil.disk_usage', lambda path: os.terminal_size((1, 1)) and type('usage', (), {'free': 1_000_000})())
     saver.start(2, tensors(2), {})
     error = saver.wait().error
-    assert '0.00 GB free, the checkpoint takes' in error
+    assert '0.0 MB free, the checkpoint and a margin take' in error
     assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and checkpoint.newest_whole(str(tmp_path)) == (1, [])
 
 
@@ -160,7 +160,7 @@ def test_a_full_and_a_read_only_disk_do_not_stop_the_run(train, small_disk, caps
         f.write(bytes(1_250_000))
     assert train(out, '--init_from=resume', '--max_iters=30', '--log_interval=10') == 4
     output = capsys.readouterr().out
-    assert output.count('CHECKPOINT NOT SAVED at iter') == 2 and 'GB free, the checkpoint takes' in output and 'THE LAST CHECKPOINT WAS NOT SAVED' in output
+    assert output.count('CHECKPOINT NOT SAVED at iter') == 2 and 'MB free, the checkpoint and a margin take' in output and 'THE LAST CHECKPOINT WAS NOT SAVED' in output
     assert [r['iter'] for r in records(out, 'save_failed')] == [20, 30] and max(losses(out)) == 30
     assert checkpoint.newest_whole(str(out)) == (10, [])
     # the check is only an estimate: let the disk run full in the middle of writing

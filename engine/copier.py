@@ -183,13 +183,17 @@ class Copier:
                 continue
             try:
                 started = time.monotonic()
-                if step is not None and (reason := checkpoint.why_broken(checkpoint.path_of(self.out_dir, step), 'size')):
-                    if os.path.isdir(checkpoint.path_of(self.out_dir, step)):  # else it was removed since, there is a newer one
+                path = None if step is None else checkpoint.path_of(self.out_dir, step)
+                if path and checkpoint.why_broken(path, 'size'):
+                    if not os.path.isdir(path):
+                        continue  # it was removed since, or is being saved, and then comes again
+                    if reason := checkpoint.why_broken(path, 'size'):  # once more: it may have got its name meanwhile
                         self.broken.add(step)
-                        self.messages.append(f'NOT COPIED, as it is not whole: {checkpoint.path_of(self.out_dir, step)}: {reason}')
-                    continue
+                        self.messages.append(f'NOT COPIED, as it is not whole: {path}: {reason}')
+                        continue
                 new = self._copy(step) if step is not None else bool(self._copy_logs())
                 self.done.add(step)
+                self.broken.discard(step)
                 self.last_success = time.monotonic()
                 if new:
                     self.messages.append(f'copied step {step} to {self.root} in {time.monotonic() - started:.1f} s, verified')

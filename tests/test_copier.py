@@ -278,3 +278,15 @@ def test_damage_here_is_mended_from_the_copy(train, tmp_path, capsys):
         f.write(b'X')
     assert train(out, '--auto_resume=True', '--max_iters=30', '--eval_interval=10', url) == 0
     assert 'continuing at iter 20' in capsys.readouterr().out and sorted(losses(out)) == list(range(1, 31))
+
+
+def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(train, tmp_path, monkeypatch):
+    assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
+    real, asked = checkpoint.why_broken, []
+
+    def why_broken(path, *args):
+        asked.append(path)
+        return 'there is no such checkpoint' if len(asked) == 1 else real(path, *args)
+    monkeypatch.setattr(checkpoint, 'why_broken', why_broken)
+    copies = copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), 'run_x')
+    assert copies.finish(30) and any('copied step 10' in line for line in copies.news()) and len(asked) >= 2

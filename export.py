@@ -100,16 +100,12 @@ def check_folder(folder):
 
 
 def is_export(folder):
-    """Whether this command wrote what is in `folder`, as its model card or its config.json says, and nothing there is of a run, a data set or the project."""
-    if any(os.path.exists(os.path.join(folder, name)) for name in ('train.py', 'checkpoints', 'meta.pkl')):
+    """Whether this command wrote what is in `folder`, as its model card says, and nothing there is of a run, a data set or the project."""
+    path = os.path.join(folder, 'README.md')
+    if any(os.path.exists(os.path.join(folder, name)) for name in ('train.py', 'checkpoints', 'meta.pkl')) or not os.path.isfile(path):
         return False
-    for name, mark in (('README.md', TITLE), ('config.json', '"trained_with": "onetrain"')):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(path, encoding='utf-8', errors='replace') as f:
-                if mark in f.read(100_000):
-                    return True
-    return False
+    with open(path, encoding='utf-8', errors='replace') as f:
+        return TITLE in f.read(2000)
 
 
 TITLE = '# A language model trained with onetrain'

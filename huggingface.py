@@ -525,7 +525,7 @@ def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_si
     for name in os.listdir(folder):
         if name.endswith('.safetensors'):
             os.chmod(os.path.join(folder, name), 0o644)  # the library makes them readable for their owner only
-    for file, content in (('config.json', {**_hf_config(kind, config, dtype, eot_id), 'trained_with': 'onetrain'}),
+    for file, content in (('config.json', _hf_config(kind, config, dtype, eot_id)),
                           ('generation_config.json', {'bos_token_id': eot_id, 'eos_token_id': eot_id})):
         with replacing(os.path.join(folder, file), 'w') as f:
             json.dump(content, f, indent=2)

@@ -111,6 +111,14 @@ TEXTS = ('def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""
          '\u200b\ufeff\x01', 'The  quick\n\n\nbrown   fox', "it's we'll I'M")
 
 
+def _ids_of(tokenizer, text):
+    """Return the ids of a text as a list, None where it has a character that the tokenizer does not know."""
+    try:
+        return tokenizer.encode(text).tolist()
+    except ValueError:
+        return None
+
+
 def _pairs_and_alphabets():
     pairs = ''.join(chr(a) + chr(b) for a in range(32, 127) for b in range(32, 127))
     ranges = (0xa1, 0x250), (0x391, 0x460), (0x5d0, 0x5eb), (0x621, 0x64b), (0x904, 0x940), (0xe01, 0xe31), (0x3041, 0x3097), (0x4e00, 0x4f00), (0xac00, 0xac80)
@@ -129,7 +137,7 @@ def ids_digest(tokenizer):
         found = sorted(tokenizer.stoi.items())
     else:
         vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-        found = [vocabulary, *(tokenizer.encode(text).tolist() for text in (_pairs_and_alphabets(), ''.join(vocabulary).replace(UNKNOWN, '')))]
+        found = [vocabulary, *(_ids_of(tokenizer, text) for text in (_pairs_and_alphabets(), ''.join(vocabulary).replace(UNKNOWN, '')))]
     digest = hashlib.sha256(repr([tokenizer.vocab_size, tokenizer.eot_id, found]).encode('utf-8', 'surrogatepass')).hexdigest()
     return f'1 {digest}'  # the number of this way to make it, which stands in checkpoints
 
@@ -138,13 +146,7 @@ def same_tokenizer(a, b):
     """Return whether two tokenizers end a text with the same id and give the same ids, for TEXTS and for text that goes through the vocabulary of each."""
     def text_of(tokenizer):
         return ''.join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size)).replace(UNKNOWN, '')
-
-    def ids_of(tokenizer, text):
-        try:
-            return tokenizer.encode(text).tolist()
-        except ValueError:  # a character that it does not know
-            return None
-    return a.vocab_size == b.vocab_size and a.eot_id == b.eot_id and all(ids_of(a, text) == ids_of(b, text) for text in (*TEXTS, f'a{EOT}b</s>', text_of(a), text_of(b)))
+    return a.vocab_size == b.vocab_size and a.eot_id == b.eot_id and all(_ids_of(a, text) == _ids_of(b, text) for text in (*TEXTS, f'a{EOT}b</s>', text_of(a), text_of(b)))
 
 
 class BytesTokenizer:

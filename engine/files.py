@@ -143,19 +143,22 @@ def sentence(error):
     return ' '.join(redact(str(error)).split())[:200]
 
 
-def refuse_deep_pickle(data, most=100):
-    """Raise ValueError for a pickle, as bytes, of values nested more than `most` deep, without building any.
+def refuse_deep_pickle(data, deepest=100, largest=1000):
+    """Raise ValueError for a pickle, as bytes, of values nested too deeply or of tuples with too many items, without building any.
 
-    Tuples within tuples a million deep end the process when they are hashed.
+    Keys of a dict are hashed with all that they hold: a tuple within tuples a million deep ends the process, and one that
+    holds another twice, which does so too, and so on, takes for ever.
     """
-    stack, memo, mark = [], {}, object()  # of depths
+    stack, memo, mark = [], {}, object()  # of (depth, items of a tuple and of those in it, 1 for anything else)
     for op, argument, _ in pickletools.genops(data):
         if op.name in ('GET', 'BINGET', 'LONG_BINGET'):
-            stack.append(memo.get(argument, 0))
+            stack.append(memo.get(argument, (0, 1)))
         elif op.name in ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
-            memo[len(memo) if op.name == 'MEMOIZE' else argument] = stack[-1] if stack and stack[-1] is not mark else 0
+            memo[len(memo) if op.name == 'MEMOIZE' else argument] = stack[-1] if stack and stack[-1] is not mark else (0, 1)
         elif op.name == 'MARK':
             stack.append(mark)
+        elif op.name == 'DUP' and stack:
+            stack.append(stack[-1])
         else:
             taken = []
             for kind in reversed(op.stack_before):
@@ -164,12 +167,15 @@ def refuse_deep_pickle(data, most=100):
                         taken.append(stack.pop())
                 elif stack:
                     taken.append(stack.pop())
-            depths = [depth for depth in taken if depth is not mark]
-            filled = depths.pop() if op.name in ('APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD') and depths else 0
-            depth = max(filled, 1 + max(depths, default=-1))
-            stack.extend([depth] * len(op.stack_after))
-            if depth > most:
-                raise ValueError(f'it is nested more than {most} deep')
+            taken = [value for value in taken if value is not mark]
+            filled = taken.pop()[0] if op.name in ('APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD') and taken else 0
+            depth = max(filled, 1 + max((depth for depth, _ in taken), default=-1))
+            size = 1 + sum(size for _, size in taken) if op.name.startswith(('TUPLE', 'REDUCE', 'FROZENSET')) else 1
+            stack.extend([(depth, size)] * len(op.stack_after))
+            if depth > deepest:
+                raise ValueError(f'it is nested more than {deepest} deep')
+            if size > largest:
+                raise ValueError(f'it has a tuple of more than {largest:,} items')
 
 
 def parse_json(data):

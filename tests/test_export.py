@@ -245,6 +245,14 @@ def test_tokenizers_that_differ_in_more_than_words_are_not_the_same(tmp_path):
     described = json.loads((tmp_path / 'one' / 'tokenizer.json').read_text())
     vocabulary = described['model']['vocab']
     swapped = {**vocabulary, 'q': vocabulary['u'], 'u': vocabulary['q']}
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    few = Tokenizer(models.WordLevel({'ab': 0, 'ba': 1}))  # knows no other word, and has no token for one
+    few.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    for name, content in (('few', few.to_str()), ('other', few.to_str().replace('"ab":0,"ba":1', '"ab":1,"ba":0'))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'tokenizer.json').write_text(content)
+    few, other = (HuggingFaceTokenizer.of_folder(str(tmp_path / name)) for name in ('few', 'other'))
+    assert few.decode([0]) == other.decode([1]) == 'ab' and ids_digest(few) != ids_digest(other)
     georgian = [chr(0x10d0 + i) for i in range(32)]
     sets = [CharTokenizer(*({c: i for i, c in enumerate(order)}, dict(enumerate(order)))) for order in (georgian, georgian[::-1])]
     assert ids_digest(sets[0]) != ids_digest(sets[1]) and ids_digest(sets[0]).startswith('1 ')

@@ -738,8 +738,16 @@ def test_pickles_nested_deeply_are_refused(data, run, tmp_path):
         read_meta(str(tmp_path))
 
 
+@pytest.mark.parametrize('data', [b'\x80\x04}' + b')' + b'2\x86' * 45 + b'K\x01s.', b'\x80\x04})\x94' + b''.join(b'h%ch%c\x86\x94' % (i, i) for i in range(45)) + b'K\x01s.'], ids=['twice', 'kept'])
+def test_tuples_that_take_for_ever_to_hash_are_refused(data, tmp_path):
+    (tmp_path / 'meta.pkl').write_bytes(data)
+    for read in (lambda: read_meta(str(tmp_path)), lambda: dcp_metadata.parse(data, {})):
+        with pytest.raises(ValueError, match='a tuple of more than 1,000 items'):
+            read()
+
+
 def test_large_pickles_are_not_deep():
-    value = {f'k{i}': [i, (i, (i, 'x')), {'a': {i}}] for i in range(3000)}
+    value = {'long': list(range(5000)), 'set': set(range(5000)), 'pairs': [(str(i), i) for i in range(5000)], **{f'k{i}': [i, (i, (i, 'x')), {'a': {i}}] for i in range(3000)}}
     for protocol in (0, 2, 4):
         files.refuse_deep_pickle(pickle.dumps(value, protocol=protocol))
 

@@ -159,3 +159,22 @@ def test_samples_of_a_text_without_line_ends(tmp_path, capsys):
     code, text = write(capsys, f'--out_dir={tmp_path}/out')
     assert code == 0 and text.split('parameters\n')[1].strip().startswith('x')
     assert run_train(data, tmp_path / 'new', '--max_iters=2', '--sample_interval=2', '--sample_start=q') == 2
+
+
+def test_an_older_run_without_ids_of_its_tokenizer(tmp_path, capsys):
+    """Told by the description that its state.json has; it may be the same all the same."""
+    import json
+    from test_hostile import seal
+    data, out = characters(tmp_path / 'data', 'abcdefgh'), tmp_path / 'out'
+    assert run_train(data, out, '--max_iters=2', '--eval_interval=2') == 0
+    path = checkpoint.path_of(str(out), 2)
+    with open(f'{path}/state.json') as f:
+        state = json.load(f)
+    with open(f'{path}/state.json', 'w') as f:
+        json.dump({key: value for key, value in state.items() if key != 'token_ids'}, f)
+    seal(path)
+    for letters, note in (('abcdefgh', False), ('hgfedcba', True)):
+        characters(tmp_path / 'data', letters)
+        capsys.readouterr()
+        assert sample.main([f'--out_dir={out}', '--device=cpu', '--max_new_tokens=2', '--num_samples=1']) == 0
+        assert ('is not the data that this model was trained with' in capsys.readouterr().err) == note

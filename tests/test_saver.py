@@ -89,7 +89,7 @@ def test_too_little_space_is_known_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr('engine.saver.shutil.disk_usage', lambda path: os.terminal_size((1, 1)) and type('usage', (), {'free': 1_000_000})())
     saver.start(2, tensors(2), {})
     error = saver.wait().error
-    assert '0.0 MB free, the checkpoint and a margin take' in error
+    assert 'MB free, the checkpoint and a margin take 1.1 MB' in error
     assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and checkpoint.newest_whole(str(tmp_path)) == (1, [])
 
 

@@ -84,11 +84,6 @@ def show(args):
 def copy(args):
     fs, runs = runs_of(args)
     to_fs, to_root = open_url(args.copy_to)
-    for run in runs if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem) else ():
-        for name in {checkpoint.read_state(checkpoint.path_of(run, step)).get('run_name') for step in steps_of(run, fs, args)
-                     if checkpoint.why_broken(checkpoint.path_of(run, step), 'size') is None} - {None}:
-            if f'{os.path.realpath(place_of_copy(run, name, to_root))}/'.startswith(f'{os.path.realpath(run)}/'):
-                raise ConfigError(f'--copy_to={args.copy_to} would put the copy of {run} into itself: give another folder')
     copied = there = broken = 0
     for run in runs:
         names = set()
@@ -103,6 +98,8 @@ def copy(args):
                 continue
             names.add(run_name)
             target = place_of_copy(run, run_name, to_root)
+            if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem) and f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(run)}/'):
+                raise ConfigError(f'--copy_to={args.copy_to} would put the copy of {run} into itself: give another folder')
             try:
                 new = tried(lambda: copy_one(fs, run, step, to_fs, target, run_name), args.copy_to)
             except ValueError as error:  # its bytes are not what its manifest says

@@ -61,7 +61,7 @@ def run(args):
     if args.tokens < 0:
         raise ConfigError(f'--tokens={args.tokens} must not be negative')
     wanted = tasks.load_tasks(args.tasks, args.limit)
-    files_of_tasks = dict(word.strip().partition(':')[::2] for word in args.tasks.split(','))
+    files_of_tasks = dict(tasks.names_and_files(args.tasks))
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
     dataset = args.dataset or state and state['config'].get('dataset')

@@ -25,7 +25,7 @@ from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, shortened
 from engine.dataset import folder_of, shares_of
-from engine.tokenizer_match import tokenizer_identity
+from engine.tokenizer_match import same_digest, tokenizer_identity
 from generation import check_prompts, default_start, generate, text_of
 from model import Model
 from presets import resolve_shape
@@ -68,11 +68,10 @@ def tokenizer_of_run(state):
     trained_with = state.get('data', {}).get('train', {}).get('fingerprint')
     same = len(shares_of(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get('train') in (None, trained_with)
     tokenizer, gave = tokenizer_of(folder, meta), state.get('token_ids')
-    gives = ids_digest(tokenizer) if gave else None
-    comparable = gave and gave.split()[0] == gives.split()[0]
-    if not comparable and state.get('tokenizer') not in (None, tokenizer_identity(folder, meta)):
+    same_ids = same_digest(gave, ids_digest(tokenizer) if gave else None)
+    if same_ids is None and state.get('tokenizer') not in (None, tokenizer_identity(folder, meta)):
         same = False
-    if comparable and gave != gives:
+    if same_ids is False:
         raise ConfigError(f'{folder} was prepared again, with a tokenizer that gives other ids than the one that this model was trained with: '
                           f'prepare it as it was, or give the later data set a folder of its own with --output')
     return tokenizer, meta, None if same else f'{folder} is not the data that this model was trained with'

@@ -98,23 +98,23 @@ class Tokens:
         rows = np.empty((len(starts), width), self.pieces[0].dtype)
         numbers = np.searchsorted(self.firsts, starts, 'right') - 1
         places, crossing = zip(numbers.tolist(), (starts - self.firsts[numbers]).tolist()), starts + width > self.firsts[numbers + 1]
-        wanted = {}  # {number of a piece: [(where to, its first token)]}
+        wanted = {}  # {piece: [(where to, its first token)]}
         for row, (number, first), start, crosses in zip(rows, places, starts.tolist(), crossing.tolist()):
             if not crosses:
-                wanted.setdefault(number, []).append((row, first))
+                wanted.setdefault(self.pieces[number], []).append((row, first))
                 continue
             for piece, begin, end in self.parts(start, start + width):
-                wanted.setdefault(self.pieces.index(piece), []).append((row[:end - begin], begin))
+                wanted.setdefault(piece, []).append((row[:end - begin], begin))
                 row = row[end - begin:]
         self._unchanged(lambda: self._fill(wanted))
         return torch.from_numpy(self._checked(rows).astype(np.int64))
 
     def _fill(self, wanted):
         if not self.remote:
-            for number, places in wanted.items():
-                self.pieces[number].fill(places)
+            for piece, places in wanted.items():
+                piece.fill(places)
             return
-        places = [(self.pieces[number], first, ids) for number, several in wanted.items() for ids, first in several]
+        places = [(piece, first, ids) for piece, several in wanted.items() for ids, first in several]
         for (_, _, ids), found in zip(places, read_together([(piece, first, first + len(ids)) for piece, first, ids in places])):
             ids[:] = found
 

@@ -65,11 +65,10 @@ class Descriptors:
                 data, offset = data[count:], offset + count
 
     def forget(self, path):
-        """Close a file, so that the next read opens the one that has its name then."""
+        """Close a file that was read, so that the next read opens the one that has its name then."""
         with self.lock:
-            for key in ((path, os.O_RDONLY), (path, os.O_RDWR)):
-                if key in self.open:
-                    os.close(self.open.pop(key))
+            if (path, os.O_RDONLY) in self.open:
+                os.close(self.open.pop((path, os.O_RDONLY)))
 
     def close(self):
         """Close all; the next read opens its file again."""

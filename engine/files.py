@@ -1,9 +1,9 @@
-"""Names, URLs and JSON that come from elsewhere: checked here once, before they are used.
+"""Names, links, URLs, JSON and pickles that come from elsewhere: checked here once, before they are used.
 
 A name that a manifest, a listing, a meta.pkl or an index gives is joined to a folder only by inside(), and what somebody
 else's folder holds is opened after check_own(), and written by replacing(), which follow no link out of it.
 A URL is opened by open_url(), and recorded or shown as redact() leaves it. JSON is read by parse_json(), and by unseal()
-where it carries a checksum.
+where it carries a checksum; a pickle goes through refuse_deep_pickle() before an unpickler that admits few names.
 """
 import contextlib
 import glob

@@ -128,7 +128,8 @@ def start(device=None, backend=None, timeout_minutes=10.0, out_dir=None):
     """Join the processes that torchrun started, or be the only one, and take a device.
 
     device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' | None (what fits). timeout_minutes: how long a
-    rank waits for another in training before it gives up; out_dir: where each rank then writes what it was exchanging. Raises ConfigError for a device or backend that this machine does not have.
+    rank waits for another in training before it gives up; out_dir: where each rank then writes what it was exchanging. Raises ConfigError for a device or
+    backend that this machine does not have.
     """
     rank, local_rank, size, here = read_environment()
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -577,11 +578,9 @@ class Agreement:
 def of_each_rank(values, world):
     """Return {name: list of the ranks' values} of a dict of floats that has the same names on every rank; agreed on the host."""
     mine = torch.tensor([*values.values()], dtype=torch.float64)
-    table = [torch.empty_like(mine) for _ in range(world.size)]
+    table = [mine.clone() for _ in range(world.size)]
     if world.size > 1:
         dist.all_gather(table, mine, group=world.group)
-    else:
-        table = [mine]
     return dict(zip(values, torch.stack(table, dim=1).tolist()))
 
 

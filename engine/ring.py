@@ -25,11 +25,10 @@ class Ring:
         self.group, self.rank, self.size = group, rank, size
         self.attend = _RingAttention.apply
         chunk = -(-block_size // (2 * size))
-        first, second = (torch.arange(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank))
-        positions = torch.cat([first, second])
-        self.positions = positions.clamp(max=block_size - 1).to(device)  # global position of each local token
         self.chunks = [(c * chunk, (c + 1) * chunk) for c in (rank, 2 * size - 1 - rank)]
         self.block_size = block_size
+        positions = torch.cat([torch.arange(begin, end) for begin, end in self.chunks])
+        self.positions = positions.clamp(max=block_size - 1).to(device)  # global position of each local token
 
     def read_part(self, file, starts):
         """Read this rank's tokens of the sequences that begin at `starts`, (B,) array: (2, B, local) int64, inputs and targets.

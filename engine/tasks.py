@@ -95,14 +95,18 @@ TASKS = {  # how to read a line; where it is on the hub: repository, configurati
 }
 
 
+def names_and_files(words):
+    """[(name, file or '')] of a comma-separated list of NAME or NAME:FILE.jsonl."""
+    return [word.partition(':')[::2] for word in (word.strip() for word in words.split(',')) if word]
+
+
 def load_tasks(words, limit=None):
     """{name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file it comes from the hub, through the package datasets.
 
     limit: first items of each, None for all. Raises ConfigError for a name, file or line that cannot be read.
     """
     tasks = {}
-    for word in filter(None, (word.strip() for word in words.split(','))):
-        name, _, path = word.partition(':')
+    for name, path in names_and_files(words):
         if name not in TASKS:
             raise ConfigError(f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)}; others through `lm_eval` on the folder that export.py writes')
         if name in tasks:

@@ -84,16 +84,21 @@ def digest_of_dataset(folder):
     return None if tokenizer is None else ids_digest(tokenizer)
 
 
+def same_digest(gave, gives):
+    """Return whether two texts of ids_digest() are of the same ids; None where one is missing, or they were made in different ways."""
+    return gave == gives if gave and gives and gave.split()[0] == gives.split()[0] else None
+
+
 def check_resumed(resumed, folder, meta, dataset, notes):
     """Raise ConfigError if the data that a run resumes with were made with another tokenizer than those it was trained with.
 
     resumed: the state of its checkpoint; folder, meta: of the data set now.
     """
-    gave, gives = resumed.get('token_ids'), digest_of_dataset(folder)
-    if gave and gives and gave.split()[0] == gives.split()[0]:  # made in the same way
-        if gave != gives:
-            raise ConfigError(f'the tokenizer of {dataset} gives other ids than the one that this run was trained with: prepare the data with the same '
-                              f'--tokenizer, or give the --dataset it had')
+    same = same_digest(resumed.get('token_ids'), digest_of_dataset(folder))
+    if same is False:
+        raise ConfigError(f'the tokenizer of {dataset} gives other ids than the one that this run was trained with: prepare the data with the same '
+                          f'--tokenizer, or give the --dataset it had')
+    if same:
         return
     was, now = resumed.get('tokenizer'), tokenizer_identity(folder, meta)
     if was is None or was == now:

@@ -1,9 +1,11 @@
 """Notice a process that hangs, whatever the others wait for.
 
-Collectives of training have a time limit, but a wait for a checkpoint has none: disks may be slow. So each process
-shows every few seconds that it lives, as a count in the store where the processes met, and looks at the others' counts.
-A thread does it: a process whose main thread waits for a disk is alive; one that was stopped, or whose machine is gone, is not.
+Collectives of training have a time limit, but a wait for a checkpoint has none: disks may be slow.
+So each process shows every few seconds that it lives, as a count in the store where the processes
+met, and looks at the others' counts. A thread does it: a process whose main thread waits for a disk
+is alive; one that was stopped, or whose machine is gone, is not.
 """
+
 import os
 import sys
 import threading
@@ -15,7 +17,10 @@ LEFT = b'left'
 
 
 class Heartbeat:
-    """That of process `rank` of `size`; store: torch's Store that all share; timeout: seconds of silence after which a process counts as lost."""
+    """That of process `rank` of `size`.
+
+    store: torch's Store that all share; timeout: seconds of silence after which one is lost.
+    """
 
     def __init__(self, store, rank, size, timeout):
         self.store = store.clone()  # a connection of its own: another may be waiting for an answer
@@ -50,11 +55,18 @@ class Heartbeat:
 
     def silent(self, seconds):
         """Return the ranks that have shown nothing new for `seconds`, though they did not end."""
-        now, shown = time.monotonic(), self.store.multi_get([f'beat {rank}' for rank in range(self.size)])
+        now, shown = (
+            time.monotonic(),
+            self.store.multi_get([f'beat {rank}' for rank in range(self.size)]),
+        )
         for rank, value in enumerate(shown):
             if self.seen.get(rank, (None,))[0] != value:
                 self.seen[rank] = value, now
-        return [rank for rank, (value, since) in self.seen.items() if value != LEFT and rank != self.rank and now - since >= seconds]
+        return [
+            rank
+            for rank, (value, since) in self.seen.items()
+            if value != LEFT and rank != self.rank and now - since >= seconds
+        ]
 
     def end(self):
         """Say that this process ends by itself, and look no longer."""
@@ -66,7 +78,7 @@ class Heartbeat:
             pass
 
     def name_silent(self):
-        """End as end() does, after an error, and print which processes do not answer: those that the others fail without."""
+        """End as end() does, after an error, and print which processes do not answer."""
         self.end()
         self.seen, patience = {}, 2.5 * self.pause
         try:
@@ -81,5 +93,12 @@ class Heartbeat:
         if not silent or self.rank != min(set(range(self.size)) - set(silent)):
             time.sleep(1)  # so that the one that prints is not ended before
             return
-        names = ', '.join(f"rank {rank} on {self.store.get(f'host {rank}').decode()}" for rank in silent)
-        print(f"error: {names} did not answer: {'they hang or were' if silent[1:] else 'it hangs or was'} killed", file=sys.stderr, flush=True)
+        names = ', '.join(
+            f'rank {rank} on {self.store.get(f"host {rank}").decode()}' for rank in silent
+        )
+        print(
+            f'error: {names} did not answer: '
+            f'{"they hang or were" if silent[1:] else "it hangs or was"} killed',
+            file=sys.stderr,
+            flush=True,
+        )

@@ -104,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
 def parse(data, files):
     """Return the torch.distributed.checkpoint.metadata.Metadata in the bytes of a .metadata.
 
-    files: {name: {'size': bytes, ...}} of its manifest. Raises ValueError for all but those of
+    files: {name: {'size': bytes, ...}} of its manifest. Raises ValueError unless it describes
     tensors whose every part lies in one of these.
     """
     try:

@@ -102,6 +102,8 @@ def copy(args):
                 raise ConfigError(f'--copy_to={args.copy_to} would put the copy of {run} into itself: give another folder')
             try:
                 new = tried(lambda: copy_one(fs, run, step, to_fs, target, run_name), args.copy_to)
+            except ConfigError:  # the place cannot be reached, which says nothing of the checkpoint
+                raise
             except ValueError as error:  # its bytes are not what its manifest says
                 broken += 1
                 print(f'NOT COPIED, as it is not whole: {redact(path)}: {error}', flush=True)

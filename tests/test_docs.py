@@ -29,7 +29,7 @@ def commands(document):
 
 def shrink(command):
     """The command at a size for a test: what is appended wins."""
-    command = command.replace('tail -f', 'tail -n 3')
+    command = command.replace('tail -f', 'tail -n 3').replace('s3://bucket/runs', f'file://{COPIES}')
     if 'sample.py' in command:
         return f'{command} --device=cpu --max_new_tokens=8 --num_samples=1'
     if 'evaluate.py' in command or 'export.py' in command:
@@ -48,7 +48,7 @@ def shrink(command):
     if 'total_batch_size' in command:
         extra = [*extra, '--total_batch_size=128']
     ranks = 4 if 'replicas' in command or 'context_parallel' in command else 2
-    command = command.replace('--nproc_per_node=8', f'--nproc_per_node={ranks}').replace('s3://bucket/runs', f'file://{COPIES}')
+    command = command.replace('--nproc_per_node=8', f'--nproc_per_node={ranks}')
     return f"{command} {' '.join(extra)}"
 
 

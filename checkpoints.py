@@ -128,7 +128,7 @@ def place_of_copy(run, run_name, to_root):
 def copy_one(fs, run, step, to_fs, target, run_name):
     """Copy a checkpoint and the logs of its run; return whether it was not there."""
     there = checkpoint.path_of(target, step)
-    new = copier.copy_checkpoint(fs, checkpoint.path_of(run, step), to_fs, there, lambda: copier.copy_logs(fs, run, to_fs, target, run_name), step, again=True)
+    new = copier.copy_checkpoint(fs, checkpoint.path_of(run, step), to_fs, there, lambda: copier.copy_logs(fs, run, to_fs, target, run_name), again=True)
     if isinstance(to_fs, LocalFileSystem):
         checkpoint.mark_fetched(there, redact(run))
     return new

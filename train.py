@@ -31,6 +31,7 @@ from data.tokenizer import tokenizer_of
 from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, place_of
+from engine.copying_together import Machines
 from engine.dataset import check_fit, folder_of, open_dataset
 from engine.files import redact
 from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, inputs_and_targets, mix, order_of, read_batch
@@ -330,7 +331,7 @@ def run(argv, stop):
         raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
 
     # ---- the run's folder
-    run_name = copier = None
+    run_name = copier = machines = None
     if not c.eval_only:
         folder.hold(make=True)
         if resumed:
@@ -342,8 +343,12 @@ def run(argv, stop):
         run_name = run_name or parallel.from_main(lambda: again and unsaved_run(c.out_dir, resume.config_record(c)) or new_run_name(c.out_dir), world)
         parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
         lineage = parallel.from_main(lambda: resume.choose_lineage(c, resumed, c.upload_to and place_of(c.upload_to, c.out_dir)), world)
-        if c.upload_to and world.main:
-            copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local)
+        if c.upload_to:
+            machines = Machines(world, c.upload_to)
+            if world.main:
+                copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local, machines)
+            elif world.local_rank == 0:
+                machines.serve()
 
     # ---- model
     torch.manual_seed(c.seed)
@@ -657,6 +662,7 @@ def run(argv, stop):
         settle(None)
         if not copied:
             log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={redact(c.upload_to)}` does it')
+        machines.close()
     log.close()
     folder.release()
     # also the barrier before the end: torchrun ends all when one leaves with an error

@@ -4,10 +4,12 @@
         run_20261121_101500.jsonl, .log and .json
         checkpoints/step_00001000/      as on disk; manifest.json comes last, so an interrupted copy is no checkpoint
 
-A thread of the main rank copies whole checkpoints, the newest first, reads every file back and compares its checksum with
-the manifest, and tries again until it works, waiting longer each time. Nothing at URL is ever removed; only a run that went back
-replaces its own checkpoint of the same iteration.
+A thread of the main rank copies whole checkpoints, the newest first, and compares every file's checksum with the manifest: by
+the one that a bucket names, or else by reading the file back. It tries again until it works, waiting longer each time. On several
+machines each copies the files of its own processes (copying_together.py). Nothing at URL is ever removed; only a run that went
+back replaces its own checkpoint of the same iteration.
 """
+import hashlib
 import os
 import re
 import secrets
@@ -19,10 +21,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from engine import checkpoint, faults
 from engine.configurator import ConfigError
-from engine.files import check_own, open_url, redact, replacing, sentence
+from engine.files import check_own, no_link, open_url, redact, replacing, sentence
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 LOGS = ('jsonl', 'log', 'json')
+PIECE = 64 * 2**20  # bytes in which a file goes to a bucket; one of more than 10,000 of them in larger ones
+APPENDED_FROM = 5 * 2**20  # bytes from which a bucket can take more without sending again what it has
 
 
 def probe(url, out_dir, patience=60.0):
@@ -53,11 +57,12 @@ def probe(url, out_dir, patience=60.0):
                           f'rights, or leave --upload_to out')
 
 
-def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, step=None, again=False):
+def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, again=False, copy=None):
     """Copy the checkpoint folder `here` of the file system fs to `there` of to_fs; return False if it was there already.
 
-    Every file is read back and compared with the manifest, which comes last. before_manifest: called when all else is there.
-    again: whether the files of a copy that is there are read too, and those that are damaged copied. Raises ValueError for what does not read back, and what the file systems raise.
+    Every file is compared with the manifest, which comes last. before_manifest: called when all else is there. again: whether the
+    files of a copy that is there are read too, and those that are damaged copied. copy: called instead of copy_files() with (here, there, files).
+    Raises ValueError for what arrives differently, and what the file systems raise.
     """
     expected, manifest = checkpoint.read_manifest(here, fs)['files'], fs.cat_file(f'{here}/manifest.json')
     new = not _equals(to_fs, f'{there}/manifest.json', manifest)
@@ -66,13 +71,10 @@ def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, step=N
     if new:
         if to_fs.isfile(f'{there}/manifest.json'):  # of a lineage that this run left: no mixture may look whole
             to_fs.rm_file(f'{there}/manifest.json')
-        for number, (name, entry) in enumerate(expected.items()):
-            if not _has(to_fs, f'{there}/{name}', entry):
-                _transfer(fs, f'{here}/{name}', to_fs, f'{there}/{name}')
-                if not _has(to_fs, f'{there}/{name}', entry):
-                    raise ValueError(f'{name} reads back differently')
-            if number == 0:
-                faults.reach('upload', step)
+        if copy:
+            copy(here, there, expected)
+        else:
+            copy_files(fs, here, to_fs, there, expected)
         before_manifest()
         _write(to_fs, f'{there}/manifest.json', manifest)
     if fs.isfile(f'{here}/evaluation.json'):
@@ -80,15 +82,65 @@ def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, step=N
     return new
 
 
-def copy_logs(fs, here, to_fs, there, run_name):
-    """Copy the logs of a run from the folder `here` to the folder `there`, without a line that is being written."""
+def copy_files(fs, here, to_fs, there, files):
+    """Copy `files` ({name: entry of the manifest}) from the folder `here` to `there`, but for those that are there. Raises ValueError for one that arrives differently."""
+    for number, (name, entry) in enumerate(files.items()):
+        if not _has(to_fs, f'{there}/{name}', entry):
+            _transfer(fs, f'{here}/{name}', to_fs, f'{there}/{name}')
+            if not _arrived(fs, f'{here}/{name}', to_fs, f'{there}/{name}', entry):
+                raise ValueError(f'{name} reads back differently')
+        if number == 0:
+            faults.reach('upload', int(here.rsplit('_', 1)[1]))
+
+
+def copy_logs(fs, here, to_fs, there, run_name, sent=None):
+    """Copy the logs of a run from the folder `here` to the folder `there`, without a line that is being written.
+
+    sent: a dict for the next call with the same folders, which then sends what is new where `there` can take that alone.
+    """
     for ending in LOGS:
         name = f'{run_name}.{ending}'
+        path, to_path = f'{here}/{name}', f'{there}/{name}'
         if isinstance(fs, LocalFileSystem):
-            check_own(f'{here}/{name}')
-        if fs.isfile(f'{here}/{name}'):
-            data = fs.cat_file(f'{here}/{name}')
-            _write(to_fs, f'{there}/{name}', data if ending == 'json' else data[:data.rfind(b'\n') + 1])
+            check_own(path)
+        if not fs.isfile(path):
+            continue
+        if ending == 'json' or sent is None:
+            version = fs.info(path).get('mtime'), fs.size(path)
+            if sent is None or sent.get(name) != version:
+                data = fs.cat_file(path)
+                _write(to_fs, to_path, data if ending == 'json' else data[:data.rfind(b'\n') + 1])
+            if sent is not None:
+                sent[name] = version
+        else:
+            sent[name] = _append(path, to_fs, to_path, *sent.get(name, (0, b'')))
+
+
+def _append(path, to_fs, to_path, size, end):
+    """Bring the copy of a local log up to date, of which `size` bytes were sent, with `end` as the last; returns the two as they are now."""
+    with open(path, 'rb') as f:
+        f.seek(size - len(end))
+        grown = f.read(len(end)) == end  # else it was cut: its run went back
+        f.seek(size if grown else 0)
+        new = f.read()
+    new = new[:new.rfind(b'\n') + 1]
+    if not grown or size == 0:
+        _write(to_fs, to_path, new)
+        return len(new), new[-4096:]
+    if new and _takes_more(to_fs, size) and to_fs.size(to_path) == size:
+        with open(to_path, 'ab', opener=no_link) if isinstance(to_fs, LocalFileSystem) else to_fs.open(to_path, 'ab') as f:
+            f.write(new)
+        if to_fs.cat_file(to_path, start=size) != new:
+            raise ValueError(f'{to_path} reads back differently')
+    elif new:
+        with open(path, 'rb') as f:
+            _write(to_fs, to_path, f.read(size) + new)
+    return size + len(new), (end + new)[-4096:]
+
+
+def _takes_more(fs, size):
+    """Whether a file of `size` bytes in `fs` grows by sending only what is new: a bucket of S3 copies the rest itself, if that is one piece."""
+    return isinstance(fs, LocalFileSystem) or _names_checksums(fs) and APPENDED_FROM <= size < 5 * 2**30
 
 
 def _transfer(fs, path, to_fs, to_path):
@@ -98,7 +150,10 @@ def _transfer(fs, path, to_fs, to_path):
             shutil.copyfileobj(source, target, 2**22)
         return
     if isinstance(fs, LocalFileSystem):
-        to_fs.put_file(path, to_path)
+        if _names_checksums(to_fs):
+            to_fs.put_file(path, to_path, chunksize=_piece(os.path.getsize(path)))
+        else:
+            to_fs.put_file(path, to_path)
         return
     with fs.open(path, 'rb') as source, to_fs.open(to_path, 'wb') as target:
         shutil.copyfileobj(source, target, 2**22)
@@ -106,6 +161,39 @@ def _transfer(fs, path, to_fs, to_path):
 
 def _has(fs, path, entry):
     return fs.isfile(path) and fs.size(path) == entry['size'] and checkpoint.sha256(path, fs) == entry['sha256']
+
+
+def _arrived(fs, path, to_fs, to_path, entry):
+    """Whether the copy of a file is as the manifest says: by the checksum that a bucket made of what it received, else by reading all of it."""
+    if isinstance(fs, LocalFileSystem) and _names_checksums(to_fs):
+        found = to_fs.info(to_path)
+        sha256, etag = _checksums(path)
+        if (found['size'], sha256) == (entry['size'], entry['sha256']) and str(found.get('ETag')).strip('"') == etag:
+            return True
+    return _has(to_fs, to_path, entry)  # an encrypted object has an ETag of another kind
+
+
+def _names_checksums(fs):
+    """Whether `fs` is a bucket of S3, whose ETag is the MD5 of a file sent whole, and of the MD5s of one sent in pieces."""
+    return 's3' in fs.protocol
+
+
+def _piece(size):
+    """Bytes in which a file of `size` bytes goes to a bucket."""
+    return max(1, size) if size < 2 * PIECE else max(PIECE, -(-size // 10_000))
+
+
+def _checksums(path):
+    """(SHA-256, ETag) of a file that _transfer() sends."""
+    sha256, pieces = hashlib.sha256(), []
+    with open(path, 'rb') as f:
+        while piece := f.read(_piece(os.path.getsize(path))):
+            sha256.update(piece)
+            pieces.append(hashlib.md5(piece, usedforsecurity=False))
+    if len(pieces) == 1:
+        return sha256.hexdigest(), pieces[0].hexdigest()
+    whole = hashlib.md5(b''.join(piece.digest() for piece in pieces), usedforsecurity=False)
+    return sha256.hexdigest(), f'{whole.hexdigest()}-{len(pieces)}'
 
 
 def _equals(fs, path, data):
@@ -128,12 +216,14 @@ class Copier:
     """Copies what add() names while training goes on; close() waits for the rest.
 
     keep_local: how many checkpoints stay on this machine once they are copied, beside the best, None = as many as the run keeps anyway.
+    machines: copying_together.Machines that share the work, or None.
     """
 
-    def __init__(self, url, out_dir, run_name, keep_local=None):
-        self.url, self.out_dir, self.run_name, self.keep_local = url, out_dir, run_name, keep_local
+    def __init__(self, url, out_dir, run_name, keep_local=None, machines=None):
+        self.url, self.out_dir, self.run_name, self.keep_local, self.machines = url, out_dir, run_name, keep_local, machines
         self.fs, root = open_url(url)
         self.root = f"{place_of(root, out_dir)}/{run_name}"
+        self.sent = {}  # of logs, see copy_logs()
         self.lock = threading.Lock()  # held while a checkpoint is chosen to be copied or removed
         self.pending, self.current, self.done, self.broken, self.tries = set(checkpoint.steps(out_dir)), None, set(), set(), {}
         self.last_success = time.monotonic()
@@ -217,10 +307,10 @@ class Copier:
         """Copy one checkpoint; False if it was there already."""
         here, there = checkpoint.path_of(self.out_dir, step), f'{self.root}/checkpoints/step_{step:08d}'
         # a checkpoint that is there has its log
-        return copy_checkpoint(checkpoint.LOCAL, here, self.fs, there, self._copy_logs, step)
+        return copy_checkpoint(checkpoint.LOCAL, here, self.fs, there, self._copy_logs, copy=self.machines and self.machines.copy)
 
     def _copy_logs(self):
-        copy_logs(checkpoint.LOCAL, self.out_dir, self.fs, self.root, self.run_name)
+        copy_logs(checkpoint.LOCAL, self.out_dir, self.fs, self.root, self.run_name, self.sent)
 
     def _thin_out(self):
         if self.keep_local is None:

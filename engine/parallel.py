@@ -261,6 +261,11 @@ def tell(error):
     print(f'error{where}: {redact(str(error))}', file=sys.stderr, flush=True)
 
 
+def store():
+    """The store in which the processes of this start met; None for a single one."""
+    return _store
+
+
 def was_told():
     """Whether some rank told() what is wrong with the input and left: then the errors of others, which miss it, say nothing."""
     return _store is not None and _store.check(['told'])

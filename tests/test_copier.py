@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import pytest
+import torch
 from conftest import TINY, end_all, equal, losses, records, run_process, start_process, weights
 
 import checkpoints
-from engine import checkpoint, copier, faults
+from engine import checkpoint, copier, copying_together, faults, parallel
+from engine.files import open_url
 
 @pytest.fixture(params=['file', 's3'])
 def url(request, tmp_path):
@@ -290,3 +293,85 @@ def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(tra
     monkeypatch.setattr(checkpoint, 'why_broken', why_broken)
     copies = copier.Copier(f"file://{tmp_path / 'there'}", str(tmp_path / 'a'), 'run_x')
     assert copies.finish(30) and any('copied step 10' in line for line in copies.news()) and len(asked) >= 2
+
+
+def test_a_bucket_is_asked_for_its_checksum_instead_of_every_byte(s3, tmp_path, monkeypatch):
+    """Of a file sent whole and of one in pieces; one that arrives differently is found too."""
+    monkeypatch.setattr(copier, 'PIECE', 5 * 2**20)
+    read, sha256 = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, 'sha256', lambda path, fs=checkpoint.LOCAL: (read.append(path), sha256(path, fs))[1])
+    fs, there = open_url(f's3://bucket/{tmp_path.name}')
+    files = {}
+    for name, size in {'whole': 100, 'pieces': 12 * 2**20, 'nothing': 0}.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+        files[name] = {'size': size, 'sha256': sha256(str(tmp_path / name))}
+    here = str(tmp_path / 'step_00000001')
+    os.symlink(tmp_path, here)
+    copier.copy_files(checkpoint.LOCAL, here, fs, there, files)
+    assert [path.rsplit('/', 1)[1] for path in read] == ['nothing']
+    assert fs.info(f'{there}/pieces')['ETag'].strip('"').endswith('-3')
+    assert all(fs.cat_file(f'{there}/{name}') == (tmp_path / name).read_bytes() for name in files)
+    for name in ('whole', 'pieces'):
+        fs.rm_file(f'{there}/{name}')
+    transfer = copier._transfer
+
+    def unreliable(fs, here, to_fs, there):
+        transfer(fs, here, to_fs, there)
+        data = to_fs.cat_file(there)
+        to_fs.pipe_file(there, data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    monkeypatch.setattr(copier, '_transfer', unreliable)
+    for name in ('whole', 'pieces'):
+        with pytest.raises(ValueError, match=f'{name} reads back differently'):
+            copier.copy_files(checkpoint.LOCAL, here, fs, there, {name: files[name]})
+
+
+def test_only_what_is_new_in_a_log_is_sent(url, tmp_path, monkeypatch):
+    """And all of it where it was cut, or where its copy is not as it was left."""
+    fs, there = open_url(url)
+    here, log, sent, wholes = str(tmp_path / 'run'), tmp_path / 'run' / 'run_x.jsonl', {}, []
+    os.makedirs(here)
+    write = copier._write
+    monkeypatch.setattr(copier, '_write', lambda fs, path, data: (wholes.append(os.path.basename(path)), write(fs, path, data)))
+
+    def copy_of(text, mode='a'):
+        with open(log, mode) as f:
+            f.write(text)
+        copier.copy_logs(checkpoint.LOCAL, here, fs, there, 'run_x', sent)
+        return fs.cat_file(f'{there}/run_x.jsonl').decode()
+    first = 'x' * 99 + '\n'
+    assert copy_of(first * 60_000 + 'half a line') == first * 60_000
+    assert copy_of(' of it\nand half') == first * 60_000 + 'half a line of it\n'
+    assert copy_of('') == copy_of('\n')[:-len('and half\n')] and wholes == ['run_x.jsonl']
+    shorter = first * 50_000 + 'another line\n' * 100_000  # a run that went back, and is longer by now
+    assert copy_of(shorter, 'w') == shorter and len(wholes) == 2
+    write(fs, f'{there}/run_x.jsonl', b'of another')
+    assert copy_of('end\n') == shorter + 'end\n' and len(wholes) == 3
+    (tmp_path / 'run' / 'run_x.json').write_text('{}')
+    copy_of('')
+    copy_of('')
+    assert wholes[3:] == ['run_x.json'] and fs.cat_file(f'{there}/run_x.json') == b'{}'
+
+
+def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
+    """Two of a job in which ranks 0 and 1 are on the first, 2 and 3 on the second."""
+    copied = []
+
+    def copy_files(fs, here, to_fs, there, files):
+        copied.append((threading.current_thread().name == 'copies', sorted(files)))
+        if '__3_0.distcp' in files and len(copied) < 3:
+            raise OSError('the disk of the second machine')
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(parallel, 'from_all', lambda value, world: [0, 1, 0, 1])
+    monkeypatch.setattr(parallel, 'from_main', lambda work, world: 'copies of this run')
+    monkeypatch.setattr(parallel, 'store', lambda: store)
+    monkeypatch.setattr(copying_together, 'copy_files', copy_files)
+    first, second = (copying_together.Machines(parallel.World(rank, 4, torch.device('cpu')), f'file://{tmp_path}') for rank in (0, 2))
+    second.serve()
+    names = ['.metadata', 'state.json', *(f'__{rank}_0.distcp' for rank in range(4))]
+    files = dict.fromkeys(names, {'size': 1, 'sha256': ''})
+    with pytest.raises(ValueError, match='OSError: the disk of the second machine'):
+        first.copy('here', 'there', files)
+    first.copy('here', 'there', files)
+    second.close()
+    shares = [(False, ['.metadata', '__0_0.distcp', '__1_0.distcp', 'state.json']), (True, ['__2_0.distcp', '__3_0.distcp'])]
+    assert sorted(copied[:2]) == shares and sorted(copied[2:]) == shares

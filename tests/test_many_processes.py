@@ -1,4 +1,5 @@
 """What many processes do when one of them differs, fails, hangs or dies; and two machines' worth of them."""
+import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -211,11 +212,29 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
     assert code == 0 and losses(tmp_path / 'killed') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'killed', last), weights(tmp_path / 'calm', last))
 
 
+COPYING = """
+import os, sys
+sys.path.insert(0, '.')
+import train
+from engine import copier
+transfer = copier._transfer
+def noted(fs, path, *more):
+    transfer(fs, path, *more)
+    with open('FOLDER/copied', 'a') as f:
+        print(os.environ['RANK'], os.path.basename(path), file=f)
+copier._transfer = noted
+if __name__ == '__main__':
+    train.parallel.run_and_leave(lambda: train.main(sys.argv[1:]))
+"""
+
+
 def test_two_machines(dataset, tmp_path):
-    """Two torchrun agents that meet over TCP, two ranks each, as sbatch starts them; hybrid sharding keeps a replica on each."""
+    """Two torchrun agents that meet over TCP, two ranks each, as sbatch starts them; hybrid sharding keeps a replica on each. Each copies its own files."""
     port = free_port()
+    (tmp_path / 'copying.py').write_text(COPYING.replace('FOLDER', str(tmp_path)))
     args = [f'--dataset={dataset}', *TINY, '--max_iters=6', '--use_fsdp=True', '--fsdp_replicas=2', f'--out_dir={tmp_path}/two']
-    command = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=2', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', 'train.py', *args]
+    command = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=2', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', str(tmp_path / 'copying.py'), *args,
+               f'--upload_to=file://{tmp_path}/copies']
     other = start_process(*command, env={'OMP_NUM_THREADS': '1'})
     try:
         code, output = run_process(*command, env={'OMP_NUM_THREADS': '1'})
@@ -223,6 +242,12 @@ def test_two_machines(dataset, tmp_path):
     finally:
         end_all(other)
     assert code == 0 and other.returncode == 0 and output.count('Batch: 4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
+    by_rank = collections.defaultdict(set)
+    for line in (tmp_path / 'copied').read_text().splitlines():
+        by_rank[line.split()[0]].add(line.split()[1])
+    assert by_rank == {'0': {'.metadata', 'state.json', '__0_0.distcp', '__1_0.distcp'}, '2': {'__2_0.distcp', '__3_0.distcp'}}
+    run, = os.listdir(tmp_path / 'copies' / 'two')
+    assert checkpoint.newest_whole(str(tmp_path / 'copies' / 'two' / run)) == (6, [])
     code, _ = train(4, *args[:-1], f'--out_dir={tmp_path}/one')
     assert code == 0 and losses(tmp_path / 'one') == losses(tmp_path / 'two')
 
@@ -274,8 +299,8 @@ def test_a_rank_that_comes_before_rank_0_waits_for_it():
 @pytest.mark.slow
 @pytest.mark.parametrize('layout, shared', [([], True), (['--use_fsdp=True'], False)], ids=['DDP', 'FSDP'])
 def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layout, shared):
-    """Two torchruns: a worker of the second is killed, or that whole machine, in whose place another comes. The losses are those of an undisturbed
-    run. shared: in torchrun's own store, with which torchrun does not take in another machine, or in one of rank 0 for each start."""
+    """Two torchruns: a worker of the second is killed, or that whole machine, in whose place another comes; and once more. The losses are those of an
+    undisturbed run. shared: in torchrun's own store, with which torchrun does not take in another machine, or in one of rank 0 for each start."""
     last, port = 240 if not layout else 80, free_port()
     args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', '--eval_interval=1000', '--eval_at_start=False', f'--checkpoint_interval={last // 20}']
     environment = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '0' if shared else '1'}
@@ -297,21 +322,22 @@ def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layou
                 break
             time.sleep(0.05)
         second = machine()
-        deadline = time.monotonic() + 90
-        while not os.path.isdir(f'{tmp_path}/lost/checkpoints') or newest() < last // 4:
-            assert time.monotonic() < deadline and first.poll() is None, ''.join(output)
-            time.sleep(0.05)
-        if shared:
-            os.kill(workers(second.pid)[0], signal.SIGKILL)
-        else:
-            end_all(second)
-            second = machine()
+        for lost_at in (last // 4, last // 2):
+            deadline = time.monotonic() + 90
+            while not os.path.isdir(f'{tmp_path}/lost/checkpoints') or newest() < lost_at:
+                assert time.monotonic() < deadline and first.poll() is None, ''.join(output)
+                time.sleep(0.05)
+            if shared:
+                os.kill(workers(second.pid)[0], signal.SIGKILL)
+            else:
+                end_all(second)
+                second = machine()
         assert first.wait(120) == 0 and second.wait(60) == 0, ''.join(output)
     finally:
         for process in (first, second):
             if process:
                 end_all(process)
-    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(records(tmp_path / 'lost', 'resume')) == 1
+    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(records(tmp_path / 'lost', 'resume')) == 2
     code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
     assert code == 0 and losses(tmp_path / 'lost') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'lost', last), weights(tmp_path / 'calm', last))
 

@@ -1,0 +1,90 @@
+"""Copy a checkpoint by all machines of a job, each the files that its own processes wrote.
+
+The main rank asks for each copy through the store where the processes met. The first process of
+every other machine answers when its files are there, or says why they are not. All of it happens in
+threads that training does not wait for.
+"""
+
+import bisect
+import json
+import re
+import secrets
+import threading
+import time
+
+import torch.distributed as dist
+
+from engine import parallel
+from engine.checkpoint import LOCAL
+from engine.copier import copy_files
+from engine.files import open_url
+
+POLL_S = 0.2
+
+
+class Machines:
+    """The machines of a job, as the first process of each sees them.
+
+    url: whose file system the copies go to. Every rank makes one together; the main rank calls
+    copy(), the first process of each other machine serve().
+    """
+
+    def __init__(self, world, url):
+        local_ranks = parallel.from_all(world.local_rank, world)
+        self.firsts = [rank for rank, local in enumerate(local_ranks) if local == 0]
+        self.mine = bisect.bisect(self.firsts, world.rank) - 1
+        self.url, self.to_fs = url, None
+        self.asked, self.closed = 0, threading.Event()
+        name = parallel.from_main(lambda: f'copies {secrets.token_hex(4)}', world)
+        # a connection of its own: a thread uses it
+        self.store = dist.PrefixStore(name, parallel.store().clone()) if self.firsts[1:] else None
+
+    def owner(self, name):
+        """Return the number of the machine that copies the file `name`: a rank of it wrote that."""
+        match = re.match(r'__(\d+)_\d+\.distcp$', name)
+        return bisect.bisect(self.firsts, int(match[1])) - 1 if match else 0
+
+    def _copy_share(self, here, there, files):
+        self.to_fs = self.to_fs or open_url(self.url)[0]
+        mine = {name: entry for name, entry in files.items() if self.owner(name) == self.mine}
+        copy_files(LOCAL, here, self.to_fs, there, mine)
+
+    def copy(self, here, there, files):
+        """Copy `files` of a checkpoint from the folder `here` to `there`, with the other machines.
+
+        files: {name: entry of the manifest}. Raises ValueError with the reason of one that failed,
+        and what copy_files() raises.
+        """
+        self.asked += 1
+        if self.store is not None:
+            self.store.set(f'ask {self.asked}', json.dumps([here, there, files]))
+        self._copy_share(here, there, files)
+        for machine in range(1, len(self.firsts)):
+            while not self.store.check([key := f'answer {self.asked} {machine}']):
+                time.sleep(POLL_S)
+            if reason := self.store.get(key).decode():
+                raise ValueError(reason)
+
+    def serve(self):
+        """Begin to copy this machine's share whenever the main rank asks, until close()."""
+        threading.Thread(target=self._serve, daemon=True, name='copies').start()
+
+    def _serve(self):
+        try:
+            while not self.closed.wait(POLL_S):
+                if not self.store.check([key := f'ask {self.asked + 1}']):
+                    continue
+                self.asked += 1
+                here, there, files = json.loads(self.store.get(key))
+                try:
+                    self._copy_share(here, there, files)
+                    reason = ''
+                except Exception as error:  # each backend has its own; the main rank tries again
+                    reason = f'{type(error).__name__}: {error}'
+                self.store.set(f'answer {self.asked} {self.mine}', reason)
+        except dist.DistError:
+            pass  # the main rank has gone, and the store with it
+
+    def close(self):
+        """Answer no longer."""
+        self.closed.set()

@@ -1,4 +1,7 @@
 """From finished parts to a data set: here documents get their numbers, in the order of the corpus. Every k-th goes to val, and a repeated one is left out."""
+import collections
+import concurrent.futures
+import functools
 import os
 import tempfile
 
@@ -24,22 +27,28 @@ def assemble(plan, made, output, *, split, val_every=None, dedup=False, max_brok
     tokenizer = plan.tokenizer
     writer = TokenFileWriter(output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split=split, extra=extra, sharded=sharded)
     number = taken = row = 0  # documents numbered so far, documents taken, rows of tables read
+    threads = min(8, len(os.sched_getaffinity(0)))  # each holds the ids of a part
     with writer, tqdm(total=sum(part.record['size'] for part in made), unit='B', unit_scale=True, desc='writing', disable=None) as bar:
-        for part in made:
-            table = np.fromfile(part.path('docs'), dtype=DOCUMENT)
-            own = plan.parts[part.index][0].split
-            keep = np.ones(len(table), bool) if dropped is None else ~dropped[row:row + len(table)]
-            row += len(table)
-            before = np.cumsum(keep & table['last']) - (keep & table['last'])  # documents kept in this part that ended before
-            if plan.limit is not None:
-                keep &= taken + before < plan.limit
-            to_val = np.full(len(table), own == 'val')
-            if own is None and val_every:
-                to_val = (number + before) % val_every == val_every - 1
-            ended = int((keep & table['last']).sum())
-            number, taken = number + ended * (own is None), taken + ended
-            _write(writer, part, table, {'val': keep & to_val, 'train': keep & ~to_val})
-            bar.update(part.record['size'])
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            waiting = collections.deque()
+            for part in made:
+                table = np.fromfile(part.path('docs'), dtype=DOCUMENT)
+                own = _own_splits(plan, part)
+                keep = np.ones(len(table), bool) if dropped is None else ~dropped[row:row + len(table)]
+                row += len(table)
+                if plan.limit is not None:
+                    keep &= taken + _before(keep & table['last']) < plan.limit
+                numbered = keep & table['last'] & (own == '')
+                to_val = own == 'val'
+                if val_every:
+                    to_val |= (own == '') & ((number + _before(numbered)) % val_every == val_every - 1)
+                number, taken = number + int(numbered.sum()), taken + int((keep & table['last']).sum())
+                places = _places(writer, table, {'val': keep & to_val, 'train': keep & ~to_val})
+                waiting.append((part, pool.submit(_write, writer, part, table, places)))
+                if len(waiting) > threads:
+                    _end(*waiting.popleft(), bar)
+            while waiting:
+                _end(*waiting.popleft(), bar)
         if not sum(writer.meta['tokens'].values()):
             raise ValueError('there is no text in these files')
         if val_every and number and not writer.meta['tokens']['val']:
@@ -80,21 +89,51 @@ def count_lost(made, max_lost):
     return said
 
 
-def _write(writer, part, table, to):
-    """Write the pieces of a part that `to` {split: bool array} names, in order, to their splits."""
+def _before(ends):
+    """How many of a bool array are set before each of them."""
+    return np.cumsum(ends) - ends
+
+
+def _own_splits(plan, part):
+    """The splits that the source says, '' where it does not, of the pieces of a part."""
+    return np.repeat([unit.split or '' for unit in plan.parts[part.index]], part.record['unit_pieces'])
+
+
+def _places(writer, table, to):
+    """Give the pieces of a part that `to` ({split: bool array}) names their places in the data set: {split: (place, bool array, tokens)}."""
+    places = {}
     for split in SPLITS:
-        if len(table) and to[split].all():
-            writer.adopt(split, part.path('bin'), part.record['tokens'], np.cumsum(table['tokens'])[table['last']], part.record['max_id'])
-            return
-    if not part.record['tokens']:
-        return
-    ids, edges = np.fromfile(part.path('bin'), dtype=writer.dtype), np.concatenate([[0], np.cumsum(table['tokens'])]).astype(np.int64)
-    for split in SPLITS:
-        wanted = np.flatnonzero(to[split])
-        if not len(wanted):
-            continue
-        runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
-        writer.append(split, np.concatenate([ids[edges[run[0]]:edges[run[-1] + 1]] for run in runs]), np.cumsum(table['tokens'][wanted])[table['last'][wanted]])
+        tokens = table['tokens'][to[split]].astype(np.int64)
+        if len(tokens) and tokens.sum():
+            place = writer.place(split, tokens.sum(), np.cumsum(tokens)[table['last'][to[split]]])
+            places[split] = place, to[split], tokens.sum()
+    return places
+
+
+def _write(writer, part, table, places):
+    """Write the pieces of a part to their `places`, or where these are in one file only read them: returns functions that write, to be called in the order of the parts."""
+    if any(tokens == part.record['tokens'] for _, _, tokens in places.values()):
+        (place, _, _), = places.values()
+        work = [functools.partial(writer.adopt, place, part.path('bin'), part.record['max_id'])]
+    else:
+        ids = np.fromfile(part.path('bin'), dtype=writer.dtype) if places else None
+        edges = np.concatenate([[0], np.cumsum(table['tokens'])]).astype(np.int64)
+        work = []
+        for place, wanted, _ in places.values():
+            wanted = np.flatnonzero(wanted)
+            runs = np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1)
+            work.append(functools.partial(writer.fill, place, np.concatenate([ids[edges[run[0]]:edges[run[-1] + 1]] for run in runs])))
+    if not writer.sharded:
+        return work
+    for one in work:
+        one()
+    return []
+
+
+def _end(part, future, bar):
+    for write in future.result():
+        write()
+    bar.update(part.record['size'])
 
 
 def repeated(tables, scratch):

@@ -41,7 +41,7 @@ def make(folder, index, units, tokenizer, *, text_field='text', limit=None, adva
     """Tokenize the `units` of part `index` into `folder`, at most `limit` documents; advance() is told now and then of more bytes of source, tokens and
     documents. Returns the record, a dict:
 
-    tokens, documents, max_id; ids_sha256 (hex) and size of the ids, docs_sha256 and number of pieces; lines of each unit; rows that are not blank, broken
+    tokens, documents, max_id; ids_sha256 (hex) and size of the ids, docs_sha256 and number of pieces, of each unit too; lines of each unit; rows that are not blank, broken
     ones among them, the first (unit, line, problem) or None; characters that were decoded again, those of them that were lost, examples of these; modified: times
     of the files. Raises ValueError for a file that cannot be read and for ids beyond the vocabulary.
     """
@@ -50,7 +50,8 @@ def make(folder, index, units, tokenizer, *, text_field='text', limit=None, adva
     tokens = texts = max_id = 0
     losses = _Losses(tokenizer)
     modified = [_modified(unit.path) for unit in units]
-    with replacing(path(folder, index, 'bin')) as f:  # the checksum in the record vouches for it, not fsync()
+    pieces = [0] * len(units)
+    with replacing(path(folder, index, 'bin'), tidy=False) as f:  # the checksum in the record vouches for it, not fsync()
         for unit, content in rows:
             ids = _ids(unit, content, tokenizer, dtype)
             losses.look(content)
@@ -59,17 +60,18 @@ def make(folder, index, units, tokenizer, *, text_field='text', limit=None, adva
                 digest.update(ids.data)
                 max_id = max(max_id, int(ids.max()))
             table.append(len(ids).to_bytes(8, 'little') + bytes([unit.last]) + _key(unit, content))
+            pieces[len(rows.lines) - 1] += 1
             tokens, texts = tokens + len(ids), texts + unit.last
             progress(rows.done, tokens, texts)
             if texts == limit:
                 break
-    with replacing(path(folder, index, 'docs')) as f:
+    with replacing(path(folder, index, 'docs'), tidy=False) as f:
         f.write(b''.join(table))
     progress(sum(unit.size for unit in units), tokens, texts, wait=0)
-    record = {'tokens': tokens, 'documents': texts, 'pieces': len(table), 'max_id': max_id, 'size': tokens * dtype.itemsize, 'ids_sha256': digest.hexdigest(),
+    record = {'tokens': tokens, 'documents': texts, 'pieces': len(table), 'unit_pieces': pieces, 'max_id': max_id, 'size': tokens * dtype.itemsize, 'ids_sha256': digest.hexdigest(),
               'docs_sha256': hashlib.sha256(b''.join(table)).hexdigest(), 'lines': rows.lines, 'rows': rows.count, 'broken': rows.broken, 'first': rows.first,
               'characters': losses.characters, 'lost': losses.lost, 'lost_examples': losses.examples, 'modified': modified}
-    with replacing(path(folder, index, 'json')) as f:
+    with replacing(path(folder, index, 'json'), tidy=False) as f:
         f.write(seal(record))
     return record
 
@@ -84,6 +86,8 @@ def read(folder, index, units=None):
         return None
     if not all(is_whole(record.get(key)) for key in ('tokens', 'documents', 'pieces', 'max_id', 'size', 'rows', 'broken', 'characters', 'lost')):
         return None
+    if sum(record.get('unit_pieces', ())) != record['pieces']:
+        return None  # of an earlier version
     if sizes != [record['size'], record['pieces'] * DOCUMENT.itemsize]:
         return None
     if units is not None and record.get('modified') != [_modified(unit.path) for unit in units]:

@@ -35,7 +35,7 @@ THREADED = {'tokenizers', 'pyarrow', 'fsspec', 'torch'}
 
 @dataclasses.dataclass
 class Plan:
-    """What is to be tokenized how. parts: lists of Units, of one split each; tokenizer: of data.tokenizer; text_field: of JSON and parquet; limit: documents
+    """What is to be tokenized how. parts: lists of Units; tokenizer: of data.tokenizer; text_field: of JSON and parquet; limit: documents
     that are wanted at most, or None."""
     parts: list
     tokenizer: object
@@ -50,7 +50,7 @@ class Plan:
         part_bytes = min(max(total // PARTS, PART_BYTES[0]), PART_BYTES[1])
         groups, size = [], part_bytes
         for unit in units:
-            if size >= part_bytes or unit.split != groups[-1][-1].split:
+            if size >= part_bytes:
                 groups.append([])
                 size = 0
             groups[-1].append(unit)

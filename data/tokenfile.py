@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import shutil
+import threading
 
 import numpy as np
 
@@ -180,6 +181,7 @@ class TokenFileWriter:
         self.shards = {split: [] for split in SPLITS}  # (name, tokens)
         self.ends = {split: self._open(f'{split}.ends') for split in SPLITS}
         self.files = {} if self.sharded else {split: self._open(f'{split}.bin') for split in SPLITS}
+        self.lock = threading.Lock()
         return self
 
     def _open(self, name):
@@ -197,42 +199,53 @@ class TokenFileWriter:
 
     def append(self, split, ids, ends):
         """Append `ids` (1-D, of self.dtype, checked) to `split`: documents that end at `ends` (ascending, counted from the first of ids)."""
-        if not len(ids):
-            return
-        if self.sharded:
-            self.files[split] = self._open(self._next_shard(split, len(ids)))
-        self.files[split].write(np.ascontiguousarray(ids).data)  # tofile() does not say that a disk is full
-        if self.sharded:
-            _close(self.files.pop(split))
-        self._count(split, len(ids), ends, int(ids.max()))
+        if len(ids):
+            self.fill(self.place(split, len(ids), ends), ids)
 
-    def adopt(self, split, path, tokens, ends, max_id):
-        """Append a file of `tokens` ids as append() does, without reading it where the file system can give it a second name."""
-        if not self.sharded:
-            with open(path, 'rb') as f:
-                shutil.copyfileobj(f, self.files[split], 2**22)
-        else:
-            name = self._next_shard(split, tokens)
-            self.written.append(name)
-            if os.path.exists(self._tmp(name)):
-                os.remove(self._tmp(name))
-            try:
-                os.link(path, self._tmp(name))
-            except OSError:
-                shutil.copyfile(path, self._tmp(name))
-            with open(self._tmp(name), 'rb') as f:
-                os.fsync(f.fileno())
-        self._count(split, tokens, ends, max_id)
-
-    def _next_shard(self, split, tokens):
-        self.shards[split].append((f'{split}_{len(self.shards[split]):06d}.bin', int(tokens)))
-        return self.shards[split][-1][0]
-
-    def _count(self, split, tokens, ends, max_id):
+    def place(self, split, tokens, ends):
+        """Give `tokens` more ids of `split` their place, which fill() or adopt() must be told: in one file in this order, in files of their own in any, by any thread."""
         self.ends[split].write((np.asarray(ends, dtype='<u8') + np.uint64(self.meta['tokens'][split])).tobytes())
         self.meta['tokens'][split] += int(tokens)
         self.meta['documents'][split] += len(ends)
-        self.meta['max_id'][split] = max(self.meta['max_id'][split], max_id)
+        name = f'{split}_{len(self.shards[split]):06d}.bin' if self.sharded else f'{split}.bin'
+        if self.sharded:
+            self.shards[split].append((name, int(tokens)))
+            self.written.append(name)
+        return split, name
+
+    def fill(self, place, ids):
+        """Write `ids` (as for append()) where place() said."""
+        with self._file(place) as f:
+            f.write(np.ascontiguousarray(ids).data)  # tofile() does not say that a disk is full
+        self._saw(place, int(ids.max()))
+
+    def adopt(self, place, path, max_id):
+        """Fill a place with the ids in the file at `path`, without reading them where the file system can give it a second name."""
+        self._saw(place, max_id)
+        if self.sharded:
+            if os.path.exists(self._tmp(place[1])):
+                os.remove(self._tmp(place[1]))
+            with contextlib.suppress(OSError):  # a file system without links
+                os.link(path, self._tmp(place[1]))
+                with open(path, 'rb') as f:
+                    os.fsync(f.fileno())
+                return
+        with open(path, 'rb') as source, self._file(place) as target:
+            shutil.copyfileobj(source, target, 2**22)
+
+    @contextlib.contextmanager
+    def _file(self, place):
+        if not self.sharded:
+            yield self.files[place[0]]
+            return
+        with open(self._tmp(place[1]), 'wb', opener=no_link) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+
+    def _saw(self, place, max_id):
+        with self.lock:
+            self.meta['max_id'][place[0]] = max(self.meta['max_id'][place[0]], max_id)
 
     def __exit__(self, error_type, error, traceback):
         try:

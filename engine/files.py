@@ -63,12 +63,13 @@ def check_own(path, root=None):
 
 
 @contextlib.contextmanager
-def replacing(path, mode='wb', sync=False):
+def replacing(path, mode='wb', sync=False, tidy=True):
     """Give a file to write to, which takes the place of `path` when the block ends without an error and is gone otherwise.
 
-    sync: whether it is on the disk before that. A link at `path` is replaced, not followed.
+    sync: whether it is on the disk before that. A link at `path` is replaced, not followed. tidy: whether what a killed process left
+    of the same file is removed, for which the folder is listed.
     """
-    for old in glob.glob(f'{glob.escape(path)}.????????.tmp'):  # of a process that was killed meanwhile
+    for old in glob.glob(f'{glob.escape(path)}.????????.tmp') if tidy else ():
         with contextlib.suppress(OSError):
             if time.time() - os.lstat(old).st_mtime > 3600:
                 os.remove(old)

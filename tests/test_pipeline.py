@@ -445,3 +445,29 @@ def test_files_elsewhere_are_asked_together(monkeypatch):
         most[0], paths = 0, [f'{where}{i}.jsonl' for i in range(40)]
         found = documents.units_of_files(paths, {paths[3]: 'val'})
         assert [unit.path for unit in found] == paths and [unit.split for unit in found].count('val') == 1 and most[0] in expected
+
+
+def test_many_files_are_written_at_once(corpus, tmp_path, monkeypatch):
+    """Those of a data set in many files; of one file the parts are read ahead, and its bytes are the same."""
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4))
+    real, lock, writing, most = assembly._write, threading.Lock(), [0], {}
+
+    def write(writer, *more):
+        with lock:
+            writing[0] += 1
+            most[writer.sharded] = max(most.get(writer.sharded, 0), writing[0])
+        time.sleep(0.02)
+        work = real(writer, *more)
+        assert bool(work) != writer.sharded
+        with lock:
+            writing[0] -= 1
+        return work
+    monkeypatch.setattr(assembly, '_write', write)
+    for sharded in (True, False):
+        own_text.main(['--output', str(tmp_path / f'{sharded}'), '--input', str(corpus[0]), '--tokenizer', 'bytes', '--val_fraction', '0.1', '--num_proc', '1', *['--sharded'] * sharded])
+    assert min(most.values()) >= 3
+    for split in ('train', 'val'):
+        parts = [path.read_bytes() for path in sorted((tmp_path / 'True').glob(f'{split}_*.bin'))]
+        assert b''.join(parts) == (tmp_path / 'False' / f'{split}.bin').read_bytes() and len(parts) > 3
+    metas = [read_meta(str(tmp_path / f'{sharded}')) for sharded in (True, False)]
+    assert all(metas[0][key] == metas[1][key] for key in ('tokens', 'documents', 'max_id'))

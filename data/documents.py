@@ -172,10 +172,27 @@ def published_split(path, given):
 
 
 def units_of_files(files, splits=None, txt_val_fraction=None):
-    """The units of `files` in their order. splits: {path: split}. Files elsewhere are asked some at a time: each answers after a round trip or two."""
+    """Give the units of `files` in their order. splits: {path: split}."""
+    for units in _of_each(files, lambda path: units_of(path, (splits or {}).get(path), txt_val_fraction)):
+        yield from units
+
+
+def size_of_files(files):
+    """Bytes of all `files` together."""
+    return sum(_of_each(files, size_of))
+
+
+def _of_each(files, what):
+    """Give what(path) of all `files`. Files elsewhere are asked some at a time: each answers after a round trip or two."""
     with concurrent.futures.ThreadPoolExecutor(ASKED_AT_ONCE if any(map(is_url, files)) else 1) as pool:
-        found = pool.map(lambda path: units_of(path, (splits or {}).get(path), txt_val_fraction), files)
-        return [unit for units in found for unit in units]
+        yield from pool.map(what, files)
+
+
+def joined(first, second):
+    """One unit for two that follow each other in a file, or None where they do not, or each is a document of its own."""
+    if not first.end or first.path.lower().endswith('.txt') or (first.path, first.split, first.end) != (second.path, second.split, second.begin):
+        return None
+    return first._replace(end=second.end, size=first.size + second.size, last=second.last)
 
 
 def units_of(path, split=None, txt_val_fraction=None):

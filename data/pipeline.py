@@ -45,15 +45,16 @@ class Plan:
     @classmethod
     def of_files(cls, files, tokenizer, *, txt_val_fraction=None, splits=None, **options):
         """A plan for `files` in their order. splits: {path: 'train' or 'val'} where the source says it; options: those of Plan."""
-        units = documents.units_of_files(files, splits, txt_val_fraction)
-        total = sum(unit.size for unit in units)
-        part_bytes = min(max(total // PARTS, PART_BYTES[0]), PART_BYTES[1])
+        part_bytes = min(max(documents.size_of_files(files) // PARTS, PART_BYTES[0]), PART_BYTES[1])
         groups, size = [], part_bytes
-        for unit in units:
+        for unit in documents.units_of_files(files, splits, txt_val_fraction):
             if size >= part_bytes:
-                groups.append([])
+                groups.append([unit])
                 size = 0
-            groups[-1].append(unit)
+            elif longer := documents.joined(groups[-1][-1], unit):
+                groups[-1][-1] = longer
+            else:
+                groups[-1].append(unit)
             size += unit.size
         return cls(groups, tokenizer, **options)
 

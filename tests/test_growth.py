@@ -11,7 +11,9 @@ import torch.distributed as dist
 from conftest import TINY, losses, run_train, write_dataset
 from ranks import ranks
 
+from data import pipeline
 from data.tokenfile import TokenFileWriter
+from data.tokenizer import load_tokenizer
 from engine import checkpoint, dataset as datasets, descriptors
 from engine.configurator import ConfigError
 from engine.descriptors import Descriptors
@@ -244,3 +246,22 @@ def test_hybrid_sharding_sums_over_replicas_once_a_step(dataset, tmp_path):
         assert [code for code, _ in answers] == [0] * 4
         found[accumulation] = answers[0][1]
     assert found[1] == found[4] > 0
+
+
+def test_a_plan_does_not_grow_with_its_files(tmp_path):
+    """A part of a large file is one unit, and small files share a part, whichever split they go to."""
+    with open(tmp_path / 'large.jsonl', 'w') as f:
+        f.write('{"text": "a"}\n')
+        f.truncate(2**36)
+    tokenizer = load_tokenizer('bytes')
+    large = pipeline.Plan.of_files([str(tmp_path / 'large.jsonl')], tokenizer)
+    assert 1700 < len(large.parts) <= 2000 and {len(part) for part in large.parts} == {1} and large.size() == 2**36
+    assert [part[0].begin for part in large.parts[1:]] == [part[0].end for part in large.parts[:-1]]
+    small = [str(tmp_path / f'{i}.txt') for i in range(100)]
+    for path in small:
+        with open(path, 'w') as f:
+            f.write('some lines\n' * 40)
+    part, = pipeline.Plan.of_files(small, tokenizer, txt_val_fraction=0.1).parts
+    assert [unit.split for unit in part] == ['train', 'val'] * 100
+    twice = pipeline.Plan.of_files([small[0], small[0]], tokenizer).parts
+    assert [unit.path for unit in twice[0]] == [small[0]] * 2

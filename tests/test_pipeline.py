@@ -443,7 +443,7 @@ def test_files_elsewhere_are_asked_together(monkeypatch):
     monkeypatch.setattr(documents, 'units_of', units_of)
     for where, expected in (('s3://bucket/', range(4, 17)), ('/here/', [1])):
         most[0], paths = 0, [f'{where}{i}.jsonl' for i in range(40)]
-        found = documents.units_of_files(paths, {paths[3]: 'val'})
+        found = list(documents.units_of_files(paths, {paths[3]: 'val'}))
         assert [unit.path for unit in found] == paths and [unit.split for unit in found].count('val') == 1 and most[0] in expected
 
 

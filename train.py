@@ -28,19 +28,20 @@ from typing import Literal
 import torch
 
 from data.tokenizer import tokenizer_of
-from engine import checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
+from engine import __version__, checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
 from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, place_of
 from engine.copying_together import Machines
 from engine.dataset import check_fit, folder_of, open_dataset
 from engine.files import redact
-from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, inputs_and_targets, mix, order_of, read_batch
+from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, evaluation_length, inputs_and_targets, mix, order_of, read_batch
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
-from engine.report import memory_gb, report, startup_info
+from engine.report import ending_lines, evaluation_line, memory_gb, report, startup_info
 from engine.saver import Saver
 from engine.stragglers import Stragglers
+from engine.terminal import Terminal, progress_line
 from generation import generate, prompts_of
 import huggingface
 from model import Model
@@ -204,10 +205,11 @@ SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelC
 def main(argv=None):
     """Run the trainer with command-line arguments `argv`; returns the exit code."""
     stop = stopping.StopRequest(talk=parallel.is_rank_0())
+    terminal = Terminal(active=parallel.is_rank_0())
     try:
         argv = sys.argv[1:] if argv is None else argv
         check_arguments(argv)
-        return run(argv, stop)
+        return run(argv, stop, terminal)
     except Exception as error:
         if 'use_deterministic_algorithms' in str(error):
             error = ConfigError(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
@@ -221,9 +223,10 @@ def main(argv=None):
     finally:
         gc.unfreeze()
         stop.restore()
+        terminal.close()
 
 
-def run(argv, stop):
+def run(argv, stop, terminal):
     # ---- configuration, processes, device
     c, given = resolve(Config, argv, ALIASES)
     notes = []  # fallbacks and changes, told in the report
@@ -256,7 +259,8 @@ def run(argv, stop):
         parallel.from_main(lambda: resume.check_upload(c, resumed, notes), world)
 
     # ---- data and the model's shape
-    train_file, val_file, meta = parallel.once_per_machine(lambda: open_dataset(c.dataset, ROOT, c.data_url), world)
+    with terminal.doing('opening the data'):
+        train_file, val_file, meta = parallel.once_per_machine(lambda: open_dataset(c.dataset, ROOT, c.data_url), world)
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train_file, val_file), key=len):
         check_fit(file, shape.vocab_size, shape.block_size)
@@ -272,13 +276,15 @@ def run(argv, stop):
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     if resumed:
         parallel.from_main(lambda: tokenizer_match.check_resumed(resumed, data_folder, meta, c.dataset, notes), world)
+    weights = f"{'nanoGPT' if nanogpt else 'a'} checkpoint, continuing at iter {start_step}" if resumed else f'drawn with seed {c.seed}'
     if hf_folder:
         match = parallel.from_main(lambda: tokenizer_match.check_weights(hf_folder, data_folder, c.dataset), world)
-        notes.append(f'weights from {c.init_from}, {huggingface.count_tensors(hf_folder):,} tensors; {match}')
+        weights = f'{c.init_from}, {huggingface.count_tensors(hf_folder):,} tensors; {match}'
     torch_dtype = kernels.precision(c.dtype, device)
     kernels.set_deterministic(c.deterministic)  # before a trial times them
     dtype = str(torch_dtype).removeprefix('torch.')
-    chosen, told = parallel.from_main(lambda: kernels.choose(c, shape, device, torch_dtype), world)
+    with terminal.doing('trying attention kernels'):
+        chosen, told = parallel.from_main(lambda: kernels.choose(c, shape, device, torch_dtype), world)
     notes += told
     if c.compile and device.type == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')):
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
@@ -298,7 +304,8 @@ def run(argv, stop):
     if c.find_batch_size:
         sequences = checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
         room = memory.available(device)
-        size = -parallel.largest(-memory.find_batch_size(lambda size: predicted(size, sequences), sequences, room), world)  # what fits on every rank
+        with terminal.doing('looking for the largest batch_size that fits'):
+            size = -parallel.largest(-memory.find_batch_size(lambda size: predicted(size, sequences), sequences, room), world)  # what fits on every rank
         c = dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
         notes.append(f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest that fits: {room / 1e9:.1f} GB are free')
     accumulation = checks.accumulation_steps(c, world.data_size)
@@ -356,20 +363,22 @@ def run(argv, stop):
     prediction = None
     if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
         try:
-            prediction = predicted(c.batch_size, c.batch_size * accumulation)
+            with terminal.doing('predicting the memory'):
+                prediction = predicted(c.batch_size, c.batch_size * accumulation)
         except memory.NotPredicted as error:
             notes.append(str(error))
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
     model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
-    if nanogpt:
-        model.fill(nanogpt['model'].items())
-    elif hf_folder and c.upcycle:
-        model.init_weights(c.seed, device)  # the routers
-        model.fill(huggingface.upcycled(hf_folder, shape), partly=True)
-    elif hf_folder:
-        model.fill(huggingface.weights(hf_folder, shape))
-    elif not resumed:
-        model.init_weights(c.seed, device)
+    with terminal.doing('initializing the weights' if c.init_from == 'scratch' else 'loading the weights'):
+        if nanogpt:
+            model.fill(nanogpt['model'].items())
+        elif hf_folder and c.upcycle:
+            model.init_weights(c.seed, device)  # the routers
+            model.fill(huggingface.upcycled(hf_folder, shape), partly=True)
+        elif hf_folder:
+            model.fill(huggingface.weights(hf_folder, shape))
+        elif not resumed:
+            model.init_weights(c.seed, device)
     step_model, train_model = parallel.wrap(model, world, c.compile, accumulation, c.use_cuda_graphs)
 
     # ---- optimizer
@@ -386,23 +395,25 @@ def run(argv, stop):
             for name, tensor in optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ():
                 parallel.put(tensor, nanogpt['optimizer'][name])
         else:
-            checkpoint.load(resumed['path'], checkpoint_tensors(model, named, *(() if c.eval_only else (updated, optimizer, guard))), world)
+            with terminal.doing('loading the checkpoint'):
+                checkpoint.load(resumed['path'], checkpoint_tensors(model, named, *(() if c.eval_only else (updated, optimizer, guard))), world)
             scaler.load_state_dict(resumed['scaler'])
 
     # ---- log and report
     loader_workers = c.dataloader_num_workers if c.use_dataloader else 0
+    evaluation_count = sum(evaluation_length(file, c.block_size, c.batch_size, c.eval_iters, world.data_size) for file in (train_file, val_file))
     order = order_of(train_file, c.block_size, c.seed)
     token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction)
     header = {'config': resume.config_record(c), 'startup_info': startup,
-              'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size}}
+              'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size, 'version': __version__}}
     evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
     evaluated = evaluated if evaluated and evaluated.get('data') == windows else None
     if evaluated and (evaluated['val'] or math.inf) < best_val_loss:
         best_val_loss = evaluated['val']
     log = RunLog(c.out_dir, run_name, header, active=world.main, write=not c.eval_only, resume_step=start_step if resumed or c.auto_resume else None,
-                 evaluated=evaluated is not None, save_json=c.save_log_to_json, save_interval=c.log_save_interval, total=c.max_iters, first=start_step)
+                 evaluated=evaluated is not None, save_json=c.save_log_to_json, save_interval=c.log_save_interval, first=start_step, terminal=terminal)
     if world.main and not c.eval_only:
         if c.wandb_log:
             log.to_wandb(c.wandb_project, c.wandb_run_name)
@@ -410,17 +421,17 @@ def run(argv, stop):
             log.to_tensorboard()
     if resumed and not nanogpt and not log.has_checkpoint(start_step):
         log.event('checkpoint', iter=start_step, val_loss=None, path=resumed['path'], timestamp=now(), stall_ms=None, total_ms=None)
-    for line in report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
+    for line in report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes):
         log.say(line)
 
     agreement, stragglers = parallel.Agreement(world), Stragglers(world, log.say)
 
     def evaluate():
         """{'train': loss, 'val': loss, perhaps 'tasks': scores} over the fixed evaluation windows, the same on every rank; None if the run is to stop."""
-        with parallel.forward_only(step_model), torch.no_grad():
-            return measure()
+        with parallel.forward_only(step_model), torch.no_grad(), terminal.doing('evaluating', evaluation_count) as work:
+            return measure(work)
 
-    def measure():
+    def measure(work):
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
             total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
@@ -433,6 +444,7 @@ def run(argv, stop):
                 total += torch.stack([loss.double(), (y != IGNORE).sum().double()])
                 if agreement.end():
                     return None
+                work.done += 1
             total = parallel.sum_over_ranks(total, world)
             losses[split] = (total[0] / total[1]).item()
         if eval_tasks:
@@ -446,7 +458,7 @@ def run(argv, stop):
         state = {'run_name': run_name, 'branch': lineage, 'position': position, 'tokens': tokens, 'tokens_per_step': tokens_per_step, 'config': resume.config_record(c),
                  'threads': torch.get_num_threads(), 'best_val_loss': None if best_val_loss == math.inf else best_val_loss, 'scaler': scaler.state_dict(),
                  'data': data, 'windows': windows, 'tokenizer': tokenizer_id, 'token_ids': token_ids, 'optimizer': type(optimizer).__name__, 'time': now(), 'world_size': world.size,
-                 'versions': {'torch': torch.__version__, 'python': platform.python_version()}}
+                 'versions': {'onetrain': __version__, 'torch': torch.__version__, 'python': platform.python_version()}}
         due = time.perf_counter()
         settle(saver.wait())  # one save at a time
         saver.start(step, checkpoint_tensors(model, named, updated, optimizer, guard), state, due)
@@ -467,7 +479,7 @@ def run(argv, stop):
             else:
                 log.event('checkpoint', iter=outcome.step, val_loss=None, path=outcome.path, timestamp=now(), stall_ms=1000 * outcome.stall_s,
                           total_ms=1000 * outcome.total_s, bytes=outcome.size)
-                log.say(f'saved {outcome.path}: training waited {outcome.stall_s:.2f} s, the whole took {outcome.total_s:.1f} s')
+                log.say(f'saved {outcome.path}' + (f', training waited {outcome.stall_s:.1f} s' if outcome.stall_s >= 0.1 else ''))
                 for note in outcome.notes:
                     log.say(f'Note: {note}')
                 note_evaluation(outcome.step)
@@ -490,7 +502,7 @@ def run(argv, stop):
                    for i in range(2)]  # as the loader gives it out: strides count too
 
         def evaluation():
-            if c.max_iters // c.eval_interval > start_step // c.eval_interval:
+            if c.max_iters > start_step:
                 x, y = (part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1, ring=world.ring)))
                 with parallel.forward_only(step_model), torch.no_grad(), autocast:
                     step_model(x, y, reduction='sum')
@@ -499,7 +511,8 @@ def run(argv, stop):
             model.after_step(world, 0.0, None)
         if c.compile:
             log.say('compiling')
-            seconds, error = compile_ahead(lambda: micro_step(*batches[0], accumulation - 1), evaluation)
+            with terminal.doing('compiling'):
+                seconds, error = compile_ahead(lambda: micro_step(*batches[0], accumulation - 1), evaluation)
             micro_step.clear()
             forget_routing()
             log.event('compile', seconds=seconds, error=error, timestamp=now())
@@ -517,7 +530,7 @@ def run(argv, stop):
 
     if c.eval_only:
         losses = evaluate()
-        log.say(summary(start_step, losses))
+        log.say(evaluation_line(start_step, losses))
         log.close()
         return 0
 
@@ -528,7 +541,7 @@ def run(argv, stop):
     saver.reserve(checkpoint_tensors(model, named, updated, optimizer, guard))
     stop.max_hours = c.max_time
     step, saved_step, stop_code, failed_save = start_step, start_step if resumed and not nanogpt else -1, 0, None
-    last_evaluation, bad_before = (-1, None), guard.counts()
+    last_evaluation, bad_before, timed = (-1, None), guard.counts(), None
     # the sum over this rank's targets, over the targets of the whole step; ranks average, hence world.size
     micro_step = MicroStep(model, train_model, world, autocast, scaler, world.size / tokens_per_step, accumulation)
     if step < c.max_iters and (c.compile or c.use_cuda_graphs):
@@ -536,15 +549,18 @@ def run(argv, stop):
         gc.collect()
     gc.freeze()  # what stays for good is not searched for garbage again
     interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
+    terminal.start_bar(c.max_iters, step)
     if step >= c.max_iters:
         log.say(f'nothing to train: already at iter {step} of max_iters={c.max_iters}; a larger --max_iters goes on')
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     while True:
         ending = step >= c.max_iters or stop_code
-        evaluating = step % c.eval_interval == 0 and (step > 0 or c.eval_at_start) and not stop_code and not (step == start_step and evaluated)
+        last = step == c.max_iters and step > start_step  # the final weights are always evaluated
+        evaluating = (last or step % c.eval_interval == 0) and (step > 0 or c.eval_at_start) and not stop_code and not (step == start_step and evaluated)
         sampling = c.sample_interval and step % c.sample_interval == 0 and step > start_step and not stop_code
-        settle(saver.wait() if ending else saver.poll())
+        with terminal.doing('saving the checkpoint'):
+            settle(saver.wait() if ending else saver.poll())
         # alike on every rank: what poll() says comes at its own time on each, what wait() says does not
         saving = (ending or c.save_interval and step % c.save_interval == 0) and step not in (saved_step, 0) and not (ending and stop.fault)
         if saving or evaluating or sampling:
@@ -558,7 +574,7 @@ def run(argv, stop):
             if losses:
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
                           tokens_seen=tokens, **({'tasks': losses['tasks']} if eval_tasks else {}))
-                log.say(summary(step, losses))
+                log.say(evaluation_line(step, losses, best_val_loss))
                 last_evaluation = step, {**losses, 'data': windows}
                 if losses['val'] < best_val_loss:
                     best_val_loss = losses['val']
@@ -569,7 +585,8 @@ def run(argv, stop):
                 sample()
             interval_start += time.perf_counter() - pause
         if ending:
-            settle(saver.wait())
+            with terminal.doing('saving the checkpoint'):
+                settle(saver.wait())
             if stop_code == stopping.NOT_FINITE and world.main:
                 resume.supersede(c.out_dir, step)  # saved between the first bad step and now
             break
@@ -577,18 +594,20 @@ def run(argv, stop):
         lr = learning_rate(c, step)
         optim.set_learning_rate(optimizer, lr)
         step_loss = torch.zeros((), device=device)
-        for number in range(accumulation):
-            batch = loader.next(stop.code)
-            # who is to stop says so before the micro-step, and all know after it: the answer comes while they compute
-            stop_code = agreement.begin(stop.code())
-            if not stop_code:
-                x, y, first_position = batch or loader.nothing()
-                if c.dropout:
-                    torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
-                step_loss += micro_step(x, y, number)
-                stop_code = agreement.end()
-            if stop_code:
-                break
+        with terminal.doing(f'iter {step + 1}/{c.max_iters}: micro-step', accumulation) as work:
+            for number in range(accumulation):
+                batch = loader.next(stop.code)
+                # who is to stop says so before the micro-step, and all know after it: the answer comes while they compute
+                stop_code = agreement.begin(stop.code())
+                if not stop_code:
+                    x, y, first_position = batch or loader.nothing()
+                    if c.dropout:
+                        torch.manual_seed(mix(c.seed, first_position) % 2**63)  # masks are a function of the data, not of the layout
+                    step_loss += micro_step(x, y, number)
+                    stop_code = agreement.end()
+                if stop_code:
+                    break
+                work.done += 1
         if stop_code:  # the step is given up: the weights are those of the last one, and its batches will come again
             micro_step.clear()
             continue
@@ -607,7 +626,8 @@ def run(argv, stop):
         interval_steps += 1
         stop.at_once = False
 
-        log.progress(step)
+        terminal.advance(step)
+        timed = timed or (step, time.monotonic())  # the first iteration, which warms up, tells nothing of the others
         if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
             loss_value = step_loss.item()  # the only wait for the device
             used = memory_gb(device)
@@ -626,10 +646,9 @@ def run(argv, stop):
                       data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, **stragglers.of(table, seconds), wall_s=log.wall_s(),
                       mfu=mfu, memory={key: worst[key] for key in used}, gradients=gradients,
                       skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step, shares))}))
-            shown = f", mfu {mfu['mfu_percent']:.2f}%" if isinstance(mfu, dict) and mfu['mfu'] is not None else ''
-            shown += '' if routing is None else f", load score {moe['load_score']:.0f}"
-            log.say(f"iter {step}: loss {loss_value:.4f}, lr {lr:.2e}, grad norm {gradients['global_norm']:.3f}, time {1000 * seconds:.1f} ms, "
-                    f"{rate:,.0f} tokens/s{shown}")
+            left = (time.monotonic() - timed[1]) / (step - timed[0]) * (c.max_iters - step) if step > timed[0] else None
+            log.say(progress_line(step, c.max_iters, loss_value, lr, gradients['global_norm'], rate, mfu['mfu_percent'] if isinstance(mfu, dict) and mfu['mfu'] is not None else None, left,
+                                  [] if routing is None else [f"load {moe['load_score']:.0f}"], terminal.width()))
             for key, what in (('bad', 'loss or gradient not finite'), ('spikes', f'gradient norm above {c.spike_factor:g} times its median')):
                 if bad[key] > bad_before[key]:
                     log.say(f'SKIPPED {bad[key] - bad_before[key]} updates since the last line ({what}), {bad[key]} in all')
@@ -646,19 +665,21 @@ def run(argv, stop):
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
 
     loader.close()
-    if prediction:
-        log.say(f"Memory: at most {memory_gb(device)['max_allocated_gb'] - before:.2f} GB more than before the model was made; {prediction.total / 1e9:.2f} GB were predicted for a step")
     if stop_code not in (0, stopping.NOT_FINITE):
         log.say(f'stopped at iter {step}; python train.py --out_dir={c.out_dir} --init_from=resume continues it' if step else 'stopped before the first iteration, nothing was saved')
     if failed_save:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
+    if stop_code == 0 and step > start_step:
+        for line in ending_lines(c, run_name, log.end(), prediction, memory_gb(device)['max_allocated_gb'] - before):
+            log.say(line)
     log.end()
     copied = True
     if c.upload_to:
         log.say(f'copying to {redact(c.upload_to)}' + ('' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'))
         how = (5,) if stop_code else (600, stop.code)
-        while (copied := parallel.from_main(lambda: copier.finish(*how), world)) is None:  # in rounds: no rank waits for another for longer
-            settle(None)
+        with terminal.doing('copying'):
+            while (copied := parallel.from_main(lambda: copier.finish(*how), world)) is None:  # in rounds: no rank waits for another for longer
+                settle(None)
         settle(None)
         if not copied:
             log.say(f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir} --copy_to={redact(c.upload_to)}` does it')
@@ -667,11 +688,6 @@ def run(argv, stop):
     folder.release()
     # also the barrier before the end: torchrun ends all when one leaves with an error
     return parallel.largest(stop.fault or stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
-
-
-def summary(step, losses):
-    return f"iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}" + ''.join(
-        f", {name} {100 * found['acc_norm']:.1f} %" for name, found in losses.get('tasks', {}).items())
 
 
 def text_tokenizer(c, meta):

@@ -30,7 +30,12 @@ POINTS = {  # part: (values of x, what x is)
     'parts': ((100, 1_000, 10_000, 60_000), 'files of a data set opened, 1,024 descriptors'),
     'agreement': ((2, 4, 8, 16), 'ranks that agree beside a micro-step of 50 ms'),
     'open_files': ((2, 4, 8, 16), 'ranks: open files of each (the number, not seconds)'),
-    'verify': ((1, 2), 'ranks that verify a checkpoint of 1 GB'),
+    'save': ((1, 2, 4, 8), 'ranks that save a checkpoint of 1 GB'),
+    'save_mb': ((256, 512, 1024, 2048), 'MB of a checkpoint that 2 ranks save'),
+    'verify': ((1, 2, 4, 8), 'ranks that verify a checkpoint of 1 GB'),
+    'verify_mb': ((256, 512, 1024, 2048), 'MB of a checkpoint that 2 ranks verify'),
+    'muon': ((1, 2, 4, 8), 'ranks that take a step of Muon: 48 matrices of 1024 x 512'),
+    'prepare': ((100, 1_000, 10_000), 'text files of 300 bytes prepared, start of Python included'),
 }
 
 
@@ -170,23 +175,64 @@ def open_files(world):
     return len(os.listdir('/proc/self/fd'))
 
 
-def verify(world, folder):
-    """Seconds in which the ranks verify a checkpoint of theirs."""
+def save(world, folder, megabytes, and_verify):
+    """Seconds in which the ranks save a checkpoint of theirs, or verify it."""
     import torch
 
     from engine import checkpoint, parallel
     from engine.saver import Saver
     saver = Saver(folder, world, background=False)
-    saver.start(1, {f'model.{i}': torch.full((2**24,), float(i)) for i in range(16)}, {})
+    tensors = {f'model.{i}': torch.full((megabytes * 2**14,), float(i)) for i in range(16)}
+    parallel.barrier(world)
+    begun = time.perf_counter()
+    saver.start(1, tensors, {})
     outcome = saver.wait()
     assert outcome.error is None, outcome.error
     parallel.barrier(world)
+    if not and_verify:
+        return time.perf_counter() - begun
     begun, path = time.perf_counter(), checkpoint.path_of(folder, 1)
     if hasattr(checkpoint, 'why_broken_together'):
         assert checkpoint.why_broken_together(path, world) is None
     else:
         assert parallel.from_main(lambda: checkpoint.why_broken(path), world) is None
     return time.perf_counter() - begun
+
+
+def muon(world):
+    """The median over five steps of Muon's seconds, where every rank has all matrices in full."""
+    import inspect
+
+    import torch
+
+    from engine import parallel
+    from engine.muon import Muon
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(1024, 512, generator=generator)) for _ in range(48)]
+    for matrix in matrices:
+        matrix.grad = torch.randn(1024, 512, generator=generator)
+    shared = {'ranks': world.size} if 'ranks' in inspect.signature(Muon).parameters else {}
+    optimizer = Muon([{'params': matrices, 'weight_decay': 0.1, 'muon': True}], 0.01, (0.9, 0.95), **shared)
+    taken = []
+    for _ in range(6):
+        parallel.barrier(world)
+        begun = time.perf_counter()
+        optimizer.step()
+        parallel.barrier(world)
+        taken.append(time.perf_counter() - begun)
+    return sorted(taken[1:])[2]
+
+
+def text_files(count, folder):
+    words = ' '.join(str(i) for i in range(20_000))
+    for i in range(count):
+        with open(os.path.join(folder, f'{i:06d}.txt'), 'w') as f:
+            f.write(words[7 * i:7 * i + 300])
+
+
+def prepare(code, folder):
+    subprocess.run([sys.executable, os.path.join(code, 'data', 'own_text', 'prepare.py'), '--input', folder, '--tokenizer=bytes', f'--output={folder}/set'],
+                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def one(part, x, folder):
@@ -202,6 +248,8 @@ def one(part, x, folder):
     elif part == 'parts':
         part_files(x, folder)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    elif part == 'prepare':
+        text_files(x, folder)
     if part in ('log', 'log_experts', 'resume'):
         import engine.logger  # noqa: F401 (what it takes to import is not measured)
     if part in ('log_experts', 'stated', 'unstated', 'parts'):
@@ -221,8 +269,14 @@ def one(part, x, folder):
         seconds = on_ranks(x, agree)
     elif part == 'open_files':
         seconds = on_ranks(x, open_files)
+    elif part in ('save', 'verify'):
+        seconds = on_ranks(x, save, folder, 1024, part == 'verify')
+    elif part in ('save_mb', 'verify_mb'):
+        seconds = on_ranks(2, save, folder, x, part == 'verify_mb')
+    elif part == 'muon':
+        seconds = on_ranks(x, muon)
     else:
-        seconds = on_ranks(x, verify, folder)
+        prepare(sys.path[0], folder)
     seconds = time.perf_counter() - begun if seconds is None else seconds
     print(json.dumps({'part': part, 'x': x, 'seconds': seconds, 'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
 

@@ -97,7 +97,7 @@ def main(argv=None):
                         raise AssertionError('not gone within 30 s:\n' + open(console.name).read()) from None
                     slowest = max(slowest, time.monotonic() - asked)
                 text = open(console.name).read()
-                shown = [line for line in text.splitlines() if line.startswith(('iter ', 'saved ', 'stopped ', 'Run folder'))]
+                shown = [line for line in text.splitlines() if line.startswith(('iter ', 'saved ', 'stopped ', 'onetrain '))]
                 moment = 'training' if any(line.startswith('iter ') for line in shown) else 'set-up or compiling' if shown else 'starting'
                 moments[moment] = moments.get(moment, 0) + 1
                 found = checkpoint.steps(out)

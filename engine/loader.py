@@ -158,6 +158,11 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
         yield x, y
 
 
+def evaluation_length(file, block_size, batch_size, n_batches, world_size=1):
+    """How many batches evaluation_batches() gives to each rank."""
+    return -(-len(file.evaluation_starts(block_size, n_batches * batch_size)) // (world_size * batch_size))
+
+
 def evaluation_identity(file, c):
     """Return hex that is another one wherever the evaluation windows of `file` differ, or what a token of them sees.
 

@@ -18,11 +18,10 @@ import re
 import threading
 import time
 
-from tqdm import tqdm
-
 from engine.configurator import ConfigError
 from engine.files import check_own, no_link, redact
 from engine.run_json import Summary, finite, parse_record, read_records, summarize, write_json
+from engine.terminal import Terminal
 
 FORMAT = 1
 
@@ -58,18 +57,19 @@ _RUN_FILE = re.compile(r'(run_\d{8}_\d{6})\.jsonl', re.ASCII)
 class RunLog:
     """Log of one run. Only the main rank has an `active` one; with write=False it only shows text on the terminal.
 
-    header: {'config', 'startup_info', 'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there;
+    terminal: engine.terminal.Terminal, None: one of its own. header: {'config', 'startup_info', 'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there;
     evaluated: the evaluation at that step was finished, so its record stays.
     """
 
-    def __init__(self, out_dir, run_name, header, *, active=True, write=True, resume_step=None, evaluated=False, save_json=True, save_interval=100, total=None, first=0):
+    def __init__(self, out_dir, run_name, header, *, active=True, write=True, resume_step=None, evaluated=False, save_json=True, save_interval=100, first=0, terminal=None):
         self.active, self.write = active, active and write
         self.save_json, self.save_interval = save_json, save_interval
         self.path = os.path.join(out_dir, run_name or '')
         self.run = {'run_name': run_name, 'start_time': now(), 'end_time': None, **header}
         self.wall_before, self.started, self.saved_at = 0.0, time.perf_counter(), first
         self.checkpoints = set()  # iterations of those that are recorded since the one resumed from
-        self.sinks, self.bar, self.text, self.lines, self.lock = [], None, None, None, threading.Lock()
+        self.sinks, self.text, self.lines, self.lock = [], None, None, threading.Lock()
+        self.terminal = terminal or Terminal(active)
         if not self.write:
             return
         try:
@@ -88,7 +88,6 @@ class RunLog:
             self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
         else:
             self._append(finite({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header}))
-        self.bar = tqdm(total=total, initial=first, unit='it', disable=None, dynamic_ncols=True, leave=False)
 
     def _cut_after(self, step, evaluated):
         """Drop from the .jsonl what lies beyond `step`, and return whether any record stays.
@@ -138,7 +137,7 @@ class RunLog:
         if not self.active:
             return
         text = text if verbatim else redact(text)
-        tqdm.write(text)
+        self.terminal.say(text)
         if self.write:
             with contextlib.suppress(OSError):  # the terminal has it
                 self.text.write(text + '\n')
@@ -173,13 +172,8 @@ class RunLog:
             self.disk_works = True
         except OSError as error:
             if self.disk_works:
-                tqdm.write(f'THE LOG CANNOT BE WRITTEN ({error.strerror}): {self.path}.jsonl will be completed when it can')
+                self.terminal.say(f'THE LOG CANNOT BE WRITTEN ({error.strerror}): {self.path}.jsonl will be completed when it can')
             self.disk_works = False
-
-    def progress(self, step):
-        """Move the progress bar, which stays out of the files."""
-        if self.bar is not None and not self.bar.disable:
-            self.bar.update(step - self.bar.n)
 
     def sync(self):
         """Bring the records to the disk, so that a checkpoint never outlives the lines before it."""
@@ -210,12 +204,15 @@ class RunLog:
             return Summary().as_dict()
 
     def end(self):
-        """Write the summary, the last record."""
-        if self.write and self.run['end_time'] is None:
+        """Write the summary, the last record, and return it; {} where nothing is written."""
+        if not self.write:
+            return {}
+        if self.run['end_time'] is None:
             self.run['end_time'] = now()
-            self.bar.close()
             summary = self.write_json() if self.save_json else self.summarize()
             self.event('end', end_time=self.run['end_time'], summary=summary)
+            self.summary = summary
+        return self.summary
 
     def close(self):
         """Write the summary if that was not done, and close the files."""

@@ -5,7 +5,7 @@ to a half). With torch.compile it is the prediction for the same step without it
 """
 import os
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,11 +24,6 @@ class Prediction:
     gradients: int
     optimizer: int
     activations: int
-
-    @classmethod
-    def of_log(cls, entry):
-        """That which startup_info has."""
-        return cls(**{field.name: entry[field.name] for field in fields(cls)})
 
     @property
     def total(self):

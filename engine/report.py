@@ -1,15 +1,19 @@
 """What a run says of itself when it starts, and the memory it takes."""
 import dataclasses
+import os
 import platform
+import shutil
+import sys
 
 import torch
 
-from engine import flops, topology
+from engine import __version__, checkpoint, flops, topology
 from engine.dataset import shares_of
 from engine.loader import WindowOrder
 from engine.logger import now
-from engine.memory import Prediction, available
+from engine.memory import available
 from engine.resume import config_record
+from engine.terminal import duration, short
 
 VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
 
@@ -40,70 +44,202 @@ def startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction):
 
 def size_of(parameters):
     """A number of parameters as people write it: ~1.545B or 60.821M."""
-    return f'~{parameters / 1e9:.3f}B' if parameters >= 1e8 else f'{parameters / 1e6:.3f}M'
+    return f'~{parameters / 1e9:.3f}B' if parameters >= 1e8 else f'{parameters / 1e6:.3f}M' if parameters >= 1e6 else f'{parameters:,}'
 
 
 def _checkpoints(c):
-    when = [f'every {c.save_interval:,} iterations'] * bool(c.save_interval) + ['when an evaluation improves'] * (not c.always_save_checkpoint)
-    kept = 'all stay' if c.keep_all_checkpoints else (f"the {c.keep_checkpoints} newest" if c.keep_checkpoints > 1 else 'the newest') + (
-        f', multiples of {c.keep_every:,}' if c.keep_every else '') + ' and the best stay'
-    return f"{' and '.join(when)}, written {'while training goes on' if c.checkpoint_async else 'while training waits'}; {kept}" + (
-        f'; copied to {c.upload_to}' if c.upload_to else '') + (
-        f', of the copied ones the {c.upload_keep_local} newest and the best stay here' if c.upload_to and c.upload_keep_local else '')
+    when = [f'every {c.save_interval:,} iterations'] * bool(c.save_interval)
+    when += ['when an evaluation improves'] * (not c.always_save_checkpoint)
+    kept = 'the newest' if c.keep_checkpoints == 1 else f'the {c.keep_checkpoints} newest'
+    kept += f', multiples of {c.keep_every:,}' if c.keep_every else ''
+    return [
+        ' and '.join(when),
+        'all stay' if c.keep_all_checkpoints else f'{kept} and the best stay',
+        *([] if c.checkpoint_async else ['training waits for them']),
+        *([f'copied to {c.upload_to}'] if c.upload_to else []),
+        *([f'of the copied ones the {c.upload_keep_local} newest and the best stay here']
+          if c.upload_to and c.upload_keep_local else []),
+    ]
 
 
-def report(c, startup, meta, order, world, token_flops, sequences_per_step, loader_workers, resumed, notes):
-    """Lines that say what will run: the effective model, the arithmetic of the batch, hardware, and every fallback."""
-    hardware, counts = startup['hardware'], startup['model']
+def _model(c, counts):
     family = VOCABULARIES.get(c.vocab_size)
     theta = f'{c.rope_theta / 1e6:g}M' if c.rope_theta >= 1e6 else f'{c.rope_theta / 1e3:g}K'
-    position = {'rope': f"{'Extended ' if c.rope_theta > 10000 else ''}RoPE (theta={theta})" +
-                (f' on {c.rotary_pct:.0%} of each head' if c.rotary_pct < 1 else '') +
-                (f', {c.rope_scaling} x {c.rope_factor:g} from {c.rope_original_block_size} tokens' if c.rope_scaling != 'none' else ''),
-                'learned_absolute': 'learned positions', 'none': 'no positions'}[c.position_encoding]
-    tokens_per_step = sequences_per_step * c.block_size
-    peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
-    per_second = f', peak {peak / 1e12:g} TFLOP/s each' if peak else ', peak not known: no MFU'
-    total = counts['total_params']
-    paths, slow_path = topology.describe(topology.read(world.here)) if hardware['gpu_name'] and world.here > 1 and world.main else (None, None)
-    return [
-        f'Architecture: {c.n_layer}L-{c.n_head}H-{c.n_embd}D-{c.d_ff}ff' +
-        (f' with GQA ({c.num_key_value_heads} KV)' if c.num_key_value_heads != c.n_head else '') + f', {c.arch_preset}',
-        f"Blocks: {position}, {c.normalization} ({c.norm_position}-norm, eps {c.norm_eps:g}), {c.ffn_type} FFN with {c.activation}"
-        + (', attention sinks' if c.attention_sinks else '') + (f', window of {c.sliding_window} tokens in the layers {c.window_pattern}' if c.sliding_window else '')
-        + (', documents kept apart' if c.document_mask else '') + (', QK-norm' if c.qk_norm else '') + (', parallel residual' if c.parallel_residual else '') + (', biases' if c.bias else ''),
-        f'Vocab: {c.vocab_size}' + (f' ({family})' if family else '') + (', tied to the head' if c.weight_tying else ''),
-        *([f'Experts: {c.num_experts} of width {c.expert_d_ff}, {c.num_experts_per_tok} per token' + (f' and {c.num_shared_experts} shared' if c.num_shared_experts else '')
-           + (f', {c.topk_groups} of {c.n_groups} groups' if c.topk_groups < c.n_groups else '') + f', {c.score_function} affinities' + (f' x {c.route_scale:g}' if c.route_scale != 1 else '')
-           + (f'; the first {c.n_dense_layers} layers are dense' if c.n_dense_layers else '') + f'; none dropped; balancing bias moves by {c.balance_rate:g}'
-           + (f', auxiliary loss x {c.aux_loss_weight:g}' if c.aux_loss_weight else '') + (f', z-loss x {c.z_loss_weight:g}' if c.z_loss_weight else '')] if c.num_experts else []),
-        f"Parameters: {size_of(total)} ({total:,}; {counts['non_embedding_params']:,} without embeddings)"
-        + (f", {size_of(counts['active_params'])} active ({counts['active_params']:,})" if c.num_experts else ''),
-        f'FLOPs per token: {token_flops.total:.4g} forward and backward, attention in full ({token_flops.causal:.4g} causal)',
-        f'Batch: {c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} ranks = '
-        f'{tokens_per_step:,} tokens per iteration',
-        f"Data: {c.data_url or c.dataset}, {meta.get('tokens', {}).get('train', order.per_epoch * c.block_size):,} training tokens" + (
-            f' = {order.per_epoch / sequences_per_step:,.1f} iterations per epoch; {c.max_iters:,} iterations = {c.max_iters * sequences_per_step / order.per_epoch:.2f} epochs'
-            if isinstance(order, WindowOrder) else f'; {c.max_iters:,} iterations are ' + ', '.join(
-                f'{float(share * c.max_iters * sequences_per_step) / of_source.per_epoch:.2f} epochs of {name}'
-                for (name, share), of_source in zip(shares_of(c.dataset), order.orders))),
-        f"DataLoader: {f'{loader_workers} worker processes' if loader_workers else 'a thread with pinned memory' if world.device.type == 'cuda' else 'in process'}",
-        f'Attention backend: {c.attention_backend}',
-        f"CUDA Graphs: {'on' if c.use_cuda_graphs else 'off'}. Compile: {'on' if c.compile else 'off'}. Precision: "
-        + (f'{c.dtype} autocast, float32 weights' if c.dtype != 'float32' else 'float32') + (f", {startup['model']['float8_layers']} linear layers in float8" if c.fp8 else '') + f". Deterministic: {'yes' if c.deterministic else 'no'}",
-        f"Optimizer: {' and '.join(dict.fromkeys(g['kind'] for g in startup['optimizer']['param_groups']))}{' (fused)' if startup['optimizer']['fused'] else ''}; " + '; '.join(
-            f"weight decay {g['weight_decay']:g} on {g['num_tensors']} tensors with {g['num_params']:,} parameters{' (Muon)' if g['kind'] == 'Muon' else ''}" for g in startup['optimizer']['param_groups']),
-        f"Hardware: {world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB{per_second}" if hardware['gpu_name'] else
-        f"Hardware: {hardware['cpu_name']}, {hardware['cpu_threads']} threads per process, {world.size} process{'es' if world.size > 1 else ''}{per_second}",
-        *([paths] if paths else []),
-        *([f"Memory: {Prediction.of_log(startup['memory']).describe()}, {available(world.device) / 1e9:.1f} GB are free"] if startup['memory'] else []),
-        f'Layout: {world.describe()}' + (f", gradients summed in {c.fsdp_reduce_dtype}" if world.fsdp and c.dtype != 'float32' else '')
-        + (', parameters and optimizer state in the memory of the CPU' if c.fsdp_offload and world.fsdp else '')
-        + {'none': '', 'selective': '; backward computes all but matmuls and attention again', 'full': '; backward computes all of each block again'}[c.activation_checkpointing],
-        *([] if c.eval_only else [f'Checkpoints: {_checkpoints(c)}']),
-        f'Run folder: {c.out_dir}' + (f", continuing at iter {resumed['step']}" if resumed else ''),
-        *(f'Note: {note}' for note in [*notes, *([slow_path] if slow_path else [])]),
+    heads = f' with GQA ({c.num_key_value_heads} KV)' if c.num_key_value_heads != c.n_head else ''
+    rope = f"{'Extended ' if c.rope_theta > 10000 else ''}RoPE (theta={theta})"
+    rope += f' on {c.rotary_pct:.0%} of each head' if c.rotary_pct < 1 else ''
+    if c.rope_scaling != 'none':
+        rope += f', {c.rope_scaling} x {c.rope_factor:g} from {c.rope_original_block_size} tokens'
+    tied = ', tied to the head' if c.weight_tying else ''
+    active = f", {size_of(counts['active_params'])} active" if c.num_experts else ''
+    found = [
+        f'Architecture: {c.n_layer}L-{c.n_head}H-{c.n_embd}D-{c.d_ff}ff{heads}, {c.arch_preset}',
+        f"Parameters: {size_of(counts['total_params'])}{active}"
+        f" ({size_of(counts['non_embedding_params']).removeprefix('~')} without embeddings)",
+        f"Vocab: {c.vocab_size}{f' ({family})' if family else ''}{tied}",
+        {'rope': rope, 'learned_absolute': 'learned positions', 'none': 'no positions'}[c.position_encoding],
+        f"{c.normalization}{'' if c.norm_position == 'pre' else ', post-norm'}",
+        f"{c.ffn_type} FFN with {c.activation}",
     ]
+    found += [words for words, on in (
+        ('QK-norm', c.qk_norm), ('biases', c.bias), ('parallel residual', c.parallel_residual),
+        ('attention sinks', c.attention_sinks), ('documents kept apart', c.document_mask),
+        (f'window of {c.sliding_window} tokens in the layers {c.window_pattern}', c.sliding_window)) if on]
+    if c.num_experts:
+        shared = f' and {c.num_shared_experts} shared' if c.num_shared_experts else ''
+        found += [f'Experts: {c.num_experts} of width {c.expert_d_ff}, {c.num_experts_per_tok} per token{shared}',
+                  f'{c.score_function} affinities' + (f' x {c.route_scale:g}' if c.route_scale != 1 else '')]
+        found += [words for words, on in (
+            (f'{c.topk_groups} of {c.n_groups} groups', c.topk_groups < c.n_groups),
+            (f'the first {c.n_dense_layers} layers are dense', c.n_dense_layers),
+            (f'balancing bias moves by {c.balance_rate:g}', c.balance_rate),
+            (f'auxiliary loss x {c.aux_loss_weight:g}', c.aux_loss_weight),
+            (f'z-loss x {c.z_loss_weight:g}', c.z_loss_weight)) if on]
+    return found
+
+
+def _data(c, meta, order, sequences_per_step, loader_workers, device):
+    tokens = meta.get('tokens', {}).get('train', order.per_epoch * c.block_size)
+    sequences = c.max_iters * sequences_per_step
+    if isinstance(order, WindowOrder):
+        epochs = [f'{c.max_iters:,} iterations = {sequences / order.per_epoch:.2f} epochs']
+    else:
+        epochs = [f'{c.max_iters:,} iterations = ' + ', '.join(
+            f'{float(share * sequences) / source.per_epoch:.2f} epochs of {name}'
+            for (name, share), source in zip(shares_of(c.dataset), order.orders))]
+    loader = f'{loader_workers} worker processes' if loader_workers else (
+        'a thread with pinned memory' if device.type == 'cuda' else 'in process')
+    return [f'{c.data_url or c.dataset}, {tokens:,} training tokens', *epochs, f'DataLoader: {loader}']
+
+
+def _optimizer(c, startup):
+    kinds = dict.fromkeys(group['kind'] for group in startup['optimizer']['param_groups'])
+    rate = f'learning rate {c.learning_rate:g}'
+    if c.decay_lr:
+        rate += f', warm-up {c.warmup_iters:,}, cosine to {c.min_lr:g} at iteration {c.lr_decay_iters:,}'
+    return [
+        ' and '.join(kinds) + (' (fused)' if startup['optimizer']['fused'] else ''),
+        rate,
+        *(f"weight decay {group['weight_decay']:g} on {size_of(group['num_params']).removeprefix('~')} parameters"
+          + (' (Muon)' if group['kind'] == 'Muon' else '')
+          for group in startup['optimizer']['param_groups'] if group['weight_decay']),
+        *([f'gradients clipped at {c.grad_clip:g}'] if c.grad_clip else []),
+    ]
+
+
+def _system(c, startup, world):
+    hardware = startup['hardware']
+    peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
+    if hardware['gpu_name']:
+        machine = f"{world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB"
+    else:
+        machine = f"{hardware['cpu_name']}, {hardware['cpu_threads']} threads"
+        machine += f' for each of {world.size} processes' if world.size > 1 else ''
+    precision = f'{c.dtype}, weights in float32' if c.dtype != 'float32' else 'float32'
+    precision += f", {startup['model']['float8_layers']} linear layers in float8" if c.fp8 else ''
+    again = {'none': [], 'selective': ['backward computes all but matmuls and attention again'],
+             'full': ['backward computes all of each block again']}[c.activation_checkpointing]
+    return [
+        machine,
+        *([f'peak {peak / 1e12:g} TFLOP/s each' if peak else 'peak not known: no MFU'] if hardware['gpu_name'] else []),
+        *([f'Layout: {world.describe()}'] if world.size > 1 else []),
+        *([f'gradients summed in {c.fsdp_reduce_dtype}'] if world.fsdp and c.dtype != 'float32' else []),
+        *(['parameters and optimizer state in the memory of the CPU'] if c.fsdp_offload and world.fsdp else []),
+        precision,
+        f"Compile: {'on' if c.compile else 'off'}",
+        f'Attention backend: {c.attention_backend}',
+        f"CUDA Graphs: {'on' if c.use_cuda_graphs else 'off'}",
+        *again,
+        *([] if c.deterministic else ['not deterministic']),
+    ]
+
+
+def grouped(title, phrases, width=100):
+    """Return the lines of a group: `phrases`, none of them broken, behind its title."""
+    lines = ['']
+    for phrase in phrases:
+        joined = f'{lines[-1]}; {phrase}' if lines[-1] else phrase
+        if lines[-1] and 13 + len(joined) > width:
+            lines.append(phrase)
+        else:
+            lines[-1] = joined
+    return [("" if number else f"{title}:").ljust(13) + line for number, line in enumerate(lines)]
+
+
+def report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes):
+    """Return the lines that say what will run, in groups, with every fallback at the end.
+
+    run_name: None for a run that writes nothing; weights: where they come from, in words.
+    """
+    paths, slow_path = None, None
+    if startup['hardware']['gpu_name'] and world.here > 1 and world.main:
+        paths, slow_path = topology.describe(topology.read(world.here))
+    batch = (f'{c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} '
+             f"rank{'s' if world.size > 1 else ''} = {sequences_per_step * c.block_size:,} tokens per iteration")
+    groups = {
+        'Model': _model(c, startup['model']),
+        'Weights': [weights],
+        'Data': _data(c, meta, order, sequences_per_step, loader_workers, world.device),
+        'Batch': [batch],
+        'Optimizer': _optimizer(c, startup),
+        'System': _system(c, startup, world) + ([paths] if paths else []),
+    }
+    if startup['memory']:
+        groups['Memory'] = [f"{startup['memory']['total'] / 1e9:.2f} GB predicted for a step",
+                            f'{available(world.device) / 1e9:.1f} GB are free']
+    if not c.eval_only:
+        groups['Checkpoints'] = _checkpoints(c)
+    where = f'{run_name} in {c.out_dir}' if run_name else f'evaluation of {c.out_dir}' if c.init_from == 'resume' else 'evaluation'
+    return [
+        f'onetrain {__version__}: {where}',
+        *(line for title, phrases in groups.items() for line in grouped(title, phrases)),
+        *(note if note.startswith('WARNING') else f'Note: {note}'
+          for note in sorted([*notes, *([slow_path] if slow_path else [])], key=lambda note: note.startswith('WARNING'))),
+    ]
+
+
+def evaluation_line(step, losses, best_before=None):
+    """Return the line of an evaluation. best_before: the best validation loss until then; None marks none."""
+    best = ' *best*' if step and best_before is not None and losses['val'] < best_before else ''
+    scores = ''.join(f", {name} {100 * found['acc_norm']:.1f} %" for name, found in losses.get('tasks', {}).items())
+    return f"---- iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}{scores}"
+
+
+def ending_lines(c, run_name, summary, prediction, memory_gb):
+    """Return what a finished run says at its end, and what can be typed next.
+
+    summary: that of the log, {} where there is none; memory_gb: taken since before the model was made.
+    """
+    if not summary.get('final_iter'):
+        return []
+    speed = summary['median_tokens_per_sec']
+    mfu = summary['median_mfu']
+    final, best = summary['final_val_loss'], summary['best_val_loss']
+    lines = [f"Done:        {summary['final_iter']:,} iterations in {duration(summary['wall_s'] or 0)}"
+             + (f", {short(summary['tokens_seen'])} tokens" if summary['tokens_seen'] else '')
+             + (f', {short(speed)} tok/s' if speed else '') + (f', MFU {100 * mfu:.1f} %' if mfu else '')
+             + (' (medians)' if speed else '')]
+    if best is not None:
+        path = checkpoint.path_of(c.out_dir, summary['best_val_iter'])
+        lies = f' ({path})' if os.path.isdir(path) else ''
+        ended = f'{final:.4f} at the end, ' if final is not None else ''
+        lines.append(f"Validation:  loss {ended}best {best:.4f} at iteration {summary['best_val_iter']:,}{lies}")
+    predicted = f', {prediction.total / 1e9:.2f} GB predicted for a step' if prediction else ''
+    lines.append(f'Memory:      {memory_gb:.2f} GB at most for the model and its training{predicted}')
+    lines.append(f'Run folder:  {c.out_dir}, log {run_name}.jsonl')
+    python = interpreter()
+    return lines + [f'Next:        {python} sample.py --out_dir={c.out_dir}',
+                    f'             {python} plots/plot_single_run.py {c.out_dir}',
+                    f'             {python} export.py --out_dir={c.out_dir} --to={c.out_dir}/export']
+
+
+def interpreter():
+    """Return how the running Python is typed: 'python' where that is the same one."""
+    found = shutil.which('python')
+    if found and os.path.realpath(found) == os.path.realpath(sys.executable) and os.path.dirname(found) == os.path.dirname(sys.executable):
+        return 'python'
+    inside = os.path.relpath(sys.executable)
+    return sys.executable if inside.startswith(os.pardir) else inside
 
 
 def memory_gb(device):

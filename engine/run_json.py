@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 
 from engine.files import check_regular, is_whole, parse_json, replacing
@@ -87,7 +88,8 @@ class Summary:
     def __init__(self):
         self.iterations, self.evaluations, self.checkpoints = 0, 0, 0
         self.last, self.first_ms, self.total_ms = None, 0.0, 0.0
-        self.mfu, self.mfu_known, self.best = 0.0, 0, math.inf
+        self.mfu, self.mfu_known, self.best, self.best_iter, self.final = 0.0, 0, math.inf, None, None
+        self.rates, self.mfus, self.peak_gb = _Thinned(), _Thinned(), None
 
     def add(self, record):
         kind = record['type']
@@ -99,10 +101,17 @@ class Summary:
             self.last = record
             if (mfu := _mfu(record)) is not None:
                 self.mfu, self.mfu_known = self.mfu + mfu, self.mfu_known + 1
+                self.mfus.add(mfu)
+            if self.iterations > 1 and record['tokens_per_sec'] is not None:
+                self.rates.add(record['tokens_per_sec'])
+            peak = record['memory'].get('max_allocated_gb')
+            if isinstance(peak, _NUMBER):
+                self.peak_gb = max(peak, self.peak_gb or 0.0)
         elif kind == 'eval':
             self.evaluations += 1
-            if record['val_loss'] is not None:
-                self.best = min(self.best, record['val_loss'])
+            self.final = record
+            if record['val_loss'] is not None and record['val_loss'] < self.best:
+                self.best, self.best_iter = record['val_loss'], record['iter']
         elif kind == 'checkpoint':
             self.checkpoints += 1
 
@@ -118,7 +127,32 @@ class Summary:
             'avg_time_ms': total / timed if self.iterations else None,
             'avg_mfu': self.mfu / self.mfu_known if self.mfu_known else None,
             'total_eval_steps': self.evaluations, 'total_checkpoints': self.checkpoints,
+            'best_val_iter': self.best_iter,
+            'final_val_loss': self.final['val_loss'] if self.final and self.final['iter'] == step else None,
+            'median_tokens_per_sec': self.rates.median(), 'median_mfu': self.mfus.median(),
+            'tokens_seen': self.last.get('tokens_seen') if self.last else None,
+            'wall_s': self.last.get('wall_s') if self.last else None,
+            'peak_memory_gb': self.peak_gb,
         }
+
+
+class _Thinned:
+    """Numbers of which, once they are MOST, every other stays, and of those to come as many: enough for a median, in constant memory."""
+    MOST = 4096
+
+    def __init__(self):
+        self.numbers, self.every, self.seen = [], 1, 0
+
+    def add(self, number):
+        if self.seen % self.every == 0:
+            self.numbers.append(number)
+        self.seen += 1
+        if len(self.numbers) == self.MOST:
+            self.numbers, self.every = self.numbers[::2], 2 * self.every
+
+    def median(self):
+        """Return the median, None of no numbers."""
+        return statistics.median(self.numbers) if self.numbers else None
 
 
 def _mfu(record):

@@ -100,7 +100,7 @@ def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(s3, datase
     try:
         for line in process.stdout:
             output += line
-            if line.startswith('iter 10:') and not stopped:
+            if line.startswith('iter 10/') and not stopped:
                 s3.stop()
                 stopped = True
             if 'copying to' in line and not started:  # training is over, nothing could be copied
@@ -129,7 +129,7 @@ def test_killed_while_the_server_is_down_then_resumed_from_the_bucket_on_an_empt
     try:
         process = start_process('train.py', *common, '--max_iters=100000', env=s3.environment)
         for line in process.stdout:
-            if line.startswith('iter 45:'):
+            if line.startswith('iter 45/'):
                 os.killpg(process.pid, signal.SIGTERM)
         assert process.wait(30) == 143
     finally:

@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
         if at:
             for line in process.stdout:
                 output.append(line)
-                if line.startswith(f'iter {at}:'):
+                if line.startswith(f'iter {at}/'):
                     os.kill(workers(process.pid)[1], signal.SIGSTOP)
                     stopped = time.monotonic()
                     break
@@ -199,7 +199,7 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
     try:
         for line in process.stdout:
             output += line
-            if line.startswith((f'iter {last // 9}:', f'iter {last // 2}:')) and kills < deaths:
+            if line.startswith((f'iter {last // 9}/', f'iter {last // 2}/')) and kills < deaths:
                 os.kill(workers(process.pid)[kills], signal.SIGKILL)
                 kills += 1
                 time.sleep(0.5)
@@ -241,7 +241,7 @@ def test_two_machines(dataset, tmp_path):
         output += other.communicate(timeout=60)[0]
     finally:
         end_all(other)
-    assert code == 0 and other.returncode == 0 and output.count('Batch: 4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
+    assert code == 0 and other.returncode == 0 and output.count('Batch:       4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
     by_rank = collections.defaultdict(set)
     for line in (tmp_path / 'copied').read_text().splitlines():
         by_rank[line.split()[0]].add(line.split()[1])
@@ -360,7 +360,7 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
     try:
         for line in job.stdout:
             output += line
-            if line.startswith('iter 30:') and not told:
+            if line.startswith('iter 30/') and not told:
                 os.kill(job.pid, signal.SIGUSR1)
                 told = True
         job.wait(60)

@@ -93,7 +93,7 @@ def test_what_is_told(dataset, tmp_path, capsys):
     assert run_train(dataset, tmp_path, '--n_embd=256', '--n_head=4', '--max_iters=1', '--eval_iters=1') == 0
     said = capsys.readouterr().out
     told = records(tmp_path, 'header')[0]['startup_info']['memory']
-    assert f"Memory: {told['total'] / 1e9:.2f} GB predicted for a step (parameters " in said and 'GB were predicted for a step' in said
+    assert f"Memory:      {told['total'] / 1e9:.2f} GB predicted for a step; " in said and f"{told['total'] / 1e9:.2f} GB predicted for a step\n" in said
     assert told['total'] == told['parameters'] + told['gradients'] + told['optimizer'] + told['activations'] > 16 * 10**6
 
 

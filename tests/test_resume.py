@@ -44,8 +44,8 @@ def test_two_runs_are_bitwise_equal(reference, train, tmp_path):
 
 
 def test_sigkill_and_resume_is_bitwise(reference, dataset, train, tmp_path):
-    code, output = kill_at('step_00000020: training waited', signal.SIGKILL, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
-    assert code == -signal.SIGKILL and 'iter 60:' not in output
+    code, output = kill_at('saved ', signal.SIGKILL, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
+    assert code == -signal.SIGKILL and 'iter 60/' not in output
     assert train(tmp_path, '--init_from=resume') == 0
     assert losses(tmp_path) == losses(reference)
     assert equal(weights(tmp_path, STEPS), weights(reference, STEPS))
@@ -59,7 +59,7 @@ def test_sigkill_and_resume_is_bitwise(reference, dataset, train, tmp_path):
 
 @pytest.mark.parametrize('number, expected', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal_it_saves_and_goes_on(reference, dataset, train, tmp_path, number, expected):
-    code, output = kill_at('iter 33:', number, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
+    code, output = kill_at('iter 33/', number, dataset, tmp_path, f'--max_iters={STEPS}', '--eval_interval=20', '--dropout=0.1')
     assert code == expected and '--init_from=resume continues' in output, output
     stopped = checkpoint.steps(str(tmp_path))[-1]
     assert 33 <= stopped < STEPS
@@ -106,7 +106,7 @@ def test_workers_survive_the_signal_that_stops_the_run(dataset, tmp_path):
     output = ''
     for line in process.stdout:
         output += line
-        if 'iter 33:' in line:
+        if 'iter 33/' in line:
             os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 143 and 'Traceback' not in output, output
     step, rejected = checkpoint.newest_whole(str(tmp_path))
@@ -116,10 +116,10 @@ def test_workers_survive_the_signal_that_stops_the_run(dataset, tmp_path):
 def test_other_intervals_after_resume_lose_no_record(train, tmp_path):
     assert train(tmp_path, '--max_iters=10', '--eval_interval=5') == 0
     assert train(tmp_path, '--init_from=resume', '--max_iters=20', '--eval_interval=8', '--log_interval=3') == 0
-    assert [r['iter'] for r in records(tmp_path, 'eval')] == [0, 5, 10, 16]
+    assert [r['iter'] for r in records(tmp_path, 'eval')] == [0, 5, 10, 16, 20]
     assert [r['iter'] for r in records(tmp_path, 'checkpoint')] == [5, 10, 16, 20]
     with open(tmp_path / 'checkpoints' / 'step_00000020' / 'state.json') as f:
-        assert json.load(f)['best_val_loss'] == min(r['val_loss'] for r in records(tmp_path, 'eval'))
+        assert json.load(f)['best_val_loss'] == min(r['val_loss'] for r in records(tmp_path, 'eval')[:-1])  # the last came after it was saved
 
 
 def test_best_loss_is_remembered_over_a_resume(train, tmp_path):
@@ -146,8 +146,8 @@ def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
     state = checkpoint.read_state(checkpoint.path_of(str(out), 8))
     assert state['position'] == 12 and state['data']['train']['tokens'] == 5000
     evaluated = records(out, 'eval')
-    assert [r['iter'] for r in evaluated] == [0, 5] and evaluated[-1]['val_loss'] != old_best  # measured anew at iteration 5, on the new data
-    assert state['best_val_loss'] == evaluated[-1]['val_loss']
+    assert [r['iter'] for r in evaluated] == [0, 5, 8] and evaluated[1]['val_loss'] != old_best  # measured anew at iteration 5, on the new data
+    assert state['best_val_loss'] == evaluated[1]['val_loss']  # the last came after it was saved
 
 
 @pytest.mark.parametrize('now', ['same ids', 'other ids', 'nothing named', 'what it was is gone'])
@@ -250,7 +250,7 @@ def test_an_error_with_workers_ends(dataset, tmp_path):
 
 
 def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
-    kill_at('step_00000020: training waited', signal.SIGKILL, dataset, tmp_path, '--max_iters=600', '--eval_interval=20', '--keep_all_checkpoints=True')
+    kill_at('saved ', signal.SIGKILL, dataset, tmp_path, '--max_iters=600', '--eval_interval=20', '--keep_all_checkpoints=True')
     for step in checkpoint.steps(str(tmp_path))[1:]:
         checkpoint.remove(checkpoint.path_of(str(tmp_path), step), step)
     unfinished = weights(tmp_path, 20)
@@ -367,7 +367,7 @@ def test_ckpt_of_its_descendant_is_imported(train, tmp_path, dataset, capsys):
     idx = torch.randint(41, (2, 16), generator=generator)
     assert torch.allclose(model(idx), descendant_logits(w, idx, 2, 4, 2, 500.0), atol=1e-4)
     assert train(tmp_path, '--init_from=resume', '--n_head=4', '--max_iters=9', '--eval_interval=9', '--eval_at_start=False') == 0
-    assert 'iter 9: loss' in capsys.readouterr().out
+    assert 'iter 9/9:' in capsys.readouterr().out
     torch.save({'model': {'token_embeddings.weight': draw(41, 32), 'blocks.0.mystery.weight': draw(2, 2)}, 'iter_num': 7, 'best_val_loss': 3.25, 'model_args': sizes, 'config': {}}, tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='the weights blocks.0.mystery.weight are not known here'):
         nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))

@@ -31,7 +31,7 @@ def stop_at(text, number, dataset, out, *args, again=None, script='train.py'):
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_each_signal_saves_and_has_its_exit_code(dataset, tmp_path, train, number, code):
-    found, output, _ = stop_at('iter 33:', number, dataset, tmp_path, *LONG)
+    found, output, _ = stop_at('iter 33/', number, dataset, tmp_path, *LONG)
     assert found == code and '--init_from=resume continues' in output and 'Traceback' not in output, output
     step = checkpoint.newest_whole(str(tmp_path))[0]
     assert step == max(losses(tmp_path)) >= 33
@@ -39,15 +39,15 @@ def test_each_signal_saves_and_has_its_exit_code(dataset, tmp_path, train, numbe
 
 def test_a_signal_before_the_first_iteration_ends_at_once(dataset, tmp_path):
     """During set-up, compilation and the first evaluation nothing can be lost."""
-    code, output, seconds = stop_at('Run folder', signal.SIGTERM, dataset, tmp_path, '--max_iters=100', '--eval_at_start=True', '--eval_iters=100000')
-    assert code == 143 and 'nothing had to be saved' in output and seconds < 5 and 'iter 0:' not in output, output
-    code, output, seconds = stop_at('Run folder', signal.SIGTERM, dataset, tmp_path / 'b', *LONG, '--compile=True', '--n_layer=6')
-    assert code == 143 and 'nothing had to be saved' in output and seconds < 10 and 'iter 1:' not in output, output
+    code, output, seconds = stop_at('onetrain ', signal.SIGTERM, dataset, tmp_path, '--max_iters=100', '--eval_at_start=True', '--eval_iters=100000')
+    assert code == 143 and 'nothing had to be saved' in output and seconds < 5 and 'iter 0/' not in output, output
+    code, output, seconds = stop_at('onetrain ', signal.SIGTERM, dataset, tmp_path / 'b', *LONG, '--compile=True', '--n_layer=6')
+    assert code == 143 and 'nothing had to be saved' in output and seconds < 10 and 'iter 1/' not in output, output
 
 
 def test_eval_only_ends_at_once(dataset, tmp_path, train):
     assert train(tmp_path, '--max_iters=2', '--eval_interval=2') == 0
-    code, output, seconds = stop_at('Run folder', signal.SIGINT, dataset, tmp_path, '--init_from=resume', '--eval_only=True', '--eval_iters=1000000', '--batch_size=1')
+    code, output, seconds = stop_at('onetrain ', signal.SIGINT, dataset, tmp_path, '--init_from=resume', '--eval_only=True', '--eval_iters=1000000', '--batch_size=1')
     assert code == 130 and 'Traceback' not in output, output
 
 
@@ -64,7 +64,7 @@ def test_a_second_signal_ends_without_a_checkpoint(dataset, tmp_path):
 
 
 def test_a_signal_during_evaluation_does_not_wait_for_its_end(dataset, tmp_path, train):
-    code, output, seconds = stop_at('iter 50:', signal.SIGTERM, dataset, tmp_path, '--max_iters=100', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000',
+    code, output, seconds = stop_at('iter 50/', signal.SIGTERM, dataset, tmp_path, '--max_iters=100', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000',
                                     '--batch_size=1', '--keep_checkpoints=5')
     assert code == 143 and seconds < 20, output
     assert checkpoint.newest_whole(str(tmp_path)) == (50, []) and records(tmp_path, 'eval') == []
@@ -79,7 +79,7 @@ def test_a_signal_while_waiting_for_data(dataset, tmp_path):
                       'get = loader.TrainLoader.__getitem__\n'
                       'def hang(self, micro):\n    if micro > 40:\n        time.sleep(1000)\n    return get(self, micro)\n'
                       'loader.TrainLoader.__getitem__ = hang\nsys.exit(train.main())\n')
-    code, output, seconds = stop_at('iter 41:', signal.SIGTERM, dataset, tmp_path / 'out', *LONG, '--use_dataloader=True', '--dataloader_num_workers=2', script=str(script))
+    code, output, seconds = stop_at('iter 41/', signal.SIGTERM, dataset, tmp_path / 'out', *LONG, '--use_dataloader=True', '--dataloader_num_workers=2', script=str(script))
     assert code == 143 and seconds < 15, output
     assert checkpoint.newest_whole(str(tmp_path / 'out')) == (41, [])
 
@@ -131,7 +131,7 @@ def test_two_processes_never_write_in_one_folder(dataset, tmp_path):
     first = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG)
     try:
         for line in first.stdout:
-            if line.startswith('iter 5:'):
+            if line.startswith('iter 5/'):
                 break
         code, output = run_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *LONG, '--auto_resume=True')
         assert code == 2 and f'{tmp_path} is in use by process {first.pid} on' in output, output
@@ -163,7 +163,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again_in_the_same_lo
     args = ['--max_iters=400', '--eval_interval=400']
     process = start_process('train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, *args, '--auto_resume=True')
     for line in process.stdout:
-        if line.startswith('iter 9:'):
+        if line.startswith('iter 9/'):
             process.kill()
     process.wait()
     assert checkpoint.steps(str(tmp_path)) == [] and max(losses(tmp_path)) >= 9
@@ -181,7 +181,7 @@ def test_another_run_does_not_take_the_log_of_one_that_died(tmp_path, train):
 
 
 def test_the_last_evaluation_that_is_cut_short_is_made_by_the_next_start(dataset, tmp_path, train):
-    code, output, seconds = stop_at('iter 50:', signal.SIGTERM, dataset, tmp_path, '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000', '--batch_size=1')
+    code, output, seconds = stop_at('iter 50/', signal.SIGTERM, dataset, tmp_path, '--max_iters=50', '--eval_interval=50', '--eval_at_start=False', '--eval_iters=1000000', '--batch_size=1')
     assert code == 143 and seconds < 20 and checkpoint.newest_whole(str(tmp_path)) == (50, []), output
     assert train(tmp_path, '--auto_resume=True', '--eval_iters=2', '--batch_size=1', '--max_iters=50') == 0
     evaluated, = records(tmp_path, 'eval')

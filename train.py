@@ -6,13 +6,13 @@ Trains a language model on token files: one process, or many under torchrun.
     python train.py config/full_llama_1.36b.py --init_from=resume
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --batch_size=24
 
-`python train.py --help` lists every key. Exit codes: 0 done; 2 something given cannot be run; 3 loss, gradient or weights are
+`python train.py --help` lists the keys of every day, `--help=all` every key. Exit codes: 0 done; 2 something given cannot be run; 3 loss, gradient or weights are
 not finite; 4 done, but the last checkpoint could not be written or copied; stopped before the end, with a checkpoint: 75
 max_time is up, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (torchrun itself then exits with 1).
 """
 from __future__ import annotations
 
-from engine.command_line import check_arguments, explain  # first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import check_arguments, explain, importing, resolve_early  # first: until main() takes over, a Ctrl-C ends the process quietly
 
 import dataclasses
 import gc
@@ -25,11 +25,238 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.configurator import ConfigError, resolve
+
+
+@dataclass
+class Config:
+    # ---- Run
+    out_dir: str = 'out'  # Folder of the run: logs and checkpoints.
+    eval_interval: int = 2000  # Iterations between evaluations.
+    log_interval: int = 1  # Iterations between logged iterations.
+    eval_iters: int = 200  # Batches per evaluation and split, over all ranks together.
+    eval_only: bool = False  # Evaluate once and exit.
+    eval_at_start: bool = True  # Evaluate before the first iteration too.
+    init_from: str = 'scratch'
+    # Where the weights come from: 'scratch', 'resume', a GPT-2 ('gpt2', 'gpt2-medium', ...), or a
+    # Hugging Face folder or hub id.
+    sample_interval: int = 0  # Iterations between samples shown on the terminal; 0 shows none.
+    sample_start: str = '\n'
+    # Prompt of these samples, or FILE:name of a file with a prompt on each line.
+    eval_tasks: str | None = None
+    # Multiple-choice tasks at each evaluation: NAME or NAME:FILE.jsonl, separated by commas.
+    eval_tasks_limit: int | None = 200  # Items of each task that are evaluated; None takes all.
+    save_log_to_json: bool = True  # Keep run_*.json beside run_*.jsonl.
+    log_save_interval: int = 100
+    # Least number of iterations between rewrites of run_*.json, which is written when the log has
+    # doubled and at the end.
+    expert_log_interval: int = 100
+    # Iterations between logs of the share of the tokens that each expert got; 0 logs none.
+    gradient_log_interval: int = 0
+    # Iterations between gradient statistics, which are logged at once; 0 computes none.
+    wandb_log: bool = False  # Send the log to Weights & Biases too.
+    wandb_project: str = 'onetrain'  # Project on Weights & Biases.
+    wandb_run_name: str = 'run'  # Name of the run on Weights & Biases.
+    tensorboard_log: bool = False  # Write TensorBoard events to out_dir/tensorboard.
+    dry_run: bool = False
+    # Print the report, the predicted memory and where each value comes from, then exit; no data
+    # and no GPU are needed.
+    # ---- Checkpoints
+    checkpoint_interval: int | None = None
+    # Iterations between checkpoints; None saves before each evaluation.
+    always_save_checkpoint: bool = True
+    # Save at every evaluation; False saves only when the validation loss improved (and every
+    # checkpoint_interval, if given).
+    checkpoint_async: bool = True  # Write checkpoints while training goes on.
+    verify_checkpoint: Literal['full', 'size'] = 'full'
+    # What is verified before resuming: every byte, or only the sizes of the files.
+    keep_checkpoints: int = 2  # Number of newest checkpoints to keep, beside the best.
+    keep_every: int = 0  # Keep checkpoints whose iteration is a multiple of this too; 0 keeps none.
+    keep_all_checkpoints: bool = False  # Never remove a checkpoint.
+    auto_resume: bool = False
+    # Continue the run in out_dir (or at upload_to) if there is one, else start it.
+    resume_from: str | None = None
+    # With init_from=resume: an iteration, or the URL or folder of a checkpoint or a run; None takes
+    # the newest in out_dir.
+    allow_data_change: bool = False  # Resume although train.bin or val.bin changed.
+    upload_to: str | None = None
+    # URL (s3://, gs://, hf://, file://) that finished checkpoints and logs are copied to, as
+    # URL/NAME with the name of out_dir.
+    upload_keep_local: int | None = None
+    # Number of copied checkpoints that stay in out_dir; None removes none after copying.
+    max_time: float = 0.0  # Hours after which the run saves and exits with code 75; 0 sets no limit.
+    max_bad_steps: int = 3
+    # Iterations in a row with a loss or gradient that is not finite (each is skipped) after which
+    # the run stops.
+    spike_factor: float = 0.0
+    # Skip iterations with a gradient norm above this many times the running median; 0 skips none.
+    # ---- Data
+    dataset: str = 'openwebtext'
+    # Folder of data/ with train.bin and val.bin, or a mixture of several: 'a:0.7,b:0.3'.
+    data_url: str | None = None
+    # URL (s3://bucket/folder) of a prepared data set, read as needed; what was read is kept in
+    # data/DATASET/copy.
+    gradient_accumulation_steps: int = 40  # Micro-steps per iteration on each rank.
+    batch_size: int = 12  # Sequences per micro-step on each rank.
+    block_size: int = 1024  # Tokens per sequence.
+    find_batch_size: bool = False
+    # Pick the largest batch_size that fits in memory and adjust gradient_accumulation_steps to
+    # keep the total batch unchanged.
+    total_batch_size: int = 0
+    # Tokens per iteration over all ranks, which sets gradient_accumulation_steps; 0 leaves it.
+    seed: int = 1337  # Seed of the weights, the data order and dropout.
+    use_dataloader: bool = False  # Gather batches in worker processes (the same batches).
+    dataloader_num_workers: int = 4  # Number of worker processes with use_dataloader.
+    dataloader_prefetch_factor: int = 2  # Batches that each worker prepares ahead.
+    # ---- Model (None takes the value of arch_preset)
+    arch_preset: Literal['gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe', 'mixtral', 'qwen3_moe', 'deepseek', 'gpt_oss', 'custom'] = 'gpt2'
+    # Model family, which sets the defaults of the keys below.
+    n_layer: int = 12  # Number of layers.
+    n_head: int = 12  # Attention heads of each layer.
+    n_embd: int = 768  # Width of the model.
+    num_key_value_heads: int | None = None
+    # Heads of keys and values; fewer than n_head make it grouped-query attention.
+    head_dim: int | None = None  # Width of a head; None is n_embd / n_head.
+    d_ff: int | None = None  # Width of the feed-forward layer (alias: intermediate_size).
+    vocab_size: int | None = None  # Vocabulary; None is the data set's, else the preset's.
+    dropout: float = 0.0  # Probability with which dropout zeroes an activation.
+    bias: bool | None = None
+    # Biases in linear layers (never the head); with layernorm also in the norms.
+    normalization: Literal['layernorm', 'layernorm_nobias', 'rmsnorm'] | None = None  # Kind of norm.
+    norm_eps: float | None = None  # Epsilon of the norms.
+    norm_position: Literal['pre', 'post'] | None = None  # Norm before or after each sub-layer.
+    activation: Literal['gelu', 'gelu_tanh', 'silu', 'relu', 'relu2'] | None = None
+    # Activation of the feed-forward layer.
+    ffn_type: Literal['standard', 'swiglu', 'swiglu_clamped'] | None = None
+    # Kind of feed-forward layer; swiglu_clamped is that of gpt-oss.
+    position_encoding: Literal['learned_absolute', 'rope', 'none'] | None = None
+    # How positions are encoded.
+    rope_theta: float | None = None  # Base of the frequencies of RoPE.
+    rotary_pct: float | None = None  # Share of each head that RoPE rotates.
+    qk_norm: bool | None = None  # RMSNorm on each head of queries and keys.
+    parallel_residual: bool | None = None  # Attention and MLP read the same input (GPT-NeoX).
+    weight_tying: bool | None = None  # Use the token embedding as the weight of the head.
+    attention_backend: Literal['auto', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] = 'sdpa'
+    # Attention kernel; falls back in this order (cudnn only if asked for). auto times them and
+    # takes the fastest.
+    attention_sinks: bool | None = None
+    # Add a learned logit to each head's softmax (gpt-oss).
+    sliding_window: int | None = None  # Tokens that a query sees, itself included; 0 is all.
+    window_pattern: str | None = None
+    # Letters repeated over the layers, S for a sliding window and L for full attention, such as
+    # SSSL; None slides in all layers.
+    document_mask: bool = False
+    # Start attention and positions anew after each end-of-text token.
+    rope_scaling: Literal['none', 'linear', 'dynamic', 'yarn', 'llama3'] | None = None
+    # How RoPE is scaled for a block_size above rope_original_block_size.
+    rope_factor: float | None = None
+    # Factor by which the context grew; None is block_size / rope_original_block_size.
+    rope_original_block_size: int | None = None  # Context before scaling; None is block_size.
+    rope_attention_factor: float | None = None
+    # Factor of cosine and sine with yarn; None is 0.1 ln(rope_factor) + 1.
+    rope_beta_fast: float | None = None
+    # With yarn, rotations within the original context above which a frequency is unchanged.
+    rope_beta_slow: float | None = None
+    # With yarn, rotations within the original context below which a frequency is divided.
+    rope_truncate: bool | None = None  # With yarn, round these limits to whole dimensions.
+    rope_low_freq_factor: float | None = None
+    # With llama3 scaling, rotations below which a frequency is divided.
+    rope_high_freq_factor: float | None = None
+    # With llama3 scaling, rotations above which a frequency is unchanged.
+    # ---- Mixture of experts
+    num_experts: int | None = None  # Number of experts; 0 makes a dense model.
+    num_experts_per_tok: int | None = None  # Experts that each token is routed to.
+    num_shared_experts: int | None = None  # Experts that every token goes to.
+    expert_d_ff: int | None = None
+    # Width of one expert; None is d_ff (alias: moe_intermediate_size).
+    n_dense_layers: int | None = None  # Number of first layers without experts.
+    score_function: Literal['sigmoid', 'softmax'] | None = None
+    # Function from the router's logits to affinities.
+    n_groups: int | None = None  # Number of groups that the experts form.
+    topk_groups: int | None = None  # Number of groups that a token may choose experts from.
+    norm_topk_prob: bool | None = None  # Scale the gates of a token to add up to 1.
+    route_scale: float | None = None  # Factor of the gates.
+    balance_rate: float = 1e-3
+    # Step of the bias that balances experts without a loss; 0 turns it off.
+    aux_loss_weight: float = 0.0
+    # Weight of the balancing loss of Switch Transformers.
+    z_loss_weight: float = 0.0  # Weight of the router's z-loss (ST-MoE).
+    expert_dispatch: Literal['grouped', 'loop'] = 'grouped'
+    # Compute all experts in one grouped matmul, or one expert after another.
+    upcycle: bool = False
+    # With init_from: turn a dense model into one of num_experts, each a copy of its feed-forward
+    # layer.
+    # ---- Optimization
+    head_z_loss_weight: float = 0.0
+    # Weight of the z-loss of the logits (1e-4 in PaLM), in the gradient only.
+    optimizer: Literal['adamw', 'muon'] = 'adamw'
+    # Optimizer; muon updates the matrices of the layers and leaves the rest to AdamW, with the
+    # same learning rate.
+    muon_momentum: float = 0.95  # Momentum of Muon.
+    learning_rate: float = 6e-4  # Learning rate at the end of the warm-up.
+    max_iters: int = 600000  # Iterations of the whole run.
+    weight_decay: float = 1e-1  # Weight decay of parameters with two dimensions or more.
+    beta1: float = 0.9  # Decay rate of AdamW's first moment.
+    beta2: float = 0.95  # Decay rate of AdamW's second moment.
+    grad_clip: float = 1.0  # Largest global norm of the gradient; 0 does not clip.
+    decay_lr: bool = True  # Decay the learning rate by a cosine after the warm-up.
+    warmup_iters: int = 2000  # Iterations over which the learning rate rises from 0.
+    lr_decay_iters: int = 600000  # Iteration at which the cosine reaches min_lr.
+    min_lr: float = 6e-5  # Learning rate at the end of the cosine.
+    # ---- System
+    device: str | None = None
+    # Device: 'cpu', 'cuda' or 'cuda:1'; None is a GPU if there is one.
+    dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
+    # Precision of the matmuls; weights stay float32. None is bfloat16 on a GPU, float32 on a CPU.
+    fp8: bool = False
+    # Compute the matmuls of the large linear layers in float8 (needs torchao).
+    compile: bool = True  # Compile the model with torch.compile.
+    activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'
+    # Trade compute for memory: store all activations, only the outputs of matmuls and attention,
+    # or only the input of each block.
+    deterministic: bool = True  # Use kernels that repeat to the last bit.
+    use_cuda_graphs: bool = False
+    # Capture forward and backward as CUDA graphs to remove launch overhead (bitwise identical).
+    loss_chunk: int | None = None
+    # Tokens whose logits are in memory at a time (the same loss in less memory); 0 is torch's
+    # loss, None chunks where the logits are large.
+    ignore_memory: bool = False  # Start although the predicted memory does not fit.
+    # ---- Many processes (under torchrun each trains on its share of the batch)
+    backend: Literal['nccl', 'gloo'] | None = None
+    # Backend of torch.distributed; None is nccl on GPUs, gloo on CPUs.
+    timeout_minutes: float = 10.0  # Minutes without an answer after which a process gives up.
+    use_zero1: bool = False  # Shard the optimizer state (ZeRO-1).
+    use_fsdp: bool = False  # Shard parameters, gradients and optimizer state (FSDP).
+    fsdp_reshard: bool = True
+    # Gather parameters for each block (ZeRO-3); False gathers once per iteration (ZeRO-2).
+    fsdp_replicas: int = 1
+    # Number of groups that each hold all shards (hybrid sharding), such as one per machine.
+    fsdp_reduce_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    # Precision in which gradients are summed over ranks.
+    fsdp_offload: bool = False  # Keep parameters and optimizer state in CPU memory.
+    fsdp_min_num_params: int | None = None  # Ignored: FSDP wraps each block (kept for old recipes).
+    fsdp_activation_checkpointing: bool | None = None
+    # With use_fsdp=True: the same as activation_checkpointing=full.
+    context_parallel: int = 1  # Number of processes that share each sequence.
+
+    @property
+    def save_interval(self):
+        return self.checkpoint_interval or (self.eval_interval if self.always_save_checkpoint else 0)
+
+
+ALIASES = {
+    'intermediate_size': lambda value: {'d_ff': value},
+    'moe_intermediate_size': lambda value: {'expert_d_ff': value},
+    'flash_attn': lambda value: {'attention_backend': 'flash_attn_2' if value is True else 'sdpa' if value is False else f'flash_attn={value}'},
+}
+if __name__ == '__main__':
+    RESOLVED = resolve_early(Config, sys.argv[1:], ALIASES)  # before torch is imported, which takes seconds
+    imported = importing('torch')
+
 import torch
 
 from data.tokenizer import tokenizer_of
 from engine import __version__, checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
-from engine.configurator import ConfigError, resolve
 from engine.copier import Copier, place_of
 from engine.copying_together import Machines
 from engine.dataset import check_fit, folder_of, open_dataset
@@ -48,168 +275,19 @@ from model import Model
 from presets import ROUTING, ModelConfig, resolve_shape
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-
-
-@dataclass
-class Config:
-    # I/O
-    out_dir: str = 'out'  # the run's folder: logs, checkpoints
-    eval_interval: int = 2000  # iterations between evaluations
-    log_interval: int = 1  # iterations between logged iterations
-    eval_iters: int = 200  # batches per evaluation and split, over all ranks together
-    eval_only: bool = False  # evaluate once and exit
-    eval_at_start: bool = True  # evaluate before the first iteration too
-    init_from: str = 'scratch'  # 'scratch' | 'resume' | 'gpt2', 'gpt2-medium', ... | a Hugging Face folder or hub id
-    sample_interval: int = 0  # iterations between samples shown on the terminal, 0 = none
-    sample_start: str = '\n'  # their prompt, or FILE:name of a file with one on each line
-    eval_tasks: str | None = None  # multiple-choice tasks at each evaluation: NAME or NAME:FILE.jsonl, separated by commas (engine/tasks.py)
-    eval_tasks_limit: int | None = 200  # first items of each, None = all
-    save_log_to_json: bool = True  # keep run_*.json beside run_*.jsonl
-    log_save_interval: int = 100  # iterations, at least, between rewrites of run_*.json: it is written when the log has doubled, and at the end
-    expert_log_interval: int = 100  # iterations between logs of the share of the tokens that each expert got, 0 = none
-    gradient_log_interval: int = 0  # iterations between gradient statistics (which are logged at once), 0 = none
-    wandb_log: bool = False
-    wandb_project: str = 'onetrain'
-    wandb_run_name: str = 'run'
-    tensorboard_log: bool = False  # TensorBoard events in out_dir/tensorboard
-    # checkpoints
-    checkpoint_interval: int | None = None  # iterations between checkpoints; None: eval_interval, before each evaluation
-    always_save_checkpoint: bool = True  # False: only when an evaluation improved the validation loss (and every checkpoint_interval, if given)
-    checkpoint_async: bool = True  # write them while training goes on
-    verify_checkpoint: Literal['full', 'size'] = 'full'  # before resuming: every byte, or only the sizes
-    keep_checkpoints: int = 2  # newest checkpoints that stay, beside the one with the best validation loss
-    keep_every: int = 0  # also those whose iteration is a multiple of this, 0 = none
-    keep_all_checkpoints: bool = False  # never remove one
-    auto_resume: bool = False  # continue the run in out_dir (or at upload_to) if there is one, else start it
-    resume_from: str | None = None  # with init_from=resume: an iteration, or the URL or folder of a checkpoint or a run; None: the newest in out_dir
-    allow_data_change: bool = False  # resume although train.bin or val.bin is another
-    upload_to: str | None = None  # URL (s3://, gs://, hf://, file://): finished checkpoints and logs are copied to URL/NAME, NAME being that of out_dir
-    upload_keep_local: int | None = None  # copied checkpoints that stay in out_dir; None: copying removes none
-    max_time: float = 0.0  # hours after which the run saves and leaves with exit code 75, 0 = none
-    max_bad_steps: int = 3  # iterations in a row with a loss or gradient that is not finite (each is skipped) after which the run stops
-    spike_factor: float = 0.0  # skip iterations with a gradient norm above this many times the running median, 0 = off
-    # data
-    dataset: str = 'openwebtext'  # a folder of data/ with train.bin and val.bin, or a mixture of some: 'a:0.7,b:0.3'
-    data_url: str | None = None  # URL (s3://bucket/folder) of a prepared data set's folder, read as needed; what was read is kept in data/DATASET/copy
-    gradient_accumulation_steps: int = 40  # micro-steps per iteration on each rank
-    batch_size: int = 12  # sequences per micro-step on each rank
-    block_size: int = 1024  # tokens per sequence
-    find_batch_size: bool = False  # take the largest batch_size that fits into memory, and so many micro-steps that the batch stays as it is
-    total_batch_size: int = 0  # tokens per iteration over all ranks; sets gradient_accumulation_steps, 0 = off
-    seed: int = 1337  # of the weights, the data order and dropout
-    use_dataloader: bool = False  # gather batches in worker processes (the same batches)
-    dataloader_num_workers: int = 4
-    dataloader_prefetch_factor: int = 2  # batches each worker prepares ahead
-    # model; None = what arch_preset says
-    arch_preset: Literal['gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe', 'mixtral', 'qwen3_moe', 'deepseek', 'gpt_oss', 'custom'] = 'gpt2'
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    num_key_value_heads: int | None = None  # below n_head: grouped-query attention
-    head_dim: int | None = None  # None: n_embd / n_head
-    d_ff: int | None = None  # width of the feed-forward layer (alias: intermediate_size)
-    vocab_size: int | None = None  # None: the data set's, else the preset's
-    dropout: float = 0.0
-    bias: bool | None = None  # in linear layers (never the head); with layernorm also in the norms
-    normalization: Literal['layernorm', 'layernorm_nobias', 'rmsnorm'] | None = None
-    norm_eps: float | None = None
-    norm_position: Literal['pre', 'post'] | None = None
-    activation: Literal['gelu', 'gelu_tanh', 'silu', 'relu', 'relu2'] | None = None
-    ffn_type: Literal['standard', 'swiglu', 'swiglu_clamped'] | None = None  # clamped: gpt-oss
-    position_encoding: Literal['learned_absolute', 'rope', 'none'] | None = None
-    rope_theta: float | None = None
-    rotary_pct: float | None = None  # share of each head that RoPE turns
-    qk_norm: bool | None = None  # RMSNorm on each head of q and k
-    parallel_residual: bool | None = None  # attention and MLP read the same x (GPT-NeoX)
-    weight_tying: bool | None = None  # the head is the token table
-    attention_backend: Literal['auto', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] = 'sdpa'  # falls back in this order (cudnn only if asked for); auto: the fastest, by a trial
-    attention_sinks: bool | None = None  # a learned logit per head that joins the softmax (gpt-oss)
-    sliding_window: int | None = None  # tokens that a query sees, itself included, 0 = all
-    window_pattern: str | None = None  # S (slides) and L (looks all the way back), repeated over the layers, such as SSSL; None: all slide
-    document_mask: bool = False  # attention and positions start anew after each end-of-text token
-    rope_scaling: Literal['none', 'linear', 'dynamic', 'yarn', 'llama3'] | None = None  # for a block_size above rope_original_block_size
-    rope_factor: float | None = None  # how many times longer the context became; None: block_size / rope_original_block_size
-    rope_original_block_size: int | None = None  # None: block_size
-    rope_attention_factor: float | None = None  # yarn: what cosine and sine are multiplied with; None: 0.1 ln(rope_factor) + 1
-    rope_beta_fast: float | None = None  # yarn: turns within the original context above which a frequency stays
-    rope_beta_slow: float | None = None  # yarn: and below which it is divided
-    rope_truncate: bool | None = None  # yarn: round the borders to whole dimensions
-    rope_low_freq_factor: float | None = None  # llama3: the same borders
-    rope_high_freq_factor: float | None = None
-    # mixture of experts
-    num_experts: int | None = None  # 0: a dense model
-    num_experts_per_tok: int | None = None
-    num_shared_experts: int | None = None  # that every token goes to
-    expert_d_ff: int | None = None  # width of one expert; None: d_ff (alias: moe_intermediate_size)
-    n_dense_layers: int | None = None  # first layers without experts
-    score_function: Literal['sigmoid', 'softmax'] | None = None  # from the router's logits to affinities
-    n_groups: int | None = None  # groups of experts,
-    topk_groups: int | None = None  # of which a token may choose from this many
-    norm_topk_prob: bool | None = None  # gates of a token add up to 1 ...
-    route_scale: float | None = None  # ... times this
-    balance_rate: float = 1e-3  # step of the bias that balances experts without a loss, 0 = off
-    aux_loss_weight: float = 0.0  # of the classic balancing loss (Switch Transformers)
-    z_loss_weight: float = 0.0  # of the router's z-loss (ST-MoE)
-    expert_dispatch: Literal['grouped', 'loop'] = 'grouped'  # one matmul for all experts, or one expert after another
-    upcycle: bool = False  # with init_from: a dense model becomes one of num_experts, each a copy of its feed-forward layer
-    # loss and optimiser, warm-up and cosine
-    head_z_loss_weight: float = 0.0  # of the z-loss of the logits (PaLM has 1e-4), in the gradient only
-    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for the matrices of the layers, AdamW for the rest, both by the same learning rate
-    muon_momentum: float = 0.95
-    learning_rate: float = 6e-4  # at the end of the warm-up
-    max_iters: int = 600000  # iterations in all
-    weight_decay: float = 1e-1  # on parameters with two dimensions or more
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # largest global norm of the gradient, 0 = off
-    decay_lr: bool = True
-    warmup_iters: int = 2000
-    lr_decay_iters: int = 600000  # where the cosine reaches min_lr
-    min_lr: float = 6e-5
-    # system
-    device: str | None = None  # 'cpu' | 'cuda' | 'cuda:1'; None: a GPU if there is one
-    dtype: Literal['float32', 'bfloat16', 'float16'] | None = None  # of the matmuls; weights stay float32. None: bfloat16 on a GPU, float32 on a CPU
-    fp8: bool = False  # matmuls of the large linear layers in float8 (by the package torchao)
-    compile: bool = True  # torch.compile the model
-    activation_checkpointing: Literal['none', 'selective', 'full'] = 'none'  # less memory for more time: keep of each block all, outputs of matmuls and attention, only the input
-    deterministic: bool = True  # kernels that repeat to the last bit
-    use_cuda_graphs: bool = False  # on a GPU, record forward and backward once and replay them, which spares the time between kernels: the same bits
-    loss_chunk: int | None = None  # tokens whose logits are in memory at a time (the same loss in less memory), 0: torch's loss; None: chunks where logits are large
-    # many processes: under torchrun each trains on its share of the batch (DDP)
-    backend: Literal['nccl', 'gloo'] | None = None  # of torch.distributed; None: nccl on GPUs, gloo on CPUs
-    timeout_minutes: float = 10.0  # how long a process waits for another in training before it gives up
-    use_zero1: bool = False  # share out the optimizer state (ZeRO-1)
-    use_fsdp: bool = False  # share out gradients and parameters too (FSDP)
-    fsdp_reshard: bool = True  # gather parameters where they are needed (ZeRO-3); False: once per iteration (ZeRO-2)
-    fsdp_replicas: int = 1  # groups of processes that each share out the whole (hybrid sharding), such as one per machine
-    fsdp_reduce_dtype: Literal['float32', 'bfloat16'] = 'float32'  # in which gradients are summed
-    fsdp_offload: bool = False  # keep parameters and optimizer state in the memory of the CPU
-    fsdp_min_num_params: int | None = None  # (of older recipes; FSDP shares out block by block)
-    fsdp_activation_checkpointing: bool | None = None  # with use_fsdp=True: activation_checkpointing=full
-    context_parallel: int = 1  # processes that share each sequence
-
-    @property
-    def save_interval(self):
-        return self.checkpoint_interval or (self.eval_interval if self.always_save_checkpoint else 0)
-
-
-ALIASES = {
-    'intermediate_size': lambda value: {'d_ff': value},
-    'moe_intermediate_size': lambda value: {'expert_d_ff': value},
-    'flash_attn': lambda value: {'attention_backend': 'flash_attn_2' if value is True else 'sdpa' if value is False else f'flash_attn={value}'},
-}
 PREDICT_FROM = 10**6  # parameters: the memory of a smaller model is of no interest
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
 
 
-def main(argv=None):
-    """Run the trainer with command-line arguments `argv`; returns the exit code."""
+def main(argv=None, resolved=None):
+    """Run the trainer with command-line arguments `argv`, or what resolve() made of them; returns the exit code."""
     stop = stopping.StopRequest(talk=parallel.is_rank_0())
     terminal = Terminal(active=parallel.is_rank_0())
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        check_arguments(argv)
-        return run(argv, stop, terminal)
+        if resolved is None:
+            check_arguments(argv or [])
+            resolved = resolve(Config, argv or [], ALIASES)
+        return run(*resolved, stop, terminal)
     except Exception as error:
         if 'use_deterministic_algorithms' in str(error):
             error = ConfigError(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
@@ -226,9 +304,8 @@ def main(argv=None):
         terminal.close()
 
 
-def run(argv, stop, terminal):
+def run(c, given, stop, terminal):
     # ---- configuration, processes, device
-    c, given = resolve(Config, argv, ALIASES)
     notes = []  # fallbacks and changes, told in the report
     checks.refuse_impossible(c)
     checks.note_schedule(c, notes)
@@ -665,6 +742,7 @@ def run(argv, stop, terminal):
             interval_start, interval_steps, warming_up, loader.wait_s = time.perf_counter(), 0, False, 0.0
 
     loader.close()
+    terminal.end_bar()
     if stop_code not in (0, stopping.NOT_FINITE):
         log.say(f'stopped at iter {step}; python train.py --out_dir={c.out_dir} --init_from=resume continues it' if step else 'stopped before the first iteration, nothing was saved')
     if failed_save:
@@ -723,4 +801,5 @@ def learning_rate(c, step):
 
 
 if __name__ == '__main__':
-    parallel.run_and_leave(main)
+    imported()
+    parallel.run_and_leave(lambda: main(resolved=RESOLVED))

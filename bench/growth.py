@@ -29,13 +29,13 @@ POINTS = {  # part: (values of x, what x is)
     'unstated': ((1, 10), 'GB of tokens opened again, without a meta.pkl'),
     'parts': ((100, 1_000, 10_000, 60_000), 'files of a data set opened, 1,024 descriptors'),
     'agreement': ((2, 4, 8, 16), 'ranks that agree beside a micro-step of 50 ms'),
-    'open_files': ((2, 4, 8, 16), 'ranks: open files of each (the number, not seconds)'),
+    'open_files': ((2, 4, 8, 16), 'ranks, each with so many open files'),
     'save': ((1, 2, 4, 8), 'ranks that save a checkpoint of 1 GB'),
     'save_mb': ((256, 512, 1024, 2048), 'MB of a checkpoint that 2 ranks save'),
     'verify': ((1, 2, 4, 8), 'ranks that verify a checkpoint of 1 GB'),
     'verify_mb': ((256, 512, 1024, 2048), 'MB of a checkpoint that 2 ranks verify'),
-    'muon': ((1, 2, 4, 8), 'ranks that take a step of Muon: 48 matrices of 1024 x 512'),
-    'prepare': ((100, 1_000, 10_000), 'text files of 300 bytes prepared, start of Python included'),
+    'muon': ((1, 2, 4, 8), 'ranks that take a step of Muon, 48 matrices'),
+    'prepare': ((100, 1_000, 10_000), 'text files of 300 bytes that are prepared'),
 }
 
 
@@ -302,7 +302,7 @@ def measure(args):
 def draw(args):
     import matplotlib
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     runs = []
     for path in args.logs:
         with open(path) as f:
@@ -320,7 +320,12 @@ def draw(args):
             for r in results:
                 if r['part'] == part and 'failed' in r:
                     place.plot([r['x']], [place.get_ylim()[1]], 'x', color=color, markersize=10)
-        place.set(xscale='log', yscale='log', title=part, xlabel=POINTS[part][1], ylabel='seconds')
+        place.set(xscale='log', yscale='log', title=part, xlabel=POINTS[part][1], ylabel='open files' if part == 'open_files' else 'seconds')
+        place.set_xticks(POINTS[part][0], [f'{x:,}' for x in POINTS[part][0]])
+        place.xaxis.set_minor_formatter(ticker.NullFormatter())
+        place.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:g}'))
+        place.yaxis.set_minor_formatter(ticker.NullFormatter())
         place.grid(True, which='both', color='#e8e8e8')
         place.legend()
     figure.suptitle('What grows: seconds by size (a cross: failed, or given up)')

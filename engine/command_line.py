@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 
-from engine.configurator import ConfigError
+from engine import __version__
+from engine.configurator import ConfigError, resolve
 from engine.files import redact
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -61,6 +62,32 @@ def run_command(work, argv=None, tell=None, interrupted='interrupted'):
             raise
         tell(sentence)
         return 2
+
+
+def resolve_early(schema, argv, aliases):
+    """Return what configurator.resolve() does; end the process where it cannot, or where help or the version is asked for.
+
+    For a script that imports much: what is typed wrong is told before. Under torchrun one process of each machine tells it.
+    """
+    try:
+        check_arguments(argv)
+        if '--version' in argv:
+            print(f'onetrain {__version__}')
+            sys.exit(0)
+        return resolve(schema, argv, aliases)
+    except ConfigError as error:
+        if os.environ.get('LOCAL_RANK', '0') in ('0', ''):
+            print(f'error: {redact(explain(error))}', file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def importing(what, after=5.0):
+    """Say so when `what` is still being imported after some seconds; returns a function to call when that has ended."""
+    timer = threading.Timer(after, lambda: print(f'importing {what}', flush=True))
+    timer.daemon = True
+    if os.environ.get('RANK', '0') in ('0', ''):
+        timer.start()
+    return timer.cancel
 
 
 def whole(least=1, most=2**31):

@@ -1,6 +1,6 @@
 """One resolved configuration: defaults <- config files <- --key=value.
 
-The defaults are the fields of a dataclass whose comments are the help text. A config file is Python that assigns
+The defaults are the fields of a dataclass whose comments, beside a field and below it, are the help text. A config file is Python that assigns
 keys; it may import modules and use names that start with an underscore for its own arithmetic. Every other name
 that is no key, in a file or on the command line, is an error that names the nearest key.
 """
@@ -8,11 +8,14 @@ import ast
 import dataclasses
 import difflib
 import dis
+import glob
 import inspect
 import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 import types
 import typing
 
@@ -27,14 +30,13 @@ def resolve(schema, argv, aliases=None):
     argv: config files (paths) and `--key=value` words; later ones win, and the command line wins over files.
     aliases: {alias: function(value) -> {key: value}} for names that stand for other keys.
     Returns (config, given): the instance, and {key: where it was set} for every key that the user set.
-    `--help` prints all keys and exits with 0. Raises ConfigError.
+    `--help` prints the keys of every day, `--help=all` all of them, with the values of the files given, and exits with 0.
+    Raises ConfigError.
     """
-    if any(word in ('--help', '-h') for word in argv):
-        print(help_text(schema))
-        sys.exit(0)
     hints = typing.get_type_hints(schema)
     aliases = aliases or {}
     values, given = {field.name: field.default for field in dataclasses.fields(schema)}, {}
+    help_asked = [word for word in argv if word in ('--help', '-h', '--help=all')]
 
     def assign(key, value, source):
         if key in aliases:
@@ -42,21 +44,28 @@ def resolve(schema, argv, aliases=None):
                 assign(target, translated, source)
             return
         if key not in hints:
-            raise ConfigError(f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help` lists all keys')
+            raise ConfigError(f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help=all` lists all keys')
         values[key] = checked(key, value, hints[key], source)
         given[key] = source
 
-    files = [word for word in argv if not word.startswith('-')]
-    for path in files:
+    for before, word in zip(['', *argv], argv):  # as other programs take them
+        key = before.removeprefix('--')
+        if before.startswith('--') and key in (*hints, *aliases) and not word.startswith('-'):
+            raise ConfigError(f'command line: {before} {shortened(word)} are two words, did you mean {before}={word}?')
+    for path in (word for word in argv if not word.startswith('-')):
         for key, value in read_file(path, values).items():
             assign(key, value, path)
     for word in argv:
-        if not word.startswith('-'):
+        if not word.startswith('-') or word in help_asked:
             continue
         match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
         if not match:
-            raise ConfigError(f'command line: cannot read {shortened(word)}, expected --key=value, such as --max_iters=10')
+            meant = f', did you mean {word}=True?' if hints.get(word.removeprefix('--')) is bool else ''
+            raise ConfigError(f'command line: cannot read {shortened(word)}, expected --key=value, such as --max_iters=10{meant}')
         assign(match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line')
+    if help_asked:
+        print(help_text(schema, values, everything='--help=all' in help_asked))
+        sys.exit(0)
     return schema(**values), given
 
 
@@ -66,7 +75,9 @@ def read_file(path, defaults):
     The file sees `defaults` (and what earlier files set) as variables, as nanoGPT's config files do.
     """
     if not os.path.isfile(path):
-        raise ConfigError(f'cannot read the config file {path!r}: no such file (options are written --key=value)')
+        folder = os.path.dirname(path)
+        there = sorted(glob.glob(os.path.join(glob.escape(folder), '*.py'))) if folder else glob.glob('config/*.py')
+        raise ConfigError(f'cannot read the config file {path!r}: no such file{nearest(path, there) or " (options are written --key=value)"}')
     try:
         with open(path, encoding='utf-8-sig') as f:
             code = compile(f.read(), path, 'exec')
@@ -149,17 +160,58 @@ def nearest(word, known):
     return f', did you mean {close[0]!r}?' if close else ''
 
 
-def help_text(schema):
-    """Every key with its default and its comment, in the sections of the schema's source."""
-    lines = ['usage: python train.py [config/file.py ...] [--key=value ...]', '']
-    for line in inspect.getsource(schema).splitlines():
-        section = re.fullmatch(r'    # (.+)', line)
-        field = re.fullmatch(r'    (\w+): ?(.+?) = (.+?)(?:  # (.*))?', line)
-        comment = re.fullmatch(r' {5,}# (.*)', line)
-        if section:
-            lines += ['', section[1]]
-        elif field:
-            lines.append(f'  --{field[1]}={field[3]:<{max(1, 40 - len(field[1]))}} {field[4] or ""}'.rstrip())
-        elif comment:
-            lines.append(' ' * 46 + comment[1])
+EVERY_DAY = (
+    'out_dir', 'dataset', 'init_from', 'auto_resume', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'batch_size',
+    'gradient_accumulation_steps', 'total_batch_size', 'block_size', 'arch_preset', 'n_layer', 'n_head', 'n_embd', 'dropout',
+    'optimizer', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'device', 'dtype', 'compile', 'dry_run')
+
+
+def help_text(schema, values, everything=False, width=None):
+    """Return the keys of `schema` with their `values`, choices and comments: those of every day, or all in their sections.
+
+    width: columns, None for those of the terminal.
+    """
+    width = min(width or shutil.get_terminal_size().columns, 120)
+    sections = described(schema)
+    defaults = {field.name: field.default for field in dataclasses.fields(schema)}
+    if not everything:
+        known = {key: text for _, keys in sections for key, text in keys.items()}
+        sections = [('Keys of every day (--help=all lists all)', {key: known[key] for key in EVERY_DAY if key in known})]
+    lines = ['usage: python train.py [config/file.py ...] [--key=value ...]', '       python train.py [config/file.py] --help | --help=all | --version']
+    hints = typing.get_type_hints(schema)
+    for title, keys in sections:
+        lines += ['', title]
+        for key, text in keys.items():
+            choices = choices_of(hints[key])
+            text += f" [{' | '.join(choices)}]" if choices else ''
+            text += '' if values[key] == defaults[key] else f' (default: {defaults[key]!r})'
+            begin = f'  --{key}={values[key]!r}' if isinstance(values[key], str) and not values[key].isprintable() else f'  --{key}={values[key]}'
+            wrapped = textwrap.wrap(text, width - 36, break_long_words=False)
+            lines += [begin] if len(begin) > 34 else []
+            lines += [f'{begin if number == 0 and len(begin) <= 34 else "":<36}{line}' for number, line in enumerate(wrapped)]
     return '\n'.join(lines)
+
+
+def described(schema):
+    """Return [(section, {key: its comment})] from the source of a dataclass, in which a section begins with `# ----`."""
+    sections = []
+    for line in inspect.getsource(schema).splitlines():
+        if match := re.fullmatch(r'    # ---- (.+)', line):
+            sections.append((match[1], {}))
+        elif match := re.fullmatch(r'    (\w+): .+? = .+?(?:  # (.*))?', line):
+            if not sections:
+                sections.append(('Keys', {}))
+            key = match[1]
+            sections[-1][1][key] = match[2] or ''
+        elif (match := re.fullmatch(r'    # (.+)', line)) and sections and sections[-1][1]:
+            sections[-1][1][key] = f'{sections[-1][1][key]} {match[1]}'.strip()
+    return sections
+
+
+def choices_of(hint):
+    """Return the words that a key may be, from its annotation; () where it may be anything of its type."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    found = [str(choice) for option in options if typing.get_origin(option) is typing.Literal for choice in typing.get_args(option)]
+    if bool in options:
+        found += ['True', 'False']
+    return found + ['None'] if found and type(None) in options else found

@@ -69,11 +69,14 @@ class Terminal:
             yield work
         finally:
             self.works.remove(work)
+            if self.bar is not None and self.bar.desc:
+                self.bar.set_description_str('', refresh=False)
 
     def _watch(self):
         while not self.ended.wait(0.5):
-            if self.bar is not None and not self.bar.disable:
-                self.bar.set_description_str(self.look(0.0) or '', refresh=True)
+            bar = self.bar
+            if bar is not None and not bar.disable:
+                bar.set_description_str(self.look(0.0) or '', refresh=True)
             elif text := self.look(AGAIN_S):
                 tqdm.write(text)
 
@@ -107,13 +110,18 @@ class Terminal:
         if self.bar is not None and not self.bar.disable:
             self.bar.update(step - self.bar.n)
 
+    def end_bar(self):
+        """Remove the bar: there is no iteration to come."""
+        if self.bar is not None:
+            bar, self.bar = self.bar, None
+            bar.close()
+
     def close(self):
         """Remove the bar and name no work any longer."""
         self.ended.set()
         if self.thread is not None:
             self.thread.join()
-        if self.bar is not None:
-            self.bar.close()
+        self.end_bar()
 
     def width(self):
         """Return the columns that a line of progress may take."""

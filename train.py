@@ -265,7 +265,7 @@ from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, 
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
-from engine.report import ending_lines, evaluation_line, memory_gb, report, startup_info
+from engine.report import ending_lines, evaluation_line, memory_gb, origins, report, startup_info
 from engine.saver import Saver
 from engine.stragglers import Stragglers
 from engine.terminal import Terminal, progress_line
@@ -287,7 +287,7 @@ def main(argv=None, resolved=None):
         if resolved is None:
             check_arguments(argv or [])
             resolved = resolve(Config, argv or [], ALIASES)
-        return run(*resolved, stop, terminal)
+        return dry_run(*resolved) if resolved[0].dry_run else run(*resolved, stop, terminal)
     except Exception as error:
         if 'use_deterministic_algorithms' in str(error):
             error = ConfigError(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
@@ -370,14 +370,10 @@ def run(c, given, stop, terminal):
     # ---- memory and batch arithmetic
     autocast = kernels.autocast(device.type, torch_dtype)
     tokens_of_rank = c.block_size // c.context_parallel
-
-    def of_model(batch_size):
-        return dict(**chosen, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight, z_loss=c.z_loss_weight, document_end=document_end,
-                    head_z_loss=c.head_z_loss_weight, loss_chunk=choose_chunk(c.loss_chunk, batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[0])
+    options = ModelOptions(c, shape, chosen, document_end, torch_dtype, device.type)
 
     def predicted(batch_size, sequences):
-        return memory.predict(lambda: Model(shape, **{**of_model(batch_size), 'backend': 'manual' if chosen['backend'] == 'manual' else 'sdpa'}), batch_size, tokens_of_rank, device, autocast,
-                              accumulation=sequences // batch_size, muon=c.optimizer == 'muon', layout=world.layout, ranks=world.size // c.fsdp_replicas)
+        return options.predict(batch_size, sequences // batch_size, world, device, autocast)
     if c.find_batch_size:
         sequences = checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
         room = memory.available(device)
@@ -404,15 +400,26 @@ def run(c, given, stop, terminal):
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
+    order = order_of(train_file, c.block_size, c.seed)
+    checks.note_data(c, start_step, order, sequences_per_step, (len(val_file) - 1) // c.block_size, notes)
     tokenizer = text_tokenizer(c, meta) if c.sample_interval or c.eval_tasks else None
     prompts = prompts_of(c.sample_start, tokenizer, c.block_size) if c.sample_interval else []
     eval_tasks = tasks.encode(tasks.load_tasks(c.eval_tasks or '', c.eval_tasks_limit), tokenizer, c.block_size)
     parallel.same({'prompts': prompts, 'eval_tasks': tasks.fingerprint(eval_tasks)}, 'what is written or asked at evaluations', world)
 
-    model = Model.on_meta(shape, ring=world.ring, **of_model(c.batch_size))
+    model = Model.on_meta(shape, ring=world.ring, **options.of(c.batch_size))
     memory.refuse_too_large(model, device, world.mesh.size(-1) if world.fsdp else 1)
     if c.fp8 and not model.float8_layers:
         raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
+
+    prediction = None
+    if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
+        try:
+            with terminal.doing('predicting the memory'):
+                prediction = predicted(c.batch_size, c.batch_size * accumulation)
+                parallel.from_main(lambda: c.ignore_memory or refuse_memory(prediction, options, accumulation, world, device, autocast), world)
+        except memory.NotPredicted as error:
+            notes.append(str(error))
 
     # ---- the run's folder
     run_name = copier = machines = None
@@ -437,13 +444,6 @@ def run(c, given, stop, terminal):
     # ---- model
     torch.manual_seed(c.seed)
     before = memory_gb(device)['allocated_gb']
-    prediction = None
-    if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
-        try:
-            with terminal.doing('predicting the memory'):
-                prediction = predicted(c.batch_size, c.batch_size * accumulation)
-        except memory.NotPredicted as error:
-            notes.append(str(error))
     parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
     model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
     with terminal.doing('initializing the weights' if c.init_from == 'scratch' else 'loading the weights'):
@@ -479,7 +479,6 @@ def run(c, given, stop, terminal):
     # ---- log and report
     loader_workers = c.dataloader_num_workers if c.use_dataloader else 0
     evaluation_count = sum(evaluation_length(file, c.block_size, c.batch_size, c.eval_iters, world.data_size) for file in (train_file, val_file))
-    order = order_of(train_file, c.block_size, c.seed)
     token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction)
@@ -766,6 +765,111 @@ def run(c, given, stop, terminal):
     folder.release()
     # also the barrier before the end: torchrun ends all when one leaves with an error
     return parallel.largest(stop.fault or stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world)
+
+
+@dataclass
+class ModelOptions:
+    """What Model needs beside its shape, and what a step of it takes."""
+    c: Config
+    shape: ModelConfig
+    chosen: dict  # of kernels.choose()
+    document_end: int | None
+    dtype: torch.dtype
+    device_type: str
+
+    def of(self, batch_size):
+        """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
+        c, tokens = self.c, batch_size * (self.c.block_size // self.c.context_parallel)
+        return dict(**self.chosen, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight,
+                    z_loss=c.z_loss_weight, document_end=self.document_end, head_z_loss=c.head_z_loss_weight,
+                    loss_chunk=choose_chunk(c.loss_chunk, tokens, self.shape.vocab_size, self.device_type, self.dtype)[0])
+
+    def predict(self, batch_size, accumulation, world, device, autocast):
+        """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
+        backend = 'manual' if self.chosen['backend'] == 'manual' else 'sdpa'
+        return memory.predict(lambda: Model(self.shape, **{**self.of(batch_size), 'backend': backend}), batch_size, self.c.block_size // self.c.context_parallel,
+                              device, autocast, accumulation=accumulation, muon=self.c.optimizer == 'muon', layout=world.layout,
+                              ranks=world.size // self.c.fsdp_replicas)
+
+
+def refuse_memory(prediction, options, accumulation, world, device, autocast):
+    """Raise ConfigError for a step that does not fit into the free memory of `device`, with the keys that make it smaller and by how much."""
+    room = memory.available(device)
+    if prediction.total <= room:
+        return
+    c, ways, started = options.c, [], time.monotonic()
+    sizes = [size for size in (c.batch_size // 2, c.batch_size // 4, 1) if size]
+    tries = [({'activation_checkpointing': how}, c.batch_size, accumulation) for how in ('selective', 'full') if how != c.activation_checkpointing]
+    tries += [({}, size, accumulation * c.batch_size // size) for size in dict.fromkeys(sizes) if size < c.batch_size and c.batch_size % size == 0]
+    for changes, size, steps in tries:
+        if time.monotonic() - started > 8:  # predicting takes a while itself
+            break
+        found = dataclasses.replace(options, c=dataclasses.replace(c, **changes)).predict(size, steps, world, device, autocast)
+        words = [f'--{key}={value}' for key, value in changes.items()] or [f'--batch_size={size}', f'--gradient_accumulation_steps={steps}']
+        ways.append(f"{' '.join(words)} takes {found.total / 1e9:.2f} GB{'' if found.total <= room else ' (still too much)'}")
+    ways += ['--use_fsdp=True on several GPUs shards it'] if not world.fsdp else []
+    raise ConfigError(f"{prediction.describe()}, and {room / 1e9:.2f} GB are free: {'; '.join(ways)}; --ignore_memory=True starts all the same")
+
+
+def dry_run(c, given):
+    """Print what a run would be, without weights, data or files; returns the exit code."""
+    notes, before = [], dataclasses.replace(c)
+    checks.refuse_impossible(c)
+    checks.note_schedule(c, notes)
+    assumed = (c.device or '').startswith('cuda') and not torch.cuda.is_available()
+    if assumed:
+        notes.append(f'--device={c.device} is assumed, since there is none here: the memory is that of the CPU\'s kernels')
+        c = dataclasses.replace(c, device='cpu', backend=None, dtype=c.dtype or 'bfloat16')
+    world = parallel.start(c.device, c.backend, c.timeout_minutes)
+    resumed = hf_folder = None
+    if c.init_from == 'resume':
+        c, resumed, _ = resume.find(c, given, SHAPE_KEYS, world, notes, None)
+        c = dataclasses.replace(c, device=world.device.type)
+    elif c.init_from != 'scratch':
+        c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
+    parallel.arrange(world, c, notes)
+    try:
+        train_file, _, meta = open_dataset(c.dataset, ROOT, c.data_url)
+        tokens, vocabulary = len(train_file), f'data set {c.dataset}'
+    except ConfigError as error:
+        meta, tokens, vocabulary = {}, None, f'arch_preset={c.arch_preset}'
+        notes.append(f'the data are not looked at, and the vocabulary is that of the recipe or the preset: {error}')
+    shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
+    torch_dtype = kernels.precision(c.dtype, world.device)
+    trial = c.attention_backend == 'auto'
+    if trial:
+        notes.append('attention_backend=auto is not tried: sdpa is assumed')
+    chosen, told = kernels.choose(dataclasses.replace(c, attention_backend='sdpa') if trial or assumed else c, shape, world.device, torch_dtype)
+    options = ModelOptions(c, shape, chosen, meta.get('eot_id') if c.document_mask else None, torch_dtype, world.device.type)
+    accumulation = checks.accumulation_steps(c, world.data_size)
+    autocast = kernels.autocast(world.device.type, torch_dtype)
+    prediction, problem = None, None
+    try:
+        prediction = options.predict(c.batch_size, accumulation, world, world.device, autocast)
+        if not assumed:
+            refuse_memory(prediction, options, accumulation, world, world.device, autocast)
+    except ConfigError as error:  # not predicted, or too much
+        problem = str(error)
+    model = Model.on_meta(shape, ring=world.ring, **options.of(c.batch_size))
+    optimizer = optim.build_optimizer(model.named_parameters(), matrices=model.matrices() if c.optimizer == 'muon' else (), learning_rate=c.learning_rate,
+                                      betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type='meta')
+    resolved = dataclasses.replace(c, dtype=str(torch_dtype).removeprefix('torch.'), attention_backend=c.attention_backend if assumed else chosen['backend'],
+                                   gradient_accumulation_steps=accumulation, backend=before.backend if assumed else world.backend,
+                                   device=before.device if assumed else c.device, **dataclasses.asdict(shape))
+    gpu_name = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
+    startup = startup_info(resolved, model, optimizer, world, gpu_name, model.flops(), prediction)
+    if assumed:
+        startup['hardware']['assumed'] = f'{world.size} x a GPU, assumed'
+    sequences = c.batch_size * accumulation * world.data_size
+    weights = f"checkpoint of iteration {resumed['step']}" if resumed else c.init_from if hf_folder else f'drawn with seed {c.seed}'
+    order = order_of(train_file, c.block_size, c.seed) if tokens else None
+    if world.main:
+        loaders = c.dataloader_num_workers if c.use_dataloader else 0
+        print('\n'.join(report(resolved, startup, meta, order, world, sequences, loaders, 'dry run', weights, notes + told)))
+        if problem:
+            print(f'WARNING: {problem}')
+        print('\n'.join(origins(before, resolved, given, 'checkpoint' if resumed else c.init_from, vocabulary)))
+    return 0
 
 
 def text_tokenizer(c, meta):

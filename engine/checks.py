@@ -53,10 +53,26 @@ def refuse_impossible(c):
             raise ConfigError(f'{key}=True needs the package {package}: pip install {package}, or leave it out')
 
 
+def note_data(c, start_step, order, sequences_per_step, validation, notes):
+    """Warn of a run that reads its data too often, evaluates on too little, or has no learning rate left.
+
+    order: of loader.order_of(); validation: sequences that the validation set has.
+    """
+    if c.decay_lr and start_step and c.lr_decay_iters <= start_step < c.max_iters:
+        notes.append(f'WARNING: all {c.max_iters - start_step:,} iterations run at min_lr={c.min_lr:g}, since lr_decay_iters={c.lr_decay_iters:,} is over: '
+                     f'--lr_decay_iters={c.max_iters} goes on with the cosine')
+    epochs = c.max_iters * sequences_per_step / order.per_epoch if hasattr(order, 'per_epoch') else 0
+    if epochs > 4 and not c.eval_only:
+        notes.append(f'WARNING: {epochs:,.1f} epochs of the data: beyond 4, reading the same again teaches ever less')
+    if validation < c.eval_iters * c.batch_size:
+        notes.append(f'WARNING: the validation set has {validation:,} sequences, fewer than the {c.eval_iters * c.batch_size:,} of an evaluation: '
+                     f'each evaluation takes all of it')
+
+
 def note_schedule(c, notes):
     """Note a learning rate that hardly does what its keys are for."""
     if c.decay_lr and c.warmup_iters >= c.max_iters and c.init_from != 'resume':
-        notes.append(f'the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
+        notes.append(f'WARNING: the learning rate never leaves its warm-up: warmup_iters={c.warmup_iters}, max_iters={c.max_iters}')
     if c.decay_lr and c.min_lr > c.learning_rate:
         notes.append(f'the learning rate rises after the warm-up: min_lr={c.min_lr} is above learning_rate={c.learning_rate}')
 

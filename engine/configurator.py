@@ -212,6 +212,4 @@ def choices_of(hint):
     """Return the words that a key may be, from its annotation; () where it may be anything of its type."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     found = [str(choice) for option in options if typing.get_origin(option) is typing.Literal for choice in typing.get_args(option)]
-    if bool in options:
-        found += ['True', 'False']
     return found + ['None'] if found and type(None) in options else found

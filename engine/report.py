@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
 
 import torch
 
@@ -99,6 +100,8 @@ def _model(c, counts):
 
 
 def _data(c, meta, order, sequences_per_step, loader_workers, device):
+    if order is None:
+        return [f'{c.data_url or c.dataset}, not prepared', f'{c.max_iters * sequences_per_step * c.block_size:,} tokens are read in {c.max_iters:,} iterations']
     tokens = meta.get('tokens', {}).get('train', order.per_epoch * c.block_size)
     sequences = c.max_iters * sequences_per_step
     if isinstance(order, WindowOrder):
@@ -130,7 +133,9 @@ def _optimizer(c, startup):
 def _system(c, startup, world):
     hardware = startup['hardware']
     peak = flops.peak_flops(hardware['gpu_name'], c.dtype)
-    if hardware['gpu_name']:
+    if hardware.get('assumed'):
+        machine = hardware['assumed']
+    elif hardware['gpu_name']:
         machine = f"{world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB"
     else:
         machine = f"{hardware['cpu_name']}, {hardware['cpu_threads']} threads"
@@ -185,8 +190,9 @@ def report(c, startup, meta, order, world, sequences_per_step, loader_workers, r
         'System': _system(c, startup, world) + ([paths] if paths else []),
     }
     if startup['memory']:
-        groups['Memory'] = [f"{startup['memory']['total'] / 1e9:.2f} GB predicted for a step",
-                            f'{available(world.device) / 1e9:.1f} GB are free']
+        groups['Memory'] = [f"{startup['memory']['total'] / 1e9:.2f} GB predicted for a step"]
+        if not startup['hardware'].get('assumed'):
+            groups['Memory'].append(f'{available(world.device) / 1e9:.1f} GB are free')
     if not c.eval_only:
         groups['Checkpoints'] = _checkpoints(c)
     where = f'{run_name} in {c.out_dir}' if run_name else f'evaluation of {c.out_dir}' if c.init_from == 'resume' else 'evaluation'
@@ -196,6 +202,35 @@ def report(c, startup, meta, order, world, sequences_per_step, loader_workers, r
         *(note if note.startswith('WARNING') else f'Note: {note}'
           for note in sorted([*notes, *([slow_path] if slow_path else [])], key=lambda note: note.startswith('WARNING'))),
     ]
+
+
+def origins(before, c, given, start, vocabulary):
+    """Return lines that say where each value of a run comes from.
+
+    before: the configuration as it was typed; c: as it is run; given: {key: file or 'command line'}; start: what the weights and
+    other keys come from, such as 'checkpoint'; vocabulary: what vocab_size comes from.
+    """
+    found = {}
+    for field in dataclasses.fields(c):
+        key, value = field.name, getattr(c, field.name)
+        if key == 'dry_run':
+            continue
+        if key in given and getattr(before, key) == value:
+            source = given[key]
+        elif key == 'vocab_size':
+            source = vocabulary
+        elif getattr(before, key) == value:
+            source = 'default'
+        elif getattr(before, key) is None:
+            source = f'arch_preset={c.arch_preset}' if start in ('scratch', 'resume') and key not in ('device', 'dtype', 'backend') else start if start != 'scratch' else 'this machine'
+        else:
+            source = start if start != 'scratch' else 'worked out'
+        found.setdefault(source, []).append(f'{key}={value!r}' if isinstance(value, str) and not value.isprintable() else f'{key}={value}')
+    lines = ['Where each value comes from:']
+    for source in sorted(found, key=lambda name: (name == 'default', name != 'command line', name)):
+        lines.append(f'  {source}:')
+        lines += textwrap.wrap(', '.join(found[source]), 100, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+    return lines
 
 
 def evaluation_line(step, losses, best_before=None):

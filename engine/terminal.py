@@ -69,7 +69,7 @@ class Terminal:
             yield work
         finally:
             self.works.remove(work)
-            if self.bar is not None and self.bar.desc:
+            if self.bar is not None and not self.bar.disable and self.bar.desc:
                 self.bar.set_description_str('', refresh=False)
 
     def _watch(self):

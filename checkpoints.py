@@ -1,7 +1,10 @@
 """
-Lists checkpoints, in a folder or a bucket, and copies them from anywhere to anywhere.
+List checkpoints, look into them, compare them, and copy them from anywhere to anywhere.
 
     python checkpoints.py out-demo                                  step, losses, size, and whether every byte is as it was written
+    python checkpoints.py out-demo view 1300                        settings, versions, data, losses, and every tensor
+    python checkpoints.py out-demo compare 650 1300                 how settings and weights differ, layer by layer
+    python checkpoints.py out-demo status                           which are here, which where --upload_to copies them
     python checkpoints.py s3://bucket/runs --verify=size            of every run there; only the sizes
     python checkpoints.py out-demo --copy_to=s3://bucket/runs       all that are whole, verified after the copy
     python checkpoints.py s3://bucket/runs --copy_to=back --step=2000   the way back, one step
@@ -14,8 +17,11 @@ Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used, 130
 from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
 import argparse
+import json
 import os
+import re
 import sys
+import textwrap
 import time
 
 from fsspec.implementations.local import LocalFileSystem
@@ -23,23 +29,39 @@ from fsspec.implementations.local import LocalFileSystem
 from engine import checkpoint, copier
 from engine.configurator import ConfigError
 from engine.files import open_url, redact, sentence
+from engine.run_json import finite, read_records
 
 TRIES = 4
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows")
+    parser.add_argument('action', nargs='*', help='view STEP, compare STEP STEP, or status; none: the list')
     parser.add_argument('--verify', choices=('full', 'size'), default='full', help='every byte (default), or only the sizes')
     parser.add_argument('--copy_to', metavar='PLACE', help='a folder or URL to which checkpoints and logs are copied')
     parser.add_argument('--step', type=int, help='only the checkpoints of this step')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table (not with --copy_to)')
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
 def run(args):
     if '' in (args.place, args.copy_to):
         raise ConfigError('an empty name is no place: give a folder or a URL')
-    return show(args) if args.copy_to is None else copy(args)
+    name, *steps = args.action or ['list']
+    wanted = {'list': 0, 'view': 1, 'compare': 2, 'status': 0}
+    if name not in wanted or len(steps) != wanted[name] or not all(step.isascii() and step.isdigit() for step in steps):
+        raise ConfigError(f"{' '.join(args.action)!r} is not understood: type view STEP, compare STEP STEP, or status, such as "
+                          f'`python checkpoints.py {args.place} view 1000`')
+    if args.copy_to is not None:
+        if args.action or args.json:
+            raise ConfigError('--copy_to copies, and takes neither --json nor an action: leave one of them out')
+        return copy(args)
+    if name == 'view':
+        return view(args, int(steps[0]))
+    if name == 'compare':
+        return compare(args, *map(int, steps))
+    return status(args) if name == 'status' else show(args)
 
 
 def runs_of(args):
@@ -62,23 +84,164 @@ def steps_of(run, fs, args):
 
 def show(args):
     fs, runs = runs_of(args)
-    broken = 0
-    print(f"{'step':>8}  {'train loss':>10}  {'val loss':>8}  {'size':>10}  {'saved':<25}  state")
+    found = []
+    if not args.json:
+        print(f"{'step':>8}  {'train loss':>10}  {'val loss':>8}  {'size':>10}  {'saved':<25}  state")
     for run in runs:
         best = checkpoint.best_step(run, fs)
         for step in steps_of(run, fs, args):
             path = checkpoint.path_of(run, step)
             reason = checkpoint.why_broken(path, args.verify, fs)
-            if reason:
-                broken += 1
-                print(f"{step:>8}  {'':>10}  {'':>8}  {'':>10}  {'':<25}  BROKEN: {redact(path)}: {reason}", flush=True)
+            entry = {'step': step, 'path': redact(path), 'broken': reason, 'best': step == best}
+            if reason is None:
+                losses = checkpoint.read_evaluation(path, fs) or {}
+                entry.update({key: losses.get(key) for key in ('train', 'val')}, bytes=checkpoint.tensor_bytes(path, fs), saved=checkpoint.read_state(path, fs).get('time', ''))
+            found.append(entry)
+            if not args.json:
+                print(line_of(entry, args.verify), flush=True)
+    if args.json:
+        print(json.dumps(found))
+    return 1 if any(entry['broken'] for entry in found) else 0
+
+
+def line_of(entry, level):
+    """Return the line of the list for a checkpoint."""
+    if entry['broken']:
+        return f"{entry['step']:>8}  {'':>10}  {'':>8}  {'':>10}  {'':<25}  BROKEN: {entry['path']}: {entry['broken']}"
+    train, val = (f'{entry[key]:.4f}' if entry[key] is not None else '' for key in ('train', 'val'))
+    whole = {'full': 'whole', 'size': 'sizes match'}[level]
+    return (f"{entry['step']:>8}  {train:>10}  {val:>8}  {size(entry['bytes']):>10}  {entry['saved']:<25}  {whole}"
+            f"{', best' if entry['best'] else ''}  {entry['path']}")
+
+
+def size(count):
+    return f'{count / 1e9:.2f} GB' if count >= 1e9 else f'{count / 1e6:.2f} MB'
+
+
+def here(args, *steps):
+    """Return the paths of these checkpoints of the only run at args.place. Raises ConfigError for a URL, several runs, or one that is not whole."""
+    fs, root = open_url(args.place)
+    if not isinstance(fs, LocalFileSystem):
+        raise ConfigError(f'{redact(args.place)} is elsewhere, and tensors are read on this machine: copy it with --copy_to=FOLDER --step={steps[0]} first')
+    runs = [run for run in copier.runs(fs, root.removesuffix('/checkpoints')) if set(steps) <= set(checkpoint.steps(run))]
+    if len(runs) != 1:
+        there = sorted({step for run in copier.runs(fs, root.removesuffix('/checkpoints')) for step in checkpoint.steps(run)})
+        raise ConfigError(f"{args.place} has {'several runs with' if runs else 'no'} checkpoint of step {' and '.join(map(str, steps))}"
+                          + (': name the folder of one run' if runs else f"; it has {', '.join(map(str, there[-10:])) or 'none'}"))
+    paths = [checkpoint.path_of(runs[0], step) for step in steps]
+    for path in paths:
+        if reason := checkpoint.why_broken(path, args.verify):
+            raise ConfigError(f'{path} is not whole: {reason}')
+    return paths
+
+
+def speed(path, step):
+    """Return the tokens per second that the log beside a checkpoint has for its iteration, or None."""
+    folder, name = os.path.dirname(os.path.dirname(path)), checkpoint.read_state(path).get('run_name')
+    log = os.path.join(folder, f'{name}.jsonl')
+    if not os.path.isfile(log):
+        return None
+    rates = [record['tokens_per_sec'] for record in read_records(log) if record['type'] == 'iter' and record['iter'] <= step]
+    return rates[-1] if rates else None
+
+
+def view(args, step):
+    """Print all that a checkpoint holds."""
+    path, = here(args, step)
+    state, losses = checkpoint.read_state(path), checkpoint.read_evaluation(path) or {}
+    tensors = [{'name': name, 'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.'), 'norm': tensor.double().norm().item()}
+               for name, tensor in sorted(checkpoint.read_tensors(path).items())]
+    found = {'path': path, 'run': state.get('run_name'), 'saved': state.get('time'), 'versions': state.get('versions'), 'data': state.get('data'),
+             'tokens': state.get('tokens'), 'train': losses.get('train'), 'val': losses.get('val'), 'tokens_per_sec': speed(path, step),
+             'config': redact(state['config']), 'tensors': tensors}
+    if args.json:
+        print(json.dumps(finite(found)))
+        return 0
+    for key in ('path', 'run', 'saved', 'tokens', 'train', 'val', 'tokens_per_sec'):
+        if found[key] is not None:
+            print(f"{key.replace('_', ' ').replace('per sec', 'per second')}: {found[key]:,}" if isinstance(found[key], int) else f"{key}: {found[key]}")
+    print('versions: ' + ', '.join(f'{name} {version}' for name, version in (state.get('versions') or {}).items()))
+    print('data: ' + ', '.join(f"{split} of {about.get('tokens', 0):,} tokens" for split, about in (state.get('data') or {}).items()))
+    print('config:')
+    words = ', '.join(f'{key}={value!r}' if isinstance(value, str) else f'{key}={value}' for key, value in found['config'].items())
+    print('\n'.join(textwrap.wrap(words, 100, initial_indent='  ', subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)))
+    print(f"{'norm':>12}  {'dtype':<9} {'shape':<20} tensor")
+    for tensor in tensors:
+        print(f"{tensor['norm']:>12.5g}  {tensor['dtype']:<9} {'x'.join(map(str, tensor['shape'])) or 'number':<20} {tensor['name']}")
+    return 0
+
+
+def compare(args, first, second):
+    """Print the settings in which two checkpoints differ, and how far their weights are from each other."""
+    paths = here(args, first, second)
+    configs = [checkpoint.read_state(path)['config'] for path in paths]
+    differ = {key: redact([config.get(key) for config in configs]) for key in sorted({*configs[0], *configs[1]}) if configs[0].get(key) != configs[1].get(key)}
+    a, b = (checkpoint.read_tensors(path, 'model.') for path in paths)
+    parts = {}
+    for name in sorted(a.keys() & b.keys()):
+        if a[name].shape == b[name].shape:
+            match = re.match(r'model\.transformer\.(h\.\d+)\.', name)
+            parts.setdefault(match[1] if match else name.removeprefix('model.').removeprefix('transformer.'), []).append(name)
+    rows = []
+    for part, names in parts.items():
+        was = sum(a[name].double().square().sum().item() for name in names)
+        moved = sum((a[name].double() - b[name].double()).square().sum().item() for name in names)
+        rows.append({'part': part, 'tensors': len(names), 'distance': moved ** 0.5, 'relative': (moved / was) ** 0.5 if was else None})
+    rows.sort(key=lambda row: [int(word) if word.isdigit() else word for word in re.split(r'(\d+)', row['part'])])
+    unlike = sorted(name for name in {*a, *b} if name not in a or name not in b or a[name].shape != b[name].shape)
+    if args.json:
+        print(json.dumps(finite({'config': differ, 'weights': rows, 'unlike': unlike})))
+        return 0
+    print('settings that differ: ' + ('' if differ else 'none'))
+    for key, (one, other) in differ.items():
+        print(f'  {key}: {one} -> {other}')
+    print(f"{'distance':>12}  {'of its norm':>11}  part")
+    for row in rows:
+        share = f"{row['relative']:.2%}" if row['relative'] is not None else ''
+        print(f"{row['distance']:>12.5g}  {share:>11}  {row['part']} ({row['tensors']} tensor{'s' * (row['tensors'] != 1)})")
+    for name in unlike:
+        print(f'only in one of them, or of another shape: {name}')
+    return 0
+
+
+def status(args):
+    """Print for each checkpoint whether it is here, and where upload_to copies it."""
+    fs, runs = runs_of(args)
+    found = []
+    for run in runs:
+        states = {step: checkpoint.read_state(checkpoint.path_of(run, step), fs) for step in checkpoint.steps(run, fs)}
+        newest = states[max(states)]
+        url, name = newest['config'].get('upload_to'), newest.get('run_name')
+        copies, problem = set(), None
+        to_fs = target = None
+        if url and name:
+            try:
+                to_fs, root = open_url(url)
+                target = f'{copier.place_of(root, newest["config"].get("out_dir") or run)}/{name}'
+                copies = set(checkpoint.steps(target, to_fs))
+            except Exception as error:  # each backend has its own
+                problem = f'{type(error).__name__}: {sentence(error)}'
+        for step in sorted(states.keys() | copies):
+            if args.step not in (None, step):
                 continue
-            losses, state, size = checkpoint.read_evaluation(path, fs) or {}, checkpoint.read_state(path, fs), checkpoint.tensor_bytes(path, fs)
-            train, val = (f'{losses[key]:.4f}' if losses.get(key) is not None else '' for key in ('train', 'val'))
-            readable = f'{size / 1e9:.2f} GB' if size >= 1e9 else f'{size / 1e6:.2f} MB'
-            whole = {'full': 'whole', 'size': 'sizes match'}[args.verify]
-            print(f"{step:>8}  {train:>10}  {val:>8}  {readable:>10}  {state.get('time', ''):<25}  {whole}{', best' if step == best else ''}  {redact(path)}", flush=True)
-    return 1 if broken else 0
+            local = step in states and checkpoint.why_broken(checkpoint.path_of(run, step), args.verify, fs)
+            remote = step in copies and checkpoint.why_broken(checkpoint.path_of(target, step), args.verify, to_fs)
+            found.append({'run': redact(run), 'step': step, 'here': state_of(step in states, local), 'there': state_of(step in copies, remote) if url else 'no upload_to',
+                          'pending': bool(url) and step in states and step not in copies})
+        if problem:
+            found.append({'run': redact(run), 'step': None, 'here': '', 'there': f'{redact(url)} cannot be read: {problem}', 'pending': True})
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print(f"{'step':>8}  {'here':<12}  {'there':<12}  run")
+        for entry in found:
+            step = '' if entry['step'] is None else entry['step']
+            print(f"{step:>8}  {entry['here']:<12}  {'pending' if entry['pending'] and entry['step'] is not None else entry['there']:<12}  {entry['run']}")
+    return 1 if any('BROKEN' in (entry['here'], entry['there']) or entry['step'] is None for entry in found) else 0
+
+
+def state_of(exists, reason):
+    return 'BROKEN' if exists and reason else 'whole' if exists else 'removed'
 
 
 def copy(args):

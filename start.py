@@ -1,8 +1,10 @@
 """
-One command each for the two things a new user wants, on a machine with nothing but Python 3.10 to 3.13 and a package index:
+One command each for what a new user wants, on a machine with nothing but Python 3.10 to 3.13 and a package index:
 
     python3 start.py demo     set up, train a small model on the source of Python's standard library, let it write, plot its loss
-    python3 start.py test     set up, run the tests
+    python3 start.py doctor   what this machine has for training, what it lacks, and what to type about it
+    python3 start.py check    in a minute on a CPU: train, kill, continue to the same bits, export
+    python3 start.py test     set up with all that the tests need, run the tests
     python3 start.py setup    only set up: .venv with requirements.txt
 
 Uses the standard library alone. The environment is made in .venv; an interrupted demo goes on where it stopped.
@@ -28,18 +30,22 @@ def call(title, *command):
         sys.exit(code)
 
 
-def set_up():
-    """Make .venv and install requirements.txt into it, unless that was done for this requirements.txt already."""
-    with open(os.path.join(ROOT, 'requirements.txt'), 'rb') as f:
-        wanted = hashlib.sha256(f.read()).hexdigest()
-    stamp = os.path.join(VENV, 'installed')
+def set_up(everything=False):
+    """Make .venv and install requirements.txt into it, and with `everything` the extra `dev` of pyproject.toml, unless that was done already."""
+    contents = b''
+    for name in ('requirements.txt', *(['pyproject.toml'] if everything else [])):
+        with open(os.path.join(ROOT, name), 'rb') as f:
+            contents += f.read()
+    wanted = hashlib.sha256(contents).hexdigest()
+    stamp = os.path.join(VENV, 'installed-dev' if everything else 'installed')
     if os.path.exists(stamp) and open(stamp).read() == wanted:
         return
-    print('==> making .venv and installing requirements.txt into it (once; some minutes on a slow connection)', flush=True)
+    what = ['-r', os.path.join(ROOT, 'requirements.txt')] + (['-e', f'{ROOT}[dev]'] if everything else [])
+    print(f"==> making .venv and installing {'the extra `dev` of pyproject.toml' if everything else 'requirements.txt'} into it (once; some minutes on a slow connection)", flush=True)
     if subprocess.run([sys.executable, '-m', 'venv', VENV]).returncode != 0:
         sys.exit('error: python3 -m venv failed; on Debian and Ubuntu type: apt-get install python3-venv')
-    if subprocess.run([PYTHON, '-m', 'pip', 'install', '--quiet', '-r', os.path.join(ROOT, 'requirements.txt')]).returncode != 0:
-        sys.exit('error: pip could not install requirements.txt; is a package index reachable?')
+    if subprocess.run([PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', *what]).returncode != 0:
+        sys.exit('error: pip could not install what is needed; is a package index reachable?')
     with open(stamp, 'w') as f:
         f.write(wanted)
 
@@ -67,8 +73,18 @@ def demo():
     TRAINING_GUIDE.md                                                 models of a billion parameters""")
 
 
-def test():
+def doctor():
+    python = PYTHON if os.path.exists(PYTHON) else sys.executable
+    sys.exit(subprocess.run([python, '-m', 'engine.doctor', *sys.argv[2:]], cwd=ROOT).returncode)
+
+
+def check():
     set_up()
+    call('check', '-m', 'engine.self_check')
+
+
+def test():
+    set_up(everything=True)
     # whole files to each process: much of a file waits for other processes, and its fixtures are made once
     processes = max(1, min(4, os.cpu_count() or 1))
     call('test', '-m', 'pytest', '-q', '-n', str(processes), '--dist', 'loadfile', '--no-loadscope-reorder', *sys.argv[2:])
@@ -77,7 +93,7 @@ def test():
 def main():
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f'error: this is Python {sys.version.split()[0]}; onetrain needs 3.10 to 3.13')
-    commands = {'demo': demo, 'test': test, 'setup': set_up}
+    commands = {'demo': demo, 'doctor': doctor, 'check': check, 'test': test, 'setup': set_up}
     if sys.argv[1:2] in (['--help'], ['-h'], ['help']):
         print(__doc__.strip())
         return

@@ -76,7 +76,7 @@ class Texts:
     """Iterates over the texts of `inputs`; of more than max_bytes of source evenly spaced ones. bytes, count: of what was given out."""
 
     def __init__(self, inputs, text_field, max_bytes):
-        self.units = documents.units_of_files(documents.find_files(inputs))
+        self.units = list(documents.units_of_files(documents.find_files(inputs)))
         self.text_field, self.every = text_field, max(1.0, sum(unit.size for unit in self.units) / max_bytes)
 
     def __iter__(self):

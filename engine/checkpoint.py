@@ -24,6 +24,7 @@ import re
 import shutil
 import warnings
 
+import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -330,6 +331,17 @@ def load(path, tensors, world=None):
     parallel.send_from_main(whole.values(), world)
     if split:
         _load(path, split, world)
+
+
+def read_tensors(path, kind=''):
+    """Return {name: tensor} of all that the checkpoint `path` holds whose name begins with `kind`, such as 'model.'. Raises ConfigError."""
+    try:
+        stored = read_metadata(path).state_dict_metadata
+    except ValueError as error:
+        raise ConfigError(f'{path}/.metadata is damaged ({error}): nothing was read from it; take another checkpoint') from None
+    tensors = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items() if name.startswith(kind)}
+    load(path, tensors)
+    return tensors
 
 
 def _load(path, tensors, world=None):

@@ -1,4 +1,4 @@
-"""Proves that data/inspect.py counts what is there and sees what is wrong, and that data/train_tokenizer.py makes tokenizers that the other commands take."""
+"""Proves that data/inspect_dataset.py counts what is there and sees what is wrong, and that data/train_tokenizer.py makes tokenizers that the other commands take."""
 import importlib
 import os
 import pickle
@@ -14,7 +14,7 @@ from test_prepare import lines, prepare, read_texts, write_jsonl
 from data.tokenfile import read_meta
 from data.tokenizer import load_tokenizer
 
-inspect, train_tokenizer = (importlib.import_module(f'data.{name}') for name in ('inspect', 'train_tokenizer'))
+inspect, train_tokenizer = (importlib.import_module(f'data.{name}') for name in ('inspect_dataset', 'train_tokenizer'))
 
 
 @pytest.fixture
@@ -72,12 +72,11 @@ def test_what_looks_wrong(bytes_set, tmp_path, capsys):
 
 
 def test_as_a_command_from_anywhere(tmp_path):
-    """Its name is that of a module of Python's own, which numpy and others import."""
     folder = make_dataset(str(tmp_path / 'set'))
-    for where, path in ((ROOT, 'data/inspect.py'), (os.path.join(ROOT, 'data'), 'inspect.py'), (tmp_path, os.path.join(ROOT, 'data', 'inspect.py'))):
+    for where, path in ((ROOT, 'data/inspect_dataset.py'), (os.path.join(ROOT, 'data'), 'inspect_dataset.py'), (tmp_path, os.path.join(ROOT, 'data', 'inspect_dataset.py'))):
         done = subprocess.run([sys.executable, path, folder, '--tokens', '20'], cwd=where, capture_output=True, text=True)
         assert done.returncode == 0 and '20,000 tokens' in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, 'data/inspect.py', 'none'], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, 'data/inspect_dataset.py', 'none'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == 'error: there is no data set none: type the name of a folder of data/ or a path\n'
 
 

@@ -1,9 +1,9 @@
 """
 What is in a prepared data set: counts, how its vocabulary is used, how long its documents are, and its text at any place.
 
-    python data/inspect.py shakespeare_char
-    python data/inspect.py slimpajama_6b_llama --at 1000000 --tokens 300
-    python data/inspect.py openwebtext --split val
+    python data/inspect_dataset.py shakespeare_char
+    python data/inspect_dataset.py slimpajama_6b_llama --at 1000000 --tokens 300
+    python data/inspect_dataset.py openwebtext --split val
 
 Draws the lengths of documents and the use of ids into inspect_SPLIT.png in the folder of the data set (--output FILE elsewhere). All ids are counted, unless
 there are more than --sample of them (default: 200 million): then evenly spaced stretches, and it says so.
@@ -13,7 +13,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
-    sys.path[0] = ROOT  # this folder must not be searched first: this file has the name of a module of Python's own
+    sys.path[0] = ROOT  # where data and engine are
 
 from engine.command_line import run_command  # noqa: E402, F401 (first: until main() takes over, a Ctrl-C ends the process quietly)
 

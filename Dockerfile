@@ -1,0 +1,9 @@
+# docker build -t onetrain . && docker run --gpus all --ipc=host -v "$PWD/data:/onetrain/data" onetrain python train.py --help
+FROM python:3.12-slim
+RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
+WORKDIR /onetrain
+COPY requirements.txt pyproject.toml ./
+RUN pip install --no-cache-dir -r requirements.txt
+COPY . .
+ENV OMP_WAIT_POLICY=passive
+CMD ["python", "train.py", "--help"]

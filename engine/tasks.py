@@ -221,7 +221,7 @@ def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interru
 
 
 def score(items, values):
-    """{'acc', 'acc_norm', 'items'} from the log-likelihoods of requests(), in their order."""
+    """{'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of requests(), in their order."""
     right, right_norm, at = 0, 0, 0
     for item in items:
         mine = values[at:at + len(item.choices)]
@@ -229,7 +229,8 @@ def score(items, values):
         best = max(range(len(mine)), key=lambda i: mine[i])
         best_norm = max(range(len(mine)), key=lambda i: mine[i] / max(1, len(item.choices[i])))
         right, right_norm = right + (best == item.answer), right_norm + (best_norm == item.answer)
-    return {'acc': right / len(items), 'acc_norm': right_norm / len(items), 'items': len(items)}
+    return {'acc': right / len(items), 'acc_norm': right_norm / len(items),
+            'chance': sum(1 / len(item.choices) for item in items) / len(items), 'items': len(items)}
 
 
 def evaluate(encoded, logits_of, batch_size, device, total=lambda values: values, rank=0, size=1, interrupted=lambda: False):

@@ -83,15 +83,22 @@ def draw(models):
                 if along_steps and points:
                     axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
                 elif points:
-                    axes.barh(place, points[0][1], color=color, label=label)
+                    axes.barh(place, points[0][1], height=0.45, color=color, label=label)
                     axes.annotate(f'{points[0][1]:.3g}', (points[0][1], place), xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
             axes.set_title(title)
+            if title.endswith('(%)'):
+                chance = [100 * number(score['chance']) for _, found in models for results in found
+                          for name, score in (results.get('tasks') or {}).items() if f'{name} (%)' == title and isinstance(score, dict) and 'chance' in score]
+                if chance:
+                    (axes.axhline if along_steps else axes.axvline)(chance[0], color='#808080', linestyle=':', linewidth=1.2, label='chance')
+                (axes.set_ylim if along_steps else axes.set_xlim)(0, 100)
             if along_steps:
                 axes.set_xlabel('iteration')
             else:
                 axes.set(yticks=range(len(models)), yticklabels=[label for label, _ in models])
                 axes.invert_yaxis()
-                axes.margins(x=0.12)
+                if not title.endswith('(%)'):
+                    axes.margins(x=0.12)
         if along_steps:
             named = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
             figure.legend(named.values(), named.keys(), loc='outside upper center', ncols=min(len(models), 4))

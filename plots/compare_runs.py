@@ -7,7 +7,7 @@ import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+from engine.command_line import run_command, whole  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
 import argparse
 from pathlib import Path
@@ -19,10 +19,14 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from engine.configurator import ConfigError
 from plot_single_run import STYLE, check_output, count, default_window, grid, plot_line, save, scaled, set_limits, smooth, trained
-from run_log import cleaned, load_run
+from run_log import NothingLogged, cleaned, load_run
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']
+
+# settings that say nothing of what was trained
+NOT_A_DIFFERENCE = {'out_dir', 'init_from', 'auto_resume', 'resume_from', 'upload_to', 'wandb_run_name', 'device', 'backend', 'eval_interval', 'log_interval',
+                    'checkpoint_interval', 'head_dim', 'num_key_value_heads', 'd_ff', 'expert_d_ff', 'rope_original_block_size'}
 
 # what each panel shows, its unit, and whether the curve is a column of the iterations or the validation loss
 PANELS = [
@@ -34,6 +38,17 @@ PANELS = [
 
 
 def name_runs(runs):
+    """Labels that tell the runs apart: the settings in which they differ, if these are few and known of all, else where they lie."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config)
+            if key not in NOT_A_DIFFERENCE and len({repr(run.config.get(key)) for run in runs}) > 1]
+    if 0 < len(keys) <= 3 and all(run.config for run in runs):
+        labels = [', '.join(f'{key}={run.config.get(key)}' for key in keys) for run in runs]
+        if distinct(labels):
+            return labels
+    return name_places(runs)
+
+
+def name_places(runs):
     """The shortest labels that tell the runs apart: the end of the folder's path, else the run's name, else both."""
     folders = [run.path.resolve().parent.parts for run in runs]
     names = [run.name for run in runs]
@@ -101,7 +116,8 @@ def draw_comparison(runs, labels, x='iters'):
 
 
 def table(runs, labels):
-    """The results of the runs as lines of text, '-' where a run does not say."""
+    """The results of the runs as lines of text, '-' where a run does not say, and * where the validation loss is the best of all."""
+    least = min(map(best_loss, runs))
     rows = [('run', 'params', 'last iter', 'tokens', 'train loss', 'best val (at)', 'tokens/s', 'MFU', 'hours')]
     for run, label in zip(runs, labels):
         params = cleaned(run.startup_info.get('model')).get('total_params')
@@ -109,12 +125,17 @@ def table(runs, labels):
         best = '-'
         if np.isfinite(run.eval_val_loss).any():
             at = np.nanargmin(run.eval_val_loss)
-            best = f'{run.eval_val_loss[at]:.4f} ({run.eval_iters[at]})'
+            best = f"{run.eval_val_loss[at]:.4f} ({run.eval_iters[at]}){'*' if len(runs) > 1 and run.eval_val_loss[at] == least else ''}"
         rows.append((label, count(params) if params else '-', str(run.iters[-1]), known(run.last('tokens_seen'), count),
                      known(run.last('loss'), '{:.4f}'.format), best, known(median(run, 'tokens_per_sec'), '{:,.0f}'.format),
                      known(median(run, 'mfu_percent'), '{:.1f} %'.format), known(run.last('wall_s') / 3600, '{:.2f}'.format)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [row[0].ljust(widths[0]) + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])) for row in rows]
+
+
+def best_loss(run):
+    """The lowest validation loss of a run, infinity where it has none."""
+    return np.nanmin(run.eval_val_loss) if np.isfinite(run.eval_val_loss).any() else np.inf
 
 
 def median(run, name):
@@ -130,16 +151,33 @@ def main(argv=None):
     parser.add_argument('path', nargs='+', help='one run each: an out_dir, a run_*.jsonl or a run_*.json')
     parser.add_argument('--x', choices=('iters', 'tokens', 'time'), default='iters', help='what the curves are drawn over (default: iters)')
     parser.add_argument('--output', type=Path, default=Path('compare.png'), metavar='FILE', help='default: compare.png in this folder')
-    parser.add_argument('--labels', metavar='A,B', help='names for the legend, separated by commas (default: the shortest that differ)')
+    parser.add_argument('--latest', type=whole(), metavar='N', help='only the N runs that began last')
+    parser.add_argument('--labels', metavar='A,B', help='names for the legend, separated by commas in the order of the paths (default: the settings that differ, or the places)')
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
 def run(args):
     check_output(args.output)
-    runs = [load_run([path]) for path in args.path]
-    labels = args.labels.split(',') if args.labels else name_runs(runs)
-    if len(labels) != len(runs):
-        raise ConfigError(f'--labels names {len(labels)} runs, but {len(runs)} were given')
+    given = args.labels.split(',') if args.labels else [None] * len(args.path)
+    if len(given) != len(args.path):
+        raise ConfigError(f'--labels names {len(given)} runs, but {len(args.path)} were given')
+    runs, named = [], []
+    for path, name in zip(args.path, given):
+        try:
+            runs.append(load_run([path]))
+            named.append(name)
+        except NothingLogged as error:
+            if len(args.path) == 1:
+                raise
+            print(f'note: {error}; left out')
+    if not runs:
+        raise ConfigError(f"no iterations logged in {', '.join(args.path)}")
+    if args.latest:
+        newest = sorted(range(len(runs)), key=lambda i: runs[i].name)[-args.latest:]
+        runs, named = [runs[i] for i in sorted(newest)], [named[i] for i in sorted(newest)]
+    labels = named if args.labels else name_runs(runs)
+    order = sorted(range(len(runs)), key=lambda i: best_loss(runs[i]))
+    runs, labels = [runs[i] for i in order], [labels[i] for i in order]
     for run, label in zip(runs, labels):
         for note in run.notes:
             print(f'note: {label}: {note}')

@@ -1,4 +1,4 @@
-"""Draw one run: loss, learning rate, tokens, gradient norm, throughput and MFU, memory; experts and tasks where it has them.
+"""Draw one run: loss, learning rate, gradient norm, throughput and MFU, memory; experts and tasks where it has them.
 
     python plots/plot_single_run.py out-llama-1.36b
     cd plots && python plot_single_run.py ../out-llama-1.36b/run_*.json
@@ -14,6 +14,7 @@ sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
 import argparse
+import webbrowser
 from pathlib import Path
 
 import matplotlib
@@ -117,11 +118,24 @@ def draw_loss(axes, run, window):
     plot_smoothed(axes, run, 'loss', window, color=BLUE, label='train' if window == 1 else f'train (mean of {window} records)')
     if len(run.eval_iters):
         axes.plot(run.eval_iters, run.eval_val_loss, 'o-', color=ORANGE, markersize=4, label='validation')
+        mark_best(axes, run)
     draw_marks(axes, run, resume='resume', checkpoint='checkpoint')
     set_limits(axes, run.column('loss'), trained(run.eval_val_loss))
     axes.set(title='Loss', ylabel='loss (nats per token)')
     add_perplexity(axes)
     axes.legend(loc='upper right')
+
+
+def mark_best(axes, run):
+    """A ring around the best evaluation, with its value and where it is."""
+    if not np.isfinite(run.eval_val_loss).any():
+        return
+    best = int(np.nanargmin(run.eval_val_loss))
+    at, value = run.eval_iters[best], run.eval_val_loss[best]
+    axes.plot([at], [value], 'o', color='none', markeredgecolor=ORANGE, markeredgewidth=1.6, markersize=11)
+    late = at > (run.iters[0] + run.iters[-1]) / 2 if len(run.iters) else False
+    axes.annotate(f'best {value:.4f} at {at:,.0f}', (at, value), xytext=(-10 if late else 10, 12), textcoords='offset points', color=ORANGE,
+                  fontweight='bold', ha='right' if late else 'left', va='bottom')
 
 
 def add_perplexity(axes):
@@ -146,13 +160,6 @@ def draw_lr(axes, run, window):
     axes.set(title='Learning rate', ylabel='learning rate')
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.3g}'))
-
-
-def draw_tokens(axes, run, window):
-    divisor, word = scaled(run.column('tokens_seen'))
-    plot_line(axes, run.iters, run.column('tokens_seen') / divisor, color=BLUE)
-    axes.set(title='Tokens seen', ylabel=f'tokens{word}')
-    axes.set_ylim(bottom=0)
 
 
 def draw_grad_norm(axes, run, window):
@@ -202,13 +209,17 @@ def draw_throughput(axes, run, window):
 
 
 def draw_memory(axes, run, window):
-    for name, label, color, line in (('allocated', 'allocated', BLUE, '-'), ('max_allocated', 'allocated, peak', BLUE, '--'),
-                                     ('reserved', 'reserved', GREEN, '-'), ('max_reserved', 'reserved, peak', GREEN, '--')):
-        if run.has(f'memory.{name}_gb'):
-            plot_line(axes, run.iters, run.column(f'memory.{name}_gb'), color=color, linestyle=line, label=label)
-    axes.set(title='Memory', ylabel='memory (GB)')
+    drawn = []
+    for name, label, color, line in (('max_allocated', 'allocated, peak', BLUE, '-'), ('allocated', 'allocated', BLUE, '--'),
+                                     ('max_reserved', 'reserved, peak', GREEN, '-'), ('reserved', 'reserved', GREEN, '--')):
+        values = run.column(f'memory.{name}_gb')
+        if run.has(f'memory.{name}_gb') and not any(np.allclose(values, other, rtol=0.02, equal_nan=True) for other in drawn):  # two lines in one place tell nothing
+            plot_line(axes, run.iters, values, color=color, linestyle=line, label=label)
+            drawn.append(values)
+    axes.set(title='Memory' if len(drawn) > 1 else 'Memory, peak', ylabel='memory (GB)')
     axes.set_ylim(bottom=0)
-    axes.legend(loc='lower right', ncols=2)
+    if len(drawn) > 1:
+        axes.legend(loc='lower right', ncols=2)
 
 
 def draw_load(axes, run, window):
@@ -257,7 +268,6 @@ PANELS = [
     (('lr',), draw_lr),
     (('gradients.global_norm',), draw_grad_norm),
     (('tokens_per_sec', 'mfu_percent'), draw_throughput),
-    (('tokens_seen',), draw_tokens),
     (('memory.allocated_gb', 'memory.reserved_gb', 'memory.max_allocated_gb', 'memory.max_reserved_gb'), draw_memory),
     (('moe.load_score',), draw_load),
     (('moe.load_score',), draw_utilisation),
@@ -274,6 +284,8 @@ def describe(run):
     device = hardware.get('gpu_name') or run.metadata.get('device')
     what = [config.get('arch_preset'), sizes, params and f'{count(params)} parameters', config.get('dataset'),
             config.get('block_size') and f"context {config['block_size']}"]
+    tokens = run.column('tokens_seen')
+    what += [f'{count(np.nanmax(tokens))} tokens'] if run.has('tokens_seen') else []
     where = [f'{gpus} × {device}' if gpus > 1 and device else device, hardware.get('precision') or run.metadata.get('dtype'),
              hardware.get('parallelism')]
     return '\n'.join(' · '.join(str(part) for part in line if part) for line in (what, where) if any(line))
@@ -288,11 +300,9 @@ def count(number):
 
 
 def grid(figure, panels):
-    """Axes for this many panels in two columns; the first panel is as wide as both where the number is odd."""
-    rows = (panels + 1) // 2
-    spec = figure.add_gridspec(rows, 2 if panels > 1 else 1)
-    if panels % 2 == 0:
-        return [figure.add_subplot(spec[i // 2, i % 2]) for i in range(panels)]
+    """Axes for this many panels: the first, the loss, as wide as the figure, the others in two columns."""
+    rows = panels // 2
+    spec = figure.add_gridspec(1 + rows, 2, height_ratios=[1.35] + [1] * rows)
     return [figure.add_subplot(spec[0, :])] + [figure.add_subplot(spec[1 + i // 2, i % 2]) for i in range(panels - 1)]
 
 
@@ -302,7 +312,7 @@ def draw_run(run, window=None):
     panels = [draw for columns, draw in PANELS if run.has(*columns) and (draw is not draw_utilisation or run.expert_shares.size)]
     panels += [draw_tasks] * bool(run.eval_tasks)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 1.2 + 3.3 * ((len(panels) + 1) // 2)), layout='constrained')
+        figure = Figure(figsize=(13, 1.2 + 4.4 + 3.3 * (len(panels) // 2)), layout='constrained')
         for axes, draw in zip(grid(figure, len(panels)), panels):
             draw(axes, run, window)
             if draw is draw_utilisation:    # of one iteration
@@ -341,6 +351,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description='Draw one run from its log.')
     parser.add_argument('path', nargs='+', help='out_dir, run_*.jsonl or run_*.json; several belong to one run and are joined')
     parser.add_argument('--output', type=Path, metavar='FILE', help='where to save the picture (default: beside the newest log)')
+    parser.add_argument('--show', action='store_true', help='open the picture, in the browser or what opens such files')
     parser.add_argument('--smooth', type=int, metavar='N',
                         help='average over N records, 1 for none (default: a fortieth of the run, at most 201)')
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
@@ -358,7 +369,10 @@ def run(args):
     for run in runs:
         for note in run.notes:
             print('note:', note)
-        save(draw_run(run, args.smooth), args.output or run.path.with_suffix('.png'))
+        path = args.output or run.path.with_suffix('.png')
+        save(draw_run(run, args.smooth), path)
+        if args.show:
+            webbrowser.open(path.resolve().as_uri())
 
 
 if __name__ == '__main__':

@@ -34,6 +34,10 @@ class LogError(ConfigError):
     """What the user named is not a readable log; the message is one sentence for them."""
 
 
+class NothingLogged(LogError):
+    """Logs that are whole, and of a run that made no iteration."""
+
+
 @dataclass
 class Run:
     """One run, joined over its resumes. Every array has one entry per record, nan where a record lacks the value.
@@ -99,7 +103,7 @@ def load_runs(paths):
     files = find_logs(paths)
     logs = sorted((read_log(path) for path in files), key=start_order)
     if not any(log['training_iterations'] for log in logs):
-        raise LogError(f'no iterations logged in {", ".join(str(path) for path in files)}')
+        raise NothingLogged(f'no iterations logged in {", ".join(str(path) for path in files)}')
     used = [log for log in logs if log['training_iterations'] or log['eval_steps']]
     notes = [f"{log['path'].name} holds no iterations; left out" for log in logs if not (log['training_iterations'] or log['eval_steps'])]
     groups = []
@@ -117,7 +121,7 @@ def load_runs(paths):
         if joined['training_iterations']:
             runs.append(build_run(joined, damage))
     if not runs:
-        raise LogError(f'no iterations logged in {", ".join(str(path) for path in files)}')
+        raise NothingLogged(f'no iterations logged in {", ".join(str(path) for path in files)}')
     runs[-1].notes[:0] = notes
     return runs
 

@@ -119,7 +119,7 @@ def test_only_the_answer_counts():
     found = tasks.log_likelihoods(lambda idx: logits.expand(len(idx), -1, -1)[:, :idx.size(1)], made, 2, torch.device('cpu'))
     p = logits[0, 0].log_softmax(-1)
     assert found[1] == pytest.approx((p[32] + p[99]).item()) and found[0] == pytest.approx((p[32] + p[99] + p[100]).item())
-    assert tasks.score([item], [-1.0, -0.9]) == {'acc': 0.0, 'acc_norm': 1.0, 'items': 1}
+    assert tasks.score([item], [-1.0, -0.9]) == {'acc': 0.0, 'acc_norm': 1.0, 'chance': 0.5, 'items': 1}
     assert tasks.requests([item], lambda text: [ord(c) for c in text], None, 2)[0] == ([32, 99, 100], 2)  # a context of 2 tokens
 
 

@@ -186,7 +186,7 @@ def test_old_logs_plot_and_lacking_columns_are_computed(tmp_path, as_object):
     np.testing.assert_allclose(run.column('tokens_per_sec'), 10 * BATCH)
     figure = plot_single_run.draw_run(run)
     titles = [axes.get_title(loc='left') for axes in figure.axes if axes.get_title(loc='left')]
-    assert titles == ['Loss', 'Throughput and MFU', 'Tokens seen']      # no empty panel
+    assert titles == ['Loss', 'Throughput and MFU']      # no empty panel
 
     run = load_run([write_json(tmp_path, [old(0, -100.0), old(10, 0.4)])])     # every other section is missing
     assert np.isnan(run.column('tokens_seen')).all() and np.isnan(run.column('tokens_per_sec')).all()
@@ -226,14 +226,12 @@ def test_panels_show_the_logged_numbers_with_units(tmp_path):
         assert (120, 120) in marks and (80, 80) in marks
 
     np.testing.assert_allclose(axes_named(figure, 'Learning rate').lines[0].get_ydata()[9], 1e-4)
-    tokens = axes_named(figure, 'Tokens')
-    assert tokens.get_ylabel() == 'tokens (thousands)' and tokens.lines[0].get_ydata()[-1] == pytest.approx(200 * BATCH / 1000)
     grad_norm = axes_named(figure, 'Gradient norm')
     assert line(grad_norm, 'layers: mean').get_xdata().tolist() == [50, 100, 150, 200]
     assert line(axes_named(figure, 'Memory'), 'reserved, peak').get_ydata()[0] == 5.0
     assert next(axes for axes in figure.axes if axes.get_ylabel() == 'MFU (%)').lines[0].get_ydata()[0] == 41
     title = figure.get_suptitle()
-    assert all(part in title for part in ('llama', '2L-4H-64D-256ff', '1.29 B parameters', 'shakespeare', '2 × H100'))
+    assert all(part in title for part in ('llama', '2L-4H-64D-256ff', '1.29 B parameters', 'shakespeare', '2 × H100', f'{plot_single_run.count(200 * BATCH)} tokens'))
 
 
 def test_smooth_averages_exactly_the_window_and_skips_what_is_not_finite():
@@ -268,7 +266,7 @@ def test_the_picture_is_drawn(tmp_path, capsys, records):
     pixels = imread(picture)[..., :3]
     height, width, _ = pixels.shape
     assert height > 600 and width > 1200
-    within_loss = pixels[height // 10:height * 3 // 10, width // 20:width // 3]     # left of the legend
+    within_loss = pixels[height // 10:height * 3 // 10, width // 20:width * 3 // 4]     # left of the legend
     blue = np.abs(within_loss - matplotlib.colors.to_rgb(plot_single_run.BLUE)).max(axis=-1) < 0.02
     assert blue.sum() > (20 if records == 1 else 400)
 
@@ -296,7 +294,7 @@ def test_compare_prints_the_table_and_leaves_out_what_has_no_axis(tmp_path, caps
     compare_runs.main([str(good), str(old), '--x', 'tokens', '--output', str(output)])
     head, first, second, note, saved = capsys.readouterr().out.splitlines()
     assert head.split()[0] == 'run'
-    assert first.split() == ['out-a', '1.29', 'B', '4', '2.05', 'k', '5.0000', '4.2500', '(2)', '1,024', '41.0', '%', '0.00']
+    assert first.split() == ['out-a', '1.29', 'B', '4', '2.05', 'k', '5.0000', '4.2500', '(2)*', '1,024', '41.0', '%', '0.00']
     assert second.split() == ['old', '-', '1', '-', '5.0000', '-', '-', '-', '-']
     assert note == 'note: old did not log tokens_seen, nor what it can be computed from; left out of the picture'
     assert saved == str(output) and imread(output).shape[1] > 1200
@@ -462,3 +460,40 @@ def test_the_jsonl_beside_a_json_is_read(tmp_path):
     lagging = write_json(tmp_path, [record(1)])
     write_jsonl(tmp_path, [record(1), record(2)])
     assert load_run([lagging]).iters.tolist() == [1, 2]
+
+
+def run_of(folder, name, losses, **config):
+    """A folder with the log of a run that had these validation losses."""
+    folder.mkdir()
+    with open(folder / f'{name}.jsonl', 'w') as f:
+        header = {'type': 'header', 'run_name': name, 'start_time': '2026-01-01T00:00:00+00:00', 'config': {'n_layer': 2, **config}, 'startup_info': {}, 'metadata': {}}
+        f.write(json.dumps(header) + '\n')
+        for i, loss in enumerate(losses, 1):
+            f.write(json.dumps({'type': 'iter', 'iter': i, 'loss': loss, 'time_ms': 1.0, 'tokens_per_sec': 100.0, 'mfu': None, 'memory': {}, 'tokens_seen': i, 'wall_s': i}) + '\n')
+            f.write(json.dumps({'type': 'eval', 'iter': i, 'train_loss': loss, 'val_loss': loss, 'timestamp': '', 'lr': 0.1}) + '\n')
+    return str(folder)
+
+
+def test_runs_are_named_by_what_differs_and_sorted_by_their_best(tmp_path, capsys):
+    paths = [run_of(tmp_path / 'a', 'run_20260101_000001', [3.0, 2.5], learning_rate=0.1, out_dir='a'), run_of(tmp_path / 'b', 'run_20260101_000003', [3.0, 2.0, 2.2], learning_rate=0.2, out_dir='b'),
+             run_of(tmp_path / 'c', 'run_20260101_000002', [], learning_rate=0.3), run_of(tmp_path / 'd', 'run_20260101_000004', [3.0], learning_rate=0.4, out_dir='d')]
+    output = ['--output', str(tmp_path / 'x.png')]
+    assert compare_runs.main([*paths, *output]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('note: ') and 'c/' in lines[0] and lines[0].endswith('; left out')
+    assert [line.split()[0] for line in lines[2:5]] == ['learning_rate=0.2', 'learning_rate=0.1', 'learning_rate=0.4']
+    assert '2.0000 (2)*' in lines[2] and not any('*' in line for line in lines[3:5])
+    assert compare_runs.main([*paths, *output, '--latest', '2']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ['learning_rate=0.2', 'learning_rate=0.4']
+    assert compare_runs.main([*paths, *output, '--labels', 'A,B,C,D']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ['B', 'A', 'D']
+    assert compare_runs.main([paths[2], *output]) == 2
+
+
+def test_the_best_evaluation_is_marked_with_its_value(tmp_path):
+    run = load_run([run_of(tmp_path / 'a', 'run_20260101_000001', [3.0, 2.0, 2.2])])
+    figure = plot_single_run.draw_run(run)
+    assert [text.get_text() for text in axes_named(figure, 'Loss').texts] == ['best 2.0000 at 2']
+    assert not any('Tokens seen' in axes.get_title(loc='left') for axes in figure.axes)
+    first = figure.axes[0].get_subplotspec()
+    assert (first.colspan.start, first.colspan.stop) == (0, 2)

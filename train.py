@@ -285,8 +285,9 @@ def main(argv=None, resolved=None):
     terminal = Terminal(active=parallel.is_rank_0())
     try:
         if resolved is None:
-            check_arguments(argv or [])
-            resolved = resolve(Config, argv or [], ALIASES)
+            argv = sys.argv[1:] if argv is None else argv
+            check_arguments(argv)
+            resolved = resolve(Config, argv, ALIASES)
         return dry_run(*resolved) if resolved[0].dry_run else run(*resolved, stop, terminal)
     except Exception as error:
         if 'use_deterministic_algorithms' in str(error):

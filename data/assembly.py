@@ -104,8 +104,7 @@ def _places(writer, table, to):
     places = {}
     for split in SPLITS:
         tokens = table['tokens'][to[split]].astype(np.int64)
-        if len(tokens) and tokens.sum():
-            place = writer.place(split, tokens.sum(), np.cumsum(tokens)[table['last'][to[split]]])
+        if place := writer.place(split, tokens.sum(), np.cumsum(tokens)[table['last'][to[split]]]):
             places[split] = place, to[split], tokens.sum()
     return places
 

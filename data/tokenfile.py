@@ -186,6 +186,7 @@ class TokenFileWriter:
 
     def _open(self, name):
         self.written.append(name)
+        self._remove_left(name)
         return open(self._tmp(name), 'wb', opener=no_link)
 
     def write(self, split, ids, ends_document=True):
@@ -203,10 +204,13 @@ class TokenFileWriter:
             self.fill(self.place(split, len(ids), ends), ids)
 
     def place(self, split, tokens, ends):
-        """Give `tokens` more ids of `split` their place, which fill() or adopt() must be told: in one file in this order, in files of their own in any, by any thread."""
+        """Give `tokens` more ids of `split` their place, which fill() or adopt() must be told: in one file in this order, in files of their own in any, by any thread. None for
+        documents without ids."""
         self.ends[split].write((np.asarray(ends, dtype='<u8') + np.uint64(self.meta['tokens'][split])).tobytes())
         self.meta['tokens'][split] += int(tokens)
         self.meta['documents'][split] += len(ends)
+        if not tokens:
+            return None
         name = f'{split}_{len(self.shards[split]):06d}.bin' if self.sharded else f'{split}.bin'
         if self.sharded:
             self.shards[split].append((name, int(tokens)))
@@ -223,10 +227,12 @@ class TokenFileWriter:
         """Fill a place with the ids in the file at `path`, without reading them where the file system can give it a second name."""
         self._saw(place, max_id)
         if self.sharded:
-            if os.path.exists(self._tmp(place[1])):
-                os.remove(self._tmp(place[1]))
+            self._remove_left(place[1])
+            linked = False
             with contextlib.suppress(OSError):  # a file system without links
                 os.link(path, self._tmp(place[1]))
+                linked = True
+            if linked:
                 with open(path, 'rb') as f:
                     os.fsync(f.fileno())
                 return
@@ -238,10 +244,16 @@ class TokenFileWriter:
         if not self.sharded:
             yield self.files[place[0]]
             return
+        self._remove_left(place[1])
         with open(self._tmp(place[1]), 'wb', opener=no_link) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
+
+    def _remove_left(self, name):
+        """Remove what a killed process left of the file `name`, which may be another name of a finished part."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self._tmp(name))
 
     def _saw(self, place, max_id):
         with self.lock:

@@ -72,10 +72,13 @@ def resolve_early(schema, argv, aliases):
     try:
         check_arguments(argv)
         if '--version' in argv:
-            print(f'onetrain {__version__}')
+            print(f'onetrain {__version__}', flush=True)
             sys.exit(0)
         return resolve(schema, argv, aliases)
-    except ConfigError as error:
+    except BrokenPipeError:  # as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+    except (ConfigError, OSError) as error:
         if os.environ.get('LOCAL_RANK', '0') in ('0', ''):
             print(f'error: {redact(explain(error))}', file=sys.stderr, flush=True)
         sys.exit(2)

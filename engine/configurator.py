@@ -50,7 +50,8 @@ def resolve(schema, argv, aliases=None):
 
     for before, word in zip(['', *argv], argv):  # as other programs take them
         key = before.removeprefix('--')
-        if before.startswith('--') and key in (*hints, *aliases) and not word.startswith('-'):
+        takes = hints.get(key) is not bool or word.lower() in ('true', 'false')
+        if before.startswith('--') and key in (*hints, *aliases) and takes and not word.startswith('-'):
             raise ConfigError(f'command line: {before} {shortened(word)} are two words, did you mean {before}={word}?')
     for path in (word for word in argv if not word.startswith('-')):
         for key, value in read_file(path, values).items():
@@ -64,7 +65,7 @@ def resolve(schema, argv, aliases=None):
             raise ConfigError(f'command line: cannot read {shortened(word)}, expected --key=value, such as --max_iters=10{meant}')
         assign(match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line')
     if help_asked:
-        print(help_text(schema, values, everything='--help=all' in help_asked))
+        print(help_text(schema, values, everything='--help=all' in help_asked), flush=True)
         sys.exit(0)
     return schema(**values), given
 
@@ -186,7 +187,7 @@ def help_text(schema, values, everything=False, width=None):
             text += f" [{' | '.join(choices)}]" if choices else ''
             text += '' if values[key] == defaults[key] else f' (default: {defaults[key]!r})'
             begin = f'  --{key}={values[key]!r}' if isinstance(values[key], str) and not values[key].isprintable() else f'  --{key}={values[key]}'
-            wrapped = textwrap.wrap(text, width - 36, break_long_words=False)
+            wrapped = textwrap.wrap(text, max(20, width - 36), break_long_words=False)
             lines += [begin] if len(begin) > 34 else []
             lines += [f'{begin if number == 0 and len(begin) <= 34 else "":<36}{line}' for number, line in enumerate(wrapped)]
     return '\n'.join(lines)

@@ -113,7 +113,7 @@ def copy_logs(fs, here, to_fs, there, run_name, sent=None):
             if sent is not None:
                 sent[name] = version
         else:
-            sent[name] = _append(path, to_fs, to_path, *sent.get(name, (0, b'')))
+            sent[name] = _append(path, to_fs, to_path, *sent.pop(name, (0, b'')))  # sent whole after an error
 
 
 def _append(path, to_fs, to_path, size, end):
@@ -127,7 +127,7 @@ def _append(path, to_fs, to_path, size, end):
     if not grown or size == 0:
         _write(to_fs, to_path, new)
         return len(new), new[-4096:]
-    if new and _takes_more(to_fs, size) and to_fs.size(to_path) == size:
+    if new and _takes_more(to_fs, size) and _is_as_left(to_fs, to_path, size, end):
         with open(to_path, 'ab', opener=no_link) if isinstance(to_fs, LocalFileSystem) else to_fs.open(to_path, 'ab') as f:
             f.write(new)
         if to_fs.cat_file(to_path, start=size) != new:
@@ -141,6 +141,12 @@ def _append(path, to_fs, to_path, size, end):
 def _takes_more(fs, size):
     """Whether a file of `size` bytes in `fs` grows by sending only what is new: a bucket of S3 copies the rest itself, if that is one piece."""
     return isinstance(fs, LocalFileSystem) or _names_checksums(fs) and APPENDED_FROM <= size < 5 * 2**30
+
+
+def _is_as_left(fs, path, size, end):
+    """Whether the file at `path` is one of `size` bytes that ends with `end`."""
+    link = isinstance(fs, LocalFileSystem) and os.path.islink(path)
+    return not link and fs.isfile(path) and fs.size(path) == size and fs.cat_file(path, start=size - len(end)) == end
 
 
 def _transfer(fs, path, to_fs, to_path):

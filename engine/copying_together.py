@@ -6,6 +6,7 @@ threads that training does not wait for.
 """
 
 import bisect
+import contextlib
 import json
 import re
 import secrets
@@ -20,6 +21,7 @@ from engine.copier import copy_files
 from engine.files import open_url
 
 POLL_S = 0.2
+PATIENCE_S = 600.0  # after which the main rank copies what another machine did not
 
 
 class Machines:
@@ -52,38 +54,50 @@ class Machines:
     def copy(self, here, there, files):
         """Copy `files` of a checkpoint from the folder `here` to `there`, with the other machines.
 
-        files: {name: entry of the manifest}. Raises ValueError with the reason of one that failed,
+        files: {name: entry of the manifest}. What is not there in the end, as this machine sees it,
+        is copied by it. Raises ValueError with the reason of one that failed,
         and what copy_files() raises.
         """
         self.asked += 1
         if self.store is not None:
             self.store.set(f'ask {self.asked}', json.dumps([here, there, files]))
         self._copy_share(here, there, files)
+        if self.store is None:
+            return
+        last = time.monotonic() + PATIENCE_S
         for machine in range(1, len(self.firsts)):
-            while not self.store.check([key := f'answer {self.asked} {machine}']):
+            key = f'answer {self.asked} {machine}'
+            while not (answered := self.store.check([key])) and time.monotonic() < last:
                 time.sleep(POLL_S)
-            if reason := self.store.get(key).decode():
+            if answered and (reason := self.store.get(key).decode()):
                 raise ValueError(reason)
+        # a folder may be another one there, and a machine that does not answer has copied nothing
+        self.to_fs.invalidate_cache()
+        missing = {
+            name: entry
+            for name, entry in files.items()
+            if not self.to_fs.isfile(f'{there}/{name}')
+            or self.to_fs.size(f'{there}/{name}') != entry['size']
+        }
+        copy_files(LOCAL, here, self.to_fs, there, missing)
 
     def serve(self):
         """Begin to copy this machine's share whenever the main rank asks, until close()."""
         threading.Thread(target=self._serve, daemon=True, name='copies').start()
 
     def _serve(self):
-        try:
-            while not self.closed.wait(POLL_S):
+        while not self.closed.wait(POLL_S):
+            with contextlib.suppress(dist.DistError):  # the main rank may have gone, with the store
                 if not self.store.check([key := f'ask {self.asked + 1}']):
                     continue
-                self.asked += 1
                 here, there, files = json.loads(self.store.get(key))
+                self.asked += 1
                 try:
                     self._copy_share(here, there, files)
                     reason = ''
                 except Exception as error:  # each backend has its own; the main rank tries again
                     reason = f'{type(error).__name__}: {error}'
                 self.store.set(f'answer {self.asked} {self.mine}', reason)
-        except dist.DistError:
-            pass  # the main rank has gone, and the store with it
 
     def close(self):
         """Answer no longer."""

@@ -134,8 +134,8 @@ def mark_best(axes, run):
     at, value = run.eval_iters[best], run.eval_val_loss[best]
     axes.plot([at], [value], 'o', color='none', markeredgecolor=ORANGE, markeredgewidth=1.6, markersize=11)
     late = at > (run.iters[0] + run.iters[-1]) / 2 if len(run.iters) else False
-    axes.annotate(f'best {value:.4f} at {at:,.0f}', (at, value), xytext=(-10 if late else 10, 12), textcoords='offset points', color=ORANGE,
-                  fontweight='bold', ha='right' if late else 'left', va='bottom')
+    axes.annotate(f'best {value:.4f} at {at:,.0f}', (at, value), xytext=(-12 if late else 12, 16), textcoords='offset points', color=ORANGE,
+                  fontweight='bold', ha='right' if late else 'left', va='bottom', bbox={'boxstyle': 'round,pad=0.2', 'fc': 'white', 'ec': 'none', 'alpha': 0.85})
 
 
 def add_perplexity(axes):
@@ -217,7 +217,7 @@ def draw_memory(axes, run, window):
             plot_line(axes, run.iters, values, color=color, linestyle=line, label=label)
             drawn.append(values)
     axes.set(title='Memory' if len(drawn) > 1 else 'Memory, peak', ylabel='memory (GB)')
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max((np.nanmax(values) for values in drawn), default=1) or 1)
     if len(drawn) > 1:
         axes.legend(loc='lower right', ncols=2)
 

@@ -112,7 +112,7 @@ def test_cuda_without_a_gpu(refused):
 
 def test_as_a_command():
     code, output = run_process('train.py', '--n_layrs=2')
-    assert code == 2 and output == "error: command line: unknown key 'n_layrs', did you mean 'n_layer'?; `--help` lists all keys\n"
+    assert code == 2 and output == "error: command line: unknown key 'n_layrs', did you mean 'n_layer'?; `--help=all` lists all keys\n"
     code, output = run_process('train.py', '--help')
     assert code == 0 and '--learning_rate=0.0006' in output.replace('6e-4', '0.0006')
 

@@ -84,12 +84,12 @@ def test_aliases():
 
 def test_help_lists_every_key(capsys):
     with pytest.raises(SystemExit) as stop:
-        resolve(Config, ['--help'])
+        resolve(Config, ['--help=all'])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for key in Config.__dataclass_fields__:
         assert f'--{key}=' in text
-    assert 'tokens per sequence' in text
+    assert 'Tokens per sequence.' in text
 
 
 def test_files_of_nanogpt_run_unchanged(tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from conftest import TINY, end_all, equal, losses, records, run_process, start_process, weights
 
 import checkpoints
@@ -344,22 +345,37 @@ def test_only_what_is_new_in_a_log_is_sent(url, tmp_path, monkeypatch):
     assert copy_of('') == copy_of('\n')[:-len('and half\n')] and wholes == ['run_x.jsonl']
     shorter = first * 50_000 + 'another line\n' * 100_000  # a run that went back, and is longer by now
     assert copy_of(shorter, 'w') == shorter and len(wholes) == 2
-    write(fs, f'{there}/run_x.jsonl', b'of another')
-    assert copy_of('end\n') == shorter + 'end\n' and len(wholes) == 3
+    for number, change in enumerate((lambda: write(fs, f'{there}/run_x.jsonl', b'of another'), lambda: fs.rm(there, recursive=True),
+                                     lambda: write(fs, f'{there}/run_x.jsonl', fs.cat_file(f'{there}/run_x.jsonl')[:-3] + b'xx\n'))):
+        change()
+        assert copy_of('end\n') == shorter + 'end\n' * (number + 1) and len(wholes) == 3 + number
+    if isinstance(fs, LocalFileSystem):
+        os.rename(f'{there}/run_x.jsonl', tmp_path / 'moved')
+        os.symlink(tmp_path / 'moved', f'{there}/run_x.jsonl')
+        assert copy_of('end\n') == shorter + 'end\n' * 4 and not os.path.islink(f'{there}/run_x.jsonl')
+        del wholes[-1]
     (tmp_path / 'run' / 'run_x.json').write_text('{}')
     copy_of('')
     copy_of('')
-    assert wholes[3:] == ['run_x.json'] and fs.cat_file(f'{there}/run_x.json') == b'{}'
+    assert wholes[5:] == ['run_x.json'] and fs.cat_file(f'{there}/run_x.json') == b'{}'
 
 
 def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
-    """Two of a job in which ranks 0 and 1 are on the first, 2 and 3 on the second."""
-    copied = []
+    """Two of a job in which ranks 0 and 1 are on the first, 2 and 3 on the second. What the second copied to a place of its own, or never, the first copies."""
+    copied, there = [], str(tmp_path / 'there')
+    second_does = 'fail'
 
     def copy_files(fs, here, to_fs, there, files):
-        copied.append((threading.current_thread().name == 'copies', sorted(files)))
-        if '__3_0.distcp' in files and len(copied) < 3:
+        second = threading.current_thread().name == 'copies'
+        copied.append((second, sorted(files)))
+        if second and second_does == 'fail':
             raise OSError('the disk of the second machine')
+        if second and second_does == 'hang':
+            time.sleep(1.5)
+        os.makedirs(there, exist_ok=True)
+        for name in files if not second or second_does == 'copy' else ():
+            with open(f'{there}/{name}', 'w') as f:
+                f.write('x')
     store = torch.distributed.HashStore()
     monkeypatch.setattr(parallel, 'from_all', lambda value, world: [0, 1, 0, 1])
     monkeypatch.setattr(parallel, 'from_main', lambda work, world: 'copies of this run')
@@ -370,8 +386,16 @@ def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
     names = ['.metadata', 'state.json', *(f'__{rank}_0.distcp' for rank in range(4))]
     files = dict.fromkeys(names, {'size': 1, 'sha256': ''})
     with pytest.raises(ValueError, match='OSError: the disk of the second machine'):
-        first.copy('here', 'there', files)
-    first.copy('here', 'there', files)
+        first.copy('here', there, files)
+    second_does = 'copy'
+    first.copy('here', there, files)
+    theirs = ['__2_0.distcp', '__3_0.distcp']
+    shares = [(False, ['.metadata', '__0_0.distcp', '__1_0.distcp', 'state.json']), (True, theirs)]
+    assert sorted(copied[:2]) == shares and sorted(copied[2:4]) == shares and copied[4:] == [(False, [])]
+    del copied[:]
+    for second_does in ('elsewhere', 'hang'):
+        shutil.rmtree(there)
+        monkeypatch.setattr(copying_together, 'PATIENCE_S', 0.5)
+        first.copy('here', there, files)
+        assert copied[-1] == (False, theirs) and sorted(os.listdir(there)) == sorted(names), second_does
     second.close()
-    shares = [(False, ['.metadata', '__0_0.distcp', '__1_0.distcp', 'state.json']), (True, ['__2_0.distcp', '__3_0.distcp'])]
-    assert sorted(copied[:2]) == shares and sorted(copied[2:]) == shares

@@ -73,6 +73,7 @@ def test_what_costs_days_is_warned_of(dataset, tmp_path, capsys):
 
 def test_help_has_the_values_of_a_recipe_and_fits(capsys):
     config, _ = resolve(trainer.Config, ['config/moe_60m.py'], trainer.ALIASES)
+    assert help_text(trainer.Config, vars(config), width=10)
     for width in (60, 80, 120):
         every_day = help_text(trainer.Config, vars(config), width=width)
         everything = help_text(trainer.Config, vars(config), everything=True, width=width)
@@ -102,7 +103,7 @@ def without_torch(*words):
 @pytest.mark.parametrize('words, message', [
     (['--max_iters', '20'], "--max_iters '20' are two words, did you mean --max_iters=20?"),
     (['config/train_shakespeare.py'], "no such file, did you mean 'config/train_shakespeare_char.py'?"),
-    (['--eval_only'], 'did you mean --eval_only=True?'),
+    (['--eval_only'], 'did you mean --eval_only=True?'), (['--compile', 'config/demo_pystdlib.py'], 'did you mean --compile=True?'),
     (['--optimizer=muno'], "not one of 'adamw' | 'muon', did you mean 'muon'?")])
 def test_typing_errors_are_told_before_torch_is_imported(words, message):
     code, output = without_torch(*words)
@@ -113,3 +114,17 @@ def test_version_and_help_are_quick():
     for word, expected in (('--version', 'onetrain '), ('--help', 'usage: python train.py')):
         code, output = without_torch(word)
         assert code == 0 and expected in output
+
+
+def test_a_reader_that_leaves_is_no_error():
+    for word in ('--help=all', '--version'):
+        done = subprocess.run(f'{sys.executable} train.py {word} | true', shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == ''
+    done = subprocess.run(f'{sys.executable} train.py --help > /dev/full', shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('error: the disk is full') and 'Traceback' not in done.stderr
+
+
+def test_a_run_into_a_pipe(dataset, tmp_path):
+    """As a process of its own, with what torch prints at its end."""
+    done = subprocess.run([sys.executable, 'train.py', f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=2'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == '' and 'iter 2/2:' in done.stdout and '\r' not in done.stdout

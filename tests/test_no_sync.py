@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import optim
-from engine.logger import RunLog
+from engine.terminal import Terminal
 
 
 class CountFetches(TorchDispatchMode):
@@ -29,7 +29,7 @@ def test_fetches_do_not_grow_with_the_steps_between_log_points(train, tmp_path, 
 
 def between_log_points(monkeypatch, begin, end):
     """Call begin() where train.py begins each step but the first, which is logged, and end() where it has done it; returns the list of the steps so watched."""
-    steps, set_learning_rate, progress = [], optim.set_learning_rate, RunLog.progress
+    steps, set_learning_rate, progress = [], optim.set_learning_rate, Terminal.advance
 
     def watched(optimizer, lr):
         set_learning_rate(optimizer, lr)
@@ -41,7 +41,7 @@ def between_log_points(monkeypatch, begin, end):
         end()
         progress(log, step)
     monkeypatch.setattr(optim, 'set_learning_rate', watched)
-    monkeypatch.setattr(RunLog, 'progress', done)
+    monkeypatch.setattr(Terminal, 'advance', done)
     return steps
 
 

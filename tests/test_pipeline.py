@@ -18,7 +18,7 @@ from conftest import ROOT
 from test_prepare import contents, lines, own_text, prepare, read_ids, read_texts, write_jsonl
 
 from data import assembly, command, documents, parts, pipeline
-from data.tokenfile import fingerprint, fingerprint_of_files, read_meta
+from data.tokenfile import TokenFileWriter, fingerprint, fingerprint_of_files, read_meta
 from data.tokenizer import load_tokenizer
 from data.train_tokenizer import train_bpe
 
@@ -471,3 +471,60 @@ def test_many_files_are_written_at_once(corpus, tmp_path, monkeypatch):
         assert b''.join(parts) == (tmp_path / 'False' / f'{split}.bin').read_bytes() and len(parts) > 3
     metas = [read_meta(str(tmp_path / f'{sharded}')) for sharded in (True, False)]
     assert all(metas[0][key] == metas[1][key] for key in ('tokens', 'documents', 'max_id'))
+
+
+def test_what_a_killed_run_left_is_not_written_through(tmp_path, monkeypatch):
+    """Its *.tmp may be second names of finished parts, which another option then cuts anew."""
+    monkeypatch.setattr(pipeline, 'PART_BYTES', (1, 1))  # a part for each file
+    monkeypatch.setattr(documents, 'UNIT_BYTES', 10**6)
+    folder, texts = tmp_path / 'files', texts_of(40)
+    folder.mkdir()
+    for name, mine in (('a', texts[:10]), ('b', texts[:10]), ('c', texts[10:20]), ('d', [*texts[:5], *texts[20:30]]), ('e', texts[30:])):
+        write_jsonl(folder / f'{name}.jsonl', mine)
+    words = ['--input', str(folder), '--tokenizer', 'bytes', '--val_fraction', '0.025', '--num_proc', '1', '--sharded']
+    own_text.main(['--output', str(tmp_path / 'fresh'), *words, '--dedup'])
+
+    class Killed(BaseException):
+        pass
+
+    def publish(writer):
+        for name in (*writer.written, *(() if writer.sharded else ('meta.pkl',))):
+            if os.path.exists(writer._tmp(name)):
+                os.link(writer._tmp(name), tmp_path / name)  # what stays of it when nothing is tidied up
+        raise Killed
+    with monkeypatch.context() as patched:
+        patched.setattr('data.tokenfile.TokenFileWriter._publish', publish)
+        with pytest.raises(Killed):
+            own_text.main(['--output', str(tmp_path / 'set'), *words])
+    for name in os.listdir(tmp_path):
+        if name.endswith('.bin'):
+            os.rename(tmp_path / name, tmp_path / 'set' / f'{name}.tmp')
+    own_text.main(['--output', str(tmp_path / 'set'), *words, '--dedup'])
+    assert contents(tmp_path / 'set') == contents(tmp_path / 'fresh')
+
+
+def test_a_part_is_copied_where_it_cannot_be_linked_and_fsync_fails_aloud(tmp_path, monkeypatch):
+    part = tmp_path / 'part.bin'
+    part.write_bytes(np.arange(10, dtype='<u2').tobytes())
+
+    def written(folder):
+        with TokenFileWriter(str(folder), vocab_size=20, eot_id=None, tokenizer={'kind': 'none'}, split='all', sharded=True) as writer:
+            writer.adopt(writer.place('train', 10, [10]), str(part), 9)
+            assert writer.place('train', 0, [0, 0]) is None  # documents without ids
+            writer.append('val', np.arange(3, dtype=writer.dtype), [3])
+        return (folder / 'train_000000.bin').read_bytes(), read_meta(str(folder))
+    whole, meta = written(tmp_path / 'linked')
+    assert whole == part.read_bytes() and meta['documents'] == {'train': 3, 'val': 1} and meta['tokens'] == {'train': 10, 'val': 3} and meta['max_id'] == {'train': 9, 'val': 2}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'link', lambda *names: (_ for _ in ()).throw(OSError(errno.EPERM, 'no links')))
+        assert written(tmp_path / 'copied') == (whole, meta)
+    fsync = os.fsync
+
+    def fails(descriptor):
+        if os.readlink(f'/proc/self/fd/{descriptor}').endswith('part.bin'):
+            raise OSError(errno.EIO, 'the disk')
+        fsync(descriptor)
+    monkeypatch.setattr(os, 'fsync', fails)
+    with pytest.raises(OSError, match='the disk'):
+        written(tmp_path / 'failed')
+    assert part.stat().st_size == 20 and not list((tmp_path / 'failed').iterdir())

@@ -14,9 +14,8 @@ data set is one of data/ by its name. What is there already is verified and not 
 it was interrupted.
 Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used, 130 Ctrl-C.
 """
-from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
-import argparse
 import json
 import os
 import re
@@ -35,7 +34,7 @@ TRIES = 4
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows")
     parser.add_argument('action', nargs='*', help='view STEP, compare STEP STEP, or status; none: the list')
     parser.add_argument('--verify', choices=('full', 'size'), default='full', help='every byte (default), or only the sizes')

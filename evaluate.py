@@ -12,9 +12,8 @@ evaluation_STEP.json in the folder of the run, which `python plots/compare_evalu
     python export.py --out_dir=out-demo --to=hf-demo
     lm_eval run --model hf --model_args pretrained=hf-demo --tasks=lambada_openai,winogrande
 """
-from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
-import argparse
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from sample import ROOT, add_model_arguments, ids_of, load
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument('--dataset', help='a folder of data/; default: that of the run')
     parser.add_argument('--split', choices=('train', 'val'), default='val')

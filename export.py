@@ -7,9 +7,8 @@ Writes a trained model as a Hugging Face folder, which transformers, vLLM and lm
 The folder gets config.json, safetensors files, the tokenizer of the run's data set and a model card with the facts of the training. Afterwards the
 weights are read back: if transformers is installed it must compute the same logits from them as this project does.
 """
-from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
-import argparse
 import contextlib
 import json
 import os
@@ -32,7 +31,7 @@ from sample import build, load_state, tokenizer_of_run
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('--out_dir', default='out', help='folder of a run')
     parser.add_argument('--step', type=int, help='step of the checkpoint; default: the best validation loss')
     parser.add_argument('--to', required=True, help='folder to write')

@@ -10,9 +10,8 @@ Writes text with a trained model.
 Text goes through the tokenizer of the run's data set. With `--hf`, a Hugging Face folder or hub id, through its own.
 All samples of all prompts are written at once; the first is shown while it grows.
 """
-from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
-import argparse
 import os
 import sys
 
@@ -159,7 +158,7 @@ def load(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument('--start', action='append', help='prompt, or FILE:name of a file that holds it; may be given many times')
     parser.add_argument('--num_samples', type=int, default=3, help='of each prompt')

@@ -1,5 +1,5 @@
 """What every prepare.py does around its own work: its options, the closing lines, and how a user's error ends it."""
-from engine.command_line import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
 import argparse
 import os
@@ -22,7 +22,7 @@ typed again. Many machines take a share each, --shard 1/3, 2/3, 3/3, and one of 
 
 def argument_parser(docstring, folder):
     """An ArgumentParser with --output, which is `folder` unless given. The docstring of the script is its help."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=docstring)
     parser.add_argument('--output', default=folder, metavar='FOLDER', help='where the data set goes, default: the folder of this script')
     return parser
 

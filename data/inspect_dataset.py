@@ -15,9 +15,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
     sys.path[0] = ROOT  # where data and engine are
 
-from engine.command_line import run_command  # noqa: E402, F401 (first: until main() takes over, a Ctrl-C ends the process quietly)
+from engine.command_line import ArgumentParser, run_command  # noqa: E402, F401 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
-import argparse  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -32,7 +31,7 @@ MOST = 2**21  # ids that are told apart
 
 def main(argv=None):
     """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong. Returns what was found, a dict."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('dataset', help='a folder of data/, or a path')
     parser.add_argument('--split', default='train', choices=('train', 'val'))
     parser.add_argument('--at', type=int, default=0, metavar='N', help='the token from which text is shown, negative: from the end')

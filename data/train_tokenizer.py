@@ -18,15 +18,15 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
-    sys.path[0] = ROOT  # not this folder, where inspect.py hides a module of Python's own
+    sys.path[0] = ROOT  # where data and engine are
 
 from data import command, documents  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
-import argparse  # noqa: E402
 import errno  # noqa: E402
 import json  # noqa: E402
 
 from data.tokenizer import EOT, HuggingFaceTokenizer, load_tokenizer  # noqa: E402
+from engine.command_line import ArgumentParser  # noqa: E402
 
 GPT2, LLAMA3 = 'gpt2', 'llama3'
 PATTERNS = {GPT2: None, LLAMA3: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
@@ -34,7 +34,7 @@ PATTERNS = {GPT2: None, LLAMA3: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]
 
 def main(argv=None):
     """Train and write; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('--input', nargs='+', required=True, metavar='PATH', help='files, folders, patterns or URLs')
     parser.add_argument('--output', required=True, metavar='FOLDER', help='of the tokenizer')
     parser.add_argument('--kind', default='bpe', choices=('bpe', 'unigram', 'sp_bpe'))

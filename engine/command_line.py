@@ -13,7 +13,7 @@ import sys
 import threading
 
 from engine import __version__
-from engine.configurator import ConfigError, resolve
+from engine.configurator import ConfigError, nearest, resolve
 from engine.files import redact
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -62,6 +62,20 @@ def run_command(work, argv=None, tell=None, interrupted='interrupted'):
             raise
         tell(sentence)
         return 2
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """That of argparse, without abbreviations, whose errors are one sentence that names the nearest option."""
+
+    def __init__(self, **options):
+        super().__init__(**{'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False, **options})
+
+    def error(self, message):
+        if match := re.match(r'unrecognized arguments: (--[^\s=]+)', message):
+            known = [word for action in self._actions for word in action.option_strings if word.startswith('--')]
+            message = f'unknown option {match[1]}{nearest(match[1], known)}; `--help` lists all'
+        print(f'error: {redact(message)}', file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def resolve_early(schema, argv, aliases):

@@ -8,7 +8,6 @@ Say what this machine has for training, what it lacks, and what to type about it
 Exit code 0, or 1 where something keeps runs from starting.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -19,7 +18,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from engine import __version__
-from engine.command_line import ROOT, run_command
+from engine.command_line import ROOT, ArgumentParser, run_command
 
 PACKAGES = {  # name: (what it is for, how it is installed, whether training needs it)
     'torch': ('tensors and kernels', 'pip install -r requirements.txt', True),
@@ -185,11 +184,9 @@ def bucket(url):
 
 def main(argv=None):
     """Print the findings; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog='start.py doctor',
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument('--url', help='a place for uploads, which is written to and read from')
     parser.add_argument('--json', action='store_true', help='print JSON')

@@ -9,9 +9,8 @@ import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+from engine.command_line import ArgumentParser, run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -118,7 +117,7 @@ def table(models):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Draw what evaluate.py found for checkpoints, runs and models.')
+    parser = ArgumentParser(description='Draw what evaluate.py found for checkpoints, runs and models.')
     parser.add_argument('path', nargs='+', help='a folder with evaluation*.json, or one such file')
     parser.add_argument('--output', type=Path, default=Path('evaluations.png'), metavar='FILE', help='default: evaluations.png in this folder')
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)

@@ -7,9 +7,8 @@ import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.command_line import run_command, whole  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+from engine.command_line import ArgumentParser, run_command, whole  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -147,7 +146,7 @@ def known(value, form):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Draw runs over each other and print a table of their results.')
+    parser = ArgumentParser(description='Draw runs over each other and print a table of their results.')
     parser.add_argument('path', nargs='+', help='one run each: an out_dir, a run_*.jsonl or a run_*.json')
     parser.add_argument('--x', choices=('iters', 'tokens', 'time'), default='iters', help='what the curves are drawn over (default: iters)')
     parser.add_argument('--output', type=Path, default=Path('compare.png'), metavar='FILE', help='default: compare.png in this folder')

@@ -11,9 +11,8 @@ import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.command_line import run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+from engine.command_line import ArgumentParser, run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
 
-import argparse
 import webbrowser
 from pathlib import Path
 
@@ -348,7 +347,7 @@ def save(figure, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Draw one run from its log.')
+    parser = ArgumentParser(description='Draw one run from its log.')
     parser.add_argument('path', nargs='+', help='out_dir, run_*.jsonl or run_*.json; several belong to one run and are joined')
     parser.add_argument('--output', type=Path, metavar='FILE', help='where to save the picture (default: beside the newest log)')
     parser.add_argument('--show', action='store_true', help='open the picture, in the browser or what opens such files')

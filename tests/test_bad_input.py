@@ -159,3 +159,15 @@ def test_a_layout_that_one_process_has_no_use_for_is_announced(dataset, tmp_path
                                '--fsdp_activation_checkpointing=True')
     assert code == 0 and 'continuing at iter 8' in output and 'fsdp_min_num_params=100000 has no meaning here' in output, output
     assert 'backward computes all of each block again' in output
+
+
+@pytest.mark.parametrize('script, words, message', [
+    ('sample.py', ['--num_sample=3'], "unknown option --num_sample, did you mean '--num_samples'?"),
+    ('sample.py', ['--temp', '0'], 'unknown option --temp'),  # no abbreviations: what is added later must not change their meaning
+    ('export.py', ['--to=x', '--stpe=3'], "unknown option --stpe, did you mean '--step'?"),
+    ('checkpoints.py', ['out', '--copyto=s3://KEY:SECRET@bucket/x'], "unknown option --copyto, did you mean '--copy_to'?"),
+    ('checkpoints.py', ['out', '--verify=s3://KEY:SECRET@bucket/x'], 'invalid choice'),
+    ('plots/compare_runs.py', ['a', '--lables=x'], "did you mean '--labels'?")])
+def test_options_of_the_other_commands(script, words, message):
+    code, output = run_process(script, *words)
+    assert code == 2 and message in output and output.startswith('error: ') and output.count('\n') == 1 and 'SECRET' not in output, output

@@ -1,4 +1,5 @@
 """Every command in README.md and TRAINING_GUIDE.md runs, shrunk, in the order in which a user types them."""
+import importlib.util
 import json
 import os
 import re
@@ -36,7 +37,7 @@ def shrink(command):
         return command.replace('--nproc_per_node=8', '--nproc_per_node=2') + ' --device=cpu' * ('evaluate.py' in command)
     if 'allreduce.py' in command:
         return command.replace('--nproc_per_node=8', '--nproc_per_node=4').replace('--largest=16', '--largest=1')
-    if 'train.py' not in command or '--help' in command:
+    if 'train.py' not in command or '--help' in command or '--dry_run' in command:
         return command
     extra = SHRUNK
     if '--init_from=resume' in command:  # the shape comes from the checkpoint
@@ -128,14 +129,14 @@ def test_commands_run(document, project):
 def test_files_and_keys_that_the_documents_name_exist():
     from train import ALIASES, Config
     known = {*Config.__dataclass_fields__, *ALIASES}
-    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args', 'limit', 'shard', 'merge', 'max_broken', 'dedup', 'num_proc', 'val_fraction', 'at', 'vocab_size', 'only', 'recipes', 'copy_to', 'sharded', 'no'}
-    for document in ('README.md', 'TRAINING_GUIDE.md'):
+    other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args', 'limit', 'shard', 'merge', 'max_broken', 'dedup', 'num_proc', 'val_fraction', 'at', 'vocab_size', 'only', 'recipes', 'copy_to', 'sharded', 'no', 'url', 'max-restarts'}
+    for document in ('README.md', 'TRAINING_GUIDE.md', 'docs/guarantees.md', 'docs/from_nanogpt.md', 'docs/scaling.md'):
         with open(os.path.join(ROOT, document)) as f:
             text = f.read()
         assert set(re.findall(r'--(\w+)', text)) <= known | other_commands
         for path in re.findall(r'\]\(([\w./-]+)\)|`((?:config|tests|engine|bench|data|plots)/[\w./-]+\.\w+)`', text):
             path = path[0] or path[1]
-            assert os.path.exists(os.path.join(ROOT, path)), path
+            assert os.path.exists(os.path.join(ROOT, os.path.dirname(document) if path.startswith('.') or '/' not in path and document.startswith('docs') else '', path)), path
         for test in re.findall(r'`(test_\w+\.py)`', text):
             assert os.path.exists(os.path.join(ROOT, 'tests', test))
         for key in re.findall(r'`([a-z_]\w*)=\w+`', text):
@@ -148,3 +149,18 @@ def test_every_recipe_says_how_to_start_it():
             with open(os.path.join(ROOT, 'config', name)) as f:
                 head = f.read().split('\n\n')[0]
             assert f'train.py config/{name}' in head and 'Memory' in head and ('Batch' in head or 'batches of' in head) and ('Expect' in head or 'eval' in name), name
+
+
+def test_the_guides_python_reads_a_log(project, dataset, tmp_path):
+    """The snippets run as they stand, beside a run of that name."""
+    from conftest import run_train
+    assert run_train(dataset, tmp_path / 'out-llama-1.36b', '--max_iters=6', '--eval_interval=3') == 0
+    with open(os.path.join(ROOT, 'TRAINING_GUIDE.md')) as f:
+        snippets = re.findall(r'```python\n(.*?)```', f.read(), re.DOTALL)
+    assert len(snippets) == 2
+    pandas, plain = snippets
+    done = subprocess.run([sys.executable, '-c', plain + 'print(len(losses), len(speeds))'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[1] == '6 6', done.stderr
+    if importlib.util.find_spec('pandas'):
+        done = subprocess.run([sys.executable, '-c', pandas + 'print(iterations.shape)'], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip() == '(6, 4)', done.stderr

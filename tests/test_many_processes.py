@@ -345,7 +345,7 @@ def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layou
 @pytest.mark.slow
 def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
     """With stand-ins for srun, which starts the command once for each machine and hands TERM on, and for scontrol."""
-    for name, text in (('srun', 'for i in $(seq $SLURM_NNODES); do "$@" & pids="$pids $!"; done; trap \'kill -TERM $pids\' TERM; wait; wait\n'),
+    for name, text in (('srun', 'while [[ $1 == --* ]]; do shift; done; for i in $(seq $SLURM_NNODES); do "$@" & pids="$pids $!"; done; trap \'kill -TERM $pids\' TERM; wait; wait\n'),
                        ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n')):
         (tmp_path / name).write_text('#!/bin/bash\n' + text)
         (tmp_path / name).chmod(0o755)
@@ -353,8 +353,9 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
     def start(last):
         port = free_port()
         environment = {**os.environ, 'PATH': f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}", 'SLURM_NNODES': '2', 'SLURM_GPUS_ON_NODE': '1', 'SLURM_JOB_ID': '77',
-                       'SLURM_JOB_NODELIST': 'here', 'RDZV_PORT': str(port), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-        return subprocess.Popen(['bash', 'train.sbatch', f'--dataset={dataset}', f'--out_dir={tmp_path}/run', *TINY, f'--max_iters={last}', '--lr_decay_iters=20'], cwd=ROOT,
+                       'SLURM_JOB_NODELIST': 'here', 'RDZV_PORT': str(port), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1',
+                       'STAGE_FROM': dataset, 'STAGE_TO': f'{tmp_path}/local/tiny'}
+        return subprocess.Popen(['bash', 'train.sbatch', f'--dataset={tmp_path}/local/tiny', f'--out_dir={tmp_path}/run', *TINY, f'--max_iters={last}', '--lr_decay_iters=20'], cwd=ROOT,
                                 env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     output, told, job = '', False, start(100000)
     try:

@@ -1,17 +1,13 @@
 """What a person sees of a run: no line wraps, nothing is silent, the end says what to type next."""
-import io
-import os
 import re
 import subprocess
-import sys
-import time
 
 import pytest
 from conftest import ROOT, TINY, records, run_process, run_train
 
 from engine import terminal
 from engine.report import grouped
-from engine.terminal import Terminal, Work, duration, progress_line, short
+from engine.terminal import Terminal, duration, progress_line, short
 
 
 @pytest.mark.parametrize('width', [40, 60, 79, 120])

@@ -483,7 +483,9 @@ def run(c, given, stop, terminal):
     token_flops = model.flops()
     gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
     startup = startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction)
-    header = {'config': resume.config_record(c), 'startup_info': startup,
+    mfu_constants = {key: value for key, value in flops.utilisation(token_flops, 1.0, device_name=gpu_name, dtype=dtype, num_devices=world.size,
+                                                                    architecture=shape.describe()).items() if key not in flops.VARIES}
+    header = {'config': resume.config_record(c), 'startup_info': startup, 'mfu_constants': mfu_constants,
               'metadata': {key: getattr(c, key) for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')} | {'world_size': world.size, 'version': __version__}}
     evaluated = checkpoint.read_evaluation(resumed['path']) if resumed and not nanogpt and not new_validation else None
     evaluated = evaluated if evaluated and evaluated.get('data') == windows else None
@@ -713,7 +715,7 @@ def run(c, given, stop, terminal):
             worst = {key: max(values) for key, values in table.items()}
             seconds = (time.perf_counter() - interval_start) / interval_steps
             rate = tokens_per_step / seconds
-            mfu = -100.0 if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
+            mfu = None if warming_up else flops.utilisation(token_flops, rate, device_name=gpu_name, dtype=dtype, num_devices=world.size,
                                                               architecture=shape.describe())
             gradients = {'global_norm': grad_norm.item(), **{key: value.item() for key, value in statistics.items()}}
             bad = guard.counts()
@@ -721,10 +723,10 @@ def run(c, given, stop, terminal):
             shares = bool(k) and (step in (start_step + 1, c.max_iters) or step // k > (step - interval_steps) // k)
             log.event('iter', iter=step, loss=loss_value, lr=lr, tokens_seen=tokens, time_ms=1000 * seconds, tokens_per_sec=rate,
                       data_wait_ms=1000 * worst['data_wait_s'], comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None, **stragglers.of(table, seconds), wall_s=log.wall_s(),
-                      mfu=mfu, memory={key: worst[key] for key in used}, gradients=gradients,
+                      mfu=mfu and {key: mfu[key] for key in flops.VARIES}, memory={key: worst[key] for key in used}, gradients=gradients,
                       skipped={'bad': bad['bad'], 'spikes': bad['spikes']}, **({} if routing is None else {'moe': (moe := model.routing_report(routing, tokens_per_step, shares))}))
             left = (time.monotonic() - timed[1]) / (step - timed[0]) * (c.max_iters - step) if step > timed[0] else None
-            log.say(progress_line(step, c.max_iters, loss_value, lr, gradients['global_norm'], rate, mfu['mfu_percent'] if isinstance(mfu, dict) and mfu['mfu'] is not None else None, left,
+            log.say(progress_line(step, c.max_iters, loss_value, lr, gradients['global_norm'], rate, mfu and mfu['mfu_percent'], left,
                                   [] if routing is None else [f"load {moe['load_score']:.0f}"], terminal.width()))
             for key, what in (('bad', 'loss or gradient not finite'), ('spikes', f'gradient norm above {c.spike_factor:g} times its median')):
                 if bad[key] > bad_before[key]:

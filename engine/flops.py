@@ -60,6 +60,9 @@ def per_token(weights, *, n_layer, width, seen):
     return TokenFlops(n_layer, 6 * weights['attention'] + scores, 6 * weights['ffn'], 6 * weights['head'], scores)
 
 
+VARIES = ('mfu', 'mfu_percent', 'mfu_causal', 'flops_achieved', 'tokens_per_sec', 'achieved_tflops')  # from iteration to iteration
+
+
 def utilisation(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
     """The `mfu` object of the log: achieved FLOP/s of all devices over their summed peak; null where no peak is known."""
     peak = peak_flops(device_name, dtype)

@@ -85,7 +85,8 @@ class RunLog:
         self.size = os.path.getsize(f'{self.path}.jsonl')  # bytes that were appended, in all
         self.json_due = 2 * self.size
         if goes_on:
-            self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'])
+            self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'],
+                       mfu_constants=header.get('mfu_constants'))
         else:
             self._append(finite({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header}))
 
@@ -278,6 +279,6 @@ def scalars(kind, record):
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[prefix] = value
     for key, value in record.items():
-        if key not in ('type', 'timestamp') and not (key == 'mfu' and not isinstance(value, dict)):
+        if key not in ('type', 'timestamp', 'iter') and not (key == 'mfu' and not isinstance(value, dict)):
             walk(f"{'train' if kind == 'iter' else 'eval'}/{key}", value)
     return flat

@@ -82,6 +82,13 @@ def finite(value):
     return value
 
 
+def _with_mfu(text, mfu, constants):
+    """Return the JSON of an iteration as readers of the .json know it: its `mfu` with the `constants` of the run, -100.0 while warming up."""
+    if mfu is None:
+        return text.replace('"mfu": null', '"mfu": -100.0', 1)
+    return text.replace('"mfu": {', f'"mfu": {{{constants}', 1)
+
+
 class Summary:
     """The `summary` of a run: add() takes its records in their order, as_dict() gives the result."""
 
@@ -185,12 +192,14 @@ def write_json(path, target, top):
     folder = os.path.dirname(os.path.abspath(target))
     with replacing(target, 'w') as f, tempfile.TemporaryFile('w+', encoding='utf-8', dir=folder) as progress:
         f.write(json.dumps(finite(top))[:-1] + (', ' if top else '') + '"training_iterations": [')
-        comma = ''
+        comma = constants = ''
         for line, record in _lines(path):
             summary.add(record)
             kind = record.pop('type')
+            if isinstance(stated := record.get('mfu_constants'), dict):  # of the header, and of each resume
+                constants = json.dumps(finite(stated))[1:-1] + ', '
             if kind == 'iter':
-                f.write(comma + _without_type(line, record))
+                f.write(comma + _with_mfu(_without_type(line, record), record['mfu'], constants))
                 progress.write(comma + json.dumps(finite(_progress(record))))
                 comma = ', '
             elif kind == 'eval':

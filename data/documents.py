@@ -1,6 +1,6 @@
 """Documents out of files, on this machine or anywhere that fsspec reaches, a stretch at a time.
 
-    .txt                                          one document, UTF-8; every kind of line end reads as a newline
+    .txt, .md                                     one document, UTF-8; every kind of line end reads as a newline
     .jsonl, .json, and either as .gz or .zst      a JSON object on each line, in UTF-8; its `text_field` is a document
     .parquet                                      a row is a document, in the column `text_field`, of text or of bytes in UTF-8
     .npz                                          token ids in the array `input_ids`, a row of them is a document, without its padding
@@ -35,8 +35,9 @@ LINE_BYTES = 2**20  # how far beyond that a piece of a .txt reaches for its line
 UNIT_BYTES = 4 * 2**20  # of a .jsonl, and of row groups
 
 JSON_ENDINGS = tuple(f'{name}{packed}' for packed in ('', '.gz', '.zst') for name in ('.jsonl', '.json'))
-ENDINGS = ('.txt', *JSON_ENDINGS, '.parquet', '.npz')
-FOLDER_ENDINGS = tuple(ending for ending in ENDINGS if ending not in ('.json', '.npz'))  # in a folder these are more often something else
+TEXT_ENDINGS = ('.txt', '.md')
+ENDINGS = (*TEXT_ENDINGS, *JSON_ENDINGS, '.parquet', '.npz')
+FOLDER_ENDINGS = tuple(ending for ending in ENDINGS if ending not in ('.json', '.npz', '.md'))  # in a folder these are more often something else
 SPLITS = {'train': 'train', 'validation': 'val', 'val': 'val', 'valid': 'val', 'dev': 'val', 'test': None}  # how publishers name them; test is left out
 TOKENS = 'input_ids'
 
@@ -157,7 +158,8 @@ def _wanted(name, endings):
 
 
 def _nothing(given, endings):
-    raise ValueError(f'--input {given}: this folder holds no {", ".join(endings[:-1])}{" or " if len(endings) > 1 else ""}{endings[-1]} file')
+    raise ValueError(f'--input {given}: this folder holds no {", ".join(endings[:-1])}{" or " if len(endings) > 1 else ""}{endings[-1]} file; '
+                     f"Markdown and .json are taken from patterns: --input '{given.rstrip('/')}/**/*.md'")
 
 
 def published_split(path, given):
@@ -190,7 +192,7 @@ def _of_each(files, what):
 
 def joined(first, second):
     """One unit for two that follow each other in a file, or None where they do not, or each is a document of its own."""
-    if not first.end or first.path.lower().endswith('.txt') or (first.path, first.split, first.end) != (second.path, second.split, second.begin):
+    if not first.end or first.path.lower().endswith(TEXT_ENDINGS) or (first.path, first.split, first.end) != (second.path, second.split, second.begin):
         return None
     return first._replace(end=second.end, size=first.size + second.size, last=second.last)
 
@@ -199,7 +201,7 @@ def units_of(path, split=None, txt_val_fraction=None):
     """The units of a file, in order. txt_val_fraction: the share of a .txt that goes to val, its end, cut at a line end where one is near; None: a
     .txt is one document like others. Raises ValueError for a file in UTF-16 or UTF-32, and for JSON that is not an object on each line."""
     lower, size = path.lower(), size_of(path)
-    if lower.endswith('.txt'):
+    if lower.endswith(TEXT_ENDINGS):
         with opened(path) as f:
             _check_encoding(f.read(4), path)
             f.seek(0)
@@ -301,7 +303,7 @@ def read(unit, text_field='text'):
     """The Rows of a unit. Raises ValueError for a file that is damaged, not UTF-8, or without the column."""
     lower = unit.path.lower()
     with opened(unit.path) as f:
-        if lower.endswith('.txt'):
+        if lower.endswith(TEXT_ENDINGS):
             yield Row(_text(f, unit), None, unit.size)
         elif lower.endswith('.parquet'):
             yield from _parquet_rows(f, unit, text_field)

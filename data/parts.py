@@ -193,7 +193,7 @@ def _ids(unit, content, tokenizer, dtype):
 
 def _key(unit, content):
     """16 bytes that tell documents apart; zeros for ids and for pieces."""
-    if isinstance(content, np.ndarray) or not unit.last or unit.begin and unit.path.lower().endswith('.txt'):
+    if isinstance(content, np.ndarray) or not unit.last or unit.begin and unit.path.lower().endswith(documents.TEXT_ENDINGS):
         return bytes(16)
     return hashlib.blake2b(content.encode('utf-8', 'replace'), digest_size=16).digest()
 

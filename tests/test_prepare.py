@@ -179,6 +179,21 @@ def test_own_text_txt_is_cut_at_a_line_end_and_closed(tmp_path):
     assert '0.1 of each .txt' in meta['split'] and meta['eot_id'] == 256
 
 
+def test_markdown_is_text_where_it_is_named(tmp_path):
+    """In a folder it is more often about the data than the data."""
+    (tmp_path / 'notes').mkdir()
+    for name, text in (('a.md', '# A title\n' * 30), ('b.txt', 'some lines\n' * 30)):
+        (tmp_path / 'notes' / name).write_text(text)
+    prepare(tmp_path / 'folder', tmp_path / 'notes', tokenizer='bytes')
+    prepare(tmp_path / 'pattern', tmp_path / 'notes' / '*', tokenizer='bytes')
+    assert b'title' not in bytes(read_ids(tmp_path / 'folder', 'train')[:-1])
+    read = bytes(id for id in read_ids(tmp_path / 'pattern', 'train') if id < 256)
+    assert read.count(b'# A title\n') == 28 and read.count(b'some lines\n') == 28
+    os.remove(tmp_path / 'notes' / 'b.txt')
+    with pytest.raises(ValueError, match="holds no .txt, .*; Markdown and .json are taken from patterns: --input '.*notes/[*][*]/[*].md'"):
+        prepare(tmp_path / 'none', tmp_path / 'notes', tokenizer='bytes')
+
+
 def test_own_text_without_line_ends_is_cut_between_characters(tmp_path):
     text = '日本語' * 1000
     for size in (3000, 2990, 2995):  # the cut falls on the 1st, 3rd and 2nd byte of a character

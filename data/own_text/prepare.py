@@ -1,5 +1,5 @@
 """
-Text of your own as a data set: .txt, .jsonl, .json with an object on each line (both also .gz and .zst) and .parquet files.
+Text of your own as a data set: .txt, .md, .jsonl, .json with an object on each line (both also .gz and .zst) and .parquet files.
 
     python data/own_text/prepare.py --input book.txt --tokenizer char
     python data/own_text/prepare.py --input corpus/ 'more/*.jsonl' --tokenizer gpt2 --output data/mybooks

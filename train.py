@@ -57,6 +57,8 @@ class Config:
     wandb_log: bool = False  # Send the log to Weights & Biases too.
     wandb_project: str = 'onetrain'  # Project on Weights & Biases.
     wandb_run_name: str = 'run'  # Name of the run on Weights & Biases.
+    trackio_log: bool = False
+    # Keep the log for trackio's dashboard on this machine, under wandb_project and wandb_run_name.
     tensorboard_log: bool = False  # Write TensorBoard events to out_dir/tensorboard.
     dry_run: bool = False
     # Print the report, the predicted memory and where each value comes from, then exit; no data
@@ -496,6 +498,8 @@ def run(c, given, stop, terminal):
     if world.main and not c.eval_only:
         if c.wandb_log:
             log.to_wandb(c.wandb_project, c.wandb_run_name)
+        if c.trackio_log:
+            log.to_trackio(c.wandb_project, c.wandb_run_name)
         if c.tensorboard_log:
             log.to_tensorboard()
     if resumed and not nanogpt and not log.has_checkpoint(start_step):

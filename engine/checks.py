@@ -48,7 +48,7 @@ def refuse_impossible(c):
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
     if not 0 <= c.seed < 2**63:
         raise ConfigError(f'seed={c.seed} must be at least 0 and below 2**63')
-    for key, package in (('wandb_log', 'wandb'), ('tensorboard_log', 'tensorboard')):
+    for key, package in (('wandb_log', 'wandb'), ('trackio_log', 'trackio'), ('tensorboard_log', 'tensorboard')):
         if getattr(c, key) and package not in sys.modules and importlib.util.find_spec(package) is None:
             raise ConfigError(f'{key}=True needs the package {package}: pip install {package}, or leave it out')
 

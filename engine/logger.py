@@ -5,7 +5,7 @@
                                         .jsonl has doubled, and at the end (engine/run_json.py)
     out_dir/run_YYYYMMDD_HHMMSS.log     the console text
 
-and, where asked for, Weights & Biases and TensorBoard. Nothing that is written is held in memory: a record costs the same
+and, where asked for, Weights & Biases, trackio and TensorBoard. Nothing that is written is held in memory: a record costs the same
 whether it is the tenth or the millionth. A resumed run cuts its .jsonl behind the step it resumed from, so that curves never
 fork. A number that is not finite is written as null: JSON has no NaN.
 """
@@ -231,6 +231,13 @@ class RunLog:
         import wandb
         run = wandb.init(project=project, name=name, id=self.run['run_name'], resume='allow', config=self.run['config'],
                          dir=os.path.dirname(self.path))
+        self.sinks.append(lambda kind, record: run.finish() if kind == 'close' else run.log(scalars(kind, record), step=record['iter'])
+                          if kind in ('iter', 'eval') else None)
+
+    def to_trackio(self, project, name):
+        """Keep records for trackio's dashboard on this machine as well (the package `trackio`, which needs no account)."""
+        import trackio
+        run = trackio.init(project=project, name=f"{name}-{self.run['run_name']}", resume='allow', config=finite(self.run['config']))
         self.sinks.append(lambda kind, record: run.finish() if kind == 'close' else run.log(scalars(kind, record), step=record['iter'])
                           if kind in ('iter', 'eval') else None)
 

@@ -152,15 +152,16 @@ def test_dashboards_get_flat_numbers():
     assert scalars('iter', record) == {'train/loss': 1.0, 'train/memory/allocated_gb': 2.0}
 
 
-def test_wandb_receives_the_records(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize('package', ['wandb', 'trackio'])
+def test_dashboards_receive_the_records(train, tmp_path, monkeypatch, package):
     """Through a module that stands in for the package, which is optional."""
     import sys
     import types
     logged = []
-    fake = types.ModuleType('wandb')
+    fake = types.ModuleType(package)
     fake.init = lambda **options: types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append('finished'))
-    monkeypatch.setitem(sys.modules, 'wandb', fake)
-    assert train(tmp_path, '--max_iters=3', '--eval_interval=3', '--wandb_log=True') == 0
+    monkeypatch.setitem(sys.modules, package, fake)
+    assert train(tmp_path, '--max_iters=3', '--eval_interval=3', f'--{package}_log=True') == 0
     assert [entry[0] for entry in logged[:-1]] == [0, 1, 2, 3, 3] and logged[-1] == 'finished'
     assert logged[1][1]['train/loss'] == losses(tmp_path)[1] and 'eval/val_loss' in logged[0][1]
 

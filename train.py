@@ -356,7 +356,7 @@ def run(c, given, stop, terminal):
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     if resumed:
         parallel.from_main(lambda: tokenizer_match.check_resumed(resumed, data_folder, meta, c.dataset, notes), world)
-    weights = f"{'nanoGPT' if nanogpt else 'a'} checkpoint, continuing at iter {start_step}" if resumed else f'drawn with seed {c.seed}'
+    weights = f"{'nanoGPT' if nanogpt else 'a'} checkpoint, continuing at iter {start_step}" if resumed else f'initialized with seed {c.seed}'
     if hf_folder:
         match = parallel.from_main(lambda: tokenizer_match.check_weights(hf_folder, data_folder, c.dataset), world)
         weights = f'{c.init_from}, {huggingface.count_tensors(hf_folder):,} tensors; {match}'
@@ -504,7 +504,7 @@ def run(c, given, stop, terminal):
             log.to_tensorboard()
     if resumed and not nanogpt and not log.has_checkpoint(start_step):
         log.event('checkpoint', iter=start_step, val_loss=None, path=resumed['path'], timestamp=now(), stall_ms=None, total_ms=None)
-    for line in report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes):
+    for line in report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes, terminal.columns()):
         log.say(line)
 
     agreement, stragglers = parallel.Agreement(world), Stragglers(world, log.say)
@@ -754,7 +754,7 @@ def run(c, given, stop, terminal):
     if failed_save:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and step > start_step:
-        for line in ending_lines(c, run_name, log.end(), prediction, memory_gb(device)['max_allocated_gb'] - before):
+        for line in ending_lines(c, run_name, log.end(), prediction, memory_gb(device)['max_allocated_gb'] - before, terminal.columns()):
             log.say(line)
     log.end()
     copied = True
@@ -868,14 +868,15 @@ def dry_run(c, given):
     if assumed:
         startup['hardware']['assumed'] = f'{world.size} x a GPU, assumed'
     sequences = c.batch_size * accumulation * world.data_size
-    weights = f"checkpoint of iteration {resumed['step']}" if resumed else c.init_from if hf_folder else f'drawn with seed {c.seed}'
+    weights = f"checkpoint of iteration {resumed['step']}" if resumed else c.init_from if hf_folder else f'initialized with seed {c.seed}'
     order = order_of(train_file, c.block_size, c.seed) if tokens else None
     if world.main:
         loaders = c.dataloader_num_workers if c.use_dataloader else 0
-        print('\n'.join(report(resolved, startup, meta, order, world, sequences, loaders, 'dry run', weights, notes + told)))
+        columns = Terminal().columns()
+        print('\n'.join(report(resolved, startup, meta, order, world, sequences, loaders, 'dry run', weights, notes + told, columns)))
         if problem:
             print(f'WARNING: {problem}')
-        print('\n'.join(origins(before, resolved, given, 'checkpoint' if resumed else c.init_from, vocabulary)))
+        print('\n'.join(origins(before, resolved, given, 'checkpoint' if resumed else c.init_from, vocabulary, columns)))
     return 0
 
 

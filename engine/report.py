@@ -171,11 +171,12 @@ def grouped(title, phrases, width=100):
     return [("" if number else f"{title}:").ljust(13) + line for number, line in enumerate(lines)]
 
 
-def report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes):
+def report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes, columns=None):
     """Return the lines that say what will run, in groups, with every fallback at the end.
 
-    run_name: None for a run that writes nothing; weights: where they come from, in words.
+    run_name: None for a run that writes nothing; weights: where they come from, in words; columns: those of the terminal, None where there is none.
     """
+    width = min(100, columns or 100)
     paths, slow_path = None, None
     if startup['hardware']['gpu_name'] and world.here > 1 and world.main:
         paths, slow_path = topology.describe(topology.read(world.here))
@@ -198,13 +199,18 @@ def report(c, startup, meta, order, world, sequences_per_step, loader_workers, r
     where = f'{run_name} in {c.out_dir}' if run_name else f'evaluation of {c.out_dir}' if c.init_from == 'resume' else 'evaluation'
     return [
         f'onetrain {__version__}: {where}',
-        *(line for title, phrases in groups.items() for line in grouped(title, phrases)),
-        *(note if note.startswith('WARNING') else f'Note: {note}'
-          for note in sorted([*notes, *([slow_path] if slow_path else [])], key=lambda note: note.startswith('WARNING'))),
+        *(line for title, phrases in groups.items() for line in grouped(title, phrases, width)),
+        *(line for note in sorted([*notes, *([slow_path] if slow_path else [])], key=lambda note: note.startswith('WARNING'))
+          for line in fit(note if note.startswith('WARNING') else f'Note: {note}', columns and width)),
     ]
 
 
-def origins(before, c, given, start, vocabulary):
+def fit(text, columns):
+    """Return `text` in lines of at most `columns`; in one, which can be searched for, where there is no terminal (None)."""
+    return [text] if columns is None else textwrap.wrap(text, columns, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+
+
+def origins(before, c, given, start, vocabulary, columns=None):
     """Return lines that say where each value of a run comes from.
 
     before: the configuration as it was typed; c: as it is run; given: {key: file or 'command line'}; start: what the weights and
@@ -229,7 +235,7 @@ def origins(before, c, given, start, vocabulary):
     lines = ['Where each value comes from:']
     for source in sorted(found, key=lambda name: (name == 'default', name != 'command line', name)):
         lines.append(f'  {source}:')
-        lines += textwrap.wrap(', '.join(found[source]), 100, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+        lines += textwrap.wrap(', '.join(found[source]), min(100, columns or 100), initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
     return lines
 
 
@@ -240,28 +246,26 @@ def evaluation_line(step, losses, best_before=None):
     return f"---- iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}{scores}"
 
 
-def ending_lines(c, run_name, summary, prediction, memory_gb):
+def ending_lines(c, run_name, summary, prediction, memory_gb, columns=None):
     """Return what a finished run says at its end, and what can be typed next.
 
-    summary: that of the log, {} where there is none; memory_gb: taken since before the model was made.
+    summary: that of the log, {} where there is none; memory_gb: taken since before the model was made; columns: as for report().
     """
     if not summary.get('final_iter'):
         return []
-    speed = summary['median_tokens_per_sec']
-    mfu = summary['median_mfu']
+    speed, mfu, tokens = summary['median_tokens_per_sec'], summary['median_mfu'], summary['tokens_seen']
     final, best = summary['final_val_loss'], summary['best_val_loss']
-    lines = [f"Done:        {summary['final_iter']:,} iterations in {duration(summary['wall_s'] or 0)}"
-             + (f", {short(summary['tokens_seen'])} tokens" if summary['tokens_seen'] else '')
-             + (f', {short(speed)} tok/s' if speed else '') + (f', MFU {100 * mfu:.1f} %' if mfu else '')
-             + (' (medians)' if speed else '')]
+    groups = {'Done': [f"{summary['final_iter']:,} iterations in {duration(summary['wall_s'] or 0)}",
+                       *([f'{short(tokens)} tokens'] if tokens else []),
+                       *([f'{short(speed)} tok/s' + (f', MFU {100 * mfu:.1f} %' if mfu else '') + ' (median)'] if speed else [])]}
     if best is not None:
         path = checkpoint.path_of(c.out_dir, summary['best_val_iter'])
-        lies = f' ({path})' if os.path.isdir(path) else ''
-        ended = f'{final:.4f} at the end, ' if final is not None else ''
-        lines.append(f"Validation:  loss {ended}best {best:.4f} at iteration {summary['best_val_iter']:,}{lies}")
-    predicted = f', {prediction.total / 1e9:.2f} GB predicted for a step' if prediction else ''
-    lines.append(f'Memory:      {memory_gb:.2f} GB at most for the model and its training{predicted}')
-    lines.append(f'Run folder:  {c.out_dir}, log {run_name}.jsonl')
+        groups['Validation'] = [*([f'loss {final:.4f} at the end'] if final is not None else []),
+                                f"best {best:.4f} at iteration {summary['best_val_iter']:,}", *([path] if os.path.isdir(path) else [])]
+    groups['Memory'] = [f'{memory_gb:.2f} GB at most for the model and its training',
+                        *([f'{prediction.total / 1e9:.2f} GB predicted for a step'] if prediction else [])]
+    groups['Run folder'] = [c.out_dir, f'log {run_name}.jsonl']
+    lines = [line for title, phrases in groups.items() for line in grouped(title, phrases, min(100, columns or 100))]
     python = interpreter()
     return lines + [f'Next:        {python} sample.py --out_dir={c.out_dir}',
                     f'             {python} plots/plot_single_run.py {c.out_dir}',

@@ -123,9 +123,13 @@ class Terminal:
             self.thread.join()
         self.end_bar()
 
+    def columns(self):
+        """Return the columns of the terminal, None where the output is a file or a pipe."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
     def width(self):
         """Return the columns that a line of progress may take."""
-        return min(120, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
+        return min(120, self.columns() or WIDTH)
 
 
 def duration(seconds):

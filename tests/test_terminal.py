@@ -101,13 +101,13 @@ def test_start_and_end_of_a_run(dataset, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     start = lines[:lines.index(next(line for line in lines if line.startswith('----')))]
     assert start[0].startswith('onetrain ') and len([line for line in start if not line.startswith('Note')]) <= 15
-    assert [line for line in start if line.startswith('Weights:')] == ['Weights:     drawn with seed 1337']
+    assert [line for line in start if line.startswith('Weights:')] == ['Weights:     initialized with seed 1337']
     summary = records(tmp_path / 'a', 'end')[0]['summary']
     evaluations = records(tmp_path / 'a', 'eval')
     assert [r['iter'] for r in evaluations] == [0, 3, 6, 7]  # the final weights are evaluated
     assert summary['final_val_loss'] == evaluations[-1]['val_loss'] and summary['best_val_loss'] == min(r['val_loss'] for r in evaluations)
     assert sum('*best*' in line for line in lines) == sum(r['val_loss'] < min(e['val_loss'] for e in evaluations[:i]) for i, r in enumerate(evaluations) if i)
-    end = '\n'.join(lines[-7:])
+    end = '\n'.join(lines[next(i for i, line in enumerate(lines) if line.startswith('Done:')):])
     for words in ('Done:        7 iterations in ', '448 tokens', 'Validation:  loss ', f'Run folder:  {tmp_path}/a', ' sample.py --out_dir=', ' plots/plot_single_run.py ', ' export.py --out_dir='):
         assert words in end, end
     assert max(map(len, (line.replace(str(tmp_path), '') for line in lines if not line.startswith('Note')))) <= 100

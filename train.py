@@ -751,6 +751,8 @@ def run(c, given, stop, terminal):
     terminal.end_bar()
     if stop_code not in (0, stopping.NOT_FINITE):
         log.say(f'stopped at iter {step}; python train.py --out_dir={c.out_dir} --init_from=resume continues it' if step else 'stopped before the first iteration, nothing was saved')
+    if stop_code > 128 and 'TORCHELASTIC_RUN_ID' in os.environ:
+        log.say('torchrun now prints a traceback of its own, as after every signal: the run is saved')
     if failed_save:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and step > start_step:

@@ -21,10 +21,10 @@ from engine import __version__
 from engine.command_line import ROOT, ArgumentParser, run_command
 
 PACKAGES = {  # name: (what it is for, how it is installed, whether training needs it)
-    'torch': ('tensors and kernels', 'pip install -r requirements.txt', True),
-    'numpy': ('token files', 'pip install -r requirements.txt', True),
-    'tqdm': ('progress bars', 'pip install -r requirements.txt', True),
-    'fsspec': ('buckets', 'pip install -r requirements.txt', True),
+    'torch': ('tensors and kernels', 'python3 start.py setup', True),
+    'numpy': ('token files', 'python3 start.py setup', True),
+    'tqdm': ('progress bars', 'python3 start.py setup', True),
+    'fsspec': ('buckets', 'python3 start.py setup', True),
     'matplotlib': ('pictures', 'pip install -r requirements.txt', False),
     'tokenizers': ('byte-level BPE', "pip install -e '.[data]'", False),
     'tiktoken': ("GPT-2's tokenizer", "pip install -e '.[data]'", False),

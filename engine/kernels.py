@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from engine import experts, fp8
+from engine import cpu, experts, fp8
 from engine.attention import BACKENDS, attention, choose_backend, switch, visible, why_not
 from engine.configurator import ConfigError
 
@@ -81,6 +81,8 @@ def choose(c, shape, device, dtype):
         notes.append('expert_dispatch=grouped is slow on this GPU, where torch multiplies one expert after another and waits for the host at each matmul: '
                      'compute capability 9.0 or 10.0 (H100, H200, B200) has one kernel for all')
     float8 = fp8.choose(dtype, device) if c.fp8 else None
+    if dtype == torch.bfloat16 and device.type == 'cpu' and not cpu.has_bfloat16():
+        notes.append('WARNING: this CPU has no instructions for bfloat16, which torch emulates: --dtype=float32 is several times as fast')
     if float8 == 'emulated':
         notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
     return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes

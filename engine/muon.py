@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from engine import cpu
 from engine.parallel import rows_of_rank
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -154,8 +155,13 @@ def scale(shape):
 
 
 def orthogonal(matrices, steps=5):
-    """About U V^T of each of the `matrices` U S V^T, (k, m, n): singular values between 0.7 and 1.2, in bf16."""
+    """About U V^T of each of the `matrices` U S V^T, (k, m, n): singular values between 0.7 and 1.2, in bf16.
+
+    A CPU without instructions for bf16 takes ten times as long in it as in float32, and then computes in that.
+    """
     x = matrices.bfloat16()
+    if matrices.device.type == 'cpu' and not cpu.has_bfloat16():
+        x = x.float()
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     x = x / torch.stack([matrix.norm() for matrix in x]).clamp(min=1e-7)[:, None, None]
@@ -163,4 +169,4 @@ def orthogonal(matrices, steps=5):
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).bfloat16()

@@ -1,7 +1,6 @@
 """What a run says of itself when it starts, and the memory it takes."""
 import dataclasses
 import os
-import platform
 import shutil
 import sys
 import textwrap
@@ -9,6 +8,7 @@ import textwrap
 import torch
 
 from engine import __version__, checkpoint, flops, topology
+from engine.cpu import cpu_name
 from engine.dataset import shares_of
 from engine.loader import WindowOrder
 from engine.logger import now
@@ -17,11 +17,6 @@ from engine.resume import config_record
 from engine.terminal import duration, short
 
 VOCABULARIES = {50304: 'GPT-2', 50257: 'GPT-2', 32000: 'LLaMA-2', 128256: 'LLaMA-3', 151936: 'Qwen3'}
-
-
-def cpu_name():
-    with open('/proc/cpuinfo') as f:
-        return next((line.split(':')[1].strip() for line in f if line.startswith('model name')), platform.machine())
 
 
 def startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction):

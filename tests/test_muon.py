@@ -1,5 +1,7 @@
 """Proves Muon: torch's own update, AdamW for the rest, bad steps left out on the device, any layout, resume to the last bit."""
+import io
 import math
+import platform
 
 import pytest
 import torch
@@ -7,11 +9,12 @@ from conftest import TINY, equal, losses, records, run_train, weights
 from ranks import ranks
 from test_layouts import arguments, run
 
-from engine import muon, optim
+from engine import cpu, muon, optim
 from engine.muon import Muon, orthogonal
 from model import Model
 from presets import resolve_shape
 
+REAL = cpu.has_bfloat16
 SHAPE = dict(arch_preset='llama3', n_layer=2, n_head=4, num_key_value_heads=2, n_embd=32, block_size=16, vocab_size=30)
 
 
@@ -28,6 +31,34 @@ def trained(build, steps=4):
             optimizer.step()
         model.zero_grad()
     return dict(model.named_parameters())
+
+
+@pytest.fixture(autouse=True)
+def in_bfloat16(monkeypatch):
+    """As on a CPU that computes in it, and as torch's Muon does everywhere."""
+    monkeypatch.setattr(cpu, 'has_bfloat16', lambda: True)
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch):
+    matrices = torch.randn(3, 48, 96, generator=torch.Generator().manual_seed(0))
+    expected, dtypes, baddbmm = orthogonal(matrices), set(), torch.baddbmm
+    monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
+    monkeypatch.setattr(torch, 'baddbmm', lambda *tensors, **options: (dtypes.update(t.dtype for t in tensors), baddbmm(*tensors, **options))[1])
+    found = orthogonal(matrices)
+    assert dtypes == {torch.float32} and found.dtype == expected.dtype == torch.bfloat16
+    assert ((found.float() - expected.float()).norm() / expected.float().norm()) < 0.03
+    values = torch.linalg.svdvals(found.float())
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
+def test_what_a_processor_says_of_itself(monkeypatch):
+    for lines, name, bfloat16 in (('model name : A\nflags : avx2 avx512f\n', 'A', False), ('flags\t: avx512f avx512_bf16\n', platform.machine(), True),
+                                  ('Features : fp asimd bf16\n', platform.machine(), True), ('', platform.machine(), False)):
+        cpu._described.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr('builtins.open', lambda path: io.StringIO(lines))
+            assert (cpu.cpu_name(), REAL()) == (name, bfloat16)
+    cpu._described.cache_clear()
 
 
 def test_it_is_torchs_muon_and_adamw():

@@ -3,9 +3,11 @@
 #   python data/pystdlib/prepare.py
 #   python train.py config/demo_pystdlib.py
 #
-# Parameters: 2,164,416 with a vocabulary of 2048. Memory: 0.55 GB.
-# Batch: 4 sequences x 256 tokens x 1 micro-step = 1,024 tokens per iteration; 1300 iterations are 1.3 M tokens, half of the text.
-# Expect a validation loss of 3.95 after 217 s on two cores of 2026 (bench/RESULTS.md), and text in the shape of Python.
+# Parameters: 2,164,416 with a vocabulary of 2048. Memory: 0.4 GB.
+# Batch: 8 sequences x 128 tokens x 1 micro-step = 1,024 tokens per iteration; 1900 iterations are 1.9 M tokens,
+# three quarters of the text. A CPU without instructions for bfloat16 takes float32, and fewer iterations.
+# Expect a validation loss of @LOSS@ in four minutes (bench/RESULTS.md), and text in the shape of Python.
+from engine.cpu import has_bfloat16
 
 out_dir = 'out-demo'
 dataset = 'pystdlib'
@@ -15,23 +17,26 @@ n_layer = 4
 n_head = 6
 n_embd = 192
 d_ff = 512
-block_size = 256
+block_size = 128
 weight_tying = True
 
-batch_size = 4
+batch_size = 8
 gradient_accumulation_steps = 1
 
-learning_rate = 2e-3
-min_lr = 2e-4
-warmup_iters = 100
-max_iters = 1300
-lr_decay_iters = 1300
+optimizer = 'muon'
+muon_momentum = 0.9
+learning_rate = 7e-3
+min_lr = 3e-4
+warmup_iters = 30
+max_iters = 1900 if has_bfloat16() else 1100
+lr_decay_iters = max_iters
 beta2 = 0.99
 
-eval_interval = 325
+eval_interval = max_iters // 4
 eval_iters = 40
 log_interval = 20
-sample_interval = 325
+sample_interval = eval_interval
 sample_start = 'def '
 
+dtype = 'bfloat16' if has_bfloat16() else 'float32'
 compile = False

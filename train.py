@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -291,6 +292,9 @@ def main(argv=None, resolved=None):
             check_arguments(argv)
             resolved = resolve(Config, argv, ALIASES)
         return dry_run(*resolved) if resolved[0].dry_run else run(*resolved, stop, terminal)
+    except BrokenPipeError:  # as `| head` does; nothing more can be shown
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if 'use_deterministic_algorithms' in str(error):
             error = ConfigError(f'deterministic=True: {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type --deterministic=False')
@@ -609,7 +613,7 @@ def run(c, given, stop, terminal):
         with parallel.forward_only(model), autocast:
             written = generate(model, prompts, 128, temperature=0.8, top_k=50, generator=generator, device=device, interrupted=lambda: parallel.largest(stop.code(), world))
         for prompt, ids in zip(prompts, written):
-            log.say(f'---- sample at iter {step}\n{tokenizer.decode(prompt + ids)}\n----', verbatim=True)
+            log.sample(step, tokenizer.decode(prompt + ids))
 
     if c.eval_only:
         losses = evaluate()

@@ -12,6 +12,7 @@ fork. A number that is not finite is written as null: JSON has no NaN.
 import contextlib
 import datetime
 import errno
+import html
 import json
 import os
 import re
@@ -144,6 +145,12 @@ class RunLog:
                 self.text.write(text + '\n')
                 self.text.flush()
 
+    def sample(self, step, text):
+        """Show a text that the model wrote, and send it to the dashboards."""
+        self.say(f'---- sample at iter {step}\n{text}\n----', verbatim=True)
+        for sink in self.sinks:
+            sink('sample', {'iter': step, 'text': text})
+
     def event(self, kind, **fields):
         """Append one record: 'iter' | 'eval' | 'checkpoint' | 'save_failed' | 'resume' | 'end'."""
         if not self.write:
@@ -231,8 +238,15 @@ class RunLog:
         import wandb
         run = wandb.init(project=project, name=name, id=self.run['run_name'], resume='allow', config=self.run['config'],
                          dir=os.path.dirname(self.path))
-        self.sinks.append(lambda kind, record: run.finish() if kind == 'close' else run.log(scalars(kind, record), step=record['iter'])
-                          if kind in ('iter', 'eval') else None)
+
+        def sink(kind, record):
+            if kind == 'close':
+                run.finish()
+            elif kind in ('iter', 'eval'):
+                run.log(scalars(kind, record), step=record['iter'])
+            elif kind == 'sample':
+                run.log({'sample': wandb.Html(f"<pre>{html.escape(record['text'])}</pre>")}, step=record['iter'])
+        self.sinks.append(sink)
 
     def to_trackio(self, project, name):
         """Keep records for trackio's dashboard on this machine as well (the package `trackio`, which needs no account)."""
@@ -252,6 +266,8 @@ class RunLog:
             elif kind in ('iter', 'eval'):
                 for key, value in scalars(kind, record).items():
                     writer.add_scalar(key, value, record['iter'])
+            elif kind == 'sample':
+                writer.add_text('sample', '    ' + record['text'].replace('\n', '\n    '), record['iter'])  # as Markdown writes code
         self.sinks.append(sink)
 
 

@@ -133,14 +133,13 @@ class Terminal:
 
 
 def duration(seconds):
-    """Return a time as people say it: '12 s', '3 min', '2 h 05 min', '4 d 3 h'."""
+    """Return a time as people say it: '12 s', '3:31 min', '2 h 05 min', '4 d 3 h'."""
     seconds = max(0, round(seconds))
     if seconds < 100:
         return f'{seconds} s'
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f'{minutes} min'
-    hours, minutes = divmod(minutes, 60)
+    if seconds < 3600:
+        return f'{seconds // 60}:{seconds % 60:02d} min'
+    hours, minutes = divmod(round(seconds / 60), 60)
     if hours < 48:
         return f'{hours} h {minutes:02d} min'
     return f'{hours // 24} d {hours % 24} h'

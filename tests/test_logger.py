@@ -166,6 +166,26 @@ def test_dashboards_receive_the_records(train, tmp_path, monkeypatch, package):
     assert logged[1][1]['train/loss'] == losses(tmp_path)[1] and 'eval/val_loss' in logged[0][1]
 
 
+def test_dashboards_get_the_samples(train, tmp_path, monkeypatch):
+    """Of W&B and TensorBoard, through stand-ins; as they are on the terminal."""
+    import sys
+    import types
+    written = {'wandb': [], 'tensorboard': []}
+    wandb = types.ModuleType('wandb')
+    wandb.Html = lambda text: ('html', text)
+    wandb.init = lambda **options: types.SimpleNamespace(log=lambda values, step: written['wandb'].append((step, values)), finish=lambda: None)
+    board = types.ModuleType('torch.utils.tensorboard')
+    board.SummaryWriter = lambda folder: types.SimpleNamespace(add_scalar=lambda *scalar: None, close=lambda: None,
+                                                               add_text=lambda tag, text, step: written['tensorboard'].append((step, tag, text)))
+    for name, module in (('wandb', wandb), ('tensorboard', types.ModuleType('tensorboard')), ('torch.utils.tensorboard', board)):
+        monkeypatch.setitem(sys.modules, name, module)
+    assert train(tmp_path, '--max_iters=4', '--eval_interval=4', '--wandb_log=True', '--tensorboard_log=True', '--sample_interval=4', '--sample_start=the <b>') == 2  # no < in it
+    assert train(tmp_path, '--max_iters=4', '--eval_interval=4', '--wandb_log=True', '--tensorboard_log=True', '--sample_interval=4', '--sample_start=the fox') == 0
+    (step, values), = [(step, values) for step, values in written['wandb'] if 'sample' in values]
+    assert step == 4 and values['sample'][0] == 'html' and values['sample'][1].startswith('<pre>the fox')
+    assert written['tensorboard'] == [(4, 'sample', '    ' + values['sample'][1].removeprefix('<pre>').removesuffix('</pre>').replace('\n', '\n    '))]
+
+
 def test_memory_is_measured(run):
     memory = [r['memory'] for r in records(run)]
     assert all(0.05 < m['allocated_gb'] <= m['max_allocated_gb'] < 100 for m in memory)

@@ -27,8 +27,8 @@ def test_a_line_of_progress_fits(width, step, total, mfu, left, more):
 
 def test_numbers_and_times_are_short():
     assert [short(n) for n in (935, 9_999, 46_112, 1_112_345, 2.5e9)] == ['935', '9,999', '46.1k', '1.11M', '2.50G']
-    assert [duration(s) for s in (0.4, 99, 100, 5_900, 6_000, 172_000, 300_000)] == [
-        '0 s', '99 s', '2 min', '98 min', '1 h 40 min', '47 h 47 min', '3 d 11 h']
+    assert [duration(s) for s in (0.4, 99, 100, 3_599, 3_600, 172_000, 300_000)] == [
+        '0 s', '99 s', '1:40 min', '59:59 min', '1 h 00 min', '47 h 47 min', '3 d 11 h']
 
 
 def test_a_group_breaks_between_phrases():
@@ -70,7 +70,7 @@ def test_long_work_is_named_once_and_again(monkeypatch, capsys):
         work.done = 400
         look(2)
     look(60)
-    assert said == [None, 'evaluating 40/400, about 54 s left', None, 'evaluating 40/400, about 6 min left', None,
+    assert said == [None, 'evaluating 40/400, about 54 s left', None, 'evaluating 40/400, about 5:33 min left', None,
                     'evaluating 400/400, about 0 s left', None]
 
 

@@ -360,7 +360,7 @@ def run(c, given, stop, terminal):
     new_stream, new_validation = resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
     if resumed:
         parallel.from_main(lambda: tokenizer_match.check_resumed(resumed, data_folder, meta, c.dataset, notes), world)
-    weights = f"{'nanoGPT' if nanogpt else 'a'} checkpoint, continuing at iter {start_step}" if resumed else f'initialized with seed {c.seed}'
+    weights = f"checkpoint of {'nanoGPT' if nanogpt else 'this run'}, continuing at iter {start_step}" if resumed else f'initialized with seed {c.seed}'
     if hf_folder:
         match = parallel.from_main(lambda: tokenizer_match.check_weights(hf_folder, data_folder, c.dataset), world)
         weights = f'{c.init_from}, {huggingface.count_tensors(hf_folder):,} tensors; {match}'

@@ -1,4 +1,5 @@
 """What a run says of itself when it starts, and the memory it takes."""
+import collections
 import dataclasses
 import os
 import shutil
@@ -115,12 +116,13 @@ def _optimizer(c, startup):
     rate = f'learning rate {c.learning_rate:g}'
     if c.decay_lr:
         rate += f', warm-up {c.warmup_iters:,}, cosine to {c.min_lr:g} at iteration {c.lr_decay_iters:,}'
+    decayed = collections.Counter()
+    for group in startup['optimizer']['param_groups']:
+        decayed[group['weight_decay']] += group['num_params']
     return [
         ' and '.join(kinds) + (' (fused)' if startup['optimizer']['fused'] else ''),
         rate,
-        *(f"weight decay {group['weight_decay']:g} on {size_of(group['num_params']).removeprefix('~')} parameters"
-          + (' (Muon)' if group['kind'] == 'Muon' else '')
-          for group in startup['optimizer']['param_groups'] if group['weight_decay']),
+        *(f"weight decay {decay:g} on {size_of(count).removeprefix('~')} parameters" for decay, count in decayed.items() if decay),
         *([f'gradients clipped at {c.grad_clip:g}'] if c.grad_clip else []),
     ]
 

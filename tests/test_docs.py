@@ -85,7 +85,7 @@ def project(tmp_path_factory):
         huggingface.write(str(folder / name), model.config, model.state_dict())
         tokenizer.save(str(folder / name / 'tokenizer.json'))
         (folder / name / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
-    for name in ('slimpajama_6b_gpt2', 'slimpajama_6b_llama3', 'own_text'):
+    for name in ('slimpajama_6b_gpt2', 'slimpajama_6b_llama', 'slimpajama_6b_llama3', 'own_text'):
         write_dataset(str(folder / 'data' / name), generator.integers(0, 60, 4000), generator.integers(0, 60, 400))
     return folder
 

@@ -122,7 +122,7 @@ def test_resume_is_bitwise_and_the_optimizer_stays(dataset, tmp_path, capsys):
     muon = ['--optimizer=muon', '--arch_preset=llama', '--learning_rate=1e-2']
     assert run_train(dataset, tmp_path / 'whole', *muon, '--max_iters=8', '--eval_interval=4') == 0
     said = capsys.readouterr().out
-    assert 'Optimizer:   Muon and AdamW (fused)' in said and said.count('parameters (Muon)') == 1 and said.count('weight decay 0.1 on ') == 2
+    assert 'Optimizer:   Muon and AdamW (fused)' in said and said.count('weight decay 0.1 on ') == 1
     assert run_train(dataset, tmp_path / 'parts', *muon, '--max_iters=4', '--eval_interval=4', '--lr_decay_iters=600000') == 0
     assert run_train(dataset, tmp_path / 'parts', *muon, '--init_from=resume', '--max_iters=8', '--eval_interval=4') == 0
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'parts') and equal(weights(tmp_path / 'whole', 8), weights(tmp_path / 'parts', 8))

@@ -2,8 +2,8 @@
 List checkpoints, look into them, compare them, and copy them from anywhere to anywhere.
 
     python checkpoints.py out-demo                                  step, losses, size, and whether every byte is as it was written
-    python checkpoints.py out-demo view 1300                        settings, versions, data, losses, and every tensor
-    python checkpoints.py out-demo compare 650 1300                 how settings and weights differ, layer by layer
+    python checkpoints.py out-demo view 1800                        settings, versions, data, losses, and every tensor
+    python checkpoints.py out-demo compare 1350 1800                how settings and weights differ, layer by layer
     python checkpoints.py out-demo status                           which are here, which where --upload_to copies them
     python checkpoints.py s3://bucket/runs --verify=size            of every run there; only the sizes
     python checkpoints.py out-demo --copy_to=s3://bucket/runs       all that are whole, verified after the copy
@@ -36,7 +36,7 @@ TRIES = 4
 def main(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows")
-    parser.add_argument('action', nargs='*', help='view STEP, compare STEP STEP, or status; none: the list')
+    parser.add_argument('action', nargs='*', default=[], help='view STEP, compare STEP STEP, or status; none: the list')
     parser.add_argument('--verify', choices=('full', 'size'), default='full', help='every byte (default), or only the sizes')
     parser.add_argument('--copy_to', metavar='PLACE', help='a folder or URL to which checkpoints and logs are copied')
     parser.add_argument('--step', type=int, help='only the checkpoints of this step')
@@ -149,7 +149,7 @@ def view(args, step):
     path, = here(args, step)
     state, losses = checkpoint.read_state(path), checkpoint.read_evaluation(path) or {}
     tensors = [{'name': name, 'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.'), 'norm': tensor.double().norm().item()}
-               for name, tensor in sorted(checkpoint.read_tensors(path).items())]
+               for name, tensor in sorted(checkpoint.read_tensors(path, 'model.').items())]
     found = {'path': path, 'run': state.get('run_name'), 'saved': state.get('time'), 'versions': state.get('versions'), 'data': state.get('data'),
              'tokens': state.get('tokens'), 'train': losses.get('train'), 'val': losses.get('val'), 'tokens_per_sec': speed(path, step),
              'config': redact(state['config']), 'tensors': tensors}

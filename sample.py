@@ -22,7 +22,7 @@ from data.tokenfile import read_meta
 from data.tokenizer import decode_after, ids_digest, load_tokenizer, tokenizer_of
 from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
-from engine.configurator import ConfigError, shortened
+from engine.configurator import ConfigError, nearest, shortened
 from engine.dataset import folder_of, shares_of
 from engine.tokenizer_match import same_digest, tokenizer_identity
 from generation import check_prompts, default_start, generate, text_of
@@ -40,6 +40,10 @@ def find_checkpoint(out_dir, step):
             step, _ = checkpoint.newest_whole(out_dir)
     path = checkpoint.path_of(out_dir, step or 0)
     if step is None or step not in checkpoint.steps(out_dir):
+        if not os.path.isdir(out_dir):
+            above = os.path.dirname(out_dir) or '.'
+            there = [os.path.join(os.path.dirname(out_dir), name) for name in os.listdir(above)] if os.path.isdir(above) else []
+            raise ConfigError(f'no checkpoint to load: there is no folder {out_dir}{nearest(out_dir, there)}')
         raise ConfigError(f'no checkpoint to load: {path if step is not None else checkpoint.folder_of(out_dir)} does not exist or is not whole; '
                           f'give the --out_dir of a run' + (f' and one of the steps {checkpoint.steps(out_dir)}' if checkpoint.steps(out_dir) else ''))
     if reason := checkpoint.why_broken(path):

@@ -9,6 +9,7 @@ One command each for what a new user wants, on a machine with nothing but Python
 
 Uses the standard library alone. The environment is made in .venv; an interrupted demo goes on where it stopped.
 """
+import difflib
 import hashlib
 import os
 import subprocess
@@ -53,7 +54,7 @@ def set_up(everything=False):
 def demo():
     set_up()
     if not os.path.exists(os.path.join(ROOT, 'data', 'pystdlib', 'train.bin')):
-        call("tokenise the source of Python's standard library", 'data/pystdlib/prepare.py')
+        call("tokenize the source of Python's standard library", 'data/pystdlib/prepare.py')
     saved = os.path.join(ROOT, OUT, 'checkpoints')
     begun = os.path.isdir(saved) and any(name.startswith('step_') for name in os.listdir(saved))
     call('train', 'train.py', 'config/demo_pystdlib.py', *(['--init_from=resume'] if begun else []))
@@ -69,7 +70,7 @@ def demo():
     python sample.py --out_dir={OUT} --start="class Parser"          more text
     python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000 --lr_decay_iters=4000     train on
     python data/own_text/prepare.py --input my.txt --tokenizer char  your own text, then: python train.py config/own_text.py
-    python train.py --help                                            every key
+    python train.py --help=all                                        every key
     TRAINING_GUIDE.md                                                 models of a billion parameters""")
 
 
@@ -98,6 +99,10 @@ def main():
         print(__doc__.strip())
         return
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        meant = difflib.get_close_matches(' '.join(sys.argv[1:2]), commands, 1)
+        if meant:
+            print(f"error: {sys.argv[1]}: did you mean python3 start.py {meant[0]}?", file=sys.stderr)
+            sys.exit(2)
         print(f"error: {' '.join(sys.argv[1:]) or 'no command'}: type one of {', '.join(f'python3 start.py {name}' for name in commands)}", file=sys.stderr)
         sys.exit(2)
     try:

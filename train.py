@@ -6,7 +6,7 @@ Trains a language model on token files: one process, or many under torchrun.
     python train.py config/full_llama_1.36b.py --init_from=resume
     torchrun --standalone --nproc_per_node=8 train.py config/full_llama_1.36b.py --batch_size=24
 
-`python train.py --help` lists the keys of every day, `--help=all` every key. Exit codes: 0 done; 2 something given cannot be run; 3 loss, gradient or weights are
+`python train.py --help` lists the common options, `--help=all` every key. Exit codes: 0 done; 2 something given cannot be run; 3 loss, gradient or weights are
 not finite; 4 done, but the last checkpoint could not be written or copied; stopped before the end, with a checkpoint: 75
 max_time is up, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (torchrun itself then exits with 1).
 """
@@ -34,7 +34,7 @@ class Config:
     # ---- Run
     out_dir: str = 'out'  # Folder of the run: logs and checkpoints.
     eval_interval: int = 2000  # Iterations between evaluations.
-    log_interval: int = 1  # Iterations between logged iterations.
+    log_interval: int = 1  # Log every this many iterations.
     eval_iters: int = 200  # Batches per evaluation and split, over all ranks together.
     eval_only: bool = False  # Evaluate once and exit.
     eval_at_start: bool = True  # Evaluate before the first iteration too.
@@ -106,9 +106,9 @@ class Config:
     # Pick the largest batch_size that fits in memory and adjust gradient_accumulation_steps to
     # keep the total batch unchanged.
     total_batch_size: int = 0
-    # Tokens per iteration over all ranks, which sets gradient_accumulation_steps; 0 leaves it.
+    # Tokens per iteration over all ranks, which sets gradient_accumulation_steps; 0 keeps that.
     seed: int = 1337  # Seed of the weights, the data order and dropout.
-    use_dataloader: bool = False  # Gather batches in worker processes (the same batches).
+    use_dataloader: bool = False  # Load batches in worker processes; the batches are the same.
     dataloader_num_workers: int = 4  # Number of worker processes with use_dataloader.
     dataloader_prefetch_factor: int = 2  # Batches that each worker prepares ahead.
     # ---- Model (None takes the value of arch_preset)
@@ -201,7 +201,7 @@ class Config:
     weight_decay: float = 1e-1  # Weight decay of parameters with two dimensions or more.
     beta1: float = 0.9  # Decay rate of AdamW's first moment.
     beta2: float = 0.95  # Decay rate of AdamW's second moment.
-    grad_clip: float = 1.0  # Largest global norm of the gradient; 0 does not clip.
+    grad_clip: float = 1.0  # Clip gradients to this global norm; 0 turns clipping off.
     decay_lr: bool = True  # Decay the learning rate by a cosine after the warm-up.
     warmup_iters: int = 2000  # Iterations over which the learning rate rises from 0.
     lr_decay_iters: int = 600000  # Iteration at which the cosine reaches min_lr.
@@ -278,7 +278,7 @@ from model import Model
 from presets import ROUTING, ModelConfig, resolve_shape
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-PREDICT_FROM = 10**6  # parameters: the memory of a smaller model is of no interest
+PREDICT_FROM = 10**6, 2**28  # parameters, elements of activations, roughly: the memory of less is of no interest
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
 
 
@@ -408,6 +408,8 @@ def run(c, given, stop, terminal):
         notes.append(f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies beyond max_iters={c.max_iters}')
 
     order = order_of(train_file, c.block_size, c.seed)
+    if resumed and not nanogpt:
+        checks.note_jump(resumed['config'], c, start_step, learning_rate, notes)
     checks.note_data(c, start_step, order, sequences_per_step, (len(val_file) - 1) // c.block_size, notes)
     tokenizer = text_tokenizer(c, meta) if c.sample_interval or c.eval_tasks else None
     prompts = prompts_of(c.sample_start, tokenizer, c.block_size) if c.sample_interval else []
@@ -420,7 +422,8 @@ def run(c, given, stop, terminal):
         raise ConfigError('fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more than 1024 outputs or 4096 inputs): type --fp8=False')
 
     prediction = None
-    if not c.eval_only and not c.fsdp_offload and sum(p.numel() for p in model.parameters()) >= PREDICT_FROM:
+    elements = c.batch_size * tokens_of_rank * (16 * shape.n_layer * shape.n_embd + shape.vocab_size)
+    if not c.eval_only and not c.fsdp_offload and (sum(p.numel() for p in model.parameters()) >= PREDICT_FROM[0] or elements >= PREDICT_FROM[1]):
         try:
             with terminal.doing('predicting the memory'):
                 prediction = predicted(c.batch_size, c.batch_size * accumulation)
@@ -760,7 +763,7 @@ def run(c, given, stop, terminal):
     if failed_save:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and step > start_step:
-        for line in ending_lines(c, run_name, log.end(), prediction, memory_gb(device)['max_allocated_gb'] - before, terminal.columns()):
+        for line in ending_lines(c, run_name, log.end(), prediction, memory_gb(device)['max_allocated_gb'], before, terminal.columns()):
             log.say(line)
     log.end()
     copied = True
@@ -811,17 +814,23 @@ def refuse_memory(prediction, options, accumulation, world, device, autocast):
     if prediction.total <= room:
         return
     c, ways, started = options.c, [], time.monotonic()
-    sizes = [size for size in (c.batch_size // 2, c.batch_size // 4, 1) if size]
-    tries = [({'activation_checkpointing': how}, c.batch_size, accumulation) for how in ('selective', 'full') if how != c.activation_checkpointing]
-    tries += [({}, size, accumulation * c.batch_size // size) for size in dict.fromkeys(sizes) if size < c.batch_size and c.batch_size % size == 0]
-    for changes, size, steps in tries:
+    sequences, size = c.batch_size * accumulation, c.batch_size
+    tries = [({'activation_checkpointing': how}, size) for how in ('selective', 'full') if how != c.activation_checkpointing]
+    while size > 1:
+        size = next(smaller for smaller in range(size // 2, 0, -1) if sequences % smaller == 0)
+        tries.append(({}, size))
+    for changes, size in tries:
         if time.monotonic() - started > 8:  # predicting takes a while itself
             break
-        found = dataclasses.replace(options, c=dataclasses.replace(c, **changes)).predict(size, steps, world, device, autocast)
-        words = [f'--{key}={value}' for key, value in changes.items()] or [f'--batch_size={size}', f'--gradient_accumulation_steps={steps}']
-        ways.append(f"{' '.join(words)} takes {found.total / 1e9:.2f} GB{'' if found.total <= room else ' (still too much)'}")
+        found = dataclasses.replace(options, c=dataclasses.replace(c, **changes)).predict(size, sequences // size, world, device, autocast)
+        if found.total <= room:
+            words = [f'--{key}={value}' for key, value in changes.items()] or [f'--batch_size={size}', f'--gradient_accumulation_steps={sequences // size}']
+            ways.append(f"{' '.join(words)} takes {found.total / 1e9:.2f} GB")
+            if not changes:
+                break
+    ways = ways or [f'neither activation_checkpointing nor a batch_size of {size} makes it fit']
     ways += ['--use_fsdp=True on several GPUs shards it'] if not world.fsdp else []
-    raise ConfigError(f"{prediction.describe()}, and {room / 1e9:.2f} GB are free: {'; '.join(ways)}; --ignore_memory=True starts all the same")
+    raise ConfigError(f"{prediction.describe()}, and {room / 1e9:.1f} GB are free: {'; '.join(ways)}; --ignore_memory=True starts all the same")
 
 
 def dry_run(c, given):
@@ -831,7 +840,7 @@ def dry_run(c, given):
     checks.note_schedule(c, notes)
     assumed = (c.device or '').startswith('cuda') and not torch.cuda.is_available()
     if assumed:
-        notes.append(f'--device={c.device} is assumed, since there is none here: the memory is that of the CPU\'s kernels')
+        notes.append(f'there is no GPU here: --device={c.device} is assumed, and the memory is estimated with the CPU\'s kernels')
         c = dataclasses.replace(c, device='cpu', backend=None, dtype=c.dtype or 'bfloat16')
     world = parallel.start(c.device, c.backend, c.timeout_minutes)
     resumed = hf_folder = None
@@ -846,7 +855,7 @@ def dry_run(c, given):
         tokens, vocabulary = len(train_file), f'data set {c.dataset}'
     except ConfigError as error:
         meta, tokens, vocabulary = {}, None, f'arch_preset={c.arch_preset}'
-        notes.append(f'the data are not looked at, and the vocabulary is that of the recipe or the preset: {error}')
+        notes.append(f'vocab_size is that of the recipe or the preset: {error}')
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     torch_dtype = kernels.precision(c.dtype, world.device)
     trial = c.attention_backend == 'auto'
@@ -872,7 +881,7 @@ def dry_run(c, given):
     gpu_name = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
     startup = startup_info(resolved, model, optimizer, world, gpu_name, model.flops(), prediction)
     if assumed:
-        startup['hardware']['assumed'] = f'{world.size} x a GPU, assumed'
+        startup['hardware']['assumed'] = f'{world.size} GPU{"s" if world.size > 1 else ""} (assumed)'
     sequences = c.batch_size * accumulation * world.data_size
     weights = f"checkpoint of iteration {resumed['step']}" if resumed else c.init_from if hf_folder else f'initialized with seed {c.seed}'
     order = order_of(train_file, c.block_size, c.seed) if tokens else None

@@ -1,4 +1,4 @@
-# nanoGPT's laptop model on characters of Shakespeare, 0.8 M parameters, to its validation loss of 1.88 in a third of its iterations.
+# nanoGPT's laptop model on characters of Shakespeare, 0.8 M parameters, to its validation loss of 1.88 in a quarter of its iterations.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_char_quick.py

@@ -2,6 +2,7 @@
 from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
 import argparse
+import collections
 import os
 import shutil
 import sys
@@ -55,6 +56,8 @@ def corpus(args, folder, *, published=False, cut_txt=False, tokenizer_from=None,
     the recipe made for this data set; endings: of files that are taken from a folder.
     """
     shard = check(args)
+    if not args.merge:  # before a tokenizer is fetched or made
+        documents.find_files([path for path in args.input if not documents.is_url(path)], endings)
     tokenizer = find_tokenizer(args.tokenizer, folder, tokenizer_from, lambda: characters(args, endings))
     if eot and tokenizer.eot_token != eot:
         raise ValueError(f'{args.tokenizer} ends texts with {tokenizer.eot_token!r}, these models with {eot!r}: take the tokenizer of the base model'
@@ -64,6 +67,8 @@ def corpus(args, folder, *, published=False, cut_txt=False, tokenizer_from=None,
         plan, folders = pipeline.Plan.load(args.merge, tokenizer)
     else:
         files, splits = find(args, published, endings)
+        for said in left_out(args.input, endings):
+            print(said)
         plan = pipeline.Plan.of_files(files, tokenizer, splits=splits, txt_val_fraction=args.val_fraction if cut_txt else None, text_field=args.text_field, limit=args.limit)
     every = f'every {val_every}th document is val' if val_every else "the source's own validation split is val"
     if cut_txt:
@@ -141,6 +146,19 @@ def find(args, published, endings):
         raise ValueError(f"--input {' '.join(args.input)}: no file is named as {'the validation split' if missing == 'val' else 'one for training'}, such as "
                          f"{'validation' if missing == 'val' else 'train'}/a.jsonl: add them, or type --val_fraction 0.0005 for every 2000th document")
     return list(splits), splits
+
+
+def left_out(inputs, endings):
+    """Sentences on the files of local folders that are not read, because of their endings."""
+    for given in inputs:
+        if documents.is_url(given) or not os.path.isdir(given):
+            continue
+        found = collections.Counter(os.path.splitext(name)[1].lower() or 'no ending' for _, _, names in os.walk(given) for name in names
+                                    if not name.startswith('.') and not name.lower().endswith(endings))
+        if found:
+            kinds = ', '.join(f'{number:,} of {ending}' for ending, number in found.most_common(5))
+            yield (f"{given}: {found.total():,} file{'s' if found.total() > 1 else ''} left out ({kinds}); from a folder {', '.join(endings)} are read, "
+                   f"others of {', '.join(documents.ENDINGS)} from a pattern such as '{given.rstrip('/')}/**/*.md'")
 
 
 def find_tokenizer(name, folder, tokenizer_from, texts):

@@ -1,6 +1,8 @@
 """What no run can have, and what other keys make void: told before any work starts."""
 import dataclasses
+import difflib
 import importlib.util
+import os
 import sys
 
 from engine import experts, faults, resume
@@ -35,6 +37,8 @@ def refuse_impossible(c):
     if c.auto_resume and resume.is_step(c.resume_from):
         raise ConfigError(f'resume_from={c.resume_from} with auto_resume=True would go back to iteration {c.resume_from} at every start: type --init_from=resume '
                           f'--resume_from={c.resume_from} once, with --auto_resume=False')
+    if not os.path.exists(c.init_from) and (meant := difflib.get_close_matches(c.init_from, ['scratch', 'resume'], 1, 0.75)) and c.init_from not in meant:
+        raise ConfigError(f'init_from={c.init_from!r} is no folder, did you mean {meant[0]!r}?')
     if c.upcycle and c.init_from == 'scratch':
         raise ConfigError('upcycle=True needs --init_from with the Hugging Face folder or id of a dense model (export.py makes one of a run)')
     if c.timeout_minutes <= 0:
@@ -59,14 +63,22 @@ def note_data(c, start_step, order, sequences_per_step, validation, notes):
     order: of loader.order_of(); validation: sequences that the validation set has.
     """
     if c.decay_lr and start_step and c.lr_decay_iters <= start_step < c.max_iters:
-        notes.append(f'WARNING: all {c.max_iters - start_step:,} iterations run at min_lr={c.min_lr:g}, since lr_decay_iters={c.lr_decay_iters:,} is over: '
-                     f'--lr_decay_iters={c.max_iters} goes on with the cosine')
+        notes.append(f'WARNING: all {c.max_iters - start_step:,} iterations run at min_lr={c.min_lr:g}, since iteration {c.lr_decay_iters:,} (lr_decay_iters) has passed: '
+                     f'--lr_decay_iters={c.max_iters} lowers it by a longer cosine')
     epochs = c.max_iters * sequences_per_step / order.per_epoch if hasattr(order, 'per_epoch') else 0
     if epochs > 4 and not c.eval_only:
-        notes.append(f'WARNING: {epochs:,.1f} epochs of the data: beyond 4, reading the same again teaches ever less')
+        notes.append(f'WARNING: {epochs:,.1f} epochs of the data: more than about 4 passes over the data help little')
     if validation < c.eval_iters * c.batch_size:
         notes.append(f'WARNING: the validation set has {validation:,} sequences, fewer than the {c.eval_iters * c.batch_size:,} of an evaluation: '
                      f'each evaluation takes all of it')
+
+
+def note_jump(before, c, step, learning_rate, notes):
+    """Warn where the learning rate of a resumed run jumps. before: the config of its checkpoint, a dict; learning_rate: function of a config and an iteration."""
+    old = {**dataclasses.asdict(c), **{key: value for key, value in before.items() if hasattr(c, key)}}
+    was, now = learning_rate(type(c)(**old), max(0, step - 1)), learning_rate(c, step)
+    if was > 0 and not 0.8 <= now / was <= 1.25:
+        notes.append(f'WARNING: the learning rate goes from {was:.2e} to {now:.2e}, by the schedule of learning_rate, warmup_iters, lr_decay_iters and min_lr')
 
 
 def note_schedule(c, notes):

@@ -64,16 +64,30 @@ def run_command(work, argv=None, tell=None, interrupted='interrupted'):
         return 2
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds to the help of an option what it is unless given, where the help does not say so."""
+
+    def _get_help_string(self, action):
+        text = action.help or ''
+        tells = 'default' in text or action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        return text if tells or not action.option_strings else f'{text} (default: %(default)s)'.strip()
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """That of argparse, without abbreviations, whose errors are one sentence that names the nearest option."""
 
     def __init__(self, **options):
-        super().__init__(**{'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False, **options})
+        super().__init__(**{'formatter_class': _HelpFormatter, 'allow_abbrev': False, **options})
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.typed = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        if match := re.match(r'unrecognized arguments: (--[^\s=]+)', message):
-            known = [word for action in self._actions for word in action.option_strings if word.startswith('--')]
-            message = f'unknown option {match[1]}{nearest(match[1], known)}; `--help` lists all'
+        known = [word for action in self._actions for word in action.option_strings if word.startswith('--')]
+        unknown = [word.split('=')[0] for word in self.typed if re.match(r'--\w', word) and word.split('=')[0] not in known]
+        if unknown and message.startswith(('unrecognized', 'the following arguments are required')):
+            message = f'unknown option {unknown[0]}{nearest(unknown[0], known)}; `--help` lists all'
         print(f'error: {redact(message)}', file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -61,7 +61,8 @@ def resolve(schema, argv, aliases=None):
             continue
         match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
         if not match:
-            meant = f', did you mean {word}=True?' if hints.get(word.removeprefix('--')) is bool else ''
+            key, _, value = word.removeprefix('--').replace('-', '_').partition('=')
+            meant = f', did you mean --{key}={value or True}?' if hints.get(key) is bool or key in hints and value else ''
             raise ConfigError(f'command line: cannot read {shortened(word)}, expected --key=value, such as --max_iters=10{meant}')
         assign(match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line')
     if help_asked:
@@ -134,7 +135,7 @@ def checked(key, value, hint, source):
         return str(value)
     if value in choices:
         return value
-    words = [repr(c) for c in choices] + [option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
+    words = [repr(c) for c in choices] + ['True | False' if option is bool else option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
     expected = ' | '.join(words + (['None'] if type(None) in options else []))
     hint_text = nearest(str(value), [str(c) for c in choices]) if choices else ''
     shown = shortened(value)
@@ -177,7 +178,7 @@ def help_text(schema, values, everything=False, width=None):
     defaults = {field.name: field.default for field in dataclasses.fields(schema)}
     if not everything:
         known = {key: text for _, keys in sections for key, text in keys.items()}
-        sections = [('Keys of every day (--help=all lists all)', {key: known[key] for key in EVERY_DAY if key in known})]
+        sections = [('Common options (--help=all lists all)', {key: known[key] for key in EVERY_DAY if key in known})]
     lines = ['usage: python train.py [config/file.py ...] [--key=value ...]', '       python train.py [config/file.py] --help | --help=all | --version']
     hints = typing.get_type_hints(schema)
     for title, keys in sections:

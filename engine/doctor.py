@@ -73,7 +73,7 @@ def python_and_packages():
     for command, names in missing.items():
         yield Finding('Packages', 'note', f'without {", ".join(names)}', command)
     if not missing:
-        yield Finding('Packages', 'ok', 'all that the project can use are installed')
+        yield Finding('Packages', 'ok', 'all optional packages are installed')
 
 
 def gpus():
@@ -83,7 +83,7 @@ def gpus():
     except ImportError:
         return
     if torch.version.cuda is None:
-        yield Finding('CUDA', 'note', f'torch {torch.__version__} is built for CPUs alone')
+        yield Finding('CUDA', 'note', f'torch {torch.__version__} is a CPU-only build')
         return
     if not torch.cuda.is_available():
         text = f'torch is built for CUDA {torch.version.cuda}, and sees no GPU'
@@ -122,7 +122,7 @@ def machine():
         }
     total, free = (kilobytes[key] / 1e6 for key in ('MemTotal', 'MemAvailable'))
     yield Finding('Cores', 'ok', f'{cores} for this process')
-    yield Finding('Memory', 'ok', f'{total:.1f} GB, {free:.1f} GB of them free')
+    yield Finding('Memory', 'ok', f'{total:.1f} GB, {free:.1f} GB free')
     disk = shutil.disk_usage(ROOT).free / 1e9
     few = disk < 10
     yield Finding('Disk', 'note' if few else 'ok', f'{disk:.1f} GB free in {ROOT}')

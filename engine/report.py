@@ -113,15 +113,15 @@ def _data(c, meta, order, sequences_per_step, loader_workers, device):
 
 def _optimizer(c, startup):
     kinds = dict.fromkeys(group['kind'] for group in startup['optimizer']['param_groups'])
-    rate = f'learning rate {c.learning_rate:g}'
+    rate = [f'learning rate {c.learning_rate:g}']
     if c.decay_lr:
-        rate += f', warm-up {c.warmup_iters:,}, cosine to {c.min_lr:g} at iteration {c.lr_decay_iters:,}'
+        rate += [f'warm-up {c.warmup_iters:,}', f'cosine to {c.min_lr:g} at iteration {c.lr_decay_iters:,}']
     decayed = collections.Counter()
     for group in startup['optimizer']['param_groups']:
         decayed[group['weight_decay']] += group['num_params']
     return [
         ' and '.join(kinds) + (' (fused)' if startup['optimizer']['fused'] else ''),
-        rate,
+        *rate,
         *(f"weight decay {decay:g} on {size_of(count).removeprefix('~')} parameters" for decay, count in decayed.items() if decay),
         *([f'gradients clipped at {c.grad_clip:g}'] if c.grad_clip else []),
     ]
@@ -177,13 +177,14 @@ def report(c, startup, meta, order, world, sequences_per_step, loader_workers, r
     paths, slow_path = None, None
     if startup['hardware']['gpu_name'] and world.here > 1 and world.main:
         paths, slow_path = topology.describe(topology.read(world.here))
-    batch = (f'{c.batch_size} sequences x {c.block_size} tokens x {c.gradient_accumulation_steps} micro-steps x {world.size} '
-             f"rank{'s' if world.size > 1 else ''} = {sequences_per_step * c.block_size:,} tokens per iteration")
+    several = c.gradient_accumulation_steps > 1
+    batch = [f"{c.batch_size:,} sequences x {c.block_size:,} tokens x {c.gradient_accumulation_steps:,} micro-step{'s' if several else ''} x {world.size} "
+             f"rank{'s' if world.size > 1 else ''}", f'{sequences_per_step * c.block_size:,} tokens per iteration']
     groups = {
         'Model': _model(c, startup['model']),
         'Weights': [weights],
         'Data': _data(c, meta, order, sequences_per_step, loader_workers, world.device),
-        'Batch': [batch],
+        'Batch': batch,
         'Optimizer': _optimizer(c, startup),
         'System': _system(c, startup, world) + ([paths] if paths else []),
     }
@@ -243,10 +244,10 @@ def evaluation_line(step, losses, best_before=None):
     return f"---- iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}{scores}"
 
 
-def ending_lines(c, run_name, summary, prediction, memory_gb, columns=None):
+def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=None):
     """Return what a finished run says at its end, and what can be typed next.
 
-    summary: that of the log, {} where there is none; memory_gb: taken since before the model was made; columns: as for report().
+    summary: that of the log, {} where there is none; peak_gb: the most memory, of which before_gb were there before the model was made; columns: as for report().
     """
     if not summary.get('final_iter'):
         return []
@@ -259,7 +260,7 @@ def ending_lines(c, run_name, summary, prediction, memory_gb, columns=None):
         path = checkpoint.path_of(c.out_dir, summary['best_val_iter'])
         groups['Validation'] = [*([f'loss {final:.4f} at the end'] if final is not None else []),
                                 f"best {best:.4f} at iteration {summary['best_val_iter']:,}", *([path] if os.path.isdir(path) else [])]
-    groups['Memory'] = [f'{memory_gb:.2f} GB at most for the model and its training',
+    groups['Memory'] = [f'peak {peak_gb:.2f} GB, {peak_gb - before_gb:.2f} GB of it since the model was made',
                         *([f'{prediction.total / 1e9:.2f} GB predicted for a step'] if prediction else [])]
     groups['Run folder'] = [c.out_dir, f'log {run_name}.jsonl']
     lines = [line for title, phrases in groups.items() for line in grouped(title, phrases, min(100, columns or 100))]

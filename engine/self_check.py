@@ -102,7 +102,7 @@ def main(argv=None):
             finish('export.py', 'export.py', f'--out_dir={calm}', f'--to={folder}/export', *how)
             what = 'and computes what transformers does' if compared else 'not compared, without transformers'
             step(f'it is exported, {what}', begun)
-    print('all is as it should be')
+    print('all checks passed')
     return 0
 
 

@@ -241,7 +241,7 @@ def test_two_machines(dataset, tmp_path):
         output += other.communicate(timeout=60)[0]
     finally:
         end_all(other)
-    assert code == 0 and other.returncode == 0 and output.count('Batch:       4 sequences x 16 tokens x 1 micro-steps x 4 ranks') == 1, output
+    assert code == 0 and other.returncode == 0 and output.count('Batch:       4 sequences x 16 tokens x 1 micro-step x 4 ranks') == 1, output
     by_rank = collections.defaultdict(set)
     for line in (tmp_path / 'copied').read_text().splitlines():
         by_rank[line.split()[0]].add(line.split()[1])

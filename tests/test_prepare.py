@@ -179,12 +179,14 @@ def test_own_text_txt_is_cut_at_a_line_end_and_closed(tmp_path):
     assert '0.1 of each .txt' in meta['split'] and meta['eot_id'] == 256
 
 
-def test_markdown_is_text_where_it_is_named(tmp_path):
+def test_markdown_is_text_where_it_is_named(tmp_path, capsys):
     """In a folder it is more often about the data than the data."""
     (tmp_path / 'notes').mkdir()
     for name, text in (('a.md', '# A title\n' * 30), ('b.txt', 'some lines\n' * 30)):
         (tmp_path / 'notes' / name).write_text(text)
     prepare(tmp_path / 'folder', tmp_path / 'notes', tokenizer='bytes')
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'notes'}: 1 file left out (1 of .md); from a folder .txt, " in said and f"'{tmp_path / 'notes'}/**/*.md'" in said
     prepare(tmp_path / 'pattern', tmp_path / 'notes' / '*', tokenizer='bytes')
     assert b'title' not in bytes(read_ids(tmp_path / 'folder', 'train')[:-1])
     read = bytes(id for id in read_ids(tmp_path / 'pattern', 'train') if id < 256)

@@ -1,4 +1,4 @@
-"""Every command in README.md and TRAINING_GUIDE.md runs, shrunk, in the order in which a user types them."""
+"""Every command in README.md, TRAINING_GUIDE.md and docs/parallelism.md runs, shrunk, in the order in which a user types them."""
 import importlib.util
 import json
 import os
@@ -112,7 +112,7 @@ class Shell:
         return max(process.returncode % 256 for process in processes), ''.join(outputs)
 
 
-@pytest.mark.parametrize('document', ['README.md', 'TRAINING_GUIDE.md'])
+@pytest.mark.parametrize('document', ['README.md', 'TRAINING_GUIDE.md', 'docs/parallelism.md'])
 def test_commands_run(document, project):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'}
     ran, shell = 0, Shell(project, environment, ('python',) if document == 'README.md' else ('python', 'torchrun'))  # one document by torchrun itself
@@ -123,14 +123,14 @@ def test_commands_run(document, project):
         code, output = shell.run(shrink(command))
         assert code == 0, f'{shrink(command)}\n{output[:3000]}'
         ran += 1
-    assert ran > 8
+    assert ran > (8 if '/' not in document else 3)
 
 
 def test_files_and_keys_that_the_documents_name_exist():
     from train import ALIASES, Config
     known = {*Config.__dataclass_fields__, *ALIASES}
     other_commands = {'out_dir', 'start', 'num_samples', 'top_p', 'hf', 'input', 'tokenizer', 'output', 'nproc_per_node', 'standalone', 'help', 'x', 'step', 'key', 'max', 'job', 'nodes', 'gpus', 'time', 'signal', 'requeue', 'open', 'nnodes', 'rdzv_backend', 'rdzv_id', 'rdzv_endpoint', 'largest', 'to', 'dtype', 'stop', 'tasks', 'tokens', 'speed', 'prompts', 'min_p', 'repetition_penalty', 'interactive', 'compile', 'push_to_hub', 'model', 'model_args', 'limit', 'shard', 'merge', 'max_broken', 'dedup', 'num_proc', 'val_fraction', 'at', 'vocab_size', 'only', 'recipes', 'copy_to', 'sharded', 'no', 'url', 'max-restarts'}
-    for document in ('README.md', 'TRAINING_GUIDE.md', 'docs/guarantees.md', 'docs/from_nanogpt.md', 'docs/scaling.md'):
+    for document in ('README.md', 'TRAINING_GUIDE.md', 'docs/guarantees.md', 'docs/from_nanogpt.md', 'docs/scaling.md', 'docs/parallelism.md', 'docs/moe.md'):
         with open(os.path.join(ROOT, document)) as f:
             text = f.read()
         assert set(re.findall(r'--(\w+)', text)) <= known | other_commands

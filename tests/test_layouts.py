@@ -220,7 +220,7 @@ def test_micro_batch_does_not_matter(dataset, tmp_path):
 def test_without_total_batch_size_accumulation_counts_on_each_rank(dataset, tmp_path):
     args = [a for a in arguments(dataset, tmp_path) if 'total' not in a]
     output = run(2, *args, '--gradient_accumulation_steps=3', '--max_iters=1')
-    assert '4 sequences x 16 tokens x 3 micro-steps x 2 ranks = 384 tokens per iteration' in output
+    assert '4 sequences x 16 tokens x 3 micro-steps x 2 ranks; 384 tokens per iteration' in output
 
 
 def test_compiled_equals_eager(dataset, tmp_path):

@@ -135,7 +135,7 @@ def _system(c, startup, world):
     elif hardware['gpu_name']:
         machine = f"{world.size} x {hardware['gpu_name']} with {hardware['gpu_memory_gb']:.0f} GB"
     else:
-        machine = f"{hardware['cpu_name']}, {hardware['cpu_threads']} threads"
+        machine = f"{hardware['cpu_name']}, {hardware['cpu_threads']} thread{'s' if hardware['cpu_threads'] > 1 else ''}"
         machine += f' for each of {world.size} processes' if world.size > 1 else ''
     precision = f'{c.dtype}, weights in float32' if c.dtype != 'float32' else 'float32'
     precision += f", {startup['model']['float8_layers']} linear layers in float8" if c.fp8 else ''

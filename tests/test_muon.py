@@ -33,13 +33,13 @@ def trained(build, steps=4):
     return dict(model.named_parameters())
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def in_bfloat16(monkeypatch):
     """As on a CPU that computes in it, and as torch's Muon does everywhere."""
     monkeypatch.setattr(cpu, 'has_bfloat16', lambda: True)
 
 
-def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch):
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch, in_bfloat16):
     matrices = torch.randn(3, 48, 96, generator=torch.Generator().manual_seed(0))
     expected, dtypes, baddbmm = orthogonal(matrices), set(), torch.baddbmm
     monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
@@ -61,7 +61,7 @@ def test_what_a_processor_says_of_itself(monkeypatch):
     cpu._described.cache_clear()
 
 
-def test_it_is_torchs_muon_and_adamw():
+def test_it_is_torchs_muon_and_adamw(in_bfloat16):
     def ours(model):
         return [optim.build_optimizer(model.named_parameters(), matrices=model.matrices(), momentum=0.9, learning_rate=0.01, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')]
 
@@ -77,7 +77,7 @@ def test_it_is_torchs_muon_and_adamw():
     assert all((a[name] - p).abs().max() > 1e-3 for name, p in start.named_parameters())
 
 
-def test_small_matrices_go_together(monkeypatch):
+def test_small_matrices_go_together(monkeypatch, in_bfloat16):
     """To the bits of one after the other."""
     found = []
     for most, expected in ((muon.TOGETHER, [2, 2, 2, 2]), (2 * 64 * 32, [2, 2, 1, 1, 1, 1]), (1, [1] * 8)):

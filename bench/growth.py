@@ -26,7 +26,7 @@ POINTS = {  # part: (values of x, what x is)
     'resume': ((1_000, 10_000, 100_000, 1_000_000), 'iterations in a log that is continued'),
     'plot': ((1_000, 10_000, 100_000, 1_000_000), 'iterations in a log that is drawn'),
     'stated': ((1, 10, 50), 'GB of tokens opened, with a meta.pkl'),
-    'unstated': ((1, 10), 'GB of tokens opened again, without a meta.pkl'),
+    'unstated': ((1, 10, 50), 'GB of tokens opened again, without a meta.pkl'),
     'parts': ((100, 1_000, 10_000, 60_000), 'files of a data set opened, 1,024 descriptors'),
     'agreement': ((2, 4, 8, 16), 'ranks that agree beside a micro-step of 50 ms'),
     'open_files': ((2, 4, 8, 16), 'ranks, each with so many open files'),

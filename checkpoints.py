@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sys
-import textwrap
 import time
 
 from fsspec.implementations.local import LocalFileSystem
@@ -28,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from engine import checkpoint, copier
 from engine.configurator import ConfigError
 from engine.files import open_url, redact, sentence
+from engine.report import settings
 from engine.run_json import finite, read_records
 
 TRIES = 4
@@ -162,8 +162,7 @@ def view(args, step):
     print('versions: ' + ', '.join(f'{name} {version}' for name, version in (state.get('versions') or {}).items()))
     print('data: ' + ', '.join(f"{split} of {about.get('tokens', 0):,} tokens" for split, about in (state.get('data') or {}).items()))
     print('config:')
-    words = ', '.join(f'{key}={value!r}' if isinstance(value, str) else f'{key}={value}' for key, value in found['config'].items())
-    print('\n'.join(textwrap.wrap(words, 100, initial_indent='  ', subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)))
+    print('\n'.join(settings(found['config'], 2)))
     print(f"{'norm':>12}  {'dtype':<9} {'shape':<20} tensor")
     for tensor in tensors:
         print(f"{tensor['norm']:>12.5g}  {tensor['dtype']:<9} {'x'.join(map(str, tensor['shape'])) or 'number':<20} {tensor['name']}")

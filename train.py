@@ -242,6 +242,12 @@ class Config:
     # With use_fsdp=True: the same as activation_checkpointing=full.
     context_parallel: int = 1  # Number of processes that share each sequence.
 
+    COMMON = (  # what --help shows
+        'out_dir', 'dataset', 'init_from', 'auto_resume', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval',
+        'batch_size', 'gradient_accumulation_steps', 'total_batch_size', 'block_size', 'arch_preset', 'n_layer',
+        'n_head', 'n_embd', 'dropout', 'optimizer', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters',
+        'device', 'dtype', 'compile', 'dry_run')
+
     @property
     def save_interval(self):
         return self.checkpoint_interval or (self.eval_interval if self.always_save_checkpoint else 0)
@@ -427,7 +433,7 @@ def run(c, given, stop, terminal):
         try:
             with terminal.doing('predicting the memory'):
                 prediction = predicted(c.batch_size, c.batch_size * accumulation)
-                parallel.from_main(lambda: c.ignore_memory or refuse_memory(prediction, options, accumulation, world, device, autocast), world)
+                parallel.from_main(lambda: c.ignore_memory or memory.refuse(prediction, device, c, accumulation, world.fsdp, options.predictor(world, device, autocast)), world)
         except memory.NotPredicted as error:
             notes.append(str(error))
 
@@ -807,30 +813,12 @@ class ModelOptions:
                               device, autocast, accumulation=accumulation, muon=self.c.optimizer == 'muon', layout=world.layout,
                               ranks=world.size // self.c.fsdp_replicas)
 
-
-def refuse_memory(prediction, options, accumulation, world, device, autocast):
-    """Raise ConfigError for a step that does not fit into the free memory of `device`, with the keys that make it smaller and by how much."""
-    room = memory.available(device)
-    if prediction.total <= room:
-        return
-    c, ways, started = options.c, [], time.monotonic()
-    sequences, size = c.batch_size * accumulation, c.batch_size
-    tries = [({'activation_checkpointing': how}, size) for how in ('selective', 'full') if how != c.activation_checkpointing]
-    while size > 1:
-        size = next(smaller for smaller in range(size // 2, 0, -1) if sequences % smaller == 0)
-        tries.append(({}, size))
-    for changes, size in tries:
-        if time.monotonic() - started > 8:  # predicting takes a while itself
-            break
-        found = dataclasses.replace(options, c=dataclasses.replace(c, **changes)).predict(size, sequences // size, world, device, autocast)
-        if found.total <= room:
-            words = [f'--{key}={value}' for key, value in changes.items()] or [f'--batch_size={size}', f'--gradient_accumulation_steps={sequences // size}']
-            ways.append(f"{' '.join(words)} takes {found.total / 1e9:.2f} GB")
-            if not changes:
-                break
-    ways = ways or [f'neither activation_checkpointing nor a batch_size of {size} makes it fit']
-    ways += ['--use_fsdp=True on several GPUs shards it'] if not world.fsdp else []
-    raise ConfigError(f"{prediction.describe()}, and {room / 1e9:.1f} GB are free: {'; '.join(ways)}; --ignore_memory=True starts all the same")
+    def predictor(self, world, device, autocast):
+        """Return a function of ({key: other value}, batch_size, accumulation) that predicts such a step."""
+        def predicted(changes, batch_size, accumulation):
+            changed = dataclasses.replace(self, c=dataclasses.replace(self.c, **changes))
+            return changed.predict(batch_size, accumulation, world, device, autocast)
+        return predicted
 
 
 def dry_run(c, given):
@@ -869,7 +857,7 @@ def dry_run(c, given):
     try:
         prediction = options.predict(c.batch_size, accumulation, world, world.device, autocast)
         if not assumed:
-            refuse_memory(prediction, options, accumulation, world, world.device, autocast)
+            memory.refuse(prediction, world.device, c, accumulation, world.fsdp, options.predictor(world, world.device, autocast))
     except ConfigError as error:  # not predicted, or too much
         problem = str(error)
     model = Model.on_meta(shape, ring=world.ring, **options.of(c.batch_size))

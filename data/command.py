@@ -56,8 +56,7 @@ def corpus(args, folder, *, published=False, cut_txt=False, tokenizer_from=None,
     the recipe made for this data set; endings: of files that are taken from a folder.
     """
     shard = check(args)
-    if not args.merge:  # before a tokenizer is fetched or made
-        documents.find_files([path for path in args.input if not documents.is_url(path)], endings)
+    files, splits = (None, None) if args.merge else find(args, published, endings)  # before a tokenizer is fetched or made
     tokenizer = find_tokenizer(args.tokenizer, folder, tokenizer_from, lambda: characters(args, endings))
     if eot and tokenizer.eot_token != eot:
         raise ValueError(f'{args.tokenizer} ends texts with {tokenizer.eot_token!r}, these models with {eot!r}: take the tokenizer of the base model'
@@ -66,7 +65,6 @@ def corpus(args, folder, *, published=False, cut_txt=False, tokenizer_from=None,
     if args.merge:
         plan, folders = pipeline.Plan.load(args.merge, tokenizer)
     else:
-        files, splits = find(args, published, endings)
         for said in left_out(args.input, endings):
             print(said)
         plan = pipeline.Plan.of_files(files, tokenizer, splits=splits, txt_val_fraction=args.val_fraction if cut_txt else None, text_field=args.text_field, limit=args.limit)

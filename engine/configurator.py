@@ -30,7 +30,7 @@ def resolve(schema, argv, aliases=None):
     argv: config files (paths) and `--key=value` words; later ones win, and the command line wins over files.
     aliases: {alias: function(value) -> {key: value}} for names that stand for other keys.
     Returns (config, given): the instance, and {key: where it was set} for every key that the user set.
-    `--help` prints the keys of every day, `--help=all` all of them, with the values of the files given, and exits with 0.
+    `--help` prints the keys that the schema's COMMON names, `--help=all` all of them, with the values of the files given, and exits with 0.
     Raises ConfigError.
     """
     hints = typing.get_type_hints(schema)
@@ -162,23 +162,17 @@ def nearest(word, known):
     return f', did you mean {close[0]!r}?' if close else ''
 
 
-EVERY_DAY = (
-    'out_dir', 'dataset', 'init_from', 'auto_resume', 'max_iters', 'eval_interval', 'eval_iters', 'log_interval', 'batch_size',
-    'gradient_accumulation_steps', 'total_batch_size', 'block_size', 'arch_preset', 'n_layer', 'n_head', 'n_embd', 'dropout',
-    'optimizer', 'learning_rate', 'min_lr', 'warmup_iters', 'lr_decay_iters', 'device', 'dtype', 'compile', 'dry_run')
-
-
 def help_text(schema, values, everything=False, width=None):
-    """Return the keys of `schema` with their `values`, choices and comments: those of every day, or all in their sections.
+    """Return the keys of `schema` with their `values`, choices and comments: those that its COMMON names, or all in their sections.
 
     width: columns, None for those of the terminal.
     """
     width = min(width or shutil.get_terminal_size().columns, 120)
     sections = described(schema)
     defaults = {field.name: field.default for field in dataclasses.fields(schema)}
-    if not everything:
+    if not everything and hasattr(schema, 'COMMON'):
         known = {key: text for _, keys in sections for key, text in keys.items()}
-        sections = [('Common options (--help=all lists all)', {key: known[key] for key in EVERY_DAY if key in known})]
+        sections = [('Common options (--help=all lists all)', {key: known[key] for key in schema.COMMON})]
     lines = ['usage: python train.py [config/file.py ...] [--key=value ...]', '       python train.py [config/file.py] --help | --help=all | --version']
     hints = typing.get_type_hints(schema)
     for title, keys in sections:

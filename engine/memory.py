@@ -4,6 +4,7 @@ What is counted is what the operators of a step ask for. An allocator may hold m
 to a half). With torch.compile it is the prediction for the same step without it.
 """
 import os
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -119,6 +120,33 @@ def refuse_too_large(model, device, shards=1):
         largest, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
         raise ConfigError(f'the weights of this model take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: make it smaller '
                           f'(the largest tensor is {largest}, {tuple(parameter.shape)}), or share it out with --use_fsdp=True on more processes')
+
+
+def refuse(prediction, device, c, accumulation, sharded, predicted):
+    """Raise ConfigError for a step that does not fit into the free memory of `device`, with keys that make it fit and how much they take.
+
+    c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function of ({key: other value of c}, batch_size, accumulation).
+    """
+    room = available(device)
+    if prediction.total <= room:
+        return
+    ways, started, sequences, size = [], time.monotonic(), c.batch_size * accumulation, c.batch_size
+    tries = [({'activation_checkpointing': how}, size) for how in ('selective', 'full') if how != c.activation_checkpointing]
+    while size > 1:
+        size = next(smaller for smaller in range(size // 2, 0, -1) if sequences % smaller == 0)
+        tries.append(({}, size))
+    for changes, size in tries:
+        if time.monotonic() - started > 8:  # predicting takes a while itself
+            break
+        found = predicted(changes, size, sequences // size)
+        if found.total <= room:
+            words = [f'--{key}={value}' for key, value in changes.items()] or [f'--batch_size={size}', f'--gradient_accumulation_steps={sequences // size}']
+            ways.append(f"{' '.join(words)} takes {found.total / 1e9:.2f} GB")
+            if not changes:
+                break
+    ways = ways or [f'neither activation_checkpointing nor a batch_size of {size} makes it fit']
+    ways += ['--use_fsdp=True on several GPUs shards it'] if not sharded else []
+    raise ConfigError(f"{prediction.describe()}, and {room / 1e9:.1f} GB are free: {'; '.join(ways)}; --ignore_memory=True starts all the same")
 
 
 def find_batch_size(predicted, sequences, room):

@@ -229,12 +229,18 @@ def origins(before, c, given, start, vocabulary, columns=None):
             source = f'arch_preset={c.arch_preset}' if start in ('scratch', 'resume') and key not in ('device', 'dtype', 'backend') else start if start != 'scratch' else 'this machine'
         else:
             source = start if start != 'scratch' else 'worked out'
-        found.setdefault(source, []).append(f'{key}={value!r}' if isinstance(value, str) and not value.isprintable() else f'{key}={value}')
+        found.setdefault(source, {})[key] = value
     lines = ['Where each value comes from:']
     for source in sorted(found, key=lambda name: (name == 'default', name != 'command line', name)):
         lines.append(f'  {source}:')
-        lines += textwrap.wrap(', '.join(found[source]), min(100, columns or 100), initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+        lines += settings(found[source], 4, columns)
     return lines
+
+
+def settings(values, indent, columns=None):
+    """Return {key: value} as lines of key=value. columns: as for report()."""
+    words = ', '.join(f'{key}={value!r}' if isinstance(value, str) and not value.isprintable() else f'{key}={value}' for key, value in values.items())
+    return textwrap.wrap(words, min(100, columns or 100), initial_indent=' ' * indent, subsequent_indent=' ' * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def evaluation_line(step, losses, best_before=None):

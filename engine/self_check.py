@@ -9,7 +9,6 @@ if that is installed.
 """
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 import time
 
 from engine.command_line import ROOT, run_command
+from engine.run_json import read_records
 
 ITERATIONS, KILLED_AFTER = 20, 11
 SIZES = [
@@ -52,9 +52,7 @@ def finish(what, *words):
 def losses(folder):
     """Return {iteration: loss} of the only run in `folder`."""
     (name,) = (name for name in os.listdir(folder) if name.endswith('.jsonl'))
-    with open(os.path.join(folder, name)) as f:
-        records = [json.loads(line) for line in f]
-    return {r['iter']: r['loss'] for r in records if r['type'] == 'iter'}
+    return {r['iter']: r['loss'] for r in read_records(os.path.join(folder, name)) if r['type'] == 'iter'}
 
 
 def step(text, begun):

@@ -9,7 +9,7 @@ from conftest import ROOT, TINY, run_process, run_train
 
 import train as trainer
 from engine import memory
-from engine.configurator import EVERY_DAY, choices_of, described, help_text, resolve
+from engine.configurator import choices_of, described, help_text, resolve
 
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
 
@@ -98,7 +98,7 @@ def test_help_has_the_values_of_a_recipe_and_fits(capsys):
         for text in (every_day, everything):
             assert max(len(line) for line in text.splitlines() if not line.startswith('  --')) <= max(width, 76)
     assert f'--n_layer={config.n_layer} ' in every_day and '(default: 12)' in every_day
-    assert all(f'\n  --{key}=' in every_day for key in EVERY_DAY) and every_day.count('\n  --') == len(EVERY_DAY)
+    assert all(f'\n  --{key}=' in every_day for key in trainer.Config.COMMON) and every_day.count('\n  --') == len(trainer.Config.COMMON)
     fields = trainer.Config.__dataclass_fields__
     assert everything.count('\n  --') == len(fields)
     hints = __import__('typing').get_type_hints(trainer.Config)

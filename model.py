@@ -317,7 +317,7 @@ class Model(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        length = self.config.block_size if ring is not None else T if cache is None else cache.length + T
+        length = self.config.block_size if ring is not None else T if cache is None or cache.static else cache.length + T
         turn = self._turn(positions, length) if self.rope else None
         masks = cache.masks if cache is not None else {window: visible(self.backend, T, idx.device, window, documents) for window in set(self.config.windows)}
         routing = []

@@ -95,7 +95,7 @@ def load_run(out_dir, step, device, dtype, changes=None):
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
     tokenizer, meta, elsewhere = tokenizer_of_run(state)
-    model = build(longer(config, changes), device, dtype, config.get('attention_backend', 'sdpa'), meta.get('eot_id') if config.get('document_mask') else None)
+    model = build(longer(config, changes), device, dtype, config.get('attention_backend') or 'sdpa', meta.get('eot_id') if config.get('document_mask') else None)
     checkpoint.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})
     if elsewhere:
         print(f'Note: {elsewhere}; the text is nonsense if its tokenizer is another', file=sys.stderr)

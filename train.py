@@ -139,9 +139,10 @@ class Config:
     qk_norm: bool | None = None  # RMSNorm on each head of queries and keys.
     parallel_residual: bool | None = None  # Attention and MLP read the same input (GPT-NeoX).
     weight_tying: bool | None = None  # Use the token embedding as the weight of the head.
-    attention_backend: Literal['auto', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] = 'sdpa'
+    attention_backend: Literal['auto', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'] | None = None
     # Attention kernel; falls back in this order (cudnn only if asked for). auto times them and
-    # takes the fastest.
+    # takes the fastest. None is flex on an H100 or H200 where deterministic and compile are on,
+    # and sdpa elsewhere.
     attention_sinks: bool | None = None
     # Add a learned logit to each head's softmax (gpt-oss).
     sliding_window: int | None = None  # Tokens that a query sees, itself included; 0 is all.
@@ -272,7 +273,7 @@ from engine.dataset import check_fit, folder_of, open_dataset
 from engine.files import redact
 from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, evaluation_length, inputs_and_targets, mix, order_of, read_batch
 from engine.logger import RunLog, new_run_name, now, unsaved_run
-from engine.loss import IGNORE, choose_chunk
+from engine.loss import IGNORE, choose_chunk, written_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
 from engine.report import ending_lines, evaluation_line, memory_gb, origins, report, startup_info
 from engine.saver import Saver
@@ -383,10 +384,10 @@ def run(c, given, stop, terminal):
     # ---- memory and batch arithmetic
     autocast = kernels.autocast(device.type, torch_dtype)
     tokens_of_rank = c.block_size // c.context_parallel
-    options = ModelOptions(c, shape, chosen, document_end, torch_dtype, device.type)
+    options = ModelOptions(c, shape, chosen, document_end, torch_dtype, world)
 
     def predicted(batch_size, sequences):
-        return options.predict(batch_size, sequences // batch_size, world, device, autocast)
+        return options.predict(batch_size, sequences // batch_size, autocast)
     if c.find_batch_size:
         sequences = checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size) if c.total_batch_size else c.batch_size * c.gradient_accumulation_steps
         room = memory.available(device)
@@ -395,7 +396,7 @@ def run(c, given, stop, terminal):
         c = dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
         notes.append(f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest that fits: {room / 1e9:.1f} GB are free')
     accumulation = checks.accumulation_steps(c, world.data_size)
-    note = choose_chunk(c.loss_chunk, c.batch_size * tokens_of_rank, shape.vocab_size, device.type, torch_dtype)[1]
+    note = dataclasses.replace(options, c=c).loss_chunk(c.batch_size)[1]
     notes += [note] if note else []
     sequences_per_step = c.batch_size * accumulation * world.data_size
     tokens_per_step = sequences_per_step * c.block_size
@@ -433,7 +434,7 @@ def run(c, given, stop, terminal):
         try:
             with terminal.doing('predicting the memory'):
                 prediction = predicted(c.batch_size, c.batch_size * accumulation)
-                parallel.from_main(lambda: c.ignore_memory or memory.refuse(prediction, device, c, accumulation, world.fsdp, options.predictor(world, device, autocast)), world)
+                parallel.from_main(lambda: c.ignore_memory or memory.refuse(prediction, device, c, accumulation, world.fsdp, options.predictor(autocast)), world)
         except memory.NotPredicted as error:
             notes.append(str(error))
 
@@ -797,27 +798,39 @@ class ModelOptions:
     chosen: dict  # of kernels.choose()
     document_end: int | None
     dtype: torch.dtype
-    device_type: str
+    world: parallel.World
+
+    @property
+    def fuses(self):
+        """Whether the loss is compiled together with what comes before it, not unit by unit."""
+        return self.c.compile and self.world.layout == 'single'
+
+    def loss_chunk(self, batch_size):
+        """Return what choose_chunk() does for micro-steps of batch_size sequences."""
+        c, tokens = self.c, batch_size * (self.c.block_size // self.c.context_parallel)
+        return choose_chunk(c.loss_chunk, tokens, self.shape.vocab_size, self.world.device.type, self.dtype, self.fuses)
 
     def of(self, batch_size):
         """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
-        c, tokens = self.c, batch_size * (self.c.block_size // self.c.context_parallel)
+        c = self.c
         return dict(**self.chosen, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing, aux_loss=c.aux_loss_weight,
                     z_loss=c.z_loss_weight, document_end=self.document_end, head_z_loss=c.head_z_loss_weight,
-                    loss_chunk=choose_chunk(c.loss_chunk, tokens, self.shape.vocab_size, self.device_type, self.dtype)[0])
+                    loss_chunk=self.loss_chunk(batch_size)[0])
 
-    def predict(self, batch_size, accumulation, world, device, autocast):
+    def predict(self, batch_size, accumulation, autocast):
         """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
-        backend = 'manual' if self.chosen['backend'] == 'manual' else 'sdpa'
-        return memory.predict(lambda: Model(self.shape, **{**self.of(batch_size), 'backend': backend}), batch_size, self.c.block_size // self.c.context_parallel,
-                              device, autocast, accumulation=accumulation, muon=self.c.optimizer == 'muon', layout=world.layout,
-                              ranks=world.size // self.c.fsdp_replicas)
+        c, world = self.c, self.world
+        length = c.block_size // c.context_parallel
+        settings = {**self.of(batch_size), 'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
+                    'loss_chunk': written_chunk(self.loss_chunk(batch_size)[0], batch_size * length, self.shape.vocab_size, world.device.type, self.fuses)}
+        return memory.predict(lambda: Model(self.shape, **settings), batch_size, length, world.device, autocast, accumulation=accumulation,
+                              muon=c.optimizer == 'muon', layout=world.layout, ranks=world.size // c.fsdp_replicas)
 
-    def predictor(self, world, device, autocast):
+    def predictor(self, autocast):
         """Return a function of ({key: other value}, batch_size, accumulation) that predicts such a step."""
         def predicted(changes, batch_size, accumulation):
             changed = dataclasses.replace(self, c=dataclasses.replace(self.c, **changes))
-            return changed.predict(batch_size, accumulation, world, device, autocast)
+            return changed.predict(batch_size, accumulation, autocast)
         return predicted
 
 
@@ -850,14 +863,14 @@ def dry_run(c, given):
     if trial:
         notes.append('attention_backend=auto is not tried: sdpa is assumed')
     chosen, told = kernels.choose(dataclasses.replace(c, attention_backend='sdpa') if trial or assumed else c, shape, world.device, torch_dtype)
-    options = ModelOptions(c, shape, chosen, meta.get('eot_id') if c.document_mask else None, torch_dtype, world.device.type)
+    options = ModelOptions(c, shape, chosen, meta.get('eot_id') if c.document_mask else None, torch_dtype, world)
     accumulation = checks.accumulation_steps(c, world.data_size)
     autocast = kernels.autocast(world.device.type, torch_dtype)
     prediction, problem = None, None
     try:
-        prediction = options.predict(c.batch_size, accumulation, world, world.device, autocast)
+        prediction = options.predict(c.batch_size, accumulation, autocast)
         if not assumed:
-            memory.refuse(prediction, world.device, c, accumulation, world.fsdp, options.predictor(world, world.device, autocast))
+            memory.refuse(prediction, world.device, c, accumulation, world.fsdp, options.predictor(autocast))
     except ConfigError as error:  # not predicted, or too much
         problem = str(error)
     model = Model.on_meta(shape, ring=world.ring, **options.of(c.batch_size))

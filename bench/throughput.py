@@ -22,6 +22,7 @@ from step import Step, config_of, device_of, matmuls, model_settings, vocabulary
 
 from engine import flops, memory
 from engine.kernels import autocast, precision, time_when_done
+from engine.loss import written_chunk
 from engine.report import memory_gb
 from model import Model
 
@@ -47,7 +48,8 @@ def predict(c, batch_size):
     """engine.memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or two."""
     device = device_of(c)
     settings = model_settings(dataclasses.replace(c, batch_size=batch_size), device)
-    return memory.predict(lambda: Model(**{**settings, 'backend': 'sdpa'}), batch_size, c.block_size, device, autocast(device.type, precision(c.dtype, device)), accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
+    chunk = written_chunk(settings['loss_chunk'], batch_size * c.block_size, settings['config'].vocab_size, device.type, c.compile)
+    return memory.predict(lambda: Model(**{**settings, 'backend': 'sdpa', 'loss_chunk': chunk}), batch_size, c.block_size, device, autocast(device.type, precision(c.dtype, device)), accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
                           muon=c.optimizer == 'muon')
 
 

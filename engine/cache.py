@@ -11,7 +11,8 @@ class Cache:
     left of each row are no text, or None. static: keep shapes and addresses from token to token, as compiled decoding and CUDA graphs need: attention
     then goes over all `size` places, and windows save no room.
 
-    Model.forward() calls begin(), each layer extend(), then end(). `length` counts the places taken, padding included.
+    Model.forward() calls begin(), each layer extend(), then end(). `length` counts the places taken, padding included;
+    of a static one, `at` does.
     """
 
     def __init__(self, windows, batch, n_kv, head_dim, size, device, dtype, padding=None, static=False):
@@ -20,6 +21,9 @@ class Cache:
         self.keys, self.values = ([torch.zeros(batch, n_kv, n, head_dim, device=device, dtype=dtype) for n in room] for _ in range(2))
         self.device = device
         self.at = torch.zeros((), dtype=torch.int64, device=device)  # `length`, for a graph that is replayed
+        if static:
+            for tensor in (self.at, *self.keys, *self.values):
+                torch._dynamo.mark_static_address(tensor)  # or no CUDA graph is made of what writes to it
 
     def begin(self, T):
         """Make the masks for T more tokens, {window: mask of engine.attention}; returns their positions: a slice, or (B or 1, T) int64."""
@@ -33,7 +37,7 @@ class Cache:
             queries = torch.arange(self.length, self.length + T, device=self.device)
         self.masks, self.queries = {}, queries
         for window in set(self.windows):
-            if self.length == 0 and not self.static and self.padding is None and (window is None or window >= T):
+            if not self.static and self.length == 0 and self.padding is None and (window is None or window >= T):
                 self.masks[window] = None  # plain causality
                 continue
             places = seen if self.static else torch.arange(self._first(window), self.length + T, device=self.device)
@@ -68,5 +72,7 @@ class Cache:
         return both
 
     def end(self, T):
-        self.length += T
-        self.at += T
+        if self.static:
+            self.at += T  # a number of Python's would be compiled in, and each token compiled anew
+        else:
+            self.length += T

@@ -64,14 +64,15 @@ def choose(c, shape, device, dtype):
     if dtype == torch.float16 and c.use_fsdp and c.fsdp_offload:
         raise ConfigError('dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16')
     notes, special = [], dict(dropout=c.dropout, documents=c.document_mask, sinks=shape.attention_sinks, deterministic=c.deterministic)
-    if c.attention_backend == 'auto':
+    asked = c.attention_backend or usual_backend(c, shape, device, dtype)
+    if asked == 'auto':
         backend, told = fastest(device, dtype, batch_size=c.batch_size, n_head=shape.n_head, n_kv=shape.num_key_value_heads, head_dim=shape.head_dim, T=c.block_size,
                                 window=max(shape.windows, key=lambda window: window or c.block_size) or None, **special)
         notes.append(f'attention_backend=auto takes {backend}: {told}')
     else:
-        backend, passed_over = choose_backend(c.attention_backend, device.type, dtype, shape.head_dim, window=any(shape.windows), **special)
+        backend, passed_over = choose_backend(asked, device.type, dtype, shape.head_dim, window=any(shape.windows), **special)
         if passed_over:
-            notes.append(f'attention_backend={c.attention_backend} falls back to {backend} ({"; ".join(passed_over)})')
+            notes.append(f'attention_backend={asked} falls back to {backend} ({"; ".join(passed_over)})')
     if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
         notes.append(f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul slow on a GPU: --vocab_size={-(-shape.vocab_size // 64) * 64} adds ids that no text has')
     dispatch, reason = experts.choose_dispatch(c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type) if shape.num_experts else (None, None)
@@ -88,6 +89,18 @@ def choose(c, shape, device, dtype):
     return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
 
 
+def usual_backend(c, shape, device, dtype):
+    """Return the backend where attention_backend is None, by rule: a run that continues takes the same again.
+
+    The backward pass of torch's flash attention that repeats to the last bit leaves much of a GPU idle. flex_attention's repeats too and
+    takes half the time or less, measured on an H100 for heads of 64 and 128 (bench/RESULTS.md); so do windows, which sdpa has as a mask alone.
+    """
+    faster = (device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] == 9 and c.deterministic and c.compile
+              and dtype in (torch.float16, torch.bfloat16) and shape.head_dim in (64, 128)
+              and not (c.dropout or c.document_mask or shape.attention_sinks))
+    return 'flex' if faster else 'sdpa'
+
+
 def fastest(device, dtype, *, batch_size, n_head, n_kv, head_dim, T, dropout=0.0, window=None, documents=False, sinks=False, deterministic=False):
     """(backend, told): the backend whose forward and backward pass together take least time on this device, and a sentence with the times.
 
@@ -95,7 +108,8 @@ def fastest(device, dtype, *, batch_size, n_head, n_kv, head_dim, T, dropout=0.0
     gains less than 2 % over sdpa does not take its place.
     """
     generator = torch.Generator(device).manual_seed(0)
-    B = min(batch_size, 8 if device.type == 'cuda' else 1)
+    # as many sequences as there will be, within a gigabyte or so: a kernel that fills a card with 16 may leave half of it idle with 8
+    B = min(batch_size, max(1, 2**17 // T) if device.type == 'cuda' else 1)
     q, k, v, grad = (torch.randn(B, heads, T, head_dim, generator=generator, device=device, dtype=dtype).requires_grad_() for heads in (n_head, n_kv, n_kv, n_head))
     logits = torch.zeros(n_head, device=device, requires_grad=True) if sinks else None
     texts = (torch.arange(T, device=device) // max(1, T // 4)).expand(B, T) if documents else None

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 IGNORE = -1  # a target with this value is no target (nanoGPT's convention)
 PLAIN_BYTES = {'cpu': 2**24, 'cuda': 2**31}  # of fp32 logits up to which the loss is torch's
+PLAIN_BYTES_COMPILED = 2**34  # on a GPU, where half of these are never written: torch's is faster there and takes less memory
 CHUNK_BYTES = {'cpu': 2**28, 'cuda': 2**29}  # of those of a chunk
 
 
@@ -30,17 +31,37 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0
     return loss + (extra - extra.detach())
 
 
-def choose_chunk(asked, tokens, vocab_size, device_type, dtype):
-    """(chunk for next_token_loss, a sentence for the report or None), for micro-steps of `tokens` tokens. asked: the key loss_chunk."""
+def choose_chunk(asked, tokens, vocab_size, device_type, dtype, compiled=False):
+    """(chunk for next_token_loss, a sentence for the report or None), for micro-steps of `tokens` tokens.
+
+    asked: the key loss_chunk; compiled: whether the loss is compiled together with what comes before it.
+    """
     whole = 4 * tokens * vocab_size
     if dtype == torch.float16:  # the scale of its gradients comes too late for them
         return 0, f'loss_chunk={asked} has no effect: dtype=float16 computes the loss at once' if asked else None
     if asked is None:
         number = math.ceil(whole / CHUNK_BYTES[device_type])
-        asked = max(256, math.ceil(tokens / number / 128) * 128) if whole > PLAIN_BYTES[device_type] else 0
+        asked = max(256, math.ceil(tokens / number / 128) * 128) if whole > (PLAIN_BYTES_COMPILED if compiled and device_type == 'cuda' else PLAIN_BYTES[device_type]) else 0
     if not 0 < asked < tokens:
         return min(asked, tokens), None
     return asked, f'loss in chunks of {asked} tokens: the logits of a micro-step would take {whole / 1e9:.2f} GB'
+
+
+def written_chunk(chunk, tokens, vocab_size, device_type, compiled):
+    """The chunk with which the loss as it is written takes the memory that it takes with `chunk` as it is run.
+
+    Compiled, torch's loss keeps 2 bytes for each logit; as it is written, a chunk takes 8 for each of its own.
+    """
+    large = 4 * tokens * vocab_size > PLAIN_BYTES[device_type]
+    return tokens // 4 if compiled and device_type == 'cuda' and not chunk and large else chunk
+
+
+def _less_target(p, target, fused):
+    """Return p (N, V) less 1 at each target (N, 1), in place unless `fused`: compiled for a GPU, where a comparison joins the kernels
+    around it and a scatter that is to repeat sorts."""
+    if fused:
+        return p - (torch.arange(p.size(1), device=p.device) == target).to(p.dtype)
+    return p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -58,6 +79,7 @@ class _ChunkedLoss(torch.autograd.Function):
         h, w = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=h.device)
         room = torch.empty(min(chunk, len(h)), len(w)) if h.device.type == 'cpu' and dtype == torch.float32 else None  # every chunk's logits, then p
+        fused = torch.compiler.is_compiling() and h.device.type == 'cuda'
         if wanted:
             ctx.gradients = [torch.empty_like(h), None]
         for first in range(0, len(h), chunk):
@@ -69,7 +91,7 @@ class _ChunkedLoss(torch.autograd.Function):
             norm = largest - p.amax(dim=1, keepdim=True).log()
             total = total + torch.where(there, norm - right, 0.0).sum()  # not in place: torch 2.11 would compile a backward pass of zeros
             if wanted:
-                slope = (p.mul_(1 + 2 * z_loss * norm) if z_loss else p).scatter_add_(1, target, torch.full_like(norm, -1.0)).to(dtype)
+                slope = _less_target(p.mul_(1 + 2 * z_loss * norm) if z_loss else p, target, fused).to(dtype)
                 torch.mm(slope, w, out=ctx.gradients[0][first:first + chunk]).mul_(there)
                 here = here * there
                 if weight.dtype == dtype and first:

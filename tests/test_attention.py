@@ -101,7 +101,7 @@ def test_where_flash_attention_4_runs(monkeypatch):
 def test_what_a_gpu_is_told():
     """Notes, without a GPU: an odd vocabulary."""
     def notes(dtype=torch.bfloat16, **changes):
-        c = Config(**changes)
+        c = Config(attention_backend='sdpa', **changes)
         shape = resolve_shape(dataclasses.asdict(c), 50257)
         return ' '.join(kernels.choose(c, shape, torch.device('cuda'), dtype)[1])
     assert '--vocab_size=50304 adds ids that no text has' in notes()
@@ -187,6 +187,21 @@ def test_the_fastest_is_fast_and_right(monkeypatch):
     monkeypatch.setitem(_KERNELS, 'sdpa', broken)
     monkeypatch.setitem(_KERNELS, 'manual', manual)
     assert found()[0] == 'manual'
+
+
+@pytest.mark.parametrize('options, expected', [
+    ({}, 'flex'), (dict(deterministic=False), 'sdpa'), (dict(compile=False), 'sdpa'), (dict(dropout=0.1), 'sdpa'),
+    (dict(document_mask=True), 'sdpa'), (dict(attention_sinks=True), 'sdpa'), (dict(n_head=2), 'sdpa'), (dict(n_head=8), 'flex'),
+    (dict(attention_backend='manual'), 'manual')])
+def test_the_usual_backend_on_an_h100(options, expected, monkeypatch):
+    """By rule, not by a trial: the same whenever a run starts."""
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (9, 0))
+    c = Config(**{'arch_preset': 'llama', 'n_head': 4, 'n_embd': 512, 'vocab_size': 64, 'num_key_value_heads': None, **options})
+    shape, device = resolve_shape(dataclasses.asdict(c)), torch.device('cuda')
+    assert kernels.choose(c, shape, device, torch.bfloat16)[0]['backend'] == expected
+    assert kernels.choose(c, shape, torch.device('cpu'), torch.float32)[0]['backend'] == (expected if expected == 'manual' else 'sdpa')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (8, 0))
+    assert kernels.usual_backend(c, shape, device, torch.bfloat16) == 'sdpa'
 
 
 def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):

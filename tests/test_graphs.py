@@ -230,10 +230,19 @@ def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
         assert [record['moe'] for record in records(tmp_path / 'graphs')] == [record['moe'] for record in records(tmp_path / 'plain')]
 
 
+@pytest.fixture
+def strict():
+    """Kernels that repeat: compiled, the gradient of an embedding is else summed in any order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    kernels.set_deterministic(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_on_a_gpu(family, compiled):
+def test_on_a_gpu(family, compiled, strict):
     """Real graphs, whose own comparison must pass, in bfloat16 with three micro-steps and dropout."""
     shape = resolve_shape(dict(arch_preset=family, **SMALL, **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {})))
     model = Model.on_meta(shape, dropout=0.1).allocate('cuda')

@@ -242,7 +242,7 @@ def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(dataset, tmp_path):
     assert loader.queue.get(timeout=30).is_pinned()
     loader.close()
     for name, last in (('a', 24), ('b', 16)):
-        run(1, *arguments(dataset, tmp_path / name, f'--max_iters={last}', '--lr_decay_iters=24', '--device=cuda', '--block_size=512', '--dropout=0.1'))
+        run(1, *arguments(dataset, tmp_path / name, f'--max_iters={last}', '--lr_decay_iters=24', '--total_batch_size=2048', '--device=cuda', '--block_size=512', '--dropout=0.1'))
     run(1, f'--dataset={dataset}', f'--out_dir={tmp_path}/b', '--init_from=resume', '--max_iters=24', '--device=cuda')
     assert losses(tmp_path / 'a') == losses(tmp_path / 'b')
 

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, losses, run_train
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.loss import IGNORE, choose_chunk, next_token_loss
+from engine.loss import IGNORE, _less_target, choose_chunk, next_token_loss, written_chunk
 
 
 def both(chunk, dtype=torch.float32, reduction='mean', autocast=False, frozen=False, scale=1.0):
@@ -70,6 +70,11 @@ def test_compiled_it_is_the_same(reduction, z_loss):
         assert (a - b).abs().max() <= 1e-6 * a.abs().max() and b.any()
 
 
+def test_the_slope_is_the_same_by_comparison_and_by_scatter():
+    p, target = torch.rand(9, 13), torch.randint(0, 13, (9, 1))
+    assert torch.equal(_less_target(p, target, True), _less_target(p.clone(), target, False)) and (p >= 0).all()
+
+
 def test_an_evaluation_computes_no_gradient():
     hidden, weight, targets, counted = torch.randn(100, 24), torch.randn(97, 24, requires_grad=True), torch.randint(0, 97, (100,)), []
     for wanted in (True, False):
@@ -109,6 +114,11 @@ def test_which_chunk_is_taken():
     assert choose_chunk(None, 2048, 128256, 'cpu', torch.float32)[0] == 512 and choose_chunk(0, 2048, 128256, 'cpu', torch.float32) == (0, None)
     assert choose_chunk(None, 24 * 2048, 128256, 'cuda', torch.bfloat16)[0] == 1152 and choose_chunk(None, 4096, 10**7, 'cpu', torch.float32)[0] == 256
     assert choose_chunk(64, 2048, 128256, 'cuda', torch.float16)[0] == 0 and 'float16' in choose_chunk(64, 2048, 128256, 'cuda', torch.float16)[1]
+    # compiled on a GPU torch's takes less time and less memory, up to a size; that memory is predicted from smaller chunks
+    assert choose_chunk(None, 8 * 2048, 128256, 'cuda', torch.bfloat16, True) == (0, None) != choose_chunk(None, 8 * 2048, 128256, 'cuda', torch.bfloat16)
+    assert choose_chunk(None, 24 * 2048, 128256, 'cuda', torch.bfloat16, True)[0] == 1152 and choose_chunk(None, 2048, 50304, 'cpu', torch.float32, True)[0] == 1024
+    assert written_chunk(0, 16384, 128256, 'cuda', True) == 4096 and written_chunk(1024, 16384, 128256, 'cuda', True) == 1024
+    assert written_chunk(0, 16384, 128256, 'cuda', False) == written_chunk(0, 512, 128256, 'cuda', True) == written_chunk(0, 16384, 128256, 'cpu', True) == 0
     assert choose_chunk(64, 64, 100, 'cpu', torch.float32) == (64, None) == choose_chunk(99, 64, 100, 'cpu', torch.float32)
 
 

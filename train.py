@@ -269,16 +269,17 @@ from data.tokenizer import tokenizer_of
 from engine import __version__, checkpoint, checks, flops, kernels, memory, optim, parallel, resume, stopping, tasks, tokenizer_match
 from engine.copier import Copier, place_of
 from engine.copying_together import Machines
-from engine.dataset import check_fit, folder_of, open_dataset
+from engine.dataset import check_fit, folder_of, open_dataset, shares_of
 from engine.files import redact
 from engine.loader import TrainLoader, evaluation_batches, evaluation_identity, evaluation_length, inputs_and_targets, mix, order_of, read_batch
 from engine.logger import RunLog, new_run_name, now, unsaved_run
 from engine.loss import IGNORE, choose_chunk, written_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
-from engine.report import ending_lines, evaluation_line, memory_gb, origins, report, startup_info
+from engine.report import ending_lines, evaluation_line, memory_gb, origins, readings, report, startup_info
 from engine.saver import Saver
 from engine.stragglers import Stragglers
 from engine.terminal import Terminal, progress_line
+from engine.text_bytes import TextBytes
 from generation import generate, prompts_of
 import huggingface
 from model import Model
@@ -521,6 +522,9 @@ def run(c, given, stop, terminal):
     for line in report(c, startup, meta, order, world, sequences_per_step, loader_workers, run_name, weights, notes, terminal.columns()):
         log.say(line)
 
+    sources = [name for name, _ in shares_of(c.dataset)]
+    text_bytes = TextBytes(val_file, val_file.evaluation_starts(c.block_size, c.eval_iters * c.batch_size), c.block_size,
+                           lambda: tokenizer or tokenizer_of(data_folder, meta)) if world.main else None
     agreement, stragglers = parallel.Agreement(world), Stragglers(world, log.say)
 
     def evaluate():
@@ -531,19 +535,21 @@ def run(c, given, stop, terminal):
     def measure(work):
         losses = {}
         for split, file in (('train', train_file), ('val', val_file)):
-            total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, targets
-            for x, y in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size, world.ring):
+            total = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)  # of each source the sum of losses, targets
+            for x, y, source in evaluation_batches(file, c.block_size, c.batch_size, c.eval_iters, world.data_rank, world.data_size, world.ring):
                 if agreement.begin(stop.code()):
                     return None
                 x, y = x.to(device), y.to(device)
                 with autocast:
                     loss = step_model(x, y, reduction='sum')
-                total += torch.stack([loss.double(), (y != IGNORE).sum().double()])
+                total[source] += torch.stack([loss.double(), (y != IGNORE).sum().double()])
                 if agreement.end():
                     return None
                 work.done += 1
             total = parallel.sum_over_ranks(total, world)
-            losses[split] = (total[0] / total[1]).item()
+            losses[split] = (total[:, 0].sum() / total[:, 1].sum()).item()
+        if len(sources) > 1:
+            losses['sources'] = {name: loss / targets for name, (loss, targets) in zip(sources, total.tolist()) if targets}  # of 'val'
         if eval_tasks:
             with autocast:
                 losses['tasks'] = tasks.evaluate(eval_tasks, model, c.batch_size, device,
@@ -600,7 +606,7 @@ def run(c, given, stop, terminal):
 
         def evaluation():
             if c.max_iters > start_step:
-                x, y = (part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1, ring=world.ring)))
+                x, y = (part.to(device) for part in next(evaluation_batches(train_file, c.block_size, c.batch_size, 1, ring=world.ring))[:2])
                 with parallel.forward_only(step_model), torch.no_grad(), autocast:
                     step_model(x, y, reduction='sum')
 
@@ -670,7 +676,8 @@ def run(c, given, stop, terminal):
                 continue
             if losses:
                 log.event('eval', iter=step, train_loss=losses['train'], val_loss=losses['val'], timestamp=now(), lr=learning_rate(c, max(0, step - 1)),
-                          tokens_seen=tokens, **({'tasks': losses['tasks']} if eval_tasks else {}))
+                          tokens_seen=tokens, **readings(losses['val'], text_bytes), **({'val_loss_by_source': losses['sources']} if len(sources) > 1 else {}),
+                          **({'tasks': losses['tasks']} if eval_tasks else {}))
                 log.say(evaluation_line(step, losses, best_val_loss))
                 last_evaluation = step, {**losses, 'data': windows}
                 if losses['val'] < best_val_loss:

@@ -95,7 +95,7 @@ def our_loop(folder, seed, recipe=None):
 def whole_split_loss(model, file):
     model.eval()
     total = count = 0
-    for x, y in evaluation_batches(file, T, 128, 10**6):
+    for x, y, _ in evaluation_batches(file, T, 128, 10**6):
         total, count = total + model(x, y, reduction='sum').item(), count + (y != -1).sum().item()
     model.train()
     return total / count

@@ -376,7 +376,7 @@ def read_evaluation(path, fs=LOCAL):
 def parse_evaluation(data):
     """Return the losses in the bytes of an evaluation.json. Raises ValueError for a damaged one."""
     losses = unseal(data)
-    _check_fields(losses, {'train': _LOSS, 'val': _LOSS, 'data': _TEXT, 'tasks': _DICT})
+    _check_fields(losses, {'train': _LOSS, 'val': _LOSS, 'data': _TEXT, 'tasks': _DICT, 'sources': _DICT})
     if 'val' not in losses:
         raise ValueError('it has no val')
     return losses

@@ -146,6 +146,10 @@ class Tokens:
         count = min(count, available)
         return np.arange(count) * available // max(1, count) * block_size
 
+    def sources_of(self, starts):
+        """Return the number of the source that each window begins in: 0."""
+        return np.zeros(len(starts), dtype=np.int64)
+
 
 def fingerprint_of_pieces(pieces):
     """Return the fingerprint of a split that lies in `pieces`, from their bytes."""
@@ -171,11 +175,15 @@ class Mixture:
     def windows(self, starts, block_size):
         """As of Tokens; no window of a source may reach into the next."""
         starts, rows = np.asarray(starts), torch.empty(len(starts), block_size + 1, dtype=torch.int64)
-        which = np.searchsorted(self.firsts, starts, 'right') - 1
+        which = self.sources_of(starts)
         for number in np.unique(which):
             here = np.flatnonzero(which == number)
             rows[here] = self.sources[number].windows(starts[here] - self.firsts[number], block_size)
         return rows
+
+    def sources_of(self, starts):
+        """Return the number of the source that each window begins in."""
+        return np.searchsorted(self.firsts, starts, 'right') - 1
 
     def evaluation_starts(self, block_size, count):
         """As of Tokens, of each source as many as its share."""

@@ -142,7 +142,8 @@ def inputs_and_targets(batch):
 
 
 def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1, ring=None):
-    """The fixed evaluation windows of a split, as (x, y) int64 CPU tensors of shape (batch_size, block_size); with an engine.ring.Ring this rank's part of them.
+    """Yield the fixed evaluation windows of a split as (x, y, source): int64 CPU tensors of shape (batch_size, block_size), with an engine.ring.Ring
+    this rank's part of them, and the number of the source whose tokens have targets. A batch with windows of several sources comes once for each.
 
     n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping: the same at every
     evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many batches of the same
@@ -155,12 +156,15 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
         x, y = inputs_and_targets(read_batch(file, filled, block_size, ring))
         y = y.clone()
         y[len(mine):] = IGNORE
-        yield x, y
+        of_row = torch.from_numpy(file.sources_of(filled))
+        for source in np.unique(file.sources_of(starts[first:first + world_size * batch_size])):  # alike on every rank
+            yield x, torch.where((of_row == source)[:, None], y, IGNORE), int(source)
 
 
 def evaluation_length(file, block_size, batch_size, n_batches, world_size=1):
     """How many batches evaluation_batches() gives to each rank."""
-    return -(-len(file.evaluation_starts(block_size, n_batches * batch_size)) // (world_size * batch_size))
+    sources = file.sources_of(file.evaluation_starts(block_size, n_batches * batch_size))
+    return sum(len(np.unique(sources[first:first + world_size * batch_size])) for first in range(0, len(sources), world_size * batch_size))
 
 
 def evaluation_identity(file, c):

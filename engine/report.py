@@ -1,6 +1,7 @@
 """What a run says of itself when it starts, and the memory it takes."""
 import collections
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -247,7 +248,18 @@ def evaluation_line(step, losses, best_before=None):
     """Return the line of an evaluation. best_before: the best validation loss until then; None marks none."""
     best = ' *best*' if step and best_before is not None and losses['val'] < best_before else ''
     scores = ''.join(f", {name} {100 * found['acc_norm']:.1f} %" for name, found in losses.get('tasks', {}).items())
-    return f"---- iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}{scores}"
+    parts = ''.join(f'\n     {name} {loss:.4f}' for name, loss in losses.get('sources', {}).items())
+    return f"---- iter {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}{best}{scores}{parts}"
+
+
+def readings(loss, text_bytes):
+    """Return {'perplexity', 'bits_per_byte'} of a loss in nats per token, null where it is not finite or the text is not known.
+
+    text_bytes: engine.text_bytes.TextBytes, or None on ranks that log nothing.
+    """
+    per_token = text_bytes.per_token() if text_bytes else None
+    return {'perplexity': math.exp(loss) if loss < 700 else None,
+            'bits_per_byte': loss / math.log(2) / per_token if per_token and math.isfinite(loss) else None}
 
 
 def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=None):
@@ -265,6 +277,7 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
     if best is not None:
         path = checkpoint.path_of(c.out_dir, summary['best_val_iter'])
         groups['Validation'] = [*([f'loss {final:.4f} at the end'] if final is not None else []),
+                                *([f"{bits:.3f} bits per byte"] if (bits := summary.get('final_bits_per_byte')) else []),
                                 f"best {best:.4f} at iteration {summary['best_val_iter']:,}", *([path] if os.path.isdir(path) else [])]
     groups['Memory'] = [f'peak {peak_gb:.2f} GB, {peak_gb - before_gb:.2f} GB of it since the model was made',
                         *([f'{prediction.total / 1e9:.2f} GB predicted for a step'] if prediction else [])]

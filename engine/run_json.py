@@ -136,6 +136,7 @@ class Summary:
             'total_eval_steps': self.evaluations, 'total_checkpoints': self.checkpoints,
             'best_val_iter': self.best_iter,
             'final_val_loss': self.final['val_loss'] if self.final and self.final['iter'] == step else None,
+            'final_bits_per_byte': self.final.get('bits_per_byte') if self.final and self.final['iter'] == step else None,
             'median_tokens_per_sec': self.rates.median(), 'median_mfu': self.mfus.median(),
             'tokens_seen': self.last.get('tokens_seen') if self.last else None,
             'wall_s': self.last.get('wall_s') if self.last else None,

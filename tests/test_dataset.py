@@ -1,12 +1,14 @@
 """Proves that a split in many files, in object storage or in a mixture is read as the same tokens in the same order."""
 import fractions
 import json
+import math
 import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, losses, run_train, write_dataset
+from conftest import ROOT, TINY, losses, records, run_train, write_dataset
+from ranks import train as ranks_train
 
 from data.tokenfile import TokenFileWriter
 from engine import loader, remote
@@ -43,7 +45,7 @@ def same(a, b, T=32):
     assert [a.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(a)), (len(a), 0))] == [b.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(b)), (len(b), 0))]
     starts = order_of(a, T, 3).starts(0, 400)
     assert torch.equal(a.windows(starts, T), b.windows(starts, T))
-    assert all(torch.equal(u, v) for x, y in zip(evaluation_batches(a, T, 4, 5), evaluation_batches(b, T, 4, 5), strict=True) for u, v in zip(x, y))
+    assert all(torch.equal(u, v) for x, y in zip(evaluation_batches(a, T, 4, 5), evaluation_batches(b, T, 4, 5), strict=True) for u, v in zip(x[:2], y[:2]))
 
 
 def test_many_files_are_read_as_one(pair):
@@ -159,9 +161,42 @@ def test_shares_are_exact_and_every_source_keeps_its_order(three, weights):
         assert (tokens[source == number][:, 0].numpy() - 20_000 * number == alone).all()
     pieces = np.concatenate([order.starts(p, 7) for p in range(0, 700, 7)])
     assert (pieces == order.starts(0, 700)).all()
-    firsts = torch.cat([x[y[:, 0] != IGNORE][:, 0] for x, y in evaluation_batches(val, T, 10, 2)]).numpy()
+    firsts = torch.cat([x[y[:, 0] != IGNORE][:, 0] for x, y, _ in evaluation_batches(val, T, 10, 2)]).numpy()
     counts = np.bincount(firsts // 20_000, minlength=len(weights))
     assert all(abs(n - min(20 * w / sum(weights), (len(s) - 1) // T)) < 1 for n, w, s in zip(counts, weights, val.sources)) and len(set(firsts)) == len(firsts)
+
+
+def test_losses_of_the_sources_of_a_mixture(three, tmp_path):
+    """Of 8 windows in batches of 4, 3 are of the first: one batch is of both. They add up to the loss of all, on any number of ranks."""
+    spec = f'{three[0]}:0.375,{three[1]}:0.625'
+    val = open_dataset(spec, '/')[1]
+    whole = [(x, y, source) for rank in range(2) for x, y, source in evaluation_batches(val, 16, 4, 2, rank, 2)]
+    assert [source for *_, source in whole] == [0, 1] * 2 and sum((y != IGNORE).sum() for _, y, _ in whole) == 8 * 16
+    assert all((y[x[:, 0] // 20_000 != source] == IGNORE).all() for x, y, source in whole)
+    found = []
+    for size in (1, 2):
+        code, output = ranks_train(size, f'--dataset={spec}', f'--out_dir={tmp_path}/{size}', *TINY, '--vocab_size=60000', '--max_iters=4', '--eval_interval=2',
+                                   '--total_batch_size=128', *(['--use_fsdp=True'] if size > 1 else []))
+        assert code == 0, output
+        found.append(records(tmp_path / str(size), 'eval'))
+    for one, two in zip(*found, strict=True):
+        parts = one['val_loss_by_source']
+        assert [*parts] == [three[0], three[1]] and parts == pytest.approx(two['val_loss_by_source'], abs=1e-4)
+        assert one['val_loss'] == pytest.approx(0.375 * parts[three[0]] + 0.625 * parts[three[1]], rel=1e-6)
+        assert one['perplexity'] == pytest.approx(math.exp(one['val_loss'])) and one['bits_per_byte'] is None
+    assert f'{three[0]} {found[0][-1]["val_loss_by_source"][three[0]]:.4f}' in next((tmp_path / '1').glob('*.log')).read_text()
+
+
+@pytest.mark.parametrize('text, bytes_per_token', [('ab', 1), ('äö', 2), ('日本', 3)])
+def test_bits_per_byte(text, bytes_per_token, tmp_path):
+    """Where the tokenizer tells how many bytes a token stands for: here each is one character."""
+    letters = sorted(text)
+    meta = {'stoi': {letter: i for i, letter in enumerate(letters)}, 'itos': dict(enumerate(letters))}
+    data = write_dataset(str(tmp_path / 'data'), np.arange(4000) % 2, np.arange(400) % 2, vocab_size=2, extra=meta)
+    assert run_train(data, tmp_path / 'out', '--max_iters=2', '--eval_interval=2') == 0
+    last = records(tmp_path / 'out', 'eval')[-1]
+    assert last['bits_per_byte'] == pytest.approx(last['val_loss'] / math.log(2) / bytes_per_token)
+    assert f"{last['bits_per_byte']:.3f} bits per byte" in next((tmp_path / 'out').glob('*.log')).read_text()
 
 
 def test_a_run_on_a_mixture_resumes_on_the_same_bits(three, tmp_path):

@@ -108,20 +108,20 @@ def test_worker_processes_give_the_same_batches(counting):
 
 def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting, tmp_path):
     file = open_split(counting, 'val')
-    rows = [x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5)]
-    assert rows == [x[:, 0].tolist() for x, _ in evaluation_batches(file, 32, 4, 5)]
+    rows = [x[:, 0].tolist() for x, *_ in evaluation_batches(file, 32, 4, 5)]
+    assert rows == [x[:, 0].tolist() for x, *_ in evaluation_batches(file, 32, 4, 5)]
     flat = sorted(sum(rows, []))
     assert len(flat) == 20 and min(np.diff(flat)) >= 32 and flat[-1] > 800
     ranks = [list(evaluation_batches(file, 32, 4, 5, rank, 2)) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == 3 and (ranks[1][2][1] == IGNORE).all()  # five batches: in the last round one rank only has targets
-    assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all((y != IGNORE).all() for x, y in [*ranks[0], *ranks[1][:2]])
+    assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all((y != IGNORE).all() for _, y, _ in [*ranks[0], *ranks[1][:2]])
     for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
         file = open_split(write_dataset(str(tmp_path / str(n_tokens)), np.arange(100), np.arange(n_tokens), vocab_size=5000), 'val')
         batches = list(evaluation_batches(file, 32, 4, 10**6))
-        assert sum((y != IGNORE).sum() for _, y in batches) == (n_tokens - 1) // 32 * 32 and all(x.shape == y.shape == (4, 32) for x, y in batches)
+        assert sum((y != IGNORE).sum() for _, y, _ in batches) == (n_tokens - 1) // 32 * 32 and all(x.shape == y.shape == (4, 32) for x, y, _ in batches)
     file = open_split(counting, 'val')
     everything = list(evaluation_batches(file, 32, 4, 10**6))
-    assert sum((y[:, 0] != IGNORE).sum() for _, y in everything) == (1000 - 1) // 32  # more asked for than there is
+    assert sum((y[:, 0] != IGNORE).sum() for _, y, _ in everything) == (1000 - 1) // 32  # more asked for than there is
 
 
 def test_files_of_nanogpt_are_read_as_they_are(tmp_path):

@@ -1,18 +1,28 @@
 """
-List checkpoints, look into them, compare them, and copy them from anywhere to anywhere.
+List checkpoints, look into them, compare them, and copy them.
 
-    python checkpoints.py out-demo                                  step, losses, size, and whether every byte is as it was written
-    python checkpoints.py out-demo view 1800                        settings, versions, data, losses, and every tensor
-    python checkpoints.py out-demo compare 1350 1800                how settings and weights differ, layer by layer
-    python checkpoints.py out-demo status                           which are here, which where --upload_to copies them
-    python checkpoints.py s3://bucket/runs --verify=size            of every run there; only the sizes
-    python checkpoints.py out-demo --copy_to=s3://bucket/runs       all that are whole, verified after the copy
-    python checkpoints.py s3://bucket/runs --copy_to=back --step=2000   the way back, one step
+    python checkpoints.py out-demo
+        step, losses, size, and whether every byte is as it was written
+    python checkpoints.py out-demo view 1800
+        settings, versions, data, losses, and every tensor
+    python checkpoints.py out-demo compare 1350 1800
+        how settings and weights differ, layer by layer
+    python checkpoints.py out-demo status
+        which are here, which where --upload_to copies them
+    python checkpoints.py s3://bucket/runs --verify=size
+        of every run there; only the sizes
+    python checkpoints.py out-demo --copy_to=s3://bucket/runs
+        all that are whole, verified after the copy
+    python checkpoints.py s3://bucket/runs --copy_to=back --step=2000
+        the way back, one step
 
-A copy of a run is at COPY_TO/NAME/RUN, where NAME is that of its out_dir; there `python sample.py --out_dir=` reads it if its
-data set is one of data/ by its name. What is there already is verified and not copied again, so the same command goes on where
-it was interrupted.
-Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used, 130 Ctrl-C.
+A copy of a run is at COPY_TO/NAME/RUN, where NAME is that of its out_dir;
+there `python sample.py --out_dir=` reads it if its data set is one of data/
+by its name. What is there already is verified and not copied again, so the
+same command goes on where it was interrupted.
+
+Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used,
+130 Ctrl-C.
 """
 from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
@@ -71,6 +81,8 @@ def runs_of(args):
         found = [run for run in runs if (args.step is None and checkpoint.steps(run, fs)) or args.step in checkpoint.steps(run, fs)]
     except Exception as error:  # each backend has its own
         raise ConfigError(f'{redact(args.place)} cannot be read ({type(error).__name__}: {sentence(error)})') from None
+    if not found and '://' not in args.place and not os.path.isdir(args.place):
+        raise ConfigError(f"{args.place}: no such folder; expected a run's folder (with checkpoints/ in it), a folder of runs, or a URL")
     if not found:
         which = 'checkpoints' if args.step is None else f'checkpoint of step {args.step}'
         raise ConfigError(f"{redact(args.place)} has no {which}: expected a run's folder (with checkpoints/ in it) or a folder of runs")

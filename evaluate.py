@@ -1,16 +1,18 @@
 """
-Measures a trained model: loss on a data set, multiple-choice tasks, speed, and what it writes.
+Measure a trained model: loss, multiple-choice tasks, speed, samples.
 
     python evaluate.py --out_dir=out-demo
-    python evaluate.py --out_dir=out-demo --tasks=hellaswag,piqa:my/piqa.jsonl --limit=500
+    python evaluate.py --out_dir=out-demo --tasks=hellaswag --limit=500
     python evaluate.py --hf=path/or/hub-id --dataset=pystdlib --speed
-    torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out-llama3 --tokens=10000000
+    torchrun --standalone --nproc_per_node=8 evaluate.py --out_dir=out-llama3
 
-Loss, perplexity and bits per byte are over the whole validation split (or its first --tokens), in windows that do not overlap. Results are added to
-evaluation_STEP.json in the folder of the run, which `python plots/compare_evaluations.py` draws. What is not here, lm-eval measures:
+Loss, perplexity and bits per byte are over the whole validation split, or
+its first --tokens, in windows that do not overlap. Results are added to
+evaluation_STEP.json in the folder of the run, which
+plots/compare_evaluations.py draws. What is not here, lm-eval measures:
 
     python export.py --out_dir=out-demo --to=hf-demo
-    lm_eval run --model hf --model_args pretrained=hf-demo --tasks=lambada_openai,winogrande
+    lm_eval run --model hf --model_args pretrained=hf-demo --tasks=winogrande
 """
 from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 

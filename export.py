@@ -1,11 +1,14 @@
 """
-Writes a trained model as a Hugging Face folder, which transformers, vLLM and lm-eval open.
+Write a trained model as a Hugging Face folder for transformers and vLLM.
 
     python export.py --out_dir=out-demo --to=hf-demo
-    python export.py --out_dir=out-demo --to=hf-demo --dtype=bfloat16 --push_to_hub=me/my-model
+    python export.py --out_dir=out-demo --to=hf-demo --dtype=bfloat16
+    python export.py --out_dir=out-demo --to=hf-demo --push_to_hub=me/my-model
 
-The folder gets config.json, safetensors files, the tokenizer of the run's data set and a model card with the facts of the training. Afterwards the
-weights are read back: if transformers is installed it must compute the same logits from them as this project does.
+The folder gets config.json, safetensors files, the tokenizer of the run's
+data set and a model card with the facts of the training. Afterwards the
+weights are read back: where transformers is installed, it must compute the
+same logits from them as this project does.
 """
 from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 
@@ -202,7 +205,7 @@ def card(shape, state, log, kind, prompt='Once'):
         *([('validation loss', f"{log['val_loss']:.4f} nats per token at iteration {log['evaluated']}")] if 'val_loss' in log else []),
         *([('hardware', f"{hardware['num_gpus']} x {hardware['gpu_name']}" if hardware.get('gpu_name') else hardware.get('cpu_name', 'CPU'))] if hardware else []),
         *([('time', f"{log['hours']:.2f} hours")] if 'hours' in log else []),
-        ('software', f"onetrain, torch {state['versions']['torch']}"),
+        ('software', f"onetrain {state['versions'].get('onetrain', 'before 0.9')}, torch {state['versions']['torch']}"),
     ]
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
     return (f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| | |\n|---|---|\n{table}\n\n'

@@ -1,14 +1,16 @@
 """
-Writes text with a trained model.
+Write text with a trained model.
 
     python sample.py --out_dir=out-demo --start="def " --num_samples=3
-    python sample.py --out_dir=out-demo --start="def " --start="class " --start=FILE:prompt.txt --temperature=0.8 --top_k=50
+    python sample.py --out_dir=out-demo --start=FILE:prompt.txt
     python sample.py --out_dir=out-demo --interactive
-    python sample.py --hf=path/or/hub-id --start="Once upon a time" --stop="The end"
+    python sample.py --hf=path/or/hub-id --start="Once upon a time"
 
-`--out_dir` is the folder of a run; the checkpoint with the best validation loss is taken (`--step` chooses another).
-Text goes through the tokenizer of the run's data set. With `--hf`, a Hugging Face folder or hub id, through its own.
-All samples of all prompts are written at once; the first is shown while it grows.
+--out_dir is the folder of a run; the checkpoint with the best validation
+loss is taken, --step takes another. Text goes through the tokenizer of the
+run's data set. --hf takes a Hugging Face folder or hub id, with its own
+tokenizer. All samples of all prompts are written at once; the first is shown
+while it grows.
 """
 from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
 

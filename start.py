@@ -1,13 +1,14 @@
 """
-One command each for what a new user wants, on a machine with nothing but Python 3.10 to 3.13 and a package index:
+Set up, demo, checks and tests, with one command each.
 
-    python3 start.py demo     set up, train a small model on the source of Python's standard library, let it write, plot its loss
-    python3 start.py doctor   what this machine has for training, what it lacks, and what to type about it
-    python3 start.py check    in a minute on a CPU: train, kill, continue to the same bits, export
-    python3 start.py test     set up with all that the tests need, run the tests
-    python3 start.py setup    only set up: .venv with requirements.txt
+    python3 start.py demo     train a small model in minutes, and let it write
+    python3 start.py doctor   what this machine has for training and lacks
+    python3 start.py check    train, kill, resume to the same bits, export
+    python3 start.py test     run the tests, with all that they need
+    python3 start.py setup    make .venv with requirements.txt, no more
 
-Uses the standard library alone. The environment is made in .venv; an interrupted demo goes on where it stopped.
+Needs nothing but Python 3.10 to 3.13 and a package index. The environment is
+made in .venv; an interrupted demo goes on where it stopped.
 """
 import difflib
 import hashlib

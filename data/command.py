@@ -14,10 +14,14 @@ DATA = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(DATA)
 SHARDED_FROM = 100e9  # bytes of ids, above which to copy them once more takes too long
 OPTIONS = """
-A corpus of any size goes through as many processes as there are cores. Interrupted work continues where it stopped when the same command is
-typed again. Many machines take a share each, --shard 1/3, 2/3, 3/3, and one of them then makes the data set with --merge and the
---output folders of all. --input takes files, folders, patterns and URLs (s3://, https://, hf://datasets/OWNER/NAME) of .txt, .md,
-.jsonl, .json (both also .gz and .zst), .parquet and, for token ids, .npz. The result does not depend on --num_proc or --shard.
+A corpus of any size goes through as many processes as there are cores.
+Interrupted work continues where it stopped when the same command is typed
+again. Many machines take a share each, --shard 1/3, 2/3, 3/3, and one of them
+then makes the data set with --merge and the --output folders of all. --input
+takes files, folders, patterns and URLs (s3://, https://,
+hf://datasets/OWNER/NAME) of .txt, .md, .jsonl, .json (both also .gz and
+.zst), .parquet and, for token ids, .npz. The result does not depend on
+--num_proc or --shard.
 """
 
 

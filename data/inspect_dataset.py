@@ -1,12 +1,14 @@
 """
-What is in a prepared data set: counts, how its vocabulary is used, how long its documents are, and its text at any place.
+Show what is in a prepared data set: counts, documents, vocabulary, text.
 
     python data/inspect_dataset.py shakespeare_char
-    python data/inspect_dataset.py slimpajama_6b_llama --at 1000000 --tokens 300
+    python data/inspect_dataset.py slimpajama_6b_llama --at 1000 --tokens 300
     python data/inspect_dataset.py openwebtext --split val
 
-Draws the lengths of documents and the use of ids into inspect_SPLIT.png in the folder of the data set (--output FILE elsewhere). All ids are counted, unless
-there are more than --sample of them (default: 200 million): then evenly spaced stretches, and it says so.
+Draws the lengths of documents and the use of ids into inspect_SPLIT.png in
+the folder of the data set (--output FILE elsewhere). All ids are counted,
+unless there are more than --sample of them (default: 200 million): then
+evenly spaced stretches, and it says so.
 """
 import os
 import sys

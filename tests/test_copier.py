@@ -168,7 +168,7 @@ def test_the_listing(train, tmp_path, url, capsys):
     assert checkpoints.main([str(tmp_path / 'a'), '--verify=size']) == 1
     assert '.metadata has' in capsys.readouterr().out
     assert checkpoints.main([str(tmp_path)]) == 1  # a folder of runs
-    assert checkpoints.main([str(tmp_path / 'nowhere')]) == 2 and 'has no checkpoints' in capsys.readouterr().err
+    assert checkpoints.main([str(tmp_path / 'nowhere')]) == 2 and 'nowhere: no such folder' in capsys.readouterr().err
 
 
 def test_places_that_cannot_be_used(train, tmp_path, capsys):

@@ -1,18 +1,25 @@
 """
-Text of your own as a data set: .txt, .md, .jsonl, .json with an object on each line (both also .gz and .zst) and .parquet files.
+Prepare text of your own as a data set.
 
     python data/own_text/prepare.py --input book.txt --tokenizer char
-    python data/own_text/prepare.py --input corpus/ 'more/*.jsonl' --tokenizer gpt2 --output data/mybooks
-    python data/own_text/prepare.py --input s3://bucket/corpus --tokenizer ./my_tokenizer --output data/mybooks
+    python data/own_text/prepare.py --input corpus/ 'more/*.jsonl' \\
+        --tokenizer gpt2 --output data/mybooks
+    python data/own_text/prepare.py --input s3://bucket/corpus \\
+        --tokenizer ./my_tokenizer --output data/mybooks
     python train.py config/own_text.py --dataset=mybooks
 
---tokenizer: char, bytes, a tiktoken encoding (gpt2, cl100k_base, ...), a Hugging Face folder with a tokenizer.json, or a
-sentencepiece .model file; data/train_tokenizer.py makes one of your text. The data set keeps what it needs of it.
+It reads .txt, .md, .jsonl, .json with an object on each line (both also .gz
+and .zst) and .parquet files. --tokenizer takes char, bytes, a tiktoken
+encoding (gpt2, cl100k_base, ...), a Hugging Face folder with a
+tokenizer.json, or a sentencepiece .model file; data/train_tokenizer.py makes
+one of your text. The data set keeps what it needs of it.
 
-A JSON line or a parquet row is a document, and every k-th, k = round(1 / val_fraction), goes to val. A .txt is one document
-whose last val_fraction goes to val, cut at a line end where one is near. Documents are closed by the tokenizer's end of text
-where it has one. A .txt of up to 4 MB is tokenized whole; a larger one in pieces that end at line ends. Rows without a text are
-left out and counted; more than 1 % of them stop the run.
+A JSON line or a parquet row is a document, and every k-th,
+k = round(1 / val_fraction), goes to val. A .txt is one document whose last
+val_fraction goes to val, cut at a line end where one is near. Documents are
+closed by the tokenizer's end of text where it has one. A .txt of up to 4 MB
+is tokenized whole; a larger one in pieces that end at line ends. Rows
+without a text are left out and counted; more than 1 % of them stop the run.
 """
 import os
 import sys

@@ -1,8 +1,10 @@
 """
-The source of Python's standard library, as installed on this machine: a data set that needs no network.
+Prepare the source of Python's standard library, without a network.
 
-A byte-level BPE is trained on it on the spot and kept in tokenizer/. Every file is a document, in the order of the paths,
-and every 20th goes to val. Tests, tables and installers are left out; 8 to 9 MB of source are left.
+A byte-level BPE is trained on the library that is installed here, and kept
+in tokenizer/. Every file is a document, in the order of the paths, and every
+20th goes to val. Tests, tables and installers are left out; 8 to 9 MB of
+source are left.
 
     python data/pystdlib/prepare.py
     python train.py config/demo_pystdlib.py

@@ -24,7 +24,11 @@ same command goes on where it was interrupted.
 Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used,
 130 Ctrl-C.
 """
-from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
+# first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command
+
+# isort: split
 
 import json
 import os
@@ -45,12 +49,30 @@ TRIES = 4
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument('place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows")
-    parser.add_argument('action', nargs='*', default=[], help='view STEP, compare STEP STEP, or status; none: the list')
-    parser.add_argument('--verify', choices=('full', 'size'), default='full', help='every byte (default), or only the sizes')
-    parser.add_argument('--copy_to', metavar='PLACE', help='a folder or URL to which checkpoints and logs are copied')
+    parser.add_argument(
+        'place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows"
+    )
+    parser.add_argument(
+        'action',
+        nargs='*',
+        default=[],
+        help='view STEP, compare STEP STEP, or status; none: the list',
+    )
+    parser.add_argument(
+        '--verify',
+        choices=('full', 'size'),
+        default='full',
+        help='every byte (default), or only the sizes',
+    )
+    parser.add_argument(
+        '--copy_to',
+        metavar='PLACE',
+        help='a folder or URL to which checkpoints and logs are copied',
+    )
     parser.add_argument('--step', type=int, help='only the checkpoints of this step')
-    parser.add_argument('--json', action='store_true', help='print JSON instead of a table (not with --copy_to)')
+    parser.add_argument(
+        '--json', action='store_true', help='print JSON instead of a table (not with --copy_to)'
+    )
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
@@ -59,12 +81,20 @@ def run(args):
         raise ConfigError('an empty name is no place: give a folder or a URL')
     name, *steps = args.action or ['list']
     wanted = {'list': 0, 'view': 1, 'compare': 2, 'status': 0}
-    if name not in wanted or len(steps) != wanted[name] or not all(step.isascii() and step.isdigit() for step in steps):
-        raise ConfigError(f"{' '.join(args.action)!r} is not understood: type view STEP, compare STEP STEP, or status, such as "
-                          f'`python checkpoints.py {args.place} view 1000`')
+    if (
+        name not in wanted
+        or len(steps) != wanted[name]
+        or not all(step.isascii() and step.isdigit() for step in steps)
+    ):
+        raise ConfigError(
+            f'{" ".join(args.action)!r} is not understood: type view STEP, compare STEP STEP, or'
+            f' status, such as `python checkpoints.py {args.place} view 1000`'
+        )
     if args.copy_to is not None:
         if args.action or args.json:
-            raise ConfigError('--copy_to copies, and takes neither --json nor an action: leave one of them out')
+            raise ConfigError(
+                '--copy_to copies, and takes neither --json nor an action: leave one of them out'
+            )
         return copy(args)
     if name == 'view':
         return view(args, int(steps[0]))
@@ -74,18 +104,33 @@ def run(args):
 
 
 def runs_of(args):
-    """Return (file system, folders of the runs at args.place). Raises ConfigError where none has a checkpoint, or none the step."""
+    """Return (file system, folders of the runs at args.place). Raises ConfigError where none has a
+    checkpoint, or none the step.
+    """
     fs, root = open_url(args.place)
     try:
         runs = copier.runs(fs, root.removesuffix('/checkpoints'))
-        found = [run for run in runs if (args.step is None and checkpoint.steps(run, fs)) or args.step in checkpoint.steps(run, fs)]
+        found = [
+            run
+            for run in runs
+            if (args.step is None and checkpoint.steps(run, fs))
+            or args.step in checkpoint.steps(run, fs)
+        ]
     except Exception as error:  # each backend has its own
-        raise ConfigError(f'{redact(args.place)} cannot be read ({type(error).__name__}: {sentence(error)})') from None
+        raise ConfigError(
+            f'{redact(args.place)} cannot be read ({type(error).__name__}: {sentence(error)})'
+        ) from None
     if not found and '://' not in args.place and not os.path.isdir(args.place):
-        raise ConfigError(f"{args.place}: no such folder; expected a run's folder (with checkpoints/ in it), a folder of runs, or a URL")
+        raise ConfigError(
+            f"{args.place}: no such folder; expected a run's folder (with checkpoints/ in it), a"
+            ' folder of runs, or a URL'
+        )
     if not found:
         which = 'checkpoints' if args.step is None else f'checkpoint of step {args.step}'
-        raise ConfigError(f"{redact(args.place)} has no {which}: expected a run's folder (with checkpoints/ in it) or a folder of runs")
+        raise ConfigError(
+            f"{redact(args.place)} has no {which}: expected a run's folder (with checkpoints/ in"
+            ' it) or a folder of runs'
+        )
     return fs, found
 
 
@@ -97,7 +142,9 @@ def show(args):
     fs, runs = runs_of(args)
     found = []
     if not args.json:
-        print(f"{'step':>8}  {'train loss':>10}  {'val loss':>8}  {'size':>10}  {'saved':<25}  state")
+        print(
+            f'{"step":>8}  {"train loss":>10}  {"val loss":>8}  {"size":>10}  {"saved":<25}  state'
+        )
     for run in runs:
         best = checkpoint.best_step(run, fs)
         for step in steps_of(run, fs, args):
@@ -106,7 +153,11 @@ def show(args):
             entry = {'step': step, 'path': redact(path), 'broken': reason, 'best': step == best}
             if reason is None:
                 losses = checkpoint.read_evaluation(path, fs) or {}
-                entry.update({key: losses.get(key) for key in ('train', 'val')}, bytes=checkpoint.tensor_bytes(path, fs), saved=checkpoint.read_state(path, fs).get('time', ''))
+                entry.update(
+                    {key: losses.get(key) for key in ('train', 'val')},
+                    bytes=checkpoint.tensor_bytes(path, fs),
+                    saved=checkpoint.read_state(path, fs).get('time', ''),
+                )
             found.append(entry)
             if not args.json:
                 print(line_of(entry, args.verify), flush=True)
@@ -118,11 +169,16 @@ def show(args):
 def line_of(entry, level):
     """Return the line of the list for a checkpoint."""
     if entry['broken']:
-        return f"{entry['step']:>8}  {'':>10}  {'':>8}  {'':>10}  {'':<25}  BROKEN: {entry['path']}: {entry['broken']}"
+        return (
+            f'{entry["step"]:>8}  {"":>10}  {"":>8}  {"":>10}  {"":<25}  BROKEN: {entry["path"]}:'
+            f' {entry["broken"]}'
+        )
     train, val = (f'{entry[key]:.4f}' if entry[key] is not None else '' for key in ('train', 'val'))
     whole = {'full': 'whole', 'size': 'sizes match'}[level]
-    return (f"{entry['step']:>8}  {train:>10}  {val:>8}  {size(entry['bytes']):>10}  {entry['saved']:<25}  {whole}"
-            f"{', best' if entry['best'] else ''}  {entry['path']}")
+    return (
+        f'{entry["step"]:>8}  {train:>10}  {val:>8}  {size(entry["bytes"]):>10} '
+        f' {entry["saved"]:<25}  {whole}{", best" if entry["best"] else ""}  {entry["path"]}'
+    )
 
 
 def size(count):
@@ -130,15 +186,37 @@ def size(count):
 
 
 def here(args, *steps):
-    """Return the paths of these checkpoints of the only run at args.place. Raises ConfigError for a URL, several runs, or one that is not whole."""
+    """Return the paths of these checkpoints of the only run at args.place. Raises ConfigError for a
+    URL, several runs, or one that is not whole.
+    """
     fs, root = open_url(args.place)
     if not isinstance(fs, LocalFileSystem):
-        raise ConfigError(f'{redact(args.place)} is elsewhere, and tensors are read on this machine: copy it with --copy_to=FOLDER --step={steps[0]} first')
-    runs = [run for run in copier.runs(fs, root.removesuffix('/checkpoints')) if set(steps) <= set(checkpoint.steps(run))]
+        raise ConfigError(
+            f'{redact(args.place)} is elsewhere, and tensors are read on this machine: copy it with'
+            f' --copy_to=FOLDER --step={steps[0]} first'
+        )
+    runs = [
+        run
+        for run in copier.runs(fs, root.removesuffix('/checkpoints'))
+        if set(steps) <= set(checkpoint.steps(run))
+    ]
     if len(runs) != 1:
-        there = sorted({step for run in copier.runs(fs, root.removesuffix('/checkpoints')) for step in checkpoint.steps(run)})
-        raise ConfigError(f"{args.place} has {'several runs with' if runs else 'no'} checkpoint of step {' and '.join(map(str, steps))}"
-                          + (': name the folder of one run' if runs else f"; it has {', '.join(map(str, there[-10:])) or 'none'}"))
+        there = sorted(
+            {
+                step
+                for run in copier.runs(fs, root.removesuffix('/checkpoints'))
+                for step in checkpoint.steps(run)
+            }
+        )
+        raise ConfigError(
+            f'{args.place} has {"several runs with" if runs else "no"} checkpoint of step'
+            f' {" and ".join(map(str, steps))}'
+            + (
+                ': name the folder of one run'
+                if runs
+                else f'; it has {", ".join(map(str, there[-10:])) or "none"}'
+            )
+        )
     paths = [checkpoint.path_of(runs[0], step) for step in steps]
     for path in paths:
         if reason := checkpoint.why_broken(path, args.verify):
@@ -147,68 +225,136 @@ def here(args, *steps):
 
 
 def speed(path, step):
-    """Return the tokens per second that the log beside a checkpoint has for its iteration, or None."""
-    folder, name = os.path.dirname(os.path.dirname(path)), checkpoint.read_state(path).get('run_name')
+    """Return the tokens per second that the log beside a checkpoint has for its iteration, or
+    None.
+    """
+    folder, name = (
+        os.path.dirname(os.path.dirname(path)),
+        checkpoint.read_state(path).get('run_name'),
+    )
     log = os.path.join(folder, f'{name}.jsonl')
     if not os.path.isfile(log):
         return None
-    rates = [record['tokens_per_sec'] for record in read_records(log) if record['type'] == 'iter' and record['iter'] <= step]
+    rates = [
+        record['tokens_per_sec']
+        for record in read_records(log)
+        if record['type'] == 'iter' and record['iter'] <= step
+    ]
     return rates[-1] if rates else None
 
 
 def view(args, step):
     """Print all that a checkpoint holds."""
-    path, = here(args, step)
+    (path,) = here(args, step)
     state, losses = checkpoint.read_state(path), checkpoint.read_evaluation(path) or {}
-    tensors = [{'name': name, 'shape': list(tensor.shape), 'dtype': str(tensor.dtype).removeprefix('torch.'), 'norm': tensor.double().norm().item()}
-               for name, tensor in sorted(checkpoint.read_tensors(path, 'model.').items())]
-    found = {'path': path, 'run': state.get('run_name'), 'saved': state.get('time'), 'versions': state.get('versions'), 'data': state.get('data'),
-             'tokens': state.get('tokens'), 'train': losses.get('train'), 'val': losses.get('val'), 'tokens_per_sec': speed(path, step),
-             'config': redact(state['config']), 'tensors': tensors}
+    tensors = [
+        {
+            'name': name,
+            'shape': list(tensor.shape),
+            'dtype': str(tensor.dtype).removeprefix('torch.'),
+            'norm': tensor.double().norm().item(),
+        }
+        for name, tensor in sorted(checkpoint.read_tensors(path, 'model.').items())
+    ]
+    found = {
+        'path': path,
+        'run': state.get('run_name'),
+        'saved': state.get('time'),
+        'versions': state.get('versions'),
+        'data': state.get('data'),
+        'tokens': state.get('tokens'),
+        'train': losses.get('train'),
+        'val': losses.get('val'),
+        'tokens_per_sec': speed(path, step),
+        'config': redact(state['config']),
+        'tensors': tensors,
+    }
     if args.json:
         print(json.dumps(finite(found)))
         return 0
     for key in ('path', 'run', 'saved', 'tokens', 'train', 'val', 'tokens_per_sec'):
         if found[key] is not None:
-            print(f"{key.replace('_', ' ').replace('per sec', 'per second')}: {found[key]:,}" if isinstance(found[key], int) else f"{key}: {found[key]}")
-    print('versions: ' + ', '.join(f'{name} {version}' for name, version in (state.get('versions') or {}).items()))
-    print('data: ' + ', '.join(f"{split} of {about.get('tokens', 0):,} tokens" for split, about in (state.get('data') or {}).items()))
+            print(
+                f'{key.replace("_", " ").replace("per sec", "per second")}: {found[key]:,}'
+                if isinstance(found[key], int)
+                else f'{key}: {found[key]}'
+            )
+    print(
+        'versions: '
+        + ', '.join(f'{name} {version}' for name, version in (state.get('versions') or {}).items())
+    )
+    print(
+        'data: '
+        + ', '.join(
+            f'{split} of {about.get("tokens", 0):,} tokens'
+            for split, about in (state.get('data') or {}).items()
+        )
+    )
     print('config:')
     print('\n'.join(settings(found['config'], 2)))
-    print(f"{'norm':>12}  {'dtype':<9} {'shape':<20} tensor")
+    print(f'{"norm":>12}  {"dtype":<9} {"shape":<20} tensor')
     for tensor in tensors:
-        print(f"{tensor['norm']:>12.5g}  {tensor['dtype']:<9} {'x'.join(map(str, tensor['shape'])) or 'number':<20} {tensor['name']}")
+        print(
+            f'{tensor["norm"]:>12.5g}  {tensor["dtype"]:<9}'
+            f' {"x".join(map(str, tensor["shape"])) or "number":<20} {tensor["name"]}'
+        )
     return 0
 
 
 def compare(args, first, second):
-    """Print the settings in which two checkpoints differ, and how far their weights are from each other."""
+    """Print the settings in which two checkpoints differ, and how far their weights are from each
+    other.
+    """
     paths = here(args, first, second)
     configs = [checkpoint.read_state(path)['config'] for path in paths]
-    differ = {key: redact([config.get(key) for config in configs]) for key in sorted({*configs[0], *configs[1]}) if configs[0].get(key) != configs[1].get(key)}
+    differ = {
+        key: redact([config.get(key) for config in configs])
+        for key in sorted({*configs[0], *configs[1]})
+        if configs[0].get(key) != configs[1].get(key)
+    }
     a, b = (checkpoint.read_tensors(path, 'model.') for path in paths)
     parts = {}
     for name in sorted(a.keys() & b.keys()):
         if a[name].shape == b[name].shape:
             match = re.match(r'model\.transformer\.(h\.\d+)\.', name)
-            parts.setdefault(match[1] if match else name.removeprefix('model.').removeprefix('transformer.'), []).append(name)
+            parts.setdefault(
+                match[1] if match else name.removeprefix('model.').removeprefix('transformer.'), []
+            ).append(name)
     rows = []
     for part, names in parts.items():
         was = sum(a[name].double().square().sum().item() for name in names)
         moved = sum((a[name].double() - b[name].double()).square().sum().item() for name in names)
-        rows.append({'part': part, 'tensors': len(names), 'distance': moved ** 0.5, 'relative': (moved / was) ** 0.5 if was else None})
-    rows.sort(key=lambda row: [int(word) if word.isdigit() else word for word in re.split(r'(\d+)', row['part'])])
-    unlike = sorted(name for name in {*a, *b} if name not in a or name not in b or a[name].shape != b[name].shape)
+        rows.append(
+            {
+                'part': part,
+                'tensors': len(names),
+                'distance': moved**0.5,
+                'relative': (moved / was) ** 0.5 if was else None,
+            }
+        )
+    rows.sort(
+        key=lambda row: [
+            int(word) if word.isdigit() else word for word in re.split(r'(\d+)', row['part'])
+        ]
+    )
+    unlike = sorted(
+        name
+        for name in {*a, *b}
+        if name not in a or name not in b or a[name].shape != b[name].shape
+    )
     if args.json:
         print(json.dumps(finite({'config': differ, 'weights': rows, 'unlike': unlike})))
         return 0
     print('settings that differ: ' + ('' if differ else 'none'))
     for key, (one, other) in differ.items():
         print(f'  {key}: {one} -> {other}')
-    print(f"{'distance':>12}  {'of its norm':>11}  part")
+    print(f'{"distance":>12}  {"of its norm":>11}  part')
     for row in rows:
-        share = f"{row['relative']:.2%}" if row['relative'] is not None else ''
-        print(f"{row['distance']:>12.5g}  {share:>11}  {row['part']} ({row['tensors']} tensor{'s' * (row['tensors'] != 1)})")
+        share = f'{row["relative"]:.2%}' if row['relative'] is not None else ''
+        print(
+            f'{row["distance"]:>12.5g}  {share:>11}  {row["part"]} ({row["tensors"]}'
+            f' tensor{"s" * (row["tensors"] != 1)})'
+        )
     for name in unlike:
         print(f'only in one of them, or of another shape: {name}')
     return 0
@@ -219,7 +365,10 @@ def status(args):
     fs, runs = runs_of(args)
     found = []
     for run in runs:
-        states = {step: checkpoint.read_state(checkpoint.path_of(run, step), fs) for step in checkpoint.steps(run, fs)}
+        states = {
+            step: checkpoint.read_state(checkpoint.path_of(run, step), fs)
+            for step in checkpoint.steps(run, fs)
+        }
         newest = states[max(states)]
         url, name = newest['config'].get('upload_to'), newest.get('run_name')
         copies, problem = set(), None
@@ -234,20 +383,46 @@ def status(args):
         for step in sorted(states.keys() | copies):
             if args.step not in (None, step):
                 continue
-            local = step in states and checkpoint.why_broken(checkpoint.path_of(run, step), args.verify, fs)
-            remote = step in copies and checkpoint.why_broken(checkpoint.path_of(target, step), args.verify, to_fs)
-            found.append({'run': redact(run), 'step': step, 'here': state_of(step in states, local), 'there': state_of(step in copies, remote) if url else 'no upload_to',
-                          'pending': bool(url) and step in states and step not in copies})
+            local = step in states and checkpoint.why_broken(
+                checkpoint.path_of(run, step), args.verify, fs
+            )
+            remote = step in copies and checkpoint.why_broken(
+                checkpoint.path_of(target, step), args.verify, to_fs
+            )
+            found.append(
+                {
+                    'run': redact(run),
+                    'step': step,
+                    'here': state_of(step in states, local),
+                    'there': state_of(step in copies, remote) if url else 'no upload_to',
+                    'pending': bool(url) and step in states and step not in copies,
+                }
+            )
         if problem:
-            found.append({'run': redact(run), 'step': None, 'here': '', 'there': f'{redact(url)} cannot be read: {problem}', 'pending': True})
+            found.append(
+                {
+                    'run': redact(run),
+                    'step': None,
+                    'here': '',
+                    'there': f'{redact(url)} cannot be read: {problem}',
+                    'pending': True,
+                }
+            )
     if args.json:
         print(json.dumps(found))
     else:
-        print(f"{'step':>8}  {'here':<12}  {'there':<12}  run")
+        print(f'{"step":>8}  {"here":<12}  {"there":<12}  run')
         for entry in found:
             step = '' if entry['step'] is None else entry['step']
-            print(f"{step:>8}  {entry['here']:<12}  {'pending' if entry['pending'] and entry['step'] is not None else entry['there']:<12}  {entry['run']}")
-    return 1 if any('BROKEN' in (entry['here'], entry['there']) or entry['step'] is None for entry in found) else 0
+            there = 'pending' if entry['pending'] and entry['step'] is not None else entry['there']
+            print(f'{step:>8}  {entry["here"]:<12}  {there:<12}  {entry["run"]}')
+    return (
+        1
+        if any(
+            'BROKEN' in (entry['here'], entry['there']) or entry['step'] is None for entry in found
+        )
+        else 0
+    )
 
 
 def state_of(exists, reason):
@@ -262,8 +437,14 @@ def copy(args):
         names = set()
         for step in reversed(steps_of(run, fs, args)):
             path = checkpoint.path_of(run, step)
-            started, reason = time.monotonic(), tried(lambda: checkpoint.why_broken(path, 'size', fs), args.place)
-            if reason is None and (run_name := checkpoint.read_state(path, fs).get('run_name')) is None:
+            started, reason = (
+                time.monotonic(),
+                tried(lambda: checkpoint.why_broken(path, 'size', fs), args.place),
+            )
+            if (
+                reason is None
+                and (run_name := checkpoint.read_state(path, fs).get('run_name')) is None
+            ):
                 reason = 'its state.json has no run_name'
             if reason:
                 broken += 1
@@ -271,8 +452,15 @@ def copy(args):
                 continue
             names.add(run_name)
             target = place_of_copy(run, run_name, to_root)
-            if isinstance(fs, LocalFileSystem) and isinstance(to_fs, LocalFileSystem) and f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(run)}/'):
-                raise ConfigError(f'--copy_to={args.copy_to} would put the copy of {run} into itself: give another folder')
+            if (
+                isinstance(fs, LocalFileSystem)
+                and isinstance(to_fs, LocalFileSystem)
+                and f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(run)}/')
+            ):
+                raise ConfigError(
+                    f'--copy_to={args.copy_to} would put the copy of {run} into itself: give'
+                    ' another folder'
+                )
             try:
                 new = tried(lambda: copy_one(fs, run, step, to_fs, target, run_name), args.copy_to)
             except ConfigError:  # the place cannot be reached, which says nothing of the checkpoint
@@ -283,17 +471,27 @@ def copy(args):
                 continue
             copied, there = copied + new, there + (not new)
             if new:
-                print(f'copied step {step} to {redact(target)} in {time.monotonic() - started:.1f} s, verified', flush=True)
+                print(
+                    f'copied step {step} to {redact(target)} in {time.monotonic() - started:.1f} s,'
+                    ' verified',
+                    flush=True,
+                )
         for run_name in sorted(names):
             target = place_of_copy(run, run_name, to_root)
             tried(lambda: copier.copy_logs(fs, run, to_fs, target, run_name), args.copy_to)
             print(f'{run_name} is at {redact(target)}', flush=True)
-    print(f'{copied} checkpoint{"s" * (copied != 1)} copied' + (f', {there} there already, verified' if there else '') + (f', {broken} not whole' if broken else ''))
+    print(
+        f'{copied} checkpoint{"s" * (copied != 1)} copied'
+        + (f', {there} there already, verified' if there else '')
+        + (f', {broken} not whole' if broken else '')
+    )
     return 1 if broken else 0
 
 
 def place_of_copy(run, run_name, to_root):
-    """Return the folder of the copy of a run: run is its out_dir, or a copy of it, whose folder has the name of the run."""
+    """Return the folder of the copy of a run: run is its out_dir, or a copy of it, whose folder has
+    the name of the run.
+    """
     folder, name = os.path.split(run.rstrip('/'))
     return f'{copier.place_of(to_root, folder if name == run_name else run)}/{run_name}'
 
@@ -301,14 +499,23 @@ def place_of_copy(run, run_name, to_root):
 def copy_one(fs, run, step, to_fs, target, run_name):
     """Copy a checkpoint and the logs of its run; return whether it was not there."""
     there = checkpoint.path_of(target, step)
-    new = copier.copy_checkpoint(fs, checkpoint.path_of(run, step), to_fs, there, lambda: copier.copy_logs(fs, run, to_fs, target, run_name), again=True)
+    new = copier.copy_checkpoint(
+        fs,
+        checkpoint.path_of(run, step),
+        to_fs,
+        there,
+        lambda: copier.copy_logs(fs, run, to_fs, target, run_name),
+        again=True,
+    )
     if isinstance(to_fs, LocalFileSystem):
         checkpoint.mark_fetched(there, redact(run))
     return new
 
 
 def tried(work, place):
-    """Return work(), tried again a few times where the network or a disk fails. Raises ConfigError after the last."""
+    """Return work(), tried again a few times where the network or a disk fails. Raises ConfigError
+    after the last.
+    """
     for turn in range(TRIES):
         try:
             return work()
@@ -316,10 +523,16 @@ def tried(work, place):
             raise
         except Exception as error:  # each backend has its own
             if turn + 1 == TRIES:
-                raise ConfigError(f'{redact(place)}: {type(error).__name__}: {sentence(error)}: nothing more was copied; '
-                                  f'the same command goes on where this one stopped') from None
-            print(f'{redact(place)}: {type(error).__name__}: {sentence(error)}: trying again', file=sys.stderr, flush=True)
-            time.sleep(2.0 ** turn)
+                raise ConfigError(
+                    f'{redact(place)}: {type(error).__name__}: {sentence(error)}: nothing more was'
+                    ' copied; the same command goes on where this one stopped'
+                ) from None
+            print(
+                f'{redact(place)}: {type(error).__name__}: {sentence(error)}: trying again',
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(2.0**turn)
 
 
 if __name__ == '__main__':

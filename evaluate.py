@@ -14,7 +14,11 @@ plots/compare_evaluations.py draws. What is not here, lm-eval measures:
     python export.py --out_dir=out-demo --to=hf-demo
     lm_eval run --model hf --model_args pretrained=hf-demo --tasks=winogrande
 """
-from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
+# first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command
+
+# isort: split
 
 import json
 import math
@@ -44,21 +48,43 @@ def main(argv=None):
     parser.add_argument('--split', choices=('train', 'val'), default='val')
     parser.add_argument('--tokens', type=int, default=0, help='how many of the split, 0: all')
     parser.add_argument('--batch_size', type=int, default=8)
-    parser.add_argument('--tasks', default='', help=f'of {", ".join(tasks.TASKS)}: NAME from the hub or NAME:FILE.jsonl, separated by commas')
+    parser.add_argument(
+        '--tasks',
+        default='',
+        help=(
+            f'of {", ".join(tasks.TASKS)}: NAME from the hub or NAME:FILE.jsonl, separated by'
+            ' commas'
+        ),
+    )
     parser.add_argument('--limit', type=int, help='first items of each task')
-    parser.add_argument('--speed', action='store_true', help='measure reading and writing for several batches and lengths')
-    parser.add_argument('--prompts', help='a text file with a prompt on each line: write on, always with the most likely token')
+    parser.add_argument(
+        '--speed',
+        action='store_true',
+        help='measure reading and writing for several batches and lengths',
+    )
+    parser.add_argument(
+        '--prompts',
+        help='a text file with a prompt on each line: write on, always with the most likely token',
+    )
     parser.add_argument('--max_new_tokens', type=int, default=64, help='for --prompts')
     parser.add_argument('--data_url', help='URL of the folder of --dataset, as in training')
     parser.add_argument('--no_loss', action='store_true', help='leave out the data set')
-    parser.add_argument('--json', help='file of the results; default: evaluation_STEP.json in the folder of the run, evaluation.json in a Hugging Face folder')
+    parser.add_argument(
+        '--json',
+        help=(
+            'file of the results; default: evaluation_STEP.json in the folder of the run,'
+            ' evaluation.json in a Hugging Face folder'
+        ),
+    )
     return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.tell)
 
 
 def run(args):
     for name in ('batch_size', 'max_new_tokens') + (('limit',) if args.limit is not None else ()):
         if not 1 <= getattr(args, name) <= 2**31:
-            raise ConfigError(f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31')
+            raise ConfigError(
+                f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31'
+            )
     if args.tokens < 0:
         raise ConfigError(f'--tokens={args.tokens} must not be negative')
     wanted = tasks.load_tasks(args.tasks, args.limit)
@@ -75,41 +101,87 @@ def run(args):
     check_prompts(prompt_ids, model)
     path = place_of_results(args, state)
     say = print if world.main else (lambda *words: None)
-    say(f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters, {world.size} process{"es" * (world.size > 1)}')
-    results = {'model': source, 'weights': identity(source, state), 'step': state and state['step'], 'time': now(), 'architecture': model.config.describe(),
-               'parameters': model.parameter_counts()['total']}
-    conditions = {'block_size': model.config.block_size, 'rope_scaling': model.config.rope_scaling, 'rope_factor': model.config.rope_factor, 'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.')}
+    say(
+        f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters,'
+        f' {world.size} process{"es" * (world.size > 1)}'
+    )
+    results = {
+        'model': source,
+        'weights': identity(source, state),
+        'step': state and state['step'],
+        'time': now(),
+        'architecture': model.config.describe(),
+        'parameters': model.parameter_counts()['total'],
+    }
+    conditions = {
+        'block_size': model.config.block_size,
+        'rope_scaling': model.config.rope_scaling,
+        'rope_factor': model.config.rope_factor,
+        'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.'),
+    }
     parallel.from_main(lambda: check_results(path, results['weights'], conditions), world)
 
     def keep():
         if world.main:
             record(path, results)
+
     keep()
     with torch.no_grad(), autocast:
         if not args.no_loss:
             found = results['loss'] = losses(model, dataset, args, tokenizer, world, state)
             found['conditions'] = conditions
-            results['losses'] = {f"{found['dataset']} {found['split']}": found}
-            say(f"{found['dataset']} {found['split']}, {found['tokens']:,} tokens: loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
-                + (f", {found['bits_per_byte']:.4f} bits per byte" if found['bits_per_byte'] else '') + f" ({found['seconds']:.1f} s)")
+            results['losses'] = {f'{found["dataset"]} {found["split"]}': found}
+            say(
+                f'{found["dataset"]} {found["split"]}, {found["tokens"]:,} tokens: loss'
+                f' {found["loss"]:.4f}, perplexity {found["perplexity"]:.2f}'
+                + (
+                    f', {found["bits_per_byte"]:.4f} bits per byte'
+                    if found['bits_per_byte']
+                    else ''
+                )
+                + f' ({found["seconds"]:.1f} s)'
+            )
             keep()
         if wanted:
-            results['tasks'] = tasks.evaluate(wanted, model, args.batch_size, world.device, lambda values: parallel.sum_over_ranks(values, world), world.rank, world.size)
+            results['tasks'] = tasks.evaluate(
+                wanted,
+                model,
+                args.batch_size,
+                world.device,
+                lambda values: parallel.sum_over_ranks(values, world),
+                world.rank,
+                world.size,
+            )
             for name, found in results['tasks'].items():
                 found.update(file=files_of_tasks.get(name), limit=args.limit, conditions=conditions)
-                say(f"{name}: acc {100 * found['acc']:.2f} %, acc_norm {100 * found['acc_norm']:.2f} % of {found['items']} items")
+                say(
+                    f'{name}: acc {100 * found["acc"]:.2f} %, acc_norm'
+                    f' {100 * found["acc_norm"]:.2f} % of {found["items"]} items'
+                )
             keep()
         if args.speed:
             results['speed'] = speed(model, world.device)
             say('batch  length   reading tokens/s   writing tokens/s')
             for row in results['speed']:
-                say(f"{row['batch']:5d}  {row['length']:6d}  {row['prefill_tokens_per_s']:17,.0f}  {row['decode_tokens_per_s']:17,.0f}")
+                say(
+                    f'{row["batch"]:5d}  {row["length"]:6d}  {row["prefill_tokens_per_s"]:17,.0f} '
+                    f' {row["decode_tokens_per_s"]:17,.0f}'
+                )
             keep()
         if prompts:
-            written = generate(model, prompt_ids, args.max_new_tokens, temperature=0, stop_ids={tokenizer.eot_id} - {None})
-            results['written'] = [{'prompt': prompt, 'text': decode_after(tokenizer, before, ids)} for prompt, before, ids in zip(prompts, prompt_ids, written)]
+            written = generate(
+                model,
+                prompt_ids,
+                args.max_new_tokens,
+                temperature=0,
+                stop_ids={tokenizer.eot_id} - {None},
+            )
+            results['written'] = [
+                {'prompt': prompt, 'text': decode_after(tokenizer, before, ids)}
+                for prompt, before, ids in zip(prompts, prompt_ids, written)
+            ]
             for row in results['written']:
-                say(f"---- {row['prompt']}\n{row['prompt']}{row['text']}")
+                say(f'---- {row["prompt"]}\n{row["prompt"]}{row["text"]}')
             keep()
     say(f'wrote {path}')
     return 0
@@ -123,35 +195,55 @@ def check_tokenizer(dataset, tokenizer):
         return  # open_dataset() says what is missing; nanoGPT's old sets state nothing
     same = same_tokenizer(tokenizer_of(folder, meta), tokenizer)
     if not same:
-        raise ConfigError(f'the data set {dataset} was made with another tokenizer than the model: prepare it with the model\'s (--tokenizer FOLDER), or give another --dataset')
+        raise ConfigError(
+            f'the data set {dataset} was made with another tokenizer than the model: prepare it'
+            " with the model's (--tokenizer FOLDER), or give another --dataset"
+        )
 
 
 def place_of_results(args, state):
     """The file of the results; its folder exists and can be written to, or ConfigError."""
-    path = args.json or (os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json') if args.hf else os.path.join(args.out_dir, f"evaluation_{state['step']:08d}.json"))
+    path = args.json or (
+        os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json')
+        if args.hf
+        else os.path.join(args.out_dir, f'evaluation_{state["step"]:08d}.json')
+    )
     if '://' in path or os.path.lexists(path) and not os.path.isfile(path):
-        raise ConfigError(f'--json={path} is a URL, a folder or a device: give the name of a file on this machine')
+        raise ConfigError(
+            f'--json={path} is a URL, a folder or a device: give the name of a file on this machine'
+        )
     folder = os.path.dirname(path) or '.'
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(f'{path} cannot be written to ({error.strerror}): give another --json') from None
+        raise ConfigError(
+            f'{path} cannot be written to ({error.strerror}): give another --json'
+        ) from None
     return path
 
 
 def identity(source, state):
     """A text that is another one for other weights at the same place."""
     if state:
-        return f"{state['run_name']} step {state['step']} {state.get('time')}"
+        return f'{state["run_name"]} step {state["step"]} {state.get("time")}'
     files = sorted(name for name in os.listdir(source) if name.endswith('.safetensors'))
-    return ' '.join(f'{name} {os.stat(os.path.join(source, name)).st_size} {os.stat(os.path.join(source, name)).st_mtime_ns}' for name in files)
+    return ' '.join(
+        f'{name} {os.stat(os.path.join(source, name)).st_size}'
+        f' {os.stat(os.path.join(source, name)).st_mtime_ns}'
+        for name in files
+    )
 
 
 def losses(model, dataset, args, tokenizer, world, state):
-    """Loss per token over windows of the context's length, one behind the other; the last one may be shorter."""
+    """Loss per token over windows of the context's length, one behind the other; the last one may
+    be shorter.
+    """
     if len(shares_of(dataset)) > 1:
-        raise ConfigError(f'{dataset} is a mixture: evaluate one data set at a time, with --dataset={shares_of(dataset)[0][0]}')
+        raise ConfigError(
+            f'{dataset} is a mixture: evaluate one data set at a time, with'
+            f' --dataset={shares_of(dataset)[0][0]}'
+        )
     url = args.data_url or (state['config'].get('data_url') if state and not args.dataset else None)
     train, val, meta = parallel.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
     file, block = train if args.split == 'train' else val, model.config.block_size
@@ -161,17 +253,29 @@ def losses(model, dataset, args, tokenizer, world, state):
         raise ConfigError(f'{args.split}.bin of {dataset} has too few tokens to predict one')
     started, total = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=world.device)
     starts = range(0, n, block)
-    for first in range(0, len(starts), args.batch_size * world.size):  # each rank computes as often as the others
-        mine = starts[first + world.rank * args.batch_size:first + (world.rank + 1) * args.batch_size]
+    # each rank computes as often as the others
+    for first in range(0, len(starts), args.batch_size * world.size):
+        mine = starts[
+            first + world.rank * args.batch_size : first + (world.rank + 1) * args.batch_size
+        ]
         x, y = (torch.full((max(1, len(mine)), block), fill) for fill in (0, IGNORE))
         for row, start in enumerate(mine):
             ids = torch.from_numpy(file.slice(start, min(start + block, n) + 1).astype(np.int64))
-            x[row, :len(ids) - 1], y[row, :len(ids) - 1] = ids[:-1], ids[1:]
+            x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
         total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
     nats = parallel.sum_over_ranks(total, world).item()
     text_bytes = parallel.from_main(lambda: bytes_of(file, n, tokenizer), world)
-    return {'dataset': dataset, 'split': args.split, 'fingerprint': file.fingerprint, 'tokens': n, 'loss': nats / n, 'perplexity': math.exp(min(nats / n, 700)),
-            'bits_per_byte': nats / math.log(2) / text_bytes if text_bytes else None, 'bytes': text_bytes, 'seconds': time.perf_counter() - started}
+    return {
+        'dataset': dataset,
+        'split': args.split,
+        'fingerprint': file.fingerprint,
+        'tokens': n,
+        'loss': nats / n,
+        'perplexity': math.exp(min(nats / n, 700)),
+        'bits_per_byte': nats / math.log(2) / text_bytes if text_bytes else None,
+        'bytes': text_bytes,
+        'seconds': time.perf_counter() - started,
+    }
 
 
 def bytes_of(file, n, tokenizer):
@@ -179,16 +283,25 @@ def bytes_of(file, n, tokenizer):
     total = 0
     for first in range(1, n + 1, 1 << 16):
         part = file.slice(first, min(first + (1 << 16), n + 1))
-        total += len(tokenizer.decode(part[part != tokenizer.eot_id] if tokenizer.eot_id is not None else part).encode('utf-8'))
+        total += len(
+            tokenizer.decode(
+                part[part != tokenizer.eot_id] if tokenizer.eot_id is not None else part
+            ).encode('utf-8')
+        )
     return total
 
 
 def speed(model, device, seconds=1.0):
-    """Tokens per second of reading a prompt and of writing after it, for batches of 1 and 8 and up to three lengths; medians of what `seconds` allow."""
+    """Tokens per second of reading a prompt and of writing after it, for batches of 1 and 8 and up
+    to three lengths; medians of what `seconds` allow.
+    """
     rows, block = [], model.config.block_size
     for batch in (1, 8):
         for length in sorted({max(1, min(block - 8, n)) for n in (64, 512, 4096)}):
-            idx, times = torch.zeros(batch, length, dtype=torch.int64, device=device), {'prefill': [], 'decode': []}
+            idx, times = (
+                torch.zeros(batch, length, dtype=torch.int64, device=device),
+                {'prefill': [], 'decode': []},
+            )
             until = time.perf_counter() + seconds
             while len(times['decode']) < 4 or time.perf_counter() < until:
                 cache = cache_for(model, batch, length + 8)
@@ -199,8 +312,18 @@ def speed(model, device, seconds=1.0):
                     started = synchronised(device)
                     model(idx[:, :1], last_only=True, cache=cache)
                     times['decode'].append(synchronised(device) - started)
-            middle = {what: sorted(values[1:])[len(values) // 2 - 1] for what, values in times.items()}  # the first is warm-up
-            rows.append({'batch': batch, 'length': length, 'prefill_tokens_per_s': batch * length / middle['prefill'], 'decode_tokens_per_s': batch / middle['decode']})
+            # the first is warm-up
+            middle = {
+                what: sorted(values[1:])[len(values) // 2 - 1] for what, values in times.items()
+            }
+            rows.append(
+                {
+                    'batch': batch,
+                    'length': length,
+                    'prefill_tokens_per_s': batch * length / middle['prefill'],
+                    'decode_tokens_per_s': batch / middle['decode'],
+                }
+            )
     return rows
 
 
@@ -211,7 +334,9 @@ def synchronised(device):
 
 
 def earlier_results(path):
-    """Return the object in the JSON file of earlier results, {} where there is none. Raises ConfigError for a file of another kind."""
+    """Return the object in the JSON file of earlier results, {} where there is none. Raises
+    ConfigError for a file of another kind.
+    """
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return {}
     try:
@@ -220,26 +345,46 @@ def earlier_results(path):
     except ValueError:
         before = None
     if not isinstance(before, dict) or 'weights' not in before:
-        raise ConfigError(f'{path} holds something else than results of evaluate.py: give another --json, or move it away')
+        raise ConfigError(
+            f'{path} holds something else than results of evaluate.py: give another --json, or move'
+            ' it away'
+        )
     return before
 
 
 def check_results(path, weights, conditions):
-    """Raise ConfigError where the file of the results has some of the same weights that were measured under other conditions."""
+    """Raise ConfigError where the file of the results has some of the same weights that were
+    measured under other conditions.
+    """
     before = earlier_results(path)
-    for results in (before.get('losses'), before.get('tasks')) if before.get('weights') == weights else ():
+    for results in (
+        (before.get('losses'), before.get('tasks')) if before.get('weights') == weights else ()
+    ):
         for name, found in results.items() if isinstance(results, dict) else ():
-            other = found.get('conditions') if isinstance(found, dict) else None  # unknown in what earlier versions wrote
+            # unknown in what earlier versions wrote
+            other = found.get('conditions') if isinstance(found, dict) else None
             if isinstance(other, dict) and other != conditions:
-                was, now_is = ({key: value for key, value in one.items() if value != two.get(key)} for one, two in ((other, conditions), (conditions, other)))
-                raise ConfigError(f'{path} holds {name} measured under other conditions, {was} where this is {now_is}: give another --json, or move it away')
+                was, now_is = (
+                    {key: value for key, value in one.items() if value != two.get(key)}
+                    for one, two in ((other, conditions), (conditions, other))
+                )
+                raise ConfigError(
+                    f'{path} holds {name} measured under other conditions, {was} where this is'
+                    f' {now_is}: give another --json, or move it away'
+                )
 
 
 def record(path, results):
-    """Add `results` to the JSON file of this checkpoint; what was measured of the same weights before and not now stays, other data sets' losses too."""
+    """Add `results` to the JSON file of this checkpoint; what was measured of the same weights
+    before and not now stays, other data sets' losses too.
+    """
     before = earlier_results(path)
     if before.get('weights') == results['weights']:
-        together = {key: {**earlier, **results.get(key, {})} for key in ('tasks', 'losses') if isinstance(earlier := before.get(key, {}), dict)}
+        together = {
+            key: {**earlier, **results.get(key, {})}
+            for key in ('tasks', 'losses')
+            if isinstance(earlier := before.get(key, {}), dict)
+        }
         results = {**before, **results, **together}
     checkpoint.replace_file(path, json.dumps(results, indent=2).encode())
 

@@ -10,7 +10,11 @@ data set and a model card with the facts of the training. Afterwards the
 weights are read back: where transformers is installed, it must compute the
 same logits from them as this project does.
 """
-from engine.command_line import ArgumentParser, run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
+
+# first: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command
+
+# isort: split
 
 import contextlib
 import json
@@ -27,8 +31,8 @@ from data.tokenizer import TEMPLATES, TEXTS
 from data.tokenizer_json import save_for_transformers
 from engine.configurator import ConfigError
 from engine.files import is_whole, replacing
-from engine.run_json import read_records
 from engine.report import size_of
+from engine.run_json import read_records
 from model import Model
 from sample import build, load_state, tokenizer_of_run
 
@@ -36,11 +40,17 @@ from sample import build, load_state, tokenizer_of_run
 def main(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('--out_dir', default='out', help='folder of a run')
-    parser.add_argument('--step', type=int, help='step of the checkpoint; default: the best validation loss')
+    parser.add_argument(
+        '--step', type=int, help='step of the checkpoint; default: the best validation loss'
+    )
     parser.add_argument('--to', required=True, help='folder to write')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
     parser.add_argument('--shard_size', default='5GB', help='largest size of one safetensors file')
-    parser.add_argument('--push_to_hub', metavar='ORG/NAME', help='upload the folder to the hub too (log in with `hf auth login` first)')
+    parser.add_argument(
+        '--push_to_hub',
+        metavar='ORG/NAME',
+        help='upload the folder to the hub too (log in with `hf auth login` first)',
+    )
     parser.add_argument('--no_check', action='store_true', help='do not compare with transformers')
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
@@ -48,7 +58,9 @@ def main(argv=None):
 def run(args):
     check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
-        raise ConfigError(f'--shard_size={args.shard_size} is no size: type a number and a unit, such as 5GB')
+        raise ConfigError(
+            f'--shard_size={args.shard_size} is no size: type a number and a unit, such as 5GB'
+        )
     shape, tensors, path, state = load_state(args.out_dir, args.step)
     kind = huggingface.family(shape)
     if args.push_to_hub:
@@ -57,15 +69,27 @@ def run(args):
     if elsewhere:
         raise ConfigError(f'{elsewhere}, so its tokenizer may be another: prepare it as it was')
     try:
-        prompt = 'Once' if not hasattr(tokenizer, 'stoi') or {*'Once'} <= {*tokenizer.stoi} else max(tokenizer.stoi, key=str.isalpha)
-        readme = card(shape, state, facts(args.out_dir, state['run_name'], state['step']), kind, prompt)
+        prompt = (
+            'Once'
+            if not hasattr(tokenizer, 'stoi') or {*'Once'} <= {*tokenizer.stoi}
+            else max(tokenizer.stoi, key=str.isalpha)
+        )
+        readme = card(
+            shape, state, facts(args.out_dir, state['run_name'], state['step']), kind, prompt
+        )
     except (KeyError, TypeError) as error:
-        raise ConfigError(f'{path}/state.json does not say what a model card needs ({type(error).__name__}: {error}): it is not the checkpoint of a run') from None
+        raise ConfigError(
+            f'{path}/state.json does not say what a model card needs ({type(error).__name__}:'
+            f' {error}): it is not the checkpoint of a run'
+        ) from None
     print(f'{path} as {kind}, {args.dtype}')
     os.makedirs(args.to, exist_ok=True)
-    with replacing(os.path.join(args.to, 'README.md'), 'w') as f:  # first: by it this command knows its folders
+    # first: by it this command knows its folders
+    with replacing(os.path.join(args.to, 'README.md'), 'w') as f:
         f.write(readme)
-    huggingface.write(args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size)
+    huggingface.write(
+        args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size
+    )
     clear_leftovers(args.to)
     for note in save_for_transformers(tokenizer, args.to):
         print(f'WARNING: the exported tokenizer may give other ids than sentencepiece for {note}')
@@ -75,46 +99,95 @@ def run(args):
     if args.push_to_hub:
         upload(args.push_to_hub, args.to)
         print(f'uploaded to https://huggingface.co/{args.push_to_hub}')
-    print(f"wrote {args.to}: AutoModelForCausalLM.from_pretrained('{args.to}') opens it, lm_eval run --model hf --model_args pretrained={args.to} scores it")
+    print(
+        f"wrote {args.to}: AutoModelForCausalLM.from_pretrained('{args.to}') opens it, lm_eval run"
+        f' --model hf --model_args pretrained={args.to} scores it'
+    )
     return 0
 
 
 def check_folder(folder):
     """Raise ConfigError where nothing can be written to `folder`."""
     if not folder or '://' in folder:
-        raise ConfigError(f'--to={folder} is no folder: give the name of one on this machine, which is made if it is not there')
+        raise ConfigError(
+            f'--to={folder} is no folder: give the name of one on this machine, which is made if it'
+            ' is not there'
+        )
     try:
         new = not os.path.exists(folder)
         os.makedirs(folder, exist_ok=True)
         others = [name for name in sorted(os.listdir(folder)) if not name.startswith('.')]
         if others and not is_export(folder):
-            raise ConfigError(f'--to={folder} holds {", ".join(others[:3])}{" and more" * (len(others) > 3)}, which no export wrote: give a new folder')
-        for name in ('config.json', 'generation_config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'README.md'):
+            raise ConfigError(
+                f'--to={folder} holds {", ".join(others[:3])}{" and more" * (len(others) > 3)},'
+                ' which no export wrote: give a new folder'
+            )
+        for name in (
+            'config.json',
+            'generation_config.json',
+            'model.safetensors',
+            'tokenizer.json',
+            'tokenizer_config.json',
+            'README.md',
+        ):
             if os.path.isdir(os.path.join(folder, name)):
                 raise IsADirectoryError(0, f'{name} there is a folder')
-        if links := [name for name in sorted(os.listdir(folder)) if os.path.islink(os.path.join(folder, name))]:
-            raise ConfigError(f'--to={folder} holds the link {links[0]}, and what it leads to would be written over: give a new folder')
+        if links := [
+            name
+            for name in sorted(os.listdir(folder))
+            if os.path.islink(os.path.join(folder, name))
+        ]:
+            raise ConfigError(
+                f'--to={folder} holds the link {links[0]}, and what it leads to would be written'
+                ' over: give a new folder'
+            )
         tempfile.TemporaryFile(dir=folder).close()
         if new:
             os.rmdir(folder)  # nothing is there before there is something to write
     except OSError as error:
-        raise ConfigError(f'--to={folder} cannot be written to ({error.strerror}): give another folder') from None
+        raise ConfigError(
+            f'--to={folder} cannot be written to ({error.strerror}): give another folder'
+        ) from None
 
 
 def is_export(folder):
-    """Whether this command wrote what is in `folder`, as its model card says, and nothing there is of a run, a data set or the project."""
+    """Whether this command wrote what is in `folder`, as its model card says, and nothing there is
+    of a run, a data set or the project.
+    """
     path = os.path.join(folder, 'README.md')
-    if any(os.path.exists(os.path.join(folder, name)) for name in ('train.py', 'checkpoints', 'meta.pkl')) or not os.path.isfile(path):
+    if any(
+        os.path.exists(os.path.join(folder, name))
+        for name in ('train.py', 'checkpoints', 'meta.pkl')
+    ) or not os.path.isfile(path):
         return False
     with open(path, encoding='utf-8', errors='replace') as f:
         return TITLE in f.read(2000)
 
 
 TITLE = '# A language model trained with onetrain'
-# what an export before, or another program, may have left in the folder, and what readers would take for part of this model
-LEFTOVERS = ('special_tokens_map.json', 'added_tokens.json', 'chat_template.jinja', 'chat_template.json', 'adapter_config.json', 'adapter_model.safetensors', 'processor_config.json',
-             'preprocessor_config.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'merges.txt', 'tekken.json', 'tiktoken.model', 'pytorch_model.bin', 'pytorch_model.bin.index.json', 'params.json',
-             'consolidated.safetensors', 'evaluation.json')
+# what an export before, or another program, may have left in the folder, and what readers would
+# take for part of this model
+LEFTOVERS = (
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'chat_template.jinja',
+    'chat_template.json',
+    'adapter_config.json',
+    'adapter_model.safetensors',
+    'processor_config.json',
+    'preprocessor_config.json',
+    'tokenizer.model',
+    'spiece.model',
+    'vocab.json',
+    'merges.txt',
+    'tekken.json',
+    'tiktoken.model',
+    'pytorch_model.bin',
+    'pytorch_model.bin.index.json',
+    'params.json',
+    'consolidated.safetensors',
+    'evaluation.json',
+)
 SAMPLING = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
@@ -127,14 +200,22 @@ def clear_leftovers(folder):
 
 
 def keep_generation_settings(tokenizer, folder, vocab_size):
-    """Add to generation_config.json what the one beside the tokenizer says of sampling and of ids that end a text."""
-    theirs = tokenizer._settings('generation_config.json') if hasattr(tokenizer, '_settings') else {}
+    """Add to generation_config.json what the one beside the tokenizer says of sampling and of ids
+    that end a text.
+    """
+    theirs = (
+        tokenizer._settings('generation_config.json') if hasattr(tokenizer, '_settings') else {}
+    )
     path = os.path.join(folder, 'generation_config.json')
     with open(path, encoding='utf-8') as f:
         config = json.load(f)
-    config.update({key: theirs[key] for key in SAMPLING if isinstance(theirs.get(key), (bool, int, float))})
+    config.update(
+        {key: theirs[key] for key in SAMPLING if isinstance(theirs.get(key), (bool, int, float))}
+    )
     ends = theirs.get('eos_token_id')
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if is_whole(i, 0, vocab_size - 1)]
+    ends = [
+        i for i in (ends if isinstance(ends, list) else [ends]) if is_whole(i, 0, vocab_size - 1)
+    ]
     if tokenizer.eot_id is not None and {*ends} - {tokenizer.eot_id}:
         config['eos_token_id'] = list(dict.fromkeys([tokenizer.eot_id, *ends]))
     with replacing(path, 'w') as f:
@@ -142,8 +223,11 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
 
 
 def check(folder, shape, tokenizer):
-    """What was found when transformers read `folder`. Raises ConfigError if its logits or token ids are others than ours."""
-    os.environ.setdefault('TORCHAO_FORCE_SKIP_LOADING_SO_FILES', '1')  # which transformers imports, and which complains of kernels that no check needs
+    """What was found when transformers read `folder`. Raises ConfigError if its logits or token ids
+    are others than ours.
+    """
+    # which transformers imports, and which complains of kernels that no check needs
+    os.environ.setdefault('TORCHAO_FORCE_SKIP_LOADING_SO_FILES', '1')
     try:
         import transformers
     except ImportError:
@@ -153,25 +237,43 @@ def check(folder, shape, tokenizer):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = build(shape, torch.device('cpu'), torch.float32, 'sdpa')
     ours.fill(huggingface.weights(folder, shape))
-    idx = torch.randint(shape.vocab_size, (1, min(shape.block_size, 64)), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(
+        shape.vocab_size, (1, min(shape.block_size, 64)), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         a, b = theirs(idx).logits, ours(idx)
     difference = (a - b).abs().max().item() / max(1.0, a.abs().max().item())
     if not difference <= 1e-4:
-        raise ConfigError(f'{folder}: transformers computes other logits from it (largest difference {difference:.1e}); do not use it, and report this, please')
+        raise ConfigError(
+            f'{folder}: transformers computes other logits from it (largest difference'
+            f' {difference:.1e}); do not use it, and report this, please'
+        )
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     if len(theirs) > shape.vocab_size:
-        raise ConfigError(f'{folder}: its tokenizer has {len(theirs)} ids, more than the {shape.vocab_size} of the model; the weights are right, bring a tokenizer.json of your own')
+        raise ConfigError(
+            f'{folder}: its tokenizer has {len(theirs)} ids, more than the {shape.vocab_size} of'
+            ' the model; the weights are right, bring a tokenizer.json of your own'
+        )
     for text in TEXTS:
-        text = ''.join(c for c in text if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else text
+        text = (
+            ''.join(c for c in text if c in tokenizer.stoi) if hasattr(tokenizer, 'stoi') else text
+        )
         ids = tokenizer.encode(text).tolist()
         if theirs(text)['input_ids'] != ids or theirs.decode(ids) != tokenizer.decode(ids):
-            raise ConfigError(f'{folder}: its tokenizer gives other ids or another text than that of the data set for {text!r}; the weights are right, bring a tokenizer.json of your own')
-    return f'compared with transformers {transformers.__version__}: largest difference of logits {difference:.1e}, token ids are the same'
+            raise ConfigError(
+                f'{folder}: its tokenizer gives other ids or another text than that of the data set'
+                f' for {text!r}; the weights are right, bring a tokenizer.json of your own'
+            )
+    return (
+        f'compared with transformers {transformers.__version__}: largest difference of logits'
+        f' {difference:.1e}, token ids are the same'
+    )
 
 
 def facts(out_dir, run_name, step):
-    """{'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is not there is left out."""
+    """{'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is not
+    there is left out.
+    """
     found = {}
     with contextlib.suppress(OSError):
         for line in read_records(os.path.join(out_dir, f'{run_name}.jsonl')):
@@ -195,32 +297,91 @@ def card(shape, state, log, kind, prompt='Once'):
     hardware = log.get('hardware', {})
     rows = [
         ('architecture', f'{shape.describe()} ({kind})'),
-        ('parameters', f"{size_of(counts['total'])} ({counts['total']:,})" + (f", {counts['active']:,} active per token" if shape.num_experts else '')),
+        (
+            'parameters',
+            f'{size_of(counts["total"])} ({counts["total"]:,})'
+            + (f', {counts["active"]:,} active per token' if shape.num_experts else ''),
+        ),
         ('context', f'{shape.block_size} tokens'),
-        ('data set', f"{os.path.basename(c['dataset'])}, fingerprint {state['data']['train']['fingerprint']}"),
-        ('training tokens', f"{state['tokens']:,} in {state['step']:,} iterations of {state['tokens_per_step']:,}"),
-        ('optimizer', f"{state['optimizer']}, learning rate {c['learning_rate']:g} to {c['min_lr'] if c['decay_lr'] else c['learning_rate']:g}, weight decay {c['weight_decay']:g}, "
-                      f"betas {c['beta1']:g} and {c['beta2']:g}, clipping {c['grad_clip']:g}"),
-        ('precision', f"{c['dtype']}, float32 weights"),
-        *([('validation loss', f"{log['val_loss']:.4f} nats per token at iteration {log['evaluated']}")] if 'val_loss' in log else []),
-        *([('hardware', f"{hardware['num_gpus']} x {hardware['gpu_name']}" if hardware.get('gpu_name') else hardware.get('cpu_name', 'CPU'))] if hardware else []),
-        *([('time', f"{log['hours']:.2f} hours")] if 'hours' in log else []),
-        ('software', f"onetrain {state['versions'].get('onetrain', 'before 0.9')}, torch {state['versions']['torch']}"),
+        (
+            'data set',
+            (
+                f'{os.path.basename(c["dataset"])}, fingerprint'
+                f' {state["data"]["train"]["fingerprint"]}'
+            ),
+        ),
+        (
+            'training tokens',
+            f'{state["tokens"]:,} in {state["step"]:,} iterations of {state["tokens_per_step"]:,}',
+        ),
+        (
+            'optimizer',
+            (
+                f'{state["optimizer"]}, learning rate {c["learning_rate"]:g} to'
+                f' {c["min_lr"] if c["decay_lr"] else c["learning_rate"]:g}, weight decay'
+                f' {c["weight_decay"]:g}, betas {c["beta1"]:g} and {c["beta2"]:g}, clipping'
+                f' {c["grad_clip"]:g}'
+            ),
+        ),
+        ('precision', f'{c["dtype"]}, float32 weights'),
+        *(
+            [
+                (
+                    'validation loss',
+                    f'{log["val_loss"]:.4f} nats per token at iteration {log["evaluated"]}',
+                )
+            ]
+            if 'val_loss' in log
+            else []
+        ),
+        *(
+            [
+                (
+                    'hardware',
+                    (
+                        f'{hardware["num_gpus"]} x {hardware["gpu_name"]}'
+                        if hardware.get('gpu_name')
+                        else hardware.get('cpu_name', 'CPU')
+                    ),
+                )
+            ]
+            if hardware
+            else []
+        ),
+        *([('time', f'{log["hours"]:.2f} hours')] if 'hours' in log else []),
+        (
+            'software',
+            (
+                f'onetrain {state["versions"].get("onetrain", "before 0.9")}, torch'
+                f' {state["versions"]["torch"]}'
+            ),
+        ),
     ]
     table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
-    return (f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| | |\n|---|---|\n{table}\n\n'
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nname = 'THIS_FOLDER'\ntokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)\n"
-            f"ids = tokenizer({prompt!r}, return_tensors='pt', return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids, max_new_tokens={max(1, min(50, shape.block_size - 8))})[0]))\n```\n")
+    return (
+        f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| |'
+        f' |\n|---|---|\n{table}\n\n'
+        '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nname ='
+        " 'THIS_FOLDER'\ntokenizer, model = AutoTokenizer.from_pretrained(name),"
+        ' AutoModelForCausalLM.from_pretrained(name)\n'
+        f"ids = tokenizer({prompt!r}, return_tensors='pt',"
+        ' return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids,'
+        f' max_new_tokens={max(1, min(50, shape.block_size - 8))})[0]))\n```\n'
+    )
 
 
 def hub(name):
     """The hub, if it can be written to under `name`. Raises ConfigError."""
     from huggingface_hub import HfApi
+
     api = HfApi()
     try:
         api.create_repo(name, exist_ok=True)
     except Exception as error:  # the hub's own errors, and any of the network's
-        raise ConfigError(f'--push_to_hub={name} cannot be written to ({type(error).__name__}): log in with `hf auth login`, check the name and the network, or leave it out') from None
+        raise ConfigError(
+            f'--push_to_hub={name} cannot be written to ({type(error).__name__}): log in with `hf'
+            ' auth login`, check the name and the network, or leave it out'
+        ) from None
     return api
 
 
@@ -230,7 +391,10 @@ def upload(name, folder):
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f'{folder} is written, but could not be uploaded to {name} ({type(error).__name__}): `hf upload {name} {folder}` tries again') from None
+        raise ConfigError(
+            f'{folder} is written, but could not be uploaded to {name} ({type(error).__name__}):'
+            f' `hf upload {name} {folder}` tries again'
+        ) from None
 
 
 if __name__ == '__main__':

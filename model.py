@@ -1,4 +1,5 @@
-"""One decoder. GPT-2, LLaMA-2, LLaMA-3, Qwen3, GPT-NeoX and Mixtures of Experts are settings of its switches (presets.py).
+"""One decoder. GPT-2, LLaMA-2, LLaMA-3, Qwen3, GPT-NeoX and Mixtures of Experts are settings of its
+switches (presets.py).
 
     sequential block (norm_position='pre')        parallel_residual=True (GPT-NeoX)
 
@@ -6,16 +7,21 @@
           └────────────────────────┘   └──────────────────┘            ├── norm ── mlp ─────────┤
                                                                        └────────────────────────┘
 
-norm_position='post' puts each norm behind its sum instead: x = norm(x + f(x)). With num_experts the mlp is a mixture of experts, but for the
-first n_dense_layers.
-Parameter names are nanoGPT's (transformer.h.0.attn.c_attn.weight, ...).
+norm_position='post' puts each norm behind its sum instead: x = norm(x + f(x)). With num_experts the
+mlp is a mixture of experts, but for the first n_dense_layers. Parameter names are nanoGPT's
+(transformer.h.0.attn.c_attn.weight, ...).
 """
+
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, CheckpointPolicy
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from engine import experts, flops, fp8, parallel, rope
 from engine.attention import DEAR, attention, switch, visible
@@ -25,7 +31,8 @@ from engine.loss import next_token_loss
 
 ACTIVATIONS = {
     'gelu': F.gelu,  # exact, with erf: nanoGPT and GPT-NeoX
-    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),  # the approximation that GPT-2 was trained with
+    # the approximation that GPT-2 was trained with
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
     'silu': F.silu,
     'relu': F.relu,
     'relu2': lambda x: F.relu(x).square(),
@@ -55,16 +62,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = (config.n_head, config.num_key_value_heads, config.num_key_value_heads)
         self.head_dim = config.head_dim
-        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)  # q, k, v in one matmul
+        # q, k, v in one matmul
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.attention_sinks else None
-        self.layer, self.window, self.backend, self.dropout = layer, config.windows[layer], backend, dropout
+        self.layer, self.window, self.backend, self.dropout = (
+            layer,
+            config.windows[layer],
+            backend,
+            dropout,
+        )
 
     def forward(self, x, turn, ring, mask, cache):
         B, T, _ = x.shape
-        qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+        # (B, heads, T, head_dim)
+        qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
         qk, v = qkv.split_with_sizes((self.heads[0] + self.heads[1], self.heads[2]), dim=1)
         if self.q_norm is not None:
             q, k = qk.split_with_sizes(self.heads[:2], dim=1)
@@ -76,13 +90,25 @@ class Attention(nn.Module):
         if cache is not None:  # masks are tensors there
             k, v = cache.extend(self.layer, k, v)
             backend = 'sdpa' if self.sinks is None or x.device.type == 'cpu' else 'manual'
-        y = attention(q, k, v, backend, self.dropout if self.training else 0.0, ring, self.window, mask, self.sinks)
+        y = attention(
+            q,
+            k,
+            v,
+            backend,
+            self.dropout if self.training else 0.0,
+            ring,
+            self.window,
+            mask,
+            self.sinks,
+        )
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 def bend(config):
-    """(function, ratio): the nonlinearity of an MLP, and how many times wider than its output its input is."""
+    """(function, ratio): the nonlinearity of an MLP, and how many times wider than its output its
+    input is.
+    """
     activation = ACTIVATIONS[config.activation]
     if config.ffn_type == 'standard':
         return activation, 1
@@ -95,6 +121,7 @@ def bend(config):
         gate, up = x.chunk(2, dim=-1)
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
     return (clamped if config.ffn_type == 'swiglu_clamped' else swiglu), 2
 
 
@@ -112,12 +139,26 @@ class MLP(nn.Module):
 
 
 class Router(nn.Linear):
-    """Which experts a token goes to: (experts, gates, statistics) of engine.experts. Always in fp32."""
+    """Which experts a token goes to: (experts, gates, statistics) of engine.experts. Always in
+    fp32.
+    """
 
     def __init__(self, config):
         super().__init__(config.n_embd, config.num_experts, bias=config.bias)
         self.register_buffer('balance', torch.zeros(config.num_experts))
-        self.how = dict(top_k=config.num_experts_per_tok, **{key: getattr(config, key) for key in ('score_function', 'n_groups', 'topk_groups', 'norm_topk_prob', 'route_scale')})
+        self.how = dict(
+            top_k=config.num_experts_per_tok,
+            **{
+                key: getattr(config, key)
+                for key in (
+                    'score_function',
+                    'n_groups',
+                    'topk_groups',
+                    'norm_topk_prob',
+                    'route_scale',
+                )
+            },
+        )
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -140,15 +181,29 @@ class MoE(nn.Module):
         super().__init__()
         self.bend, ratio = bend(config)
         self.router = Router(config)
-        self.c_fc = Experts(config.num_experts, config.n_embd, config.expert_d_ff * ratio, config.bias)
+        self.c_fc = Experts(
+            config.num_experts, config.n_embd, config.expert_d_ff * ratio, config.bias
+        )
         self.c_proj = Experts(config.num_experts, config.expert_d_ff, config.n_embd, config.bias)
-        self.shared = MLP(config, config.num_shared_experts * config.expert_d_ff, 0.0) if config.num_shared_experts else None
+        self.shared = (
+            MLP(config, config.num_shared_experts * config.expert_d_ff, 0.0)
+            if config.num_shared_experts
+            else None
+        )
         self.dropout, self.dispatch = dropout, dispatch
 
     def forward(self, x):
         flat = x.flatten(0, -2)
         chosen, gates, statistics = self.router(flat)
-        y = experts.run_experts(flat, chosen, gates, (self.c_fc.weight, self.c_fc.bias), (self.c_proj.weight, self.c_proj.bias), self.bend, self.dispatch)
+        y = experts.run_experts(
+            flat,
+            chosen,
+            gates,
+            (self.c_fc.weight, self.c_fc.bias),
+            (self.c_proj.weight, self.c_proj.bias),
+            self.bend,
+            self.dispatch,
+        )
         if self.shared is not None:
             y = y + self.shared(flat)
         y = y.view_as(x)
@@ -156,7 +211,9 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. forward() returns x and, of a mixture of experts, the statistics of its routing (else None)."""
+    """One layer. forward() returns x and, of a mixture of experts, the statistics of its routing
+    (else None).
+    """
 
     def __init__(self, config, layer, backend, dropout, dispatch):
         super().__init__()
@@ -164,7 +221,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, backend, dropout)
         self.ln_2 = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.routed = layer in config.expert_layers
-        self.mlp = MoE(config, dropout, dispatch) if self.routed else MLP(config, config.d_ff, dropout)
+        self.mlp = (
+            MoE(config, dropout, dispatch) if self.routed else MLP(config, config.d_ff, dropout)
+        )
         self.post, self.parallel = config.norm_position == 'post', config.parallel_residual
         self.activation_checkpointing = 'none'
 
@@ -172,7 +231,17 @@ class Block(nn.Module):
         if self.activation_checkpointing == 'none' or not torch.is_grad_enabled():
             return self._forward(x, turn, ring, mask, cache)
         keep = {'context_fn': _keep_matmuls} if self.activation_checkpointing == 'selective' else {}
-        return checkpoint(self._forward, x, turn, ring, mask, cache, use_reentrant=False, preserve_rng_state=self.mlp.dropout > 0, **keep)
+        return checkpoint(
+            self._forward,
+            x,
+            turn,
+            ring,
+            mask,
+            cache,
+            use_reentrant=False,
+            preserve_rng_state=self.mlp.dropout > 0,
+            **keep,
+        )
 
     def _forward(self, x, turn, ring, mask, cache):
         if self.parallel:
@@ -191,43 +260,81 @@ class Block(nn.Module):
 
 
 def _keep_matmuls():
-    """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention are kept, and all else is computed again."""
+    """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention
+    are kept, and all else is computed again.
+    """
     kept = {'aten::mm', 'aten::addmm', 'onetrain::grouped_mm', *DEAR}
     return create_selective_checkpoint_contexts(
-        lambda ctx, operator, *args, **kwargs: CheckpointPolicy.MUST_SAVE if operator.name() in kept else CheckpointPolicy.PREFER_RECOMPUTE)
+        lambda ctx, operator, *args, **kwargs: (
+            CheckpointPolicy.MUST_SAVE
+            if operator.name() in kept
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+    )
 
 
 class Head(nn.Linear):
-    """From the last hidden state to logits, or straight to the loss. chunk, z_loss: as next_token_loss() takes them."""
+    """From the last hidden state to logits, or straight to the loss. chunk, z_loss: as
+    next_token_loss() takes them.
+    """
 
     def __init__(self, config, chunk, z_loss):
         super().__init__(config.n_embd, config.vocab_size, bias=False)
         self.chunk, self.z_loss = chunk, z_loss
 
     def forward(self, x, targets=None, reduction='mean'):
-        return super().forward(x) if targets is None else next_token_loss(x, self.weight, targets, reduction, self.chunk, self.z_loss)
+        return (
+            super().forward(x)
+            if targets is None
+            else next_token_loss(x, self.weight, targets, reduction, self.chunk, self.z_loss)
+        )
 
 
 class Model(nn.Module):
     """A decoder-only language model.
 
-    config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout: probability; activation_checkpointing: what backward()
-    finds kept of each block: 'none' all of it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring of the
-    ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch returned; aux_loss, z_loss: weights of these losses of
-    engine.experts.routing_statistics in training; document_end: token after which attention and positions start anew, or None; loss_chunk: tokens
-    whose logits are in memory at a time in training, 0 for all; head_z_loss: weight of the z-loss of these logits; float8: what engine.fp8.choose
-    returned, or None. Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the meta device to be counted.
+    config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout:
+    probability; activation_checkpointing: what backward() finds kept of each block: 'none' all of
+    it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring
+    of the ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch
+    returned; aux_loss, z_loss: weights of these losses of engine.experts.routing_statistics in
+    training; document_end: token after which attention and positions start anew, or None;
+    loss_chunk: tokens whose logits are in memory at a time in training, 0 for all; head_z_loss:
+    weight of the z-loss of these logits; float8: what engine.fp8.choose returned, or None.
+    Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the
+    meta device to be counted.
     """
 
-    def __init__(self, config, backend='sdpa', dropout=0.0, activation_checkpointing='none', ring=None, dispatch='grouped', aux_loss=0.0, z_loss=0.0, document_end=None, loss_chunk=0, head_z_loss=0.0,
-                 float8=None):
+    def __init__(
+        self,
+        config,
+        backend='sdpa',
+        dropout=0.0,
+        activation_checkpointing='none',
+        ring=None,
+        dispatch='grouped',
+        aux_loss=0.0,
+        z_loss=0.0,
+        document_end=None,
+        loss_chunk=0,
+        head_z_loss=0.0,
+        float8=None,
+    ):
         super().__init__()
-        self.config, self.backend, self.dropout, self.ring, self.document_end = config, backend, dropout, ring, document_end
+        self.config, self.backend, self.dropout, self.ring, self.document_end = (
+            config,
+            backend,
+            dropout,
+            ring,
+            document_end,
+        )
         self.aux_loss, self.z_loss = aux_loss, z_loss
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position_encoding == 'learned_absolute':
             parts['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        parts['h'] = nn.ModuleList([Block(config, layer, backend, dropout, dispatch) for layer in range(config.n_layer)])
+        parts['h'] = nn.ModuleList(
+            [Block(config, layer, backend, dropout, dispatch) for layer in range(config.n_layer)]
+        )
         parts['ln_f'] = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.transformer = nn.ModuleDict(parts)
         for block in parts['h']:
@@ -241,8 +348,16 @@ class Model(nn.Module):
                 self.register_buffer(name, table, persistent=False)
         self.float8_layers = fp8.convert(parts['h'], float8) if float8 else 0
         self.routed = [block.mlp for block in parts['h'] if block.routed]
-        if self.routed:  # what the micro-steps of a step add up to: tokens of each expert, and sums of the statistics weighted by tokens
-            self.register_buffer('routing', torch.zeros(len(self.routed), config.num_experts + experts.STATISTICS, dtype=torch.float64), persistent=False)
+        # what the micro-steps of a step add up to: tokens of each expert, and sums of the
+        # statistics weighted by tokens
+        if self.routed:
+            self.register_buffer(
+                'routing',
+                torch.zeros(
+                    len(self.routed), config.num_experts + experts.STATISTICS, dtype=torch.float64
+                ),
+                persistent=False,
+            )
 
     @classmethod
     def on_meta(cls, *args, **kwargs):
@@ -251,7 +366,8 @@ class Model(nn.Module):
             return cls(*args, **kwargs)
 
     def allocate(self, device, buffers_on=None):
-        """Give a model on the meta device memory on `device`: parameters that hold nothing yet, without the work of torch's own initialisation. Returns it.
+        """Give a model on the meta device memory on `device`: parameters that hold nothing yet,
+        without the work of torch's own initialisation. Returns it.
 
         buffers_on: device of what is no parameter where it is another.
         """
@@ -263,45 +379,72 @@ class Model(nn.Module):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.zeros_like(buffer, device=buffers_on or device))
         if self.rope:
-            self.rope_cos, self.rope_sin = (table.to(buffers_on or device) for table in rope.table(self.config, self.config.block_size))
+            self.rope_cos, self.rope_sin = (
+                table.to(buffers_on or device)
+                for table in rope.table(self.config, self.config.block_size)
+            )
         return self
 
     def tensors(self):
-        """{name: tensor} of what a checkpoint holds of the model: the parameters, and the balance of its experts."""
+        """{name: tensor} of what a checkpoint holds of the model: the parameters, and the balance
+        of its experts.
+        """
         return {name: p.detach() for name, p in self.named_parameters()} | {
-            f'transformer.h.{layer}.mlp.router.balance': moe.router.balance for layer, moe in zip(self.config.expert_layers, self.routed)}
+            f'transformer.h.{layer}.mlp.router.balance': moe.router.balance
+            for layer, moe in zip(self.config.expert_layers, self.routed)
+        }
 
     def sharding_units(self):
-        """(units, others) for engine.parallel.shard(): what is gathered together, in the order of the forward pass; others holds what must be
-        gathered in fp32. A tied table is used at both ends and left to the model as a whole."""
+        """(units, others) for engine.parallel.shard(): what is gathered together, in the order of
+        the forward pass; others holds what must be gathered in fp32. A tied table is used at both
+        ends and left to the model as a whole.
+        """
         routers = [moe.router for moe in self.routed]
         if self.config.weight_tying:
             return list(self.transformer.h), routers
-        return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [self.transformer.wte, *routers]
+        return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [
+            self.transformer.wte,
+            *routers,
+        ]
 
     def matrices(self):
-        """Names of the parameters that Muon is for: matrices within the layers. Tables, the head and routers stand for single tokens and experts, row by row, and
-        experts are three-dimensional."""
-        return [name for name, p in self.named_parameters() if '.h.' in name and p.dim() == 2 and not name.endswith('bias') and '.router.' not in name]
+        """Names of the parameters that Muon is for: matrices within the layers. Tables, the head
+        and routers stand for single tokens and experts, row by row, and experts are
+        three-dimensional.
+        """
+        return [
+            name
+            for name, p in self.named_parameters()
+            if '.h.' in name
+            and p.dim() == 2
+            and not name.endswith('bias')
+            and '.router.' not in name
+        ]
 
     def keep_from_compiler(self):
-        """Leave the loss in chunks out of what is compiled on a CPU: it would compute each exponential twice rather than keep it."""
+        """Leave the loss in chunks out of what is compiled on a CPU: it would compute each
+        exponential twice rather than keep it.
+        """
         if self.lm_head.chunk and self.lm_head.weight.device.type == 'cpu':
             self.lm_head.forward = torch.compiler.disable(self.lm_head.forward)
 
     def compile_units(self):
-        """Compile each block and the head for itself; a head that goes chunk by chunk has nothing to gain."""
+        """Compile each block and the head for itself; a head that goes chunk by chunk has nothing
+        to gain.
+        """
         for module in (*self.transformer.h, *([] if self.lm_head.chunk else [self.lm_head])):
             module.compile()
 
     def forward(self, idx, targets=None, reduction='mean', last_only=False, cache=None):
         """Loss of next-token prediction, or logits.
 
-        idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the fp32 scalar loss and keeps
-        no logits: the mean over the targets, or their sum with reduction='sum'; with a ring, idx and targets are what Ring.read_part()
-        read for this rank, and the loss is that of its tokens. The losses of routing are in the gradient only, in training. Without targets,
-        returns logits (B, T, V), or (B, 1, V) of the last position with last_only; a ring plays no part then. cache: engine.cache.Cache of the tokens
-        before, which takes up these.
+        idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the
+        fp32 scalar loss and keeps no logits: the mean over the targets, or their sum with
+        reduction='sum'; with a ring, idx and targets are what Ring.read_part() read for this rank,
+        and the loss is that of its tokens. The losses of routing are in the gradient only, in
+        training. Without targets, returns logits (B, T, V), or (B, 1, V) of the last position with
+        last_only; a ring plays no part then. cache: engine.cache.Cache of the tokens before, which
+        takes up these.
         """
         T = idx.size(1)
         ring = self.ring if targets is not None else None
@@ -317,9 +460,22 @@ class Model(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        length = self.config.block_size if ring is not None else T if cache is None or cache.static else cache.length + T
+        length = (
+            self.config.block_size
+            if ring is not None
+            else T
+            if cache is None or cache.static
+            else cache.length + T
+        )
         turn = self._turn(positions, length) if self.rope else None
-        masks = cache.masks if cache is not None else {window: visible(self.backend, T, idx.device, window, documents) for window in set(self.config.windows)}
+        masks = (
+            cache.masks
+            if cache is not None
+            else {
+                window: visible(self.backend, T, idx.device, window, documents)
+                for window in set(self.config.windows)
+            }
+        )
         routing = []
         for block in self.transformer.h:
             x, statistics = block(x, turn, ring, masks[block.attn.window], cache)
@@ -329,22 +485,34 @@ class Model(nn.Module):
         x = self.transformer.ln_f(x)
         loss = self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
         if routing and targets is not None and self.training:
-            loss = self._routed(loss, torch.stack(routing), idx.numel() if reduction == 'sum' else 1, idx.numel())
+            loss = self._routed(
+                loss, torch.stack(routing), idx.numel() if reduction == 'sum' else 1, idx.numel()
+            )
         return loss
 
     def _turn(self, positions, length):
         """(cos, sin) for rope.apply()."""
-        if self.config.rope_scaling == 'dynamic' and self.config.rope_original_block_size < self.config.block_size != length:
-            tables = (t.to(self.rope_cos.device) for t in rope.table(self.config, max(length, self.config.rope_original_block_size), length))
+        if (
+            self.config.rope_scaling == 'dynamic'
+            and self.config.rope_original_block_size < self.config.block_size != length
+        ):
+            tables = (
+                t.to(self.rope_cos.device)
+                for t in rope.table(
+                    self.config, max(length, self.config.rope_original_block_size), length
+                )
+            )
         else:
             tables = self.rope_cos, self.rope_sin
         turn = tuple(table[positions] for table in tables)
         return turn if turn[0].dim() == 2 else tuple(t[:, None] for t in turn)
 
     def _routed(self, loss, statistics, weight, tokens):
-        """`loss` with the gradients of the losses of routing, and its value as it was. Takes the statistics up into self.routing."""
+        """`loss` with the gradients of the losses of routing, and its value as it was. Takes the
+        statistics up into self.routing.
+        """
         mean = torch.ones_like(statistics[0])
-        mean[self.config.num_experts:] = tokens  # counts are sums, the others means
+        mean[self.config.num_experts :] = tokens  # counts are sums, the others means
         self.routing += (statistics.detach() * mean).double()
         if not (self.aux_loss or self.z_loss):
             return loss
@@ -354,44 +522,75 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def after_step(self, world, balance_rate, skipped):
-        """Work of the model after an optimizer step: sum the statistics of routing over ranks and move the balance of experts. skipped: scalar tensor,
-        1 if the step left the weights alone. Returns the statistics as a tensor for routing_report(), or None for a dense model."""
+        """Work of the model after an optimizer step: sum the statistics of routing over ranks and
+        move the balance of experts. skipped: scalar tensor, 1 if the step left the weights alone.
+        Returns the statistics as a tensor for routing_report(), or None for a dense model.
+        """
         if not self.routed:
             return None
         routing = parallel.sum_over_ranks(self.routing.clone(), world)
         self.routing.zero_()
         if balance_rate:
-            experts.balance([moe.router.balance for moe in self.routed], routing[:, :self.config.num_experts], balance_rate, 1 - skipped)
+            experts.balance(
+                [moe.router.balance for moe in self.routed],
+                routing[:, : self.config.num_experts],
+                balance_rate,
+                1 - skipped,
+            )
         return routing
 
     def routing_report(self, routing, tokens, shares=True):
-        """Return the `moe` object of the log of a step of `tokens` tokens, given after_step()'s tensor; shares: with that of each expert. Waits for the device."""
-        return experts.report(routing.cpu(), self.config.expert_layers, [moe.router.balance.cpu() for moe in self.routed], tokens,
-                              self.config.num_experts_per_tok, shares)
+        """Return the `moe` object of the log of a step of `tokens` tokens, given after_step()'s
+        tensor; shares: with that of each expert. Waits for the device.
+        """
+        return experts.report(
+            routing.cpu(),
+            self.config.expert_layers,
+            [moe.router.balance.cpu() for moe in self.routed],
+            tokens,
+            self.config.num_experts_per_tok,
+            shares,
+        )
 
     @torch.no_grad()
     def init_weights(self, seed, device=None):
-        """Normal with std 0.02 for the token and position tables and the head, sqrt(2 / (5 n_embd)) for the other matrices
-        (Nguyen and Salazar, "Transformers without Tears", 2019; GPT-2's 0.02 at n_embd = 1000), residual projections scaled
-        by 1/sqrt(2 n_layer) on top (GPT-2); norms 1, biases and sinks 0.
+        """Normal with std 0.02 for the token and position tables and the head, sqrt(2 / (5 n_embd))
+        for the other matrices (Nguyen and Salazar, "Transformers without Tears", 2019; GPT-2's 0.02
+        at n_embd = 1000), residual projections scaled by 1/sqrt(2 n_layer) on top (GPT-2); norms 1,
+        biases and sinks 0.
 
-        Every parameter draws from a generator of its own, keyed by (seed, its name): its values do not depend on which
-        others exist, nor on how the model is spread over processes. They are drawn in full, one parameter at a time, on `device`
-        (None: where the parameter is; the numbers of a GPU are not those of a CPU).
+        Every parameter draws from a generator of its own, keyed by (seed, its name): its values do
+        not depend on which others exist, nor on how the model is spread over processes. They are
+        drawn in full, one parameter at a time, on `device` (None: where the parameter is; the
+        numbers of a GPU are not those of a CPU).
         """
         inner = math.sqrt(2 / (5 * self.config.n_embd))
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 or name.endswith('bias'):
                 parameter.fill_(0.0 if name.endswith(('bias', 'sinks')) else 1.0)
                 continue
-            std = 0.02 if '.h.' not in name else inner / math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else inner
+            std = (
+                0.02
+                if '.h.' not in name
+                else (
+                    inner / math.sqrt(2 * self.config.n_layer)
+                    if name.endswith('c_proj.weight')
+                    else inner
+                )
+            )
             generator = torch.Generator(device or parameter.device)
             generator.manual_seed(mix(seed, *name.encode()) % 2**63)
-            parallel.put(parameter, torch.empty(parameter.shape, device=generator.device).normal_(0.0, std, generator=generator))
+            parallel.put(
+                parameter,
+                torch.empty(parameter.shape, device=generator.device).normal_(
+                    0.0, std, generator=generator
+                ),
+            )
 
     @torch.no_grad()
     def fill(self, weights, partly=False):
-        """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A second name of a tied table is passed over.
+        """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A
+        second name of a tied table is passed over.
 
         Raises ConfigError for a parameter that has another shape or, unless `partly`, is missing.
         """
@@ -400,38 +599,76 @@ class Model(nn.Module):
             if (parameter := missing.pop(name, None)) is None:
                 continue
             if parameter.shape != tensor.shape:
-                raise ConfigError(f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has {tuple(parameter.shape)}')
+                raise ConfigError(
+                    f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has'
+                    f' {tuple(parameter.shape)}'
+                )
             parallel.put(parameter, tensor)
         missing = [name for name in missing if not name.endswith('.balance')]
         if missing and not partly:
             raise ConfigError(f'there are no weights for {", ".join(missing[:3])}')
 
     def parameter_counts(self):
-        """{'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters; non_embedding leaves out the token and position
-        tables (a tied head is the token table, so it is left out too); active counts of the experts as many as a token goes to."""
+        """{'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters; non_embedding
+        leaves out the token and position tables (a tied head is the token table, so it is left out
+        too); active counts of the experts as many as a token goes to.
+        """
         total = sum(p.numel() for p in self.parameters())
-        tables = self.transformer.wte.weight.numel() + (self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0)
-        of_experts = sum(p.numel() for moe in self.routed for part in (moe.c_fc, moe.c_proj) for p in part.parameters())
-        idle = of_experts - of_experts * self.config.num_experts_per_tok // self.config.num_experts if self.routed else 0
-        return {'total': total, 'trainable': sum(p.numel() for p in self.parameters() if p.requires_grad), 'non_embedding': total - tables, 'active': total - idle}
+        tables = self.transformer.wte.weight.numel() + (
+            self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
+        )
+        of_experts = sum(
+            p.numel()
+            for moe in self.routed
+            for part in (moe.c_fc, moe.c_proj)
+            for p in part.parameters()
+        )
+        idle = (
+            of_experts - of_experts * self.config.num_experts_per_tok // self.config.num_experts
+            if self.routed
+            else 0
+        )
+        return {
+            'total': total,
+            'trainable': sum(p.numel() for p in self.parameters() if p.requires_grad),
+            'non_embedding': total - tables,
+            'active': total - idle,
+        }
 
     def flops(self):
-        """engine.flops.TokenFlops of training on one token of a full sequence: experts that it does not go to cost nothing."""
+        """engine.flops.TokenFlops of training on one token of a full sequence: experts that it does
+        not go to cost nothing.
+        """
         config = self.config
 
         def linear(module):
             return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
         blocks = list(self.transformer.h)
-        chosen = sum(config.num_experts_per_tok * (moe.c_fc.weight[0].numel() + moe.c_proj.weight[0].numel()) for moe in self.routed)
+        chosen = sum(
+            config.num_experts_per_tok * (moe.c_fc.weight[0].numel() + moe.c_proj.weight[0].numel())
+            for moe in self.routed
+        )
         seen = [min(window or config.block_size, config.block_size) for window in config.windows]
-        return flops.per_token({'attention': sum(linear(b.attn) for b in blocks), 'ffn': sum(linear(b.mlp) for b in blocks) + chosen, 'head': self.lm_head.weight.numel()},
-                               n_layer=config.n_layer, width=config.n_head * config.head_dim, seen=seen)
+        return flops.per_token(
+            {
+                'attention': sum(linear(b.attn) for b in blocks),
+                'ffn': sum(linear(b.mlp) for b in blocks) + chosen,
+                'head': self.lm_head.weight.numel(),
+            },
+            n_layer=config.n_layer,
+            width=config.n_head * config.head_dim,
+            seen=seen,
+        )
 
 
 def documents_of(idx, end):
-    """(documents, positions), both (B, T) int64: the number of each token's text, which ends with the token `end`, and its place there."""
+    """(documents, positions), both (B, T) int64: the number of each token's text, which ends with
+    the token `end`, and its place there.
+    """
     ends = (idx == end).long()
     documents = ends.cumsum(1) - ends
     at = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
-    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))  # of a text; that of the row is its first token anyway
+    # of a text; that of the row is its first token anyway
+    first = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
     return documents, at - torch.where(first, at, 0).cummax(1).values

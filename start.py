@@ -10,6 +10,7 @@ Set up, demo, checks and tests, with one command each.
 Needs nothing but Python 3.10 to 3.13 and a package index. The environment is
 made in .venv; an interrupted demo goes on where it stopped.
 """
+
 import difflib
 import hashlib
 import os
@@ -23,9 +24,12 @@ OUT = 'out-demo'
 
 
 def call(title, *command):
-    """Run a command of the project in .venv, shown as a user would type it; leave with its exit code if it fails."""
-    print(f"\n==> {title}\n    python {' '.join(command)}\n", flush=True)
-    # threads that wait without spinning: a little slower on an idle machine, twice as fast beside other programs (bench/RESULTS.md)
+    """Run a command of the project in .venv, shown as a user would type it; leave with its exit
+    code if it fails.
+    """
+    print(f'\n==> {title}\n    python {" ".join(command)}\n', flush=True)
+    # threads that wait without spinning: a little slower on an idle machine, twice as fast beside
+    # other programs (bench/RESULTS.md)
     environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
     code = subprocess.run([PYTHON, *command], cwd=ROOT, env=environment).returncode
     if code != 0:
@@ -33,7 +37,9 @@ def call(title, *command):
 
 
 def set_up(everything=False):
-    """Make .venv and install requirements.txt into it, and with `everything` the extra `dev` of pyproject.toml, unless that was done already."""
+    """Make .venv and install requirements.txt into it, and with `everything` the extra `dev` of
+    pyproject.toml, unless that was done already.
+    """
     contents = b''
     for name in ('requirements.txt', *(['pyproject.toml'] if everything else [])):
         with open(os.path.join(ROOT, name), 'rb') as f:
@@ -42,11 +48,25 @@ def set_up(everything=False):
     stamp = os.path.join(VENV, 'installed-dev' if everything else 'installed')
     if os.path.exists(stamp) and open(stamp).read() == wanted:
         return
-    what = ['-r', os.path.join(ROOT, 'requirements.txt')] + (['-e', f'{ROOT}[dev]'] if everything else [])
-    print(f"==> making .venv and installing {'the extra `dev` of pyproject.toml' if everything else 'requirements.txt'} into it (once; some minutes on a slow connection)", flush=True)
+    what = ['-r', os.path.join(ROOT, 'requirements.txt')] + (
+        ['-e', f'{ROOT}[dev]'] if everything else []
+    )
+    print(
+        '==> making .venv and installing'
+        f' {"the extra `dev` of pyproject.toml" if everything else "requirements.txt"} into it'
+        ' (once; some minutes on a slow connection)',
+        flush=True,
+    )
     if subprocess.run([sys.executable, '-m', 'venv', VENV]).returncode != 0:
-        sys.exit('error: python3 -m venv failed; on Debian and Ubuntu type: apt-get install python3-venv')
-    if subprocess.run([PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', *what]).returncode != 0:
+        sys.exit(
+            'error: python3 -m venv failed; on Debian and Ubuntu type: apt-get install python3-venv'
+        )
+    if (
+        subprocess.run(
+            [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', *what]
+        ).returncode
+        != 0
+    ):
         sys.exit('error: pip could not install what is needed; is a package index reachable?')
     with open(stamp, 'w') as f:
         f.write(wanted)
@@ -59,9 +79,17 @@ def demo():
     saved = os.path.join(ROOT, OUT, 'checkpoints')
     begun = os.path.isdir(saved) and any(name.startswith('step_') for name in os.listdir(saved))
     call('train', 'train.py', 'config/demo_pystdlib.py', *(['--init_from=resume'] if begun else []))
-    call('let it write', 'sample.py', f'--out_dir={OUT}', '--start=def ', '--num_samples=3', '--top_k=50')
+    call(
+        'let it write',
+        'sample.py',
+        f'--out_dir={OUT}',
+        '--start=def ',
+        '--num_samples=3',
+        '--top_k=50',
+    )
     call('draw its loss', 'plots/plot_single_run.py', OUT)
-    print(f"""
+    print(
+        f"""
 ==> done
     picture      {OUT}/run_*.png
     logs         {OUT}/run_*.jsonl (every number), run_*.json, run_*.log (this text)
@@ -69,10 +97,13 @@ def demo():
 
     what to type next, after `source .venv/bin/activate`:
     python sample.py --out_dir={OUT} --start="class Parser"          more text
-    python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000 --lr_decay_iters=4000     train on
-    python data/own_text/prepare.py --input my.txt --tokenizer char  your own text, then: python train.py config/own_text.py
+    python train.py config/demo_pystdlib.py --init_from=resume --max_iters=4000 \\
+        --lr_decay_iters=4000                                         train on
+    python data/own_text/prepare.py --input my.txt --tokenizer char   your own text, then
+    python train.py config/own_text.py
     python train.py --help=all                                        every key
-    TRAINING_GUIDE.md                                                 models of a billion parameters""")
+    TRAINING_GUIDE.md                                                 billions of parameters"""
+    )
 
 
 def doctor():
@@ -87,9 +118,21 @@ def check():
 
 def test():
     set_up(everything=True)
-    # whole files to each process: much of a file waits for other processes, and its fixtures are made once
+    # whole files to each process: much of a file waits for other processes, and its fixtures are
+    # made once
     processes = max(1, min(4, os.cpu_count() or 1))
-    call('test', '-m', 'pytest', '-q', '-n', str(processes), '--dist', 'loadfile', '--no-loadscope-reorder', *sys.argv[2:])
+    call(
+        'test',
+        '-m',
+        'pytest',
+        '-q',
+        '-n',
+        str(processes),
+        '--dist',
+        'loadfile',
+        '--no-loadscope-reorder',
+        *sys.argv[2:],
+    )
 
 
 def main():
@@ -102,9 +145,15 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         meant = difflib.get_close_matches(' '.join(sys.argv[1:2]), commands, 1)
         if meant:
-            print(f"error: {sys.argv[1]}: did you mean python3 start.py {meant[0]}?", file=sys.stderr)
+            print(
+                f'error: {sys.argv[1]}: did you mean python3 start.py {meant[0]}?', file=sys.stderr
+            )
             sys.exit(2)
-        print(f"error: {' '.join(sys.argv[1:]) or 'no command'}: type one of {', '.join(f'python3 start.py {name}' for name in commands)}", file=sys.stderr)
+        print(
+            f'error: {" ".join(sys.argv[1:]) or "no command"}: type one of'
+            f' {", ".join(f"python3 start.py {name}" for name in commands)}',
+            file=sys.stderr,
+        )
         sys.exit(2)
     try:
         commands[sys.argv[1]]()

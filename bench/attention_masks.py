@@ -1,7 +1,9 @@
-"""Time of a training step with document_mask, a sliding window and attention sinks beside plain attention: steps alternate in one process.
+"""Time of a training step with document_mask, a sliding window and attention sinks beside plain
+attention: steps alternate in one process.
 
-    python bench/attention_masks.py --steps=7
+python bench/attention_masks.py --steps=7
 """
+
 import argparse
 import os
 import statistics
@@ -9,36 +11,51 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from engine.command_line import run_command, whole  # noqa: E402
 import torch  # noqa: E402
 
 from engine import parallel  # noqa: E402
+from engine.command_line import run_command, whole  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
 END = 7
-WAYS = {'plain': ({}, None), 'documents': ({}, END), 'window 128': (dict(sliding_window=128), None), 'sinks': (dict(attention_sinks=True), None),
-        'all three': (dict(sliding_window=128, attention_sinks=True), END)}
+WAYS = {
+    'plain': ({}, None),
+    'documents': ({}, END),
+    'window 128': (dict(sliding_window=128), None),
+    'sinks': (dict(attention_sinks=True), None),
+    'all three': (dict(sliding_window=128, attention_sinks=True), END),
+}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--steps', type=whole(), default=7)
     args = parser.parse_args()
     parallel.start('cpu')
-    sizes = dict(arch_preset='llama', n_layer=4, n_head=6, n_embd=384, block_size=1024, vocab_size=2048)
-    models = {name: Model(resolve_shape({**sizes, **more}), document_end=end) for name, (more, end) in WAYS.items()}
+    sizes = dict(
+        arch_preset='llama', n_layer=4, n_head=6, n_embd=384, block_size=1024, vocab_size=2048
+    )
+    models = {
+        name: Model(resolve_shape({**sizes, **more}), document_end=end)
+        for name, (more, end) in WAYS.items()
+    }
     for model in models.values():
         model.init_weights(0)
     x = torch.randint(2048, (2, 1025), generator=torch.Generator().manual_seed(0))
     times = {name: [] for name in models}
     for turn in range(args.steps + 2):
-        for name in [*models][::1 if turn % 2 else -1]:
+        for name in [*models][:: 1 if turn % 2 else -1]:
             started = time.perf_counter()
             models[name](x[:, :-1], x[:, 1:]).backward()
             times[name] += [time.perf_counter() - started] * (turn >= 2)  # the first are warm-up
     for name, seconds in times.items():
-        print(f"{name:>10}: {1000 * statistics.median(seconds):6.0f} ms, {statistics.median(a / b for a, b in zip(seconds, times['plain'])):.2f} times plain")
+        print(
+            f'{name:>10}: {1000 * statistics.median(seconds):6.0f} ms,'
+            f' {statistics.median(a / b for a, b in zip(seconds, times["plain"])):.2f} times plain'
+        )
 
 
 if __name__ == '__main__':

@@ -1,13 +1,18 @@
 """
-What a checkpoint costs: how long training waits for it, in the background and in the foreground, in turns within one run.
+What a checkpoint costs: how long training waits for it, in the background and in the foreground, in
+turns within one run.
 
     python bench/checkpoint_stall.py                    a state of 0.6 GB on a CPU
-    python bench/checkpoint_stall.py --n_layer=18 --n_embd=2304 --n_head=18 --vocab_size=32000 --batch_size=8 --block_size=2048    1.3 B, on a GPU
+    # 1.3 B, on a GPU
+    python bench/checkpoint_stall.py --n_layer=18 --n_embd=2304 --n_head=18 \\
+        --vocab_size=32000 --batch_size=8 --block_size=2048
 
-Each save is followed by --steps training steps. Written are, per save, the seconds that training stood still (stall), the
-seconds until the checkpoint was whole on disk (total), and the time that the steps after it took beyond the median step (drag):
-what the writing thread takes from the computing ones.
+Each save is followed by --steps training steps. Written are, per save, the seconds that training
+stood still (stall), the seconds until the checkpoint was whole on disk (total), and the time that
+the steps after it took beyond the median step (drag): what the writing thread takes from the
+computing ones.
 """
+
 import argparse
 import os
 import statistics
@@ -18,9 +23,8 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from engine.command_line import run_command, whole  # noqa: E402
-
 from engine import optim, parallel  # noqa: E402
+from engine.command_line import run_command, whole  # noqa: E402
 from engine.kernels import time_when_done  # noqa: E402
 from engine.saver import Saver  # noqa: E402
 from model import Model  # noqa: E402
@@ -29,18 +33,40 @@ from train import checkpoint_tensors  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (('n_layer', 6), ('n_embd', 768), ('n_head', 12), ('vocab_size', 8192), ('batch_size', 4), ('block_size', 256), ('saves', 5), ('steps', 6)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, value in (
+        ('n_layer', 6),
+        ('n_embd', 768),
+        ('n_head', 12),
+        ('vocab_size', 8192),
+        ('batch_size', 4),
+        ('block_size', 256),
+        ('saves', 5),
+        ('steps', 6),
+    ):
         parser.add_argument(f'--{name}', type=whole(), default=value)
     parser.add_argument('--folder', help='where to write, a temporary folder by default')
     args = parser.parse_args()
     world = parallel.start()
     device = world.device
-    shape = resolve_shape(dict(arch_preset='llama', n_layer=args.n_layer, n_embd=args.n_embd, n_head=args.n_head, block_size=args.block_size, vocab_size=args.vocab_size))
+    shape = resolve_shape(
+        dict(
+            arch_preset='llama',
+            n_layer=args.n_layer,
+            n_embd=args.n_embd,
+            n_head=args.n_head,
+            block_size=args.block_size,
+            vocab_size=args.vocab_size,
+        )
+    )
     model = Model.on_meta(shape).allocate(device)
     model.init_weights(0)
     named = dict(model.named_parameters())
-    optimizer = optim.build_adamw(named, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, device_type=device.type)
+    optimizer = optim.build_adamw(
+        named, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, device_type=device.type
+    )
     guard = optim.Guard(named.values(), torch.amp.GradScaler(device.type, enabled=False), 3)
     x = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=device)
     step = 0
@@ -59,29 +85,56 @@ def main():
         return time_when_done(device) - started
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        savers = {name: Saver(os.path.join(folder, name), world, keep=1, background=name == 'background') for name in ('background', 'foreground')}
+        savers = {
+            name: Saver(os.path.join(folder, name), world, keep=1, background=name == 'background')
+            for name in ('background', 'foreground')
+        }
         for saver in savers.values():
             saver.reserve(checkpoint_tensors(model, named, optimizer, guard))
         for _ in range(3):
             train_step(savers['background'])
         usual = statistics.median(train_step(savers['background']) for _ in range(8))
         size = sum(t.nbytes for t in checkpoint_tensors(model, named, optimizer, guard).values())
-        print(f'{sum(p.numel() for p in named.values()):,} parameters, a state of {size / 1e9:.2f} GB, {device}, a step takes {usual:.3f} s; '
-              f'torch {torch.__version__}, {torch.get_num_threads()} threads')
+        print(
+            f'{sum(p.numel() for p in named.values()):,} parameters, a state of {size / 1e9:.2f}'
+            f' GB, {device}, a step takes {usual:.3f} s; torch {torch.__version__},'
+            f' {torch.get_num_threads()} threads'
+        )
         rows = {name: [] for name in savers}
         for turn in range(args.saves):
-            for name in ('background', 'foreground') if turn % 2 == 0 else ('foreground', 'background'):
+            for name in (
+                ('background', 'foreground') if turn % 2 == 0 else ('foreground', 'background')
+            ):
                 saver = savers[name]
-                saver.start(step, checkpoint_tensors(model, named, optimizer, guard), {'config': {}})
+                saver.start(
+                    step, checkpoint_tensors(model, named, optimizer, guard), {'config': {}}
+                )
                 times = [train_step(saver) for _ in range(args.steps)]
                 outcome = saver.wait()
                 assert outcome.error is None, outcome
-                drag = sum(times) - args.steps * usual - (outcome.stall_s if name == 'background' else 0)
+                drag = (
+                    sum(times)
+                    - args.steps * usual
+                    - (outcome.stall_s if name == 'background' else 0)
+                )
                 rows[name].append((outcome.stall_s, outcome.total_s, drag))
-                print(f'{name}: stall {outcome.stall_s:.3f} s, total {outcome.total_s:.2f} s, drag {drag:+.2f} s', flush=True)
-        print('\nmedians  ' + '   '.join(f"{name}: stall {statistics.median(r[0] for r in found):.3f} s, total {statistics.median(r[1] for r in found):.2f} s, "
-                                         f"drag {statistics.median(r[2] for r in found):+.2f} s" for name, found in rows.items()))
-        stalls = [statistics.median(r[0] for r in rows[name]) for name in ('background', 'foreground')]
+                print(
+                    f'{name}: stall {outcome.stall_s:.3f} s, total {outcome.total_s:.2f} s, drag'
+                    f' {drag:+.2f} s',
+                    flush=True,
+                )
+        print(
+            '\nmedians  '
+            + '   '.join(
+                f'{name}: stall {statistics.median(r[0] for r in found):.3f} s, total'
+                f' {statistics.median(r[1] for r in found):.2f} s, drag'
+                f' {statistics.median(r[2] for r in found):+.2f} s'
+                for name, found in rows.items()
+            )
+        )
+        stalls = [
+            statistics.median(r[0] for r in rows[name]) for name in ('background', 'foreground')
+        ]
         print(f'stall in the background / in the foreground: {stalls[0] / stalls[1]:.4f}')
 
 

@@ -1,14 +1,17 @@
 """
-Measures what grows with the length of a run, the size of its data and the number of its processes, and draws it.
+Measures what grows with the length of a run, the size of its data and the number of its processes,
+and draws it.
 
     python bench/growth.py measure --out=after.jsonl                          every part, in minutes
-    python bench/growth.py measure --code=OTHER_CHECKOUT --out=before.jsonl   the same of another version
+    # the same of another version
+    python bench/growth.py measure --code=OTHER_CHECKOUT --out=before.jsonl
     python bench/growth.py measure --only log parts --out=after.jsonl
     python bench/growth.py draw before.jsonl after.jsonl --output=bench/growth.png
 
-Each point is a process of its own, so that its peak memory is its own; one that takes longer than --limit seconds is given up
-and noted. A line of the output is {"part", "x", "seconds", "peak_mb"}.
+Each point is a process of its own, so that its peak memory is its own; one that takes longer than
+--limit seconds is given up and noted. A line of the output is {"part", "x", "seconds", "peak_mb"}.
 """
+
 import argparse
 import json
 import os
@@ -41,24 +44,62 @@ POINTS = {  # part: (values of x, what x is)
 
 def iteration(step, experts=0):
     """The fields of a logged iteration, as train.py gives them."""
-    mfu = {'mfu': 0.41, 'mfu_percent': 41.0, 'flops_achieved': 4.1e14, 'flops_per_token': 8.9e9, 'tokens_per_sec': 46112.5, 'hardware_peak_flops': 9.89e14,
-           'hardware_peak_tflops': 989.0, 'achieved_tflops': 405.5, 'gpu_name': 'NVIDIA H100', 'precision': 'bfloat16', 'num_gpus': 1,
-           'attention_flops_per_layer': 1.1e8, 'ffn_flops_per_layer': 2.2e8, 'attention_to_ffn_ratio': 0.5, 'architecture': '18L-18H-2304D-RoPE-RMS-SwiGLU-PreNorm'}
-    fields = dict(iter=step, loss=3.0 + 8.0 / step, lr=3e-4, tokens_seen=step * 524288, time_ms=301.25, tokens_per_sec=46112.5, data_wait_ms=0.01, comm_wait_ms=None,
-                  wall_s=0.3 * step, mfu=mfu, memory={'allocated_gb': 20.5, 'reserved_gb': 30.5, 'max_allocated_gb': 60.5, 'max_reserved_gb': 70.5},
-                  gradients={'global_norm': 0.512345}, skipped={'bad': 0, 'spikes': 0})
+    mfu = {
+        'mfu': 0.41,
+        'mfu_percent': 41.0,
+        'flops_achieved': 4.1e14,
+        'flops_per_token': 8.9e9,
+        'tokens_per_sec': 46112.5,
+        'hardware_peak_flops': 9.89e14,
+        'hardware_peak_tflops': 989.0,
+        'achieved_tflops': 405.5,
+        'gpu_name': 'NVIDIA H100',
+        'precision': 'bfloat16',
+        'num_gpus': 1,
+        'attention_flops_per_layer': 1.1e8,
+        'ffn_flops_per_layer': 2.2e8,
+        'attention_to_ffn_ratio': 0.5,
+        'architecture': '18L-18H-2304D-RoPE-RMS-SwiGLU-PreNorm',
+    }
+    fields = dict(
+        iter=step,
+        loss=3.0 + 8.0 / step,
+        lr=3e-4,
+        tokens_seen=step * 524288,
+        time_ms=301.25,
+        tokens_per_sec=46112.5,
+        data_wait_ms=0.01,
+        comm_wait_ms=None,
+        wall_s=0.3 * step,
+        mfu=mfu,
+        memory={
+            'allocated_gb': 20.5,
+            'reserved_gb': 30.5,
+            'max_allocated_gb': 60.5,
+            'max_reserved_gb': 70.5,
+        },
+        gradients={'global_norm': 0.512345},
+        skipped={'bad': 0, 'spikes': 0},
+    )
     if experts:
         import torch
 
         from engine import experts as of_experts
-        routing, every = torch.rand(48, 128 + of_experts.STATISTICS), of_experts.report.__code__.co_argcount > 5
+
+        routing, every = (
+            torch.rand(48, 128 + of_experts.STATISTICS),
+            of_experts.report.__code__.co_argcount > 5,
+        )
         shares = (step % 100 == 1,) if every else ()
-        fields['moe'] = of_experts.report(routing, range(48), [torch.zeros(128)] * 48, 4096, 8, *shares)
+        fields['moe'] = of_experts.report(
+            routing, range(48), [torch.zeros(128)] * 48, 4096, 8, *shares
+        )
     return fields
 
 
 def log(count, folder, experts=0):
     from engine.logger import RunLog
+
     run = RunLog(folder, 'run_20260101_000000', {'config': {}, 'startup_info': {}, 'metadata': {}})
     fields = iteration(1, experts)
     with_shares, without = fields, iteration(2, experts)
@@ -70,8 +111,20 @@ def log(count, folder, experts=0):
 def written_log(count, folder):
     """A log of `count` iterations that was not ended, made without the code that is measured."""
     with open(os.path.join(folder, 'run_20260101_000000.jsonl'), 'w') as f:
-        f.write(json.dumps({'type': 'header', 'format': 1, 'run_name': 'run_20260101_000000', 'start_time': '2026-01-01T00:00:00+00:00', 'config': {},
-                            'startup_info': {}, 'metadata': {}}) + '\n')
+        f.write(
+            json.dumps(
+                {
+                    'type': 'header',
+                    'format': 1,
+                    'run_name': 'run_20260101_000000',
+                    'start_time': '2026-01-01T00:00:00+00:00',
+                    'config': {},
+                    'startup_info': {},
+                    'metadata': {},
+                }
+            )
+            + '\n'
+        )
         for step in range(1, count + 1):
             f.write(json.dumps({'type': 'iter', **iteration(step)}) + '\n')
         f.flush()
@@ -80,30 +133,45 @@ def written_log(count, folder):
 
 def resume(count, folder):
     from engine.logger import RunLog
-    RunLog(folder, 'run_20260101_000000', {'config': {}, 'startup_info': {}, 'metadata': {}}, resume_step=count - 10, save_json=False)
+
+    RunLog(
+        folder,
+        'run_20260101_000000',
+        {'config': {}, 'startup_info': {}, 'metadata': {}},
+        resume_step=count - 10,
+        save_json=False,
+    )
 
 
 def plot(count, folder):
     sys.path.insert(0, os.path.join(sys.path[0], 'plots'))
     import plot_single_run
+
     plot_single_run.main([folder])
 
 
 def token_files(gigabytes, folder, stated):
     from data.tokenfile import fingerprint_of_files
+
     for split, size in (('train', gigabytes * 2**30), ('val', 2**20)):
         with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
             f.truncate(size)
     if stated:
         paths = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
-        meta = {'vocab_size': 50257, 'dtype': 'uint16', 'max_id': dict.fromkeys(paths, 0), 'tokens': {split: os.path.getsize(path) // 2 for split, path in paths.items()},
-                'fingerprint': {split: fingerprint_of_files([path]) for split, path in paths.items()}}
+        meta = {
+            'vocab_size': 50257,
+            'dtype': 'uint16',
+            'max_id': dict.fromkeys(paths, 0),
+            'tokens': {split: os.path.getsize(path) // 2 for split, path in paths.items()},
+            'fingerprint': {split: fingerprint_of_files([path]) for split, path in paths.items()},
+        }
         with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
             pickle.dump(meta, f)
 
 
 def open_data(folder):
     from engine.dataset import open_dataset
+
     train, _, _ = open_dataset(folder, '/')
     train.windows([0, 5000], 1024)
 
@@ -112,8 +180,11 @@ def part_files(count, folder):
     import numpy as np
 
     from data.tokenfile import TokenFileWriter
+
     ids = np.arange(2000, dtype=np.uint16)
-    with TokenFileWriter(folder, vocab_size=50257, eot_id=None, tokenizer={'kind': 'none'}, split='all', sharded=True) as writer:
+    with TokenFileWriter(
+        folder, vocab_size=50257, eot_id=None, tokenizer={'kind': 'none'}, split='all', sharded=True
+    ) as writer:
         for _ in range(count):
             writer.append('train', ids, [len(ids)])
         writer.append('val', ids, [len(ids)])
@@ -121,9 +192,18 @@ def part_files(count, folder):
 
 def on_rank(function, rank, size, port, answers, *args):
     import torch
+
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+    )
     from engine import parallel
+
     world = parallel.start('cpu')
     answer = function(world, *args)
     if world.main:
@@ -133,16 +213,22 @@ def on_rank(function, rank, size, port, answers, *args):
 
 
 def on_ranks(size, function, *args):
-    """What function(world, *args) returns on the main one of `size` gloo ranks, which are started for it."""
+    """What function(world, *args) returns on the main one of `size` gloo ranks, which are started
+    for it.
+    """
     import socket
 
     import torch.multiprocessing as multiprocessing
+
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context('spawn')
     answers = context.SimpleQueue()
-    processes = [context.Process(target=on_rank, args=(function, rank, size, port, answers, *args)) for rank in range(size)]
+    processes = [
+        context.Process(target=on_rank, args=(function, rank, size, port, answers, *args))
+        for rank in range(size)
+    ]
     for process in processes:
         process.start()
     answer = answers.get()
@@ -154,6 +240,7 @@ def on_ranks(size, function, *args):
 def agree(world):
     """The median over 60 micro-steps of the seconds that agreeing adds."""
     from engine import parallel
+
     beside = parallel.Agreement(world) if hasattr(parallel, 'Agreement') else None
     parallel.barrier(world)
     waited = []
@@ -181,6 +268,7 @@ def save(world, folder, megabytes, and_verify):
 
     from engine import checkpoint, parallel
     from engine.saver import Saver
+
     saver = Saver(folder, world, background=False)
     tensors = {f'model.{i}': torch.full((megabytes * 2**14,), float(i)) for i in range(16)}
     parallel.barrier(world)
@@ -207,12 +295,15 @@ def muon(world):
 
     from engine import parallel
     from engine.muon import Muon
+
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.nn.Parameter(torch.randn(1024, 512, generator=generator)) for _ in range(48)]
     for matrix in matrices:
         matrix.grad = torch.randn(1024, 512, generator=generator)
     shared = {'ranks': world.size} if 'ranks' in inspect.signature(Muon).parameters else {}
-    optimizer = Muon([{'params': matrices, 'weight_decay': 0.1, 'muon': True}], 0.01, (0.9, 0.95), **shared)
+    optimizer = Muon(
+        [{'params': matrices, 'weight_decay': 0.1, 'muon': True}], 0.01, (0.9, 0.95), **shared
+    )
     taken = []
     for _ in range(6):
         parallel.barrier(world)
@@ -227,17 +318,29 @@ def text_files(count, folder):
     words = ' '.join(str(i) for i in range(20_000))
     for i in range(count):
         with open(os.path.join(folder, f'{i:06d}.txt'), 'w') as f:
-            f.write(words[7 * i:7 * i + 300])
+            f.write(words[7 * i : 7 * i + 300])
 
 
 def prepare(code, folder):
-    subprocess.run([sys.executable, os.path.join(code, 'data', 'own_text', 'prepare.py'), '--input', folder, '--tokenizer=bytes', f'--output={folder}/set'],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            os.path.join(code, 'data', 'own_text', 'prepare.py'),
+            '--input',
+            folder,
+            '--tokenizer=bytes',
+            f'--output={folder}/set',
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def one(part, x, folder):
     """Measure a point in this process: prints its seconds and peak memory as JSON."""
     import resource
+
     seconds = None
     if part in ('resume', 'plot'):
         written_log(x, folder)
@@ -278,18 +381,47 @@ def one(part, x, folder):
     else:
         prepare(sys.path[0], folder)
     seconds = time.perf_counter() - begun if seconds is None else seconds
-    print(json.dumps({'part': part, 'x': x, 'seconds': seconds, 'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
+    print(
+        json.dumps(
+            {
+                'part': part,
+                'x': x,
+                'seconds': seconds,
+                'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+            }
+        )
+    )
 
 
 def measure(args):
     for part in args.only:
         for x in POINTS[part][0]:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                command = [sys.executable, os.path.abspath(__file__), 'one', part, str(x), '--folder', folder, '--code', args.code]
+                command = [
+                    sys.executable,
+                    os.path.abspath(__file__),
+                    'one',
+                    part,
+                    str(x),
+                    '--folder',
+                    folder,
+                    '--code',
+                    args.code,
+                ]
                 try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
+                    done = subprocess.run(
+                        command, capture_output=True, text=True, timeout=args.limit
+                    )
                     lines = done.stdout.strip().splitlines()
-                    result = json.loads(lines[-1]) if done.returncode == 0 else {'part': part, 'x': x, 'failed': done.stderr.strip().splitlines()[-1][:200]}
+                    result = (
+                        json.loads(lines[-1])
+                        if done.returncode == 0
+                        else {
+                            'part': part,
+                            'x': x,
+                            'failed': done.stderr.strip().splitlines()[-1][:200],
+                        }
+                    )
                 except subprocess.TimeoutExpired:
                     result = {'part': part, 'x': x, 'failed': f'more than {args.limit:g} s'}
             print(json.dumps(result), flush=True)
@@ -301,26 +433,48 @@ def measure(args):
 
 def draw(args):
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot, ticker
+
     runs = []
     for path in args.logs:
         with open(path) as f:
-            runs.append((os.path.splitext(os.path.basename(path))[0], [json.loads(line) for line in f]))
-    parts = [part for part in POINTS if any(r['part'] == part and 'seconds' in r for _, results in runs for r in results)]
+            runs.append(
+                (os.path.splitext(os.path.basename(path))[0], [json.loads(line) for line in f])
+            )
+    parts = [
+        part
+        for part in POINTS
+        if any(r['part'] == part and 'seconds' in r for _, results in runs for r in results)
+    ]
     columns = 3
-    figure, axes = pyplot.subplots(-(-len(parts) // columns), columns, figsize=(14, 3.6 * -(-len(parts) // columns)), layout='constrained', squeeze=False)
-    for place in axes.flat[len(parts):]:
+    figure, axes = pyplot.subplots(
+        -(-len(parts) // columns),
+        columns,
+        figsize=(14, 3.6 * -(-len(parts) // columns)),
+        layout='constrained',
+        squeeze=False,
+    )
+    for place in axes.flat[len(parts) :]:
         place.remove()
     for place, part in zip(axes.flat, parts):
         for (name, results), color in zip(runs, ('#d1603d', '#2f6690', '#4a8c5c')):
-            found = sorted((r['x'], r['seconds']) for r in results if r['part'] == part and 'seconds' in r)
+            found = sorted(
+                (r['x'], r['seconds']) for r in results if r['part'] == part and 'seconds' in r
+            )
             if found:
                 place.plot(*zip(*found), 'o-', color=color, label=name)
             for r in results:
                 if r['part'] == part and 'failed' in r:
                     place.plot([r['x']], [place.get_ylim()[1]], 'x', color=color, markersize=10)
-        place.set(xscale='log', yscale='log', title=part, xlabel=POINTS[part][1], ylabel='open files' if part == 'open_files' else 'seconds')
+        place.set(
+            xscale='log',
+            yscale='log',
+            title=part,
+            xlabel=POINTS[part][1],
+            ylabel='open files' if part == 'open_files' else 'seconds',
+        )
         place.set_xticks(POINTS[part][0], [f'{x:,}' for x in POINTS[part][0]])
         place.xaxis.set_minor_formatter(ticker.NullFormatter())
         place.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -334,21 +488,49 @@ def draw(args):
 
 
 def seconds(text):
-    """The `type` of --limit. The project's own are not imported here: --code says which version of it is."""
+    """The `type` of --limit. The project's own are not imported here: --code says which version of
+    it is.
+    """
     if not text.replace('.', '', 1).isdecimal() or not 0 < float(text) < 1e6:
         raise argparse.ArgumentTypeError(f'{text!r} is no number of seconds')
     return float(text)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
     of_measure = commands.add_parser('measure', help='measure and append the results to a file')
-    of_measure.add_argument('--only', nargs='+', choices=POINTS, default=list(POINTS), help='parts to measure (default: all)')
-    of_measure.add_argument('--code', default=ROOT, metavar='FOLDER', help='the checkout that is measured (default: this one)')
-    of_measure.add_argument('--out', required=True, metavar='FILE', help='.jsonl to which the results are appended')
-    of_measure.add_argument('--limit', type=seconds, default=300.0, metavar='SECONDS', help='after which a point is given up (default: 300)')
-    of_measure.add_argument('--folder', default=None, metavar='FOLDER', help='where temporary files go (default: that of the system)')
+    of_measure.add_argument(
+        '--only',
+        nargs='+',
+        choices=POINTS,
+        default=list(POINTS),
+        help='parts to measure (default: all)',
+    )
+    of_measure.add_argument(
+        '--code',
+        default=ROOT,
+        metavar='FOLDER',
+        help='the checkout that is measured (default: this one)',
+    )
+    of_measure.add_argument(
+        '--out', required=True, metavar='FILE', help='.jsonl to which the results are appended'
+    )
+    of_measure.add_argument(
+        '--limit',
+        type=seconds,
+        default=300.0,
+        metavar='SECONDS',
+        help='after which a point is given up (default: 300)',
+    )
+    of_measure.add_argument(
+        '--folder',
+        default=None,
+        metavar='FOLDER',
+        help='where temporary files go (default: that of the system)',
+    )
     of_one = commands.add_parser('one', help='measure one point in this process')
     of_one.add_argument('part', choices=POINTS)
     of_one.add_argument('x', type=int)

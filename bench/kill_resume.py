@@ -1,16 +1,20 @@
 """
-Ends a run again and again at random moments and lets it continue by itself; the result must be, to the last bit, that of a run
-that nobody disturbed.
+Ends a run again and again at random moments and lets it continue by itself; the result must be, to
+the last bit, that of a run that nobody disturbed.
 
     python bench/kill_resume.py --kills=100                                  SIGKILL, one process
-    python bench/kill_resume.py --kills=100 --processes=2                    SIGKILL of all processes of a torchrun with two ranks
-    python bench/kill_resume.py --kills=20 --processes=2 --signal=TERM --compile=True   SIGTERM to torchrun's process group
+    # SIGKILL of all processes of a torchrun with two ranks
+    python bench/kill_resume.py --kills=100 --processes=2
+    # SIGTERM to torchrun's process group
+    python bench/kill_resume.py --kills=20 --processes=2 --signal=TERM --compile=True
 
-Each start is the same command, with --auto_resume=True. SIGKILL falls at a random moment of the process's life: import, set-up,
-training, staging, writing, evaluation. After SIGTERM the processes must be gone within 30 s, with a whole checkpoint of the step
-at which they stopped. Checked in the end: losses of every iteration, the weights and the optimizer's state, no line of the JSONL
-lost or doubled.
+Each start is the same command, with --auto_resume=True. SIGKILL falls at a random moment of the
+process's life: import, set-up, training, staging, writing, evaluation. After SIGTERM the processes
+must be gone within 30 s, with a whole checkpoint of the step at which they stopped. Checked in the
+end: losses of every iteration, the weights and the optimizer's state, no line of the JSONL lost or
+doubled.
 """
+
 import argparse
 import os
 import random
@@ -22,44 +26,99 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
-from engine.command_line import number, run_command, whole  # noqa: E402
-
 from conftest import end_all, losses, make_dataset, records, weights  # noqa: E402
+
 from engine import checkpoint  # noqa: E402
+from engine.command_line import number, run_command, whole  # noqa: E402
 
 
 def command(out_dir, dataset, args):
-    start = [sys.executable] if args.processes == 1 else [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.processes}']
-    return [*start, os.path.join(ROOT, 'train.py'), f'--out_dir={out_dir}', f'--dataset={dataset}', '--auto_resume=True', '--device=cpu', f'--compile={args.compile}',
-            '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4', '--gradient_accumulation_steps=2', '--dropout=0.1',
-            '--learning_rate=1e-3', '--warmup_iters=10', f'--max_iters={args.max_iters}', f'--lr_decay_iters={args.max_iters}', '--eval_interval=50',
-            '--eval_iters=20', '--log_interval=1', '--checkpoint_interval=7', '--keep_every=500', '--save_log_to_json=False', *args.options]
+    start = (
+        [sys.executable]
+        if args.processes == 1
+        else [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            f'--nproc_per_node={args.processes}',
+        ]
+    )
+    return [
+        *start,
+        os.path.join(ROOT, 'train.py'),
+        f'--out_dir={out_dir}',
+        f'--dataset={dataset}',
+        '--auto_resume=True',
+        '--device=cpu',
+        f'--compile={args.compile}',
+        '--n_layer=2',
+        '--n_head=2',
+        '--n_embd=32',
+        '--block_size=16',
+        '--batch_size=4',
+        '--gradient_accumulation_steps=2',
+        '--dropout=0.1',
+        '--learning_rate=1e-3',
+        '--warmup_iters=10',
+        f'--max_iters={args.max_iters}',
+        f'--lr_decay_iters={args.max_iters}',
+        '--eval_interval=50',
+        '--eval_iters=20',
+        '--log_interval=1',
+        '--checkpoint_interval=7',
+        '--keep_every=500',
+        '--save_log_to_json=False',
+        *args.options,
+    ]
 
 
 def launch(out_dir, dataset, args, console):
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}
-    return subprocess.Popen(command(out_dir, dataset, args), cwd=ROOT, env=environment, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command(out_dir, dataset, args),
+        cwd=ROOT,
+        env=environment,
+        stdout=console,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def result(out_dir, max_iters):
-    """What must be equal: losses by iteration, evaluations, bytes of the last checkpoint's tensors."""
+    """What must be equal: losses by iteration, evaluations, bytes of the last checkpoint's
+    tensors.
+    """
     reason = checkpoint.why_broken(checkpoint.path_of(out_dir, max_iters))
     assert reason is None, reason
     steps = [r['iter'] for r in records(out_dir)]
-    assert steps == list(range(1, max_iters + 1)), f'a line of the JSONL is lost or doubled: {len(steps)} lines'
+    assert steps == list(range(1, max_iters + 1)), (
+        f'a line of the JSONL is lost or doubled: {len(steps)} lines'
+    )
     evaluations = [(r['iter'], r['train_loss'], r['val_loss']) for r in records(out_dir, 'eval')]
     assert [e[0] for e in evaluations] == list(range(0, max_iters + 1, 50)), evaluations
-    return losses(out_dir), evaluations, {name: tensor.numpy().tobytes() for name, tensor in weights(out_dir, max_iters).items()}
+    return (
+        losses(out_dir),
+        evaluations,
+        {name: tensor.numpy().tobytes() for name, tensor in weights(out_dir, max_iters).items()},
+    )
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--kills', type=whole(0), default=100)
     parser.add_argument('--processes', type=whole(), default=1)
     parser.add_argument('--signal', choices=('KILL', 'TERM', 'USR1'), default='KILL')
     parser.add_argument('--compile', choices=('True', 'False'), default='False')
     parser.add_argument('--max_iters', type=whole(), default=2000)
-    parser.add_argument('--longest', type=number(), default=12.0, help='a start is ended after 0 to this many seconds')
+    parser.add_argument(
+        '--longest',
+        type=number(),
+        default=12.0,
+        help='a start is ended after 0 to this many seconds',
+    )
     parser.add_argument('--seed', type=whole(0), default=0)
     parser.add_argument('options', nargs='*', help='more keys for train.py')
     args = parser.parse_args(argv)
@@ -72,7 +131,10 @@ def main(argv=None):
         started = time.monotonic()
         code = launch(calm, dataset, args, console).wait(1800)
         assert code == 0, open(console.name).read()
-        print(f'undisturbed: {args.max_iters} iterations in {time.monotonic() - started:.0f} s', flush=True)
+        print(
+            f'undisturbed: {args.max_iters} iterations in {time.monotonic() - started:.0f} s',
+            flush=True,
+        )
         kills, lives, slowest, moments = 0, 0, 0.0, {}
         while True:
             console.seek(0)
@@ -81,7 +143,9 @@ def main(argv=None):
             process = launch(out, dataset, args, console)
             lives += 1
             try:
-                code = process.wait(chance.uniform(0.0, args.longest) if kills < args.kills else 1800)
+                code = process.wait(
+                    chance.uniform(0.0, args.longest) if kills < args.kills else 1800
+                )
             except subprocess.TimeoutExpired:
                 kills += 1
                 asked = time.monotonic()
@@ -94,11 +158,23 @@ def main(argv=None):
                         code = process.wait(30)
                     except subprocess.TimeoutExpired:
                         end_all(process)
-                        raise AssertionError('not gone within 30 s:\n' + open(console.name).read()) from None
+                        raise AssertionError(
+                            'not gone within 30 s:\n' + open(console.name).read()
+                        ) from None
                     slowest = max(slowest, time.monotonic() - asked)
                 text = open(console.name).read()
-                shown = [line for line in text.splitlines() if line.startswith(('iter ', 'saved ', 'stopped ', 'onetrain '))]
-                moment = 'training' if any(line.startswith('iter ') for line in shown) else 'set-up or compiling' if shown else 'starting'
+                shown = [
+                    line
+                    for line in text.splitlines()
+                    if line.startswith(('iter ', 'saved ', 'stopped ', 'onetrain '))
+                ]
+                moment = (
+                    'training'
+                    if any(line.startswith('iter ') for line in shown)
+                    else 'set-up or compiling'
+                    if shown
+                    else 'starting'
+                )
                 moments[moment] = moments.get(moment, 0) + 1
                 found = checkpoint.steps(out)
                 step, rejected = checkpoint.newest_whole(out)
@@ -109,17 +185,28 @@ def main(argv=None):
                     stopped = 'nothing had to be saved' in text or done == 0
                     assert stopped or step == done, (step, done, text[-3000:])
                 if kills % 10 == 0 or kills == args.kills:
-                    print(f'{kills} ended, {moments}; newest checkpoint {step}, on disk {len(found)}', flush=True)
+                    print(
+                        f'{kills} ended, {moments}; newest checkpoint {step}, on disk {len(found)}',
+                        flush=True,
+                    )
                 continue
             assert code == 0, open(console.name).read()[-5000:]
             if kills >= args.kills:
                 break
-            # the run came to its end before enough kills: it is as good as the other; begin again with what is left
-            assert result(out, args.max_iters) == result(calm, args.max_iters), 'losses, evaluations or weights differ'
+            # the run came to its end before enough kills: it is as good as the other; begin again
+            # with what is left
+            assert result(out, args.max_iters) == result(calm, args.max_iters), (
+                'losses, evaluations or weights differ'
+            )
             out += '+'
-        assert result(out, args.max_iters) == result(calm, args.max_iters), 'losses, evaluations or weights differ'
-        print(f'{kills} times SIG{args.signal} in {lives} lives of {args.processes} process(es), {moments}: losses, evaluations and weights equal to the last bit'
-              + (f'; slowest exit {slowest:.1f} s' if args.signal != 'KILL' else ''))
+        assert result(out, args.max_iters) == result(calm, args.max_iters), (
+            'losses, evaluations or weights differ'
+        )
+        print(
+            f'{kills} times SIG{args.signal} in {lives} lives of {args.processes} process(es),'
+            f' {moments}: losses, evaluations and weights equal to the last bit'
+            + (f'; slowest exit {slowest:.1f} s' if args.signal != 'KILL' else '')
+        )
 
 
 if __name__ == '__main__':

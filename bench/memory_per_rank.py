@@ -1,29 +1,41 @@
 """
-Bytes of parameters, gradients and optimizer state on each rank, as a table over layouts and 1, 2 and 4 gloo ranks.
+Bytes of parameters, gradients and optimizer state on each rank, as a table over layouts and 1, 2
+and 4 gloo ranks.
 
     python bench/memory_per_rank.py
 
-The model and the measurement are those of tests/test_memory.py: storages of the tensors that a rank holds after a backward pass.
+The model and the measurement are those of tests/test_memory.py: storages of the tensors that a rank
+holds after a backward pass.
 """
+
 import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
-from engine.command_line import run_command  # noqa: E402
-
 import argparse  # noqa: E402
 
 import test_memory  # noqa: E402
 
+from engine.command_line import run_command  # noqa: E402
+
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     rows = test_memory.table(test_memory.LAYOUTS)
-    print('| layout | ranks | parameters | gradients | optimizer state | all of it, share of one process |\n|---|---|---|---|---|---|')
+    print(
+        '| layout | ranks | parameters | gradients | optimizer state | all of it, share of one'
+        ' process |\n|---|---|---|---|---|---|'
+    )
     for (layout, size), row in rows.items():
         sums = sum(row[part] for part in test_memory.PARTS)
-        print(f"| {layout} | {size} | " + ' | '.join(f'{row[part] / 1e6:.3f} MB' for part in test_memory.PARTS) + f" | {sums / (4 * row['total']):.4f} |")
+        print(
+            f'| {layout} | {size} | '
+            + ' | '.join(f'{row[part] / 1e6:.3f} MB' for part in test_memory.PARTS)
+            + f' | {sums / (4 * row["total"]):.4f} |'
+        )
 
 
 if __name__ == '__main__':

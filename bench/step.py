@@ -1,10 +1,16 @@
-"""train.py's step on one process, in pieces that can be timed, for any recipe; and what its matmuls alone take. What bench/throughput.py and bench/peers.py measure."""
+"""train.py's step on one process, in pieces that can be timed, for any recipe; and what its matmuls
+alone take. What bench/throughput.py and bench/peers.py measure.
+"""
+
 import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from engine.command_line import run_command  # noqa: E402, F401 (first: a Ctrl-C while libraries are imported ends the process quietly)
+# First: a Ctrl-C while libraries are imported ends the process quietly
+from engine.command_line import run_command  # noqa: E402, F401
+
+# isort: split
 
 import dataclasses  # noqa: E402
 import statistics  # noqa: E402
@@ -24,22 +30,43 @@ from presets import resolve_shape  # noqa: E402
 
 
 def write_noise(folder, vocab_size, tokens=2_000_000, tokenizer='none'):
-    """A data set of random ids: speed does not depend on them, but for how experts are chosen. tokenizer: 'none', or 'bytes' with a vocab_size of 257."""
+    """A data set of random ids: speed does not depend on them, but for how experts are chosen.
+    tokenizer: 'none', or 'bytes' with a vocab_size of 257.
+    """
     draw = np.random.default_rng(0)
-    with TokenFileWriter(folder, vocab_size=vocab_size, eot_id=None, tokenizer={'kind': tokenizer}, split='noise') as writer:
+    with TokenFileWriter(
+        folder, vocab_size=vocab_size, eot_id=None, tokenizer={'kind': tokenizer}, split='noise'
+    ) as writer:
         writer.write('train', draw.integers(0, vocab_size, tokens))
         writer.write('val', draw.integers(0, vocab_size, tokens // 20))
 
 
 def model_settings(c, device):
     """Arguments of Model for a recipe, as train.py has them for one process."""
-    dtype, shape = kernels.precision(c.dtype, device), resolve_shape(dataclasses.asdict(c), c.vocab_size)
-    return dict(**kernels.choose(c, shape, device, dtype)[0], config=shape, dropout=c.dropout, activation_checkpointing=c.activation_checkpointing,
-                loss_chunk=choose_chunk(c.loss_chunk, c.batch_size * c.block_size, shape.vocab_size, device.type, dtype, c.compile)[0])
+    dtype, shape = (
+        kernels.precision(c.dtype, device),
+        resolve_shape(dataclasses.asdict(c), c.vocab_size),
+    )
+    return dict(
+        **kernels.choose(c, shape, device, dtype)[0],
+        config=shape,
+        dropout=c.dropout,
+        activation_checkpointing=c.activation_checkpointing,
+        loss_chunk=choose_chunk(
+            c.loss_chunk,
+            c.batch_size * c.block_size,
+            shape.vocab_size,
+            device.type,
+            dtype,
+            c.compile,
+        )[0],
+    )
 
 
 class Step:
-    """c: train.Config; folder: a data set. run() makes an iteration as train.py does, whose loss is then last_loss; timed() the same in pieces."""
+    """c: train.Config; folder: a data set. run() makes an iteration as train.py does, whose loss is
+    then last_loss; timed() the same in pieces.
+    """
 
     def __init__(self, c, folder):
         self.world = parallel.start(c.device)
@@ -51,20 +78,48 @@ class Step:
         self.model = Model.on_meta(**settings).allocate(device)
         self.model.init_weights(c.seed)
         self.accumulation = checks.accumulation_steps(c, 1)
-        _, self.train_model = parallel.wrap(self.model, self.world, c.compile, self.accumulation, c.use_cuda_graphs)
+        _, self.train_model = parallel.wrap(
+            self.model, self.world, c.compile, self.accumulation, c.use_cuda_graphs
+        )
         self.parameters, self.grad_clip = list(self.model.parameters()), c.grad_clip
-        self.optimizer = optim.build_optimizer(self.model.named_parameters(), matrices=self.model.matrices() if c.optimizer == 'muon' else (), momentum=c.muon_momentum, learning_rate=c.learning_rate,
-                                               betas=(c.beta1, c.beta2), weight_decay=c.weight_decay, device_type=device.type)
+        self.optimizer = optim.build_optimizer(
+            self.model.named_parameters(),
+            matrices=self.model.matrices() if c.optimizer == 'muon' else (),
+            momentum=c.muon_momentum,
+            learning_rate=c.learning_rate,
+            betas=(c.beta1, c.beta2),
+            weight_decay=c.weight_decay,
+            device_type=device.type,
+        )
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.guard = optim.Guard(self.parameters, scaler, 3)
         self.autocast = kernels.autocast(device.type, self.dtype)
         file = open_dataset(folder, ROOT)[0]
-        self.loader = TrainLoader(file, order_of(file, c.block_size, c.seed), batch_size=c.batch_size, rank=0, world_size=1, position=0, device=device)
+        self.loader = TrainLoader(
+            file,
+            order_of(file, c.block_size, c.seed),
+            batch_size=c.batch_size,
+            rank=0,
+            world_size=1,
+            position=0,
+            device=device,
+        )
         self.steps, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
-        self.micro_step = MicroStep(self.model, self.train_model, self.world, self.autocast, scaler, 1 / self.tokens, self.accumulation)
+        self.micro_step = MicroStep(
+            self.model,
+            self.train_model,
+            self.world,
+            self.autocast,
+            scaler,
+            1 / self.tokens,
+            self.accumulation,
+        )
         if c.use_cuda_graphs:
             self.micro_step = Graphs(self.micro_step)
-            self.micro_step.prepare([self.loader.next()[:2] for _ in range(2)], lambda: self.model.after_step(self.world, 0.0, None))
+            self.micro_step.prepare(
+                [self.loader.next()[:2] for _ in range(2)],
+                lambda: self.model.after_step(self.world, 0.0, None),
+            )
 
     def data(self):
         self.x, self.y, _ = self.loader.next()
@@ -78,7 +133,9 @@ class Step:
 
     def update(self, loss):
         self.steps += 1
-        self.guard.step(self.optimizer, self.steps, loss, optim.clip_gradients(self.parameters, self.grad_clip))
+        self.guard.step(
+            self.optimizer, self.steps, loss, optim.clip_gradients(self.parameters, self.grad_clip)
+        )
         self.micro_step.clear()
         self.last_loss = loss
 
@@ -90,11 +147,24 @@ class Step:
         self.update(total)
 
     def timed(self):
-        """{'data', 'forward', 'backward', 'optimizer'}: seconds of one iteration, waiting for the device after each piece; forward and backward are one, 'graphs', where they are recorded."""
+        """{'data', 'forward', 'backward', 'optimizer'}: seconds of one iteration, waiting for the
+        device after each piece; forward and backward are one, 'graphs', where they are recorded.
+        """
         if isinstance(self.micro_step, Graphs):
-            parts = [part for number in range(self.accumulation) for part in (('data', self.data), ('graphs', lambda number=number: self.micro_step(self.x, self.y, number)))]
+            parts = [
+                part
+                for number in range(self.accumulation)
+                for part in (
+                    ('data', self.data),
+                    ('graphs', lambda number=number: self.micro_step(self.x, self.y, number)),
+                )
+            ]
         else:
-            parts = [('data', self.data), ('forward', self.forward), ('backward', self.backward)] * self.accumulation
+            parts = [
+                ('data', self.data),
+                ('forward', self.forward),
+                ('backward', self.backward),
+            ] * self.accumulation
         parts.append(('optimizer', lambda: self.update(torch.zeros((), device=self.device))))
         seconds = {piece: 0.0 for piece, _ in parts}
         for piece, part in parts:
@@ -105,15 +175,21 @@ class Step:
 
 
 def matmuls(shape, tokens, dtype, device):
-    """(seconds, FLOPs) of the matmuls of a micro-step in `dtype`, a torch dtype, forward and backward, one after the other; of dense linear layers, attention's scores are not among them."""
+    """(seconds, FLOPs) of the matmuls of a micro-step in `dtype`, a torch dtype, forward and
+    backward, one after the other; of dense linear layers, attention's scores are not among them.
+    """
     counted, seconds, flops = {}, 0.0, 0
     for module in Model.on_meta(shape).modules():
         if isinstance(module, torch.nn.Linear):
             counted[tuple(module.weight.shape)] = counted.get(tuple(module.weight.shape), 0) + 1
     for (outputs, inputs), times in counted.items():
-        x, w, g = (torch.randn(size, dtype=dtype, device=device) for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+        x, w, g = (
+            torch.randn(size, dtype=dtype, device=device)
+            for size in ((tokens, inputs), (outputs, inputs), (tokens, outputs))
+        )
         for work in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):
-            found, calls = [], 1 if torch.device(device).type == 'cpu' else 10  # so many that waiting for a GPU is no part of it
+            # so many that waiting for a GPU is no part of it
+            found, calls = [], 1 if torch.device(device).type == 'cpu' else 10
             for _ in range(4):
                 started = kernels.time_when_done(device)
                 for _ in range(calls):

@@ -2,7 +2,8 @@
 #
 #   python train.py config/eval_gpt2.py
 #
-# 500 batches of 8 sequences x 1024 tokens = 4.1 M tokens of each split. Memory: 0.5 GB of weights, activations of one batch.
+# 500 batches of 8 sequences x 1024 tokens = 4.1 M tokens of each split. Memory: 0.5 GB of weights,
+# activations of one batch.
 
 init_from = 'gpt2'
 eval_only = True

@@ -1,15 +1,18 @@
 # GPT-2 at 1.27 B parameters: 18 layers, 2304 wide.
 #
 #   python train.py config/full_gpt2_1.36b.py --max_iters=10 --compile=False          # smoke test
-#   torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_1.36b.py --total_batch_size=2097152
+#   torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_1.36b.py \
+#     --total_batch_size=2097152
 #
-# Parameters: 1,267,322,112. Memory: float32 weights, gradients and two AdamW moments take 16 bytes each,
-# 20.3 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it (and raise
-# gradient_accumulation_steps by the same factor) when memory runs out.
+# Parameters: 1,267,322,112. Memory: float32 weights, gradients and two AdamW moments take 16 bytes
+# each, 20.3 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it
+# (and raise gradient_accumulation_steps by the same factor) when memory runs out.
 # Batch: 8 sequences x 2048 tokens x 16 micro-steps = 262,144 tokens per iteration on each GPU;
-# 25,000 iterations on one GPU are 6.6 B tokens. total_batch_size fixes the batch for any number of GPUs.
+# 25,000 iterations on one GPU are 6.6 B tokens. total_batch_size fixes the batch for any number of
+# GPUs.
 # Data: SlimPajama-6B with the GPT-2 tokenizer, `python data/slimpajama_6b_gpt2/prepare.py`.
-# Expect a first loss of ln(50304) = 10.8 and up to half of one more (11.2 with one layer of it on a CPU).
+# Expect a first loss of ln(50304) = 10.8 and up to half of one more (11.2 with one layer of it on a
+# CPU).
 # No full run of this recipe has been made yet.
 
 out_dir = 'out-gpt2-1.36b'

@@ -3,11 +3,14 @@
 #   python train.py config/full_gpt2_1b.py --max_iters=10 --compile=False          # smoke test
 #   torchrun --standalone --nproc_per_node=8 train.py config/full_gpt2_1b.py
 #
-# Parameters: 759,905,280. Memory: float32 weights, gradients and two AdamW moments take 16 bytes each,
-# 12.2 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it when memory runs out.
-# Batch: total_batch_size = 1,048,576 tokens per iteration on any number of GPUs: 8 sequences x 2048 tokens x 64
-# micro-steps on one, x 8 micro-steps on each of eight. 100,000 iterations are 104.9 B tokens.
-# Data: own text with a tokenizer of at most 50000 ids, `python data/own_text/prepare.py --tokenizer FOLDER`.
+# Parameters: 759,905,280. Memory: float32 weights, gradients and two AdamW moments take 16 bytes
+# each, 12.2 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it
+# when memory runs out.
+# Batch: total_batch_size = 1,048,576 tokens per iteration on any number of GPUs: 8 sequences x 2048
+# tokens x 64 micro-steps on one, x 8 micro-steps on each of eight. 100,000 iterations are 104.9 B
+# tokens.
+# Data: own text with a tokenizer of at most 50000 ids, `python data/own_text/prepare.py --tokenizer
+# FOLDER`.
 # Expect a first loss of ln(50000) = 10.8 and up to half of one more.
 # No full run of this recipe has been made yet.
 

@@ -1,15 +1,18 @@
 # LLaMA-3 at 1.54 B parameters: 18 layers, 2048 wide, grouped queries 2:1.
 #
-#   python train.py config/full_llama3_1.5b_optimal.py --max_iters=10 --compile=False          # smoke test
-#   torchrun --standalone --nproc_per_node=8 train.py config/full_llama3_1.5b_optimal.py --total_batch_size=2097152
+#   python train.py config/full_llama3_1.5b_optimal.py --max_iters=10 --compile=False  # smoke test
+#   torchrun --standalone --nproc_per_node=8 train.py config/full_llama3_1.5b_optimal.py \
+#     --total_batch_size=2097152
 #
-# Parameters: 1,544,628,224. Memory: float32 weights, gradients and two AdamW moments take 16 bytes each,
-# 24.7 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it (and raise
-# gradient_accumulation_steps by the same factor) when memory runs out.
+# Parameters: 1,544,628,224. Memory: float32 weights, gradients and two AdamW moments take 16 bytes
+# each, 24.7 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it
+# (and raise gradient_accumulation_steps by the same factor) when memory runs out.
 # Batch: 8 sequences x 2048 tokens x 16 micro-steps = 262,144 tokens per iteration on each GPU;
-# 50,000 iterations on one GPU are 13.1 B tokens. total_batch_size fixes the batch for any number of GPUs.
+# 50,000 iterations on one GPU are 13.1 B tokens. total_batch_size fixes the batch for any number of
+# GPUs.
 # Data: SlimPajama-6B with the LLaMA-3.1 tokenizer, `python data/slimpajama_6b_llama3/prepare.py`.
-# Expect a first loss of ln(128256) = 11.8 and up to half of one more (12.0 with one layer of it on a CPU).
+# Expect a first loss of ln(128256) = 11.8 and up to half of one more (12.0 with one layer of it on
+# a CPU).
 # No full run of this recipe has been made yet.
 
 out_dir = 'out-llama3-1.5b-optimal'

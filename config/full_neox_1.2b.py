@@ -1,13 +1,16 @@
-# GPT-NeoX at 1.41 B parameters: 24 layers, 2048 wide, parallel residual, RoPE on a quarter of each head.
+# GPT-NeoX at 1.41 B parameters: 24 layers, 2048 wide, parallel residual, RoPE on a quarter of each
+# head.
 #
 #   python train.py config/full_neox_1.2b.py --max_iters=10 --compile=False          # smoke test
-#   torchrun --standalone --nproc_per_node=8 train.py config/full_neox_1.2b.py --total_batch_size=2097152
+#   torchrun --standalone --nproc_per_node=8 train.py config/full_neox_1.2b.py \
+#     --total_batch_size=2097152
 #
-# Parameters: 1,414,455,296. Memory: float32 weights, gradients and two AdamW moments take 16 bytes each,
-# 22.6 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it (and raise
-# gradient_accumulation_steps by the same factor) when memory runs out.
+# Parameters: 1,414,455,296. Memory: float32 weights, gradients and two AdamW moments take 16 bytes
+# each, 22.6 GB on every GPU under DDP; activations come on top and grow with batch_size: lower it
+# (and raise gradient_accumulation_steps by the same factor) when memory runs out.
 # Batch: 8 sequences x 2048 tokens x 16 micro-steps = 262,144 tokens per iteration on each GPU;
-# 25,000 iterations on one GPU are 6.6 B tokens. total_batch_size fixes the batch for any number of GPUs.
+# 25,000 iterations on one GPU are 6.6 B tokens. total_batch_size fixes the batch for any number of
+# GPUs.
 # Data: OpenWebText with the GPT-2 tokenizer, `python data/openwebtext/prepare.py`.
 # Expect a first loss of ln(50257) = 10.8 and up to half of one more.
 # No full run of this recipe has been made yet.

@@ -1,12 +1,16 @@
-# A mixture of experts of 60 million parameters: one layer, 4 experts of which a token goes to 2, and one that all go to.
+# A mixture of experts of 60 million parameters: one layer, 4 experts of which a token goes to 2,
+# and one that all go to.
 #
 #   python data/codeparrot_starcoder2/prepare.py
 #   python train.py config/moe_60m.py
 #
-# Parameters: 60,820,992 (vocabulary 49,152 twice, 50.3 M; 5 experts of width 1280, 9.8 M), 56,888,832 of them active for each token.
+# Parameters: 60,820,992 (vocabulary 49,152 twice, 50.3 M; 5 experts of width 1280, 9.8 M),
+# 56,888,832 of them active for each token.
 # Memory: 4.0 GB on a CPU with batch_size=1 and float32.
-# Batch: 8 sequences x 2048 tokens x 8 micro-steps = 131,072 tokens per iteration; 20000 iterations are 2.6 B tokens.
-# Expect the load score in the log (100 x least / most tokens of an expert) to begin near 0 on text and to rise while the balancing bias moves; what loss
+# Batch: 8 sequences x 2048 tokens x 8 micro-steps = 131,072 tokens per iteration; 20000 iterations
+# are 2.6 B tokens.
+# Expect the load score in the log (100 x least / most tokens of an expert) to begin near 0 on text
+# and to rise while the balancing bias moves; what loss
 #   it reaches was not measured.
 
 out_dir = 'out-moe-60m'

@@ -3,9 +3,10 @@
 #   python data/own_text/prepare.py --input book.txt --tokenizer char --output data/mybooks
 #   python train.py config/own_text.py --dataset=mybooks
 #
-# Parameters: 0.8 M and 128 for each token of the vocabulary. Memory: below 1 GB.
-# Batch: 12 sequences x 64 tokens x 1 micro-step = 768 tokens per iteration; 2000 iterations are 1.5 M tokens.
-# Expect what nanoGPT's character model reaches on a megabyte of text: a validation loss of 1.77 (bench/RESULTS.md) after two minutes.
+# Parameters: 0.8 M and 128 for each token of the vocabulary. Memory: below 1 GB. Batch: 12
+# sequences x 64 tokens x 1 micro-step = 768 tokens per iteration; 2000 iterations are 1.5 M tokens.
+# Expect what nanoGPT's character model reaches on a megabyte of text: a validation loss of 1.77
+# (bench/RESULTS.md) after two minutes.
 
 out_dir = 'out-own-text'
 dataset = 'own_text'

@@ -1,10 +1,12 @@
-# nanoGPT's laptop model on characters of Shakespeare, 0.8 M parameters, to its validation loss of 1.88 in a quarter of its iterations.
+# nanoGPT's laptop model on characters of Shakespeare, 0.8 M parameters, to its validation loss of
+# 1.88 in a quarter of its iterations.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_char_quick.py
 #
-# Batch: 12 sequences x 64 characters x 1 micro-step = 768 tokens per iteration; the training text is 1307 iterations.
-# Memory: below 1 GB. Expect a validation loss of 1.86 after half a minute on 2 cores. Muon allows a high learning rate, and so short a run wants little momentum.
+# Batch: 12 sequences x 64 characters x 1 micro-step = 768 tokens per iteration; the training text
+# is 1307 iterations. Memory: below 1 GB. Expect a validation loss of 1.86 after half a minute on 2
+# cores. Muon allows a high learning rate, and so short a run wants little momentum.
 
 out_dir = 'out-shakespeare-char-quick'
 dataset = 'shakespeare_char'

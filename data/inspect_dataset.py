@@ -10,6 +10,7 @@ the folder of the data set (--output FILE elsewhere). All ids are counted,
 unless there are more than --sample of them (default: 200 million): then
 evenly spaced stretches, and it says so.
 """
+
 import os
 import sys
 
@@ -17,7 +18,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == '__main__':
     sys.path[0] = ROOT  # where data and engine are
 
-from engine.command_line import ArgumentParser, run_command  # noqa: E402, F401 (first: until main() takes over, a Ctrl-C ends the process quietly)
+# First: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # noqa: E402, F401
+
+# isort: split
 
 
 import numpy as np  # noqa: E402
@@ -32,28 +36,58 @@ MOST = 2**21  # ids that are told apart
 
 
 def main(argv=None):
-    """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong. Returns what was found, a dict."""
+    """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong.
+    Returns what was found, a dict.
+    """
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('dataset', help='a folder of data/, or a path')
     parser.add_argument('--split', default='train', choices=('train', 'val'))
-    parser.add_argument('--at', type=int, default=0, metavar='N', help='the token from which text is shown, negative: from the end')
+    parser.add_argument(
+        '--at',
+        type=int,
+        default=0,
+        metavar='N',
+        help='the token from which text is shown, negative: from the end',
+    )
     parser.add_argument('--tokens', type=int, default=200, help='how many tokens of text are shown')
-    parser.add_argument('--sample', type=int, default=200_000_000, help='how many tokens are counted at most')
+    parser.add_argument(
+        '--sample', type=int, default=200_000_000, help='how many tokens are counted at most'
+    )
     parser.add_argument('--output', metavar='FILE', help='of the picture')
     args = parser.parse_args(argv)
     for name in ('tokens', 'sample'):
         if getattr(args, name) < 1:
             raise ValueError(f'--{name} {getattr(args, name)} must be at least 1')
-    if args.output and (not args.output.endswith(('.png', '.pdf', '.svg')) or os.path.isdir(args.output) or not os.path.isdir(os.path.dirname(args.output) or '.')):
-        raise ValueError(f'--output {args.output} is no picture: name a file that ends in .png, .pdf or .svg, in a folder that is there')
-    folder = next((path for path in (args.dataset, os.path.join(ROOT, 'data', args.dataset)) if os.path.isdir(path)), None)
+    if args.output and (
+        not args.output.endswith(('.png', '.pdf', '.svg'))
+        or os.path.isdir(args.output)
+        or not os.path.isdir(os.path.dirname(args.output) or '.')
+    ):
+        raise ValueError(
+            f'--output {args.output} is no picture: name a file that ends in .png, .pdf or .svg, in'
+            ' a folder that is there'
+        )
+    folder = next(
+        (
+            path
+            for path in (args.dataset, os.path.join(ROOT, 'data', args.dataset))
+            if os.path.isdir(path)
+        ),
+        None,
+    )
     if folder is None:
-        raise ValueError(f'there is no data set {args.dataset}: type the name of a folder of data/ or a path')
+        raise ValueError(
+            f'there is no data set {args.dataset}: type the name of a folder of data/ or a path'
+        )
     meta, tokens = open_split(folder, args.split)
     total = len(tokens)
     if not -total <= args.at < total:
         raise ValueError(f'--at {args.at} is beyond the {total:,} tokens of {args.split}')
-    found = {'tokens': total, **use_of_ids(tokens, meta, args.sample), 'lengths': lengths(folder, args.split, meta, tokens, args.sample)}
+    found = {
+        'tokens': total,
+        **use_of_ids(tokens, meta, args.sample),
+        'lengths': lengths(folder, args.split, meta, tokens, args.sample),
+    }
     found['doubts'] = doubts(found, tokens, meta)
     for line in describe(folder, tokens, meta, found):
         print(line)
@@ -75,7 +109,10 @@ def open_split(folder, split):
     for name in names:
         size = os.path.getsize(os.path.join(folder, name))
         if not size or size % dtype.itemsize:
-            raise ValueError(f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of {dtype.name} tokens')
+            raise ValueError(
+                f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of'
+                f' {dtype.name} tokens'
+            )
     pieces = [LocalFile(os.path.join(folder, name), dtype) for name in names]
     return meta, Tokens(folder, split, pieces, fingerprint_of_pieces(pieces), None)
 
@@ -90,8 +127,15 @@ def stretches(total, sample):
 
 
 def use_of_ids(tokens, meta, sample):
-    """{'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd': share of ids at odd places that are below 16, 'even': at even ones}."""
-    counts, counted, small, largest = np.zeros(min(meta.get('vocab_size', 1), MOST), np.int64), 0, np.zeros(2, np.int64), 0
+    """{'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd': share of
+    ids at odd places that are below 16, 'even': at even ones}.
+    """
+    counts, counted, small, largest = (
+        np.zeros(min(meta.get('vocab_size', 1), MOST), np.int64),
+        0,
+        np.zeros(2, np.int64),
+        0,
+    )
     for begin, end in stretches(len(tokens), sample):
         ids = tokens.slice(begin, end)
         largest = max(largest, int(ids.max()))
@@ -99,17 +143,33 @@ def use_of_ids(tokens, meta, sample):
         counts = np.pad(counts, (0, len(here) - len(counts))) + here
         small += [(ids[::2] < 16).sum(), (ids[1::2] < 16).sum()]
         counted += len(ids)
-    return {'counts': counts, 'largest': largest, 'counted': counted, 'even': float(small[0]) / -(-counted // 2), 'odd': float(small[1]) / max(1, counted // 2)}
+    return {
+        'counts': counts,
+        'largest': largest,
+        'counted': counted,
+        'even': float(small[0]) / -(-counted // 2),
+        'odd': float(small[1]) / max(1, counted // 2),
+    }
 
 
 def lengths(folder, split, meta, tokens, sample):
-    """Tokens of each document, an array: of train.ends where there is one, else by the id that ends a document; None where neither tells."""
+    """Tokens of each document, an array: of train.ends where there is one, else by the id that ends
+    a document; None where neither tells.
+    """
     path = os.path.join(folder, meta.get('ends', {}).get(split, 'none'))
     if os.path.isfile(path):
         ends = np.fromfile(path, '<u8', count=os.path.getsize(path) // 8).astype(np.int64)
     elif meta.get('eot_id') is not None:
-        ends = np.concatenate([np.flatnonzero(tokens.slice(begin, min(begin + STRETCH, sample, len(tokens))) == meta['eot_id']) + begin + 1
-                               for begin in range(0, min(len(tokens), sample), STRETCH)])
+        ends = np.concatenate(
+            [
+                np.flatnonzero(
+                    tokens.slice(begin, min(begin + STRETCH, sample, len(tokens))) == meta['eot_id']
+                )
+                + begin
+                + 1
+                for begin in range(0, min(len(tokens), sample), STRETCH)
+            ]
+        )
     else:
         return None
     return np.diff(ends, prepend=0)
@@ -119,18 +179,39 @@ def doubts(found, tokens, meta):
     """Sentences on what looks wrong."""
     said, counts, size, dtype = [], found['counts'], meta.get('vocab_size'), tokens.pieces[0].dtype
     if dtype.itemsize == 2 and found['odd'] > 0.9 and found['even'] < 0.5:
-        said.append(f'{found["odd"]:.0%} of the ids at odd places are below 16, {found["even"]:.0%} of the others: these are uint32 tokens read as uint16')
-    if dtype.itemsize == 4 and size and len(counts) > size and counts[2**16:].sum() > 0.5 * found['counted']:
-        said.append('most ids are above 65,535 and beyond the vocabulary: these are uint16 tokens read as uint32')
+        said.append(
+            f'{found["odd"]:.0%} of the ids at odd places are below 16, {found["even"]:.0%} of the'
+            ' others: these are uint32 tokens read as uint16'
+        )
+    if (
+        dtype.itemsize == 4
+        and size
+        and len(counts) > size
+        and counts[2**16 :].sum() > 0.5 * found['counted']
+    ):
+        said.append(
+            'most ids are above 65,535 and beyond the vocabulary: these are uint16 tokens read as'
+            ' uint32'
+        )
     if size and len(counts) > size and counts[size:].any():
-        said.append(f'{int(counts[size:].sum()):,} ids are beyond the vocabulary of {size:,}, the largest is {found["largest"]:,}')
+        said.append(
+            f'{int(counts[size:].sum()):,} ids are beyond the vocabulary of {size:,}, the largest'
+            f' is {found["largest"]:,}'
+        )
     stated = meta.get('tokens', {}).get(tokens.split)
     if stated is not None and stated != found['tokens']:
         said.append(f'meta.pkl states {stated:,} tokens')
     if meta.get('fingerprint', {}).get(tokens.split) not in (None, tokens.fingerprint):
-        said.append('these are not the bytes that meta.pkl describes: train.py refuses them, run prepare.py again')
+        said.append(
+            'these are not the bytes that meta.pkl describes: train.py refuses them, run prepare.py'
+            ' again'
+        )
     eot = meta.get('eot_id')
-    if eot is not None and found['counted'] == found['tokens'] and (eot >= len(counts) or not counts[eot]):
+    if (
+        eot is not None
+        and found['counted'] == found['tokens']
+        and (eot >= len(counts) or not counts[eot])
+    ):
         said.append(f'the id {eot}, which ends a document, never occurs')
     return said
 
@@ -138,20 +219,41 @@ def doubts(found, tokens, meta):
 def describe(folder, tokens, meta, found):
     pieces, counts, size = tokens.pieces, found['counts'], meta.get('vocab_size')
     used = int((counts > 0).sum())
-    yield f'{folder}, {tokens.split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name}, {len(pieces)} file{"s" if len(pieces) > 1 else ""}, {sum(piece.size for piece in pieces) / 1e6:,.1f} MB'
+    yield (
+        f'{folder}, {tokens.split}: {found["tokens"]:,} tokens, {pieces[0].dtype.name},'
+        f' {len(pieces)} file{"s" if len(pieces) > 1 else ""},'
+        f' {sum(piece.size for piece in pieces) / 1e6:,.1f} MB'
+    )
     if not meta:
         yield 'there is no meta.pkl, so these are taken for uint16 tokens of GPT-2'
-    yield f'tokenizer: {meta.get("tokenizer", "not stated")}, end of text: {meta.get("eot_id")}; {meta.get("split", "no word on the split")}'
-    part = '' if found['counted'] == found['tokens'] else f' (of {found["counted"]:,} tokens that were counted)'
+    yield (
+        f'tokenizer: {meta.get("tokenizer", "not stated")}, end of text: {meta.get("eot_id")};'
+        f' {meta.get("split", "no word on the split")}'
+    )
+    part = (
+        ''
+        if found['counted'] == found['tokens']
+        else f' (of {found["counted"]:,} tokens that were counted)'
+    )
     never = max(size, len(counts)) - used if size else None
-    yield f'ids: {used:,} of {size:,} occur{part}, {never:,} never; the largest is {found["largest"]:,}' if size else f'ids: {used:,} occur{part}, the largest is {found["largest"]:,}'
+    yield (
+        f'ids: {used:,} of {size:,} occur{part}, {never:,} never; the largest is'
+        f' {found["largest"]:,}'
+        if size
+        else f'ids: {used:,} occur{part}, the largest is {found["largest"]:,}'
+    )
     share = counts[counts > 0] / found['counted']
     entropy = -(share * np.log2(share)).sum()
-    yield f'entropy of single ids: {entropy:.2f} bits, as of {2 ** entropy:,.0f} equally frequent ones'
+    yield (
+        f'entropy of single ids: {entropy:.2f} bits, as of {2**entropy:,.0f} equally frequent ones'
+    )
     if found['lengths'] is not None and len(found['lengths']):
         low, middle, high = np.percentile(found['lengths'], (10, 50, 90))
-        yield (f'documents: {len(found["lengths"]):,}, of {found["lengths"].mean():,.0f} tokens in the mean; 10 % have {low:,.0f} or fewer, '
-               f'half {middle:,.0f}, 10 % {high:,.0f} or more, the longest {found["lengths"].max():,}')
+        yield (
+            f'documents: {len(found["lengths"]):,}, of {found["lengths"].mean():,.0f} tokens in the'
+            f' mean; 10 % have {low:,.0f} or fewer, half {middle:,.0f}, 10 % {high:,.0f} or more,'
+            f' the longest {found["lengths"].max():,}'
+        )
     yield from (f'LOOK: {doubt}' for doubt in found['doubts'])
 
 
@@ -163,7 +265,14 @@ def show(folder, meta, tokens, at, count, found):
         print(f'no text: {error}')
         return
     top = np.argsort(found['counts'])[::-1][:12]
-    print('most frequent: ' + ', '.join(f'{tokenizer.decode([i])!r} {found["counts"][i] / found["counted"]:.1%}' for i in top if found['counts'][i]))
+    print(
+        'most frequent: '
+        + ', '.join(
+            f'{tokenizer.decode([i])!r} {found["counts"][i] / found["counted"]:.1%}'
+            for i in top
+            if found['counts'][i]
+        )
+    )
     ids = tokens.slice(at, min(at + count, len(tokens)))
     print(f'---- tokens {at:,} to {at + len(ids):,}\n{tokenizer.decode(ids.tolist())}\n----')
 
@@ -171,14 +280,26 @@ def show(folder, meta, tokens, at, count, found):
 def draw(path, title, found):
     """A picture of the lengths of documents and of how often ids occur."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     known = found['lengths'] is not None and len(found['lengths'])
-    figure, axes = pyplot.subplots(1, 2 if known else 1, figsize=(12 if known else 6.5, 4.2), squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, 2 if known else 1, figsize=(12 if known else 6.5, 4.2), squeeze=False
+    )
     if known:
         longest = max(2, int(found['lengths'].max()))
-        axes[0][0].hist(np.maximum(found['lengths'], 1), bins=np.unique(np.geomspace(1, longest + 1, 60).astype(int)))
-        axes[0][0].set(xscale='log', xlabel='tokens', ylabel='documents', title=f'{len(found["lengths"]):,} documents')
+        axes[0][0].hist(
+            np.maximum(found['lengths'], 1),
+            bins=np.unique(np.geomspace(1, longest + 1, 60).astype(int)),
+        )
+        axes[0][0].set(
+            xscale='log',
+            xlabel='tokens',
+            ylabel='documents',
+            title=f'{len(found["lengths"]):,} documents',
+        )
     often = np.sort(found['counts'][found['counts'] > 0])[::-1]
     axes[0][-1].loglog(np.arange(1, len(often) + 1), often)
     axes[0][-1].set(xlabel='rank of the id', ylabel='times', title=f'{len(often):,} ids that occur')
@@ -191,4 +312,5 @@ def draw(path, title, found):
 
 if __name__ == '__main__':
     from data import command
+
     command.run(main)

@@ -1,10 +1,13 @@
 """From documents to a data set, on any number of processes and machines.
 
-    files ──(documents.py)── units ── Plan ──(workers, parts.py)── parts-DIGEST/000000.bin .docs .json ──(assembly.py)── train.bin val.bin meta.pkl
+    files ──(documents.py)── units ── Plan ──(workers, parts.py)── parts-DIGEST/000000.bin .docs
+                  .json ──(assembly.py)── train.bin val.bin meta.pkl
 
-A Plan groups the units of all files into parts of a few MB, by the files alone. A worker reads and tokenizes a whole part and writes it down. So no text
-and no ids travel between processes, a part that is recorded is never made again, and whoever made it, it is the same.
+A Plan groups the units of all files into parts of a few MB, by the files alone. A worker reads and
+tokenizes a whole part and writes it down. So no text and no ids travel between processes, a part
+that is recorded is never made again, and whoever made it, it is the same.
 """
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -35,8 +38,10 @@ THREADED = {'tokenizers', 'pyarrow', 'fsspec', 'torch'}
 
 @dataclasses.dataclass
 class Plan:
-    """What is to be tokenized how. parts: lists of Units; tokenizer: of data.tokenizer; text_field: of JSON and parquet; limit: documents
-    that are wanted at most, or None."""
+    """What is to be tokenized how. parts: lists of Units; tokenizer: of data.tokenizer; text_field:
+    of JSON and parquet; limit: documents that are wanted at most, or None.
+    """
+
     parts: list
     tokenizer: object
     text_field: str = 'text'
@@ -44,7 +49,9 @@ class Plan:
 
     @classmethod
     def of_files(cls, files, tokenizer, *, txt_val_fraction=None, splits=None, **options):
-        """A plan for `files` in their order. splits: {path: 'train' or 'val'} where the source says it; options: those of Plan."""
+        """A plan for `files` in their order. splits: {path: 'train' or 'val'} where the source says
+        it; options: those of Plan.
+        """
         part_bytes = min(max(documents.size_of_files(files) // PARTS, PART_BYTES[0]), PART_BYTES[1])
         groups, size = [], part_bytes
         for unit in documents.units_of_files(files, splits, txt_val_fraction):
@@ -74,29 +81,67 @@ class Plan:
     def save(self, output):
         os.makedirs(self.folder(output), exist_ok=True)
         with replacing(os.path.join(self.folder(output), 'plan.json')) as f:
-            f.write(json.dumps({'parts': self.parts, 'tokenizer': tokenizer_digest(self.tokenizer), 'text_field': self.text_field, 'limit': self.limit}).encode())
+            f.write(
+                json.dumps(
+                    {
+                        'parts': self.parts,
+                        'tokenizer': tokenizer_digest(self.tokenizer),
+                        'text_field': self.text_field,
+                        'limit': self.limit,
+                    }
+                ).encode()
+            )
 
     @classmethod
     def load(cls, folders, tokenizer):
-        """(plan, parts folders) of unfinished work in `folders`, outputs of other machines. Raises ValueError unless they belong together."""
-        found = [os.path.join(folder, name) for folder in folders for name in (sorted(os.listdir(folder)) if os.path.isdir(folder) else [])
-                 if name.startswith('parts-') and os.path.isfile(os.path.join(folder, name, 'plan.json'))]
+        """(plan, parts folders) of unfinished work in `folders`, outputs of other machines. Raises
+        ValueError unless they belong together.
+        """
+        found = [
+            os.path.join(folder, name)
+            for folder in folders
+            for name in (sorted(os.listdir(folder)) if os.path.isdir(folder) else [])
+            if name.startswith('parts-') and os.path.isfile(os.path.join(folder, name, 'plan.json'))
+        ]
         if not found:
-            raise ValueError(f"--merge {' '.join(folders)}: there is no parts-… folder: name the output folders of the machines that ran --shard")
+            raise ValueError(
+                f'--merge {" ".join(folders)}: there is no parts-… folder: name the output folders'
+                ' of the machines that ran --shard'
+            )
         if len({os.path.basename(path) for path in found}) > 1:
-            raise ValueError(f"--merge: {', '.join(found)} are parts of different work: delete those that do not belong, or name their folders one by one")
+            raise ValueError(
+                f'--merge: {", ".join(found)} are parts of different work: delete those that do not'
+                ' belong, or name their folders one by one'
+            )
         with open(os.path.join(found[0], 'plan.json')) as f:
             saved = json.load(f)
-        plan = cls([[Unit(*unit) for unit in part] for part in saved['parts']], tokenizer, saved['text_field'], saved['limit'])
+        plan = cls(
+            [[Unit(*unit) for unit in part] for part in saved['parts']],
+            tokenizer,
+            saved['text_field'],
+            saved['limit'],
+        )
         if saved['tokenizer'] != tokenizer_digest(tokenizer):
-            raise ValueError(f'{found[0]} was made with another tokenizer: give the --tokenizer that the machines had')
+            raise ValueError(
+                f'{found[0]} was made with another tokenizer: give the --tokenizer that the'
+                ' machines had'
+            )
         return plan, found
 
 
 def tokenizer_digest(tokenizer):
     """Hex string of all that a tokenizer keeps in a data set."""
     with tempfile.TemporaryDirectory() as folder:
-        digest = hashlib.sha256(repr((tokenizer.describe(folder), tokenizer.vocab_size, tokenizer.eot_id, getattr(tokenizer, 'itos', None))).encode())
+        digest = hashlib.sha256(
+            repr(
+                (
+                    tokenizer.describe(folder),
+                    tokenizer.vocab_size,
+                    tokenizer.eot_id,
+                    getattr(tokenizer, 'itos', None),
+                )
+            ).encode()
+        )
         for where, _, names in sorted(os.walk(folder)):
             for name in sorted(names):
                 with open(os.path.join(where, name), 'rb') as f:
@@ -106,7 +151,9 @@ def tokenizer_digest(tokenizer):
 
 @contextlib.contextmanager
 def alone(plan, output, shard=(1, 1)):
-    """Hold the parts folder of a plan and a shard, which is made, so that two runs of one command do not make the same parts. Raises ValueError where another holds it."""
+    """Hold the parts folder of a plan and a shard, which is made, so that two runs of one command
+    do not make the same parts. Raises ValueError where another holds it.
+    """
     plan.save(output)
     path = os.path.join(plan.folder(output), f'shard-{shard[0]}-of-{shard[1]}.lock')
     with open(path, 'w', opener=no_link) as f:
@@ -114,37 +161,63 @@ def alone(plan, output, shard=(1, 1)):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ValueError(f'{path} is held by another process that makes the same data set: wait for it') from None
+                raise ValueError(
+                    f'{path} is held by another process that makes the same data set: wait for it'
+                ) from None
             # a file system without locks
         yield
 
 
 def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
-    """Make those parts of `plan` that are not in `output` yet (which alone() holds), in num_proc processes (None: one for each core); shard (i, n): only the i-th of
-    n shares. Returns the Parts in order, with a limit only as many as it takes. Raises ValueError for broken input, and when a process dies; what is
-    finished stays for the next call."""
+    """Make those parts of `plan` that are not in `output` yet (which alone() holds), in num_proc
+    processes (None: one for each core); shard (i, n): only the i-th of n shares. Returns the Parts
+    in order, with a limit only as many as it takes. Raises ValueError for broken input, and when a
+    process dies; what is finished stays for the next call.
+    """
     folder = plan.folder(output)
-    mine = range(len(plan.parts) * (shard[0] - 1) // shard[1], len(plan.parts) * shard[0] // shard[1])
+    mine = range(
+        len(plan.parts) * (shard[0] - 1) // shard[1], len(plan.parts) * shard[0] // shard[1]
+    )
     there = set()
     for name in os.listdir(folder):
         if name[:6].isdigit() and int(name[:6]) in mine:
             if name.endswith('.tmp'):
                 os.remove(os.path.join(folder, name))
             there.add(int(name[:6]))
-    with _checked(sorted(there), lambda index: parts.read(folder, index, plan.parts[index])) as checked:
+    with _checked(
+        sorted(there), lambda index: parts.read(folder, index, plan.parts[index])
+    ) as checked:
         made = {part.index: part for part in checked if part}
     if made:
         print(f'{len(made)} of {len(mine)} parts are there already')
     sizes = {index: sum(unit.size for unit in plan.parts[index]) for index in mine}
-    with tqdm(total=sum(sizes.values()), initial=sum(sizes[index] for index in made), unit='B', unit_scale=True, desc='tokenizing', disable=None) as bar:
+    with tqdm(
+        total=sum(sizes.values()),
+        initial=sum(sizes[index] for index in made),
+        unit='B',
+        unit_scale=True,
+        desc='tokenizing',
+        disable=None,
+    ) as bar:
         bar.tokens = bar.documents = 0
         before = time.monotonic()
 
         def advance(done, tokens, texts):
             bar.tokens, bar.documents = bar.tokens + tokens, bar.documents + texts
-            bar.set_postfix_str(f'{bar.documents:,} documents, {bar.tokens / 1e6:,.1f} M tokens, {bar.tokens / 1e6 / (time.monotonic() - before):.2f} M/s', refresh=False)
+            bar.set_postfix_str(
+                f'{bar.documents:,} documents, {bar.tokens / 1e6:,.1f} M tokens,'
+                f' {bar.tokens / 1e6 / (time.monotonic() - before):.2f} M/s',
+                refresh=False,
+            )
             bar.update(done)
-        for index, record in _make(plan, folder, [index for index in mine if index not in made], num_proc or len(os.sched_getaffinity(0)), advance):
+
+        for index, record in _make(
+            plan,
+            folder,
+            [index for index in mine if index not in made],
+            num_proc or len(os.sched_getaffinity(0)),
+            advance,
+        ):
             made[index] = parts.Part(index, folder, record)
             if plan.limit is not None and (enough := _first(plan.limit, mine, made)):
                 return enough
@@ -152,7 +225,9 @@ def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
 
 
 def _first(limit, indices, made):
-    """The Parts of `made` from the first of `indices` on that have `limit` documents; None where one of them is missing."""
+    """The Parts of `made` from the first of `indices` on that have `limit` documents; None where
+    one of them is missing.
+    """
     first, texts = [], 0
     for index in indices:
         if texts >= limit:
@@ -165,13 +240,27 @@ def _first(limit, indices, made):
 
 
 def find(plan, folders):
-    """The Parts of `plan` in order, each in the first of `folders` that has it whole. Raises ValueError for missing ones."""
+    """The Parts of `plan` in order, each in the first of `folders` that has it whole. Raises
+    ValueError for missing ones.
+    """
     made, texts = [], 0
-    with _checked(range(len(plan.parts)), lambda index: next((part for folder in folders if (part := parts.read(folder, index))), None)) as checked:
+    with _checked(
+        range(len(plan.parts)),
+        lambda index: next(
+            (part for folder in folders if (part := parts.read(folder, index))), None
+        ),
+    ) as checked:
         for index, part in enumerate(checked):
             if part is None:
-                missing = [i for i in range(len(plan.parts)) if not any(os.path.exists(parts.path(folder, i, 'json')) for folder in folders)] or [index]
-                raise ValueError(f'{len(missing)} of {len(plan.parts)} parts are missing or damaged, the first is {missing[0]}: run each --shard to its end and name all their folders')
+                missing = [
+                    i
+                    for i in range(len(plan.parts))
+                    if not any(os.path.exists(parts.path(folder, i, 'json')) for folder in folders)
+                ] or [index]
+                raise ValueError(
+                    f'{len(missing)} of {len(plan.parts)} parts are missing or damaged, the first'
+                    f' is {missing[0]}: run each --shard to its end and name all their folders'
+                )
             made.append(part)
             texts += part.record['documents']
             if plan.limit is not None and texts >= plan.limit:
@@ -181,10 +270,18 @@ def find(plan, folders):
 
 @contextlib.contextmanager
 def _checked(indices, read):
-    """Give an iterator over read(index) of `indices`, which some threads are ahead of: what they do is to read files and to hash them."""
+    """Give an iterator over read(index) of `indices`, which some threads are ahead of: what they do
+    is to read files and to hash them.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(max(4, len(os.sched_getaffinity(0))))
     try:
-        yield tqdm(pool.map(read, indices), total=len(indices), unit=' parts', desc='checking', disable=None)
+        yield tqdm(
+            pool.map(read, indices),
+            total=len(indices),
+            unit=' parts',
+            desc='checking',
+            disable=None,
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -196,7 +293,9 @@ def _make(plan, folder, todo, num_proc, advance):
             yield index, _make_one(plan, folder, index, plan.parts[index], advance)
         return
     # fork() starts sooner, and cuts off the threads that other libraries have
-    context = multiprocessing.get_context('spawn' if THREADED & set(sys.modules) or threading.active_count() > 1 else 'fork')
+    context = multiprocessing.get_context(
+        'spawn' if THREADED & set(sys.modules) or threading.active_count() > 1 else 'fork'
+    )
     counters = context.Array('q', 3)
     seen = [0, 0, 0]
 
@@ -205,8 +304,14 @@ def _make(plan, folder, todo, num_proc, advance):
             now = list(counters)
         advance(*(a - b for a, b in zip(now, seen)))
         seen[:] = now
+
     # a worker is told of the units of a part when it is to make it, not of all there are
-    pool = concurrent.futures.ProcessPoolExecutor(min(num_proc, len(todo)), context, _begin, (dataclasses.replace(plan, parts=None), folder, counters))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(num_proc, len(todo)),
+        context,
+        _begin,
+        (dataclasses.replace(plan, parts=None), folder, counters),
+    )
     try:
         waiting, rest = {}, iter(todo)
         while True:
@@ -214,17 +319,23 @@ def _make(plan, folder, todo, num_proc, advance):
                 waiting[pool.submit(_make_here, index, plan.parts[index])] = index
             if not waiting:
                 break
-            done, _ = concurrent.futures.wait(waiting, timeout=2 * parts.EVERY_S, return_when=concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(
+                waiting, timeout=2 * parts.EVERY_S, return_when=concurrent.futures.FIRST_COMPLETED
+            )
             look()
             for future in done:
                 yield waiting.pop(future), future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError(f'a process that tokenizes was killed, for want of memory perhaps: what is finished is kept in {folder}; '
-                         f'type the same command again, with fewer than --num_proc {num_proc} if it happens again') from None
+        raise ValueError(
+            'a process that tokenizes was killed, for want of memory perhaps: what is finished is'
+            f' kept in {folder}; type the same command again, with fewer than --num_proc {num_proc}'
+            ' if it happens again'
+        ) from None
     finally:
         processes = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:  # they write under names of their own, so nothing is lost that is finished
+        # they write under names of their own, so nothing is lost that is finished
+        for process in processes:
             process.kill()
 
 
@@ -248,11 +359,20 @@ def _make_here(index, units):
         with counters.get_lock():
             for i, number in enumerate(numbers):
                 counters[i] += number
+
     return _make_one(plan, folder, index, units, advance)
 
 
 def _make_one(plan, folder, index, units, advance):
-    return parts.make(folder, index, units, plan.tokenizer, text_field=plan.text_field, limit=plan.limit, advance=advance)
+    return parts.make(
+        folder,
+        index,
+        units,
+        plan.tokenizer,
+        text_field=plan.text_field,
+        limit=plan.limit,
+        advance=advance,
+    )
 
 
 def clear(plan, output):
@@ -261,9 +381,14 @@ def clear(plan, output):
 
 
 def forget(plan, output, finished=False):
-    """Remove what work that was given up left in `output`, unless there are finished parts that a next call can go on with; `finished`: these too."""
+    """Remove what work that was given up left in `output`, unless there are finished parts that a
+    next call can go on with; `finished`: these too.
+    """
     folder = plan.folder(output)
-    if os.path.isdir(folder) and (finished or not any(name[:6].isdigit() and name.endswith('.json') for name in os.listdir(folder))):
+    if os.path.isdir(folder) and (
+        finished
+        or not any(name[:6].isdigit() and name.endswith('.json') for name in os.listdir(folder))
+    ):
         clear(plan, output)
         if not os.listdir(output):
             os.rmdir(output)

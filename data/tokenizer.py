@@ -1,22 +1,26 @@
-"""One interface over every tokenizer: text to ids in the prepare.py scripts, ids to text when sampling.
+"""One interface over every tokenizer: text to ids in the prepare.py scripts, ids to text when
+sampling.
 
-    --tokenizer               kind            end of text        kept in the data set's folder
+    --tokenizer               kind            end of text        kept in the data set
     bytes                     bytes           256                nothing
-    char                      char            none               stoi and itos in meta.pkl, as nanoGPT
+    char                      char            none               stoi and itos, as nanoGPT
     gpt2, cl100k_base, ...    tiktoken        <|endoftext|>      the name
-    FOLDER                    hf              its eos_token      tokenizer/tokenizer.json and what names its eos
+    FOLDER                    hf              its eos_token      tokenizer.json and its settings
     FILE.model                sentencepiece   its eos piece      tokenizer.model
 
 Each class below has
     vocab_size          number of ids, added tokens included
     eot_id, eot_token   id that ends a document and how it is written, or None
-    encode(text)        1-D uint32 array. No special token is added, and one spelled out in the text is ordinary text:
-                        a document that contains "<|endoftext|>" cannot end itself
-    decode(ids)         str, from any iterable of ints. Bytes that are no UTF-8 give U+FFFD; an id without a token, which a
-                        model with a padded vocabulary can sample, gives U+FFFD or nothing, never an error
+    encode(text)        1-D uint32 array. No special token is added, and one spelled out in the text
+                        is ordinary text: a document that contains "<|endoftext|>" cannot end itself
+    decode(ids)         str, from any iterable of ints. Bytes that are no UTF-8 give U+FFFD; an id
+                        without a token, which a model with a padded vocabulary can sample, gives
+                        U+FFFD or nothing, never an error
     lossless            whether decode(encode(text)) is the text, whatever it is
-    describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that tokenizer_of() needs to `folder`
+    describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that
+                        tokenizer_of() needs to `folder`
 """
+
 import contextlib
 import difflib
 import glob
@@ -32,30 +36,46 @@ from data.byte_level import twin_of
 from data.quick_tiktoken import Quick
 from engine.files import check_own, inside, is_whole, parse_json, replacing
 
-HF_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'config.json', 'chat_template.jinja', 'generation_config.json')
+HF_FILES = (
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'config.json',
+    'chat_template.jinja',
+    'generation_config.json',
+)
 TEMPLATES = 'additional_chat_templates'  # folder beside them of named .jinja files
 EOT = '<|endoftext|>'
-TRIAL = 2**20  # characters of text after which it is taken for a corpus, for which a second's preparation is worth it
+# characters of text after which it is taken for a corpus, for which a second's preparation is worth
+# it
+TRIAL = 2**20
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
 def is_tokenizer_file(name):
-    """Whether `name` is that of a file which describe() writes to a data set's folder tokenizer/."""
+    """Whether `name` is that of a file which describe() writes to a data set's folder
+    tokenizer/.
+    """
     folder, _, rest = name.partition('/')
-    return folder == 'tokenizer' and (rest in HF_FILES or bool(re.fullmatch(rf'{TEMPLATES}/[^/]+\.jinja', rest)))
+    return folder == 'tokenizer' and (
+        rest in HF_FILES or bool(re.fullmatch(rf'{TEMPLATES}/[^/]+\.jinja', rest))
+    )
 
 
 def load_tokenizer(spec, texts=None):
     """The tokenizer that a user names with --tokenizer; see the table above.
 
-    texts: iterable of str, read only by 'char', whose vocabulary is the sorted set of their characters.
-    Raises ValueError, in one sentence, for a name, file or library that is not there.
+    texts: iterable of str, read only by 'char', whose vocabulary is the sorted set of their
+    characters. Raises ValueError, in one sentence, for a name, file or library that is not there.
     """
     if spec == 'bytes':
         return BytesTokenizer()
     if spec == 'char':
         if texts is None:
-            raise ValueError("the tokenizer 'char' is made from a text, and there is none here: name another, such as bytes")
+            raise ValueError(
+                "the tokenizer 'char' is made from a text, and there is none here: name another,"
+                ' such as bytes'
+            )
         return CharTokenizer.of_texts(texts)
     if spec.endswith('.model'):
         return SentencePieceTokenizer.of_file(spec)
@@ -64,17 +84,24 @@ def load_tokenizer(spec, texts=None):
         return HuggingFaceTokenizer.of_folder(folder)
     if os.path.isdir(spec):
         if os.path.isfile(os.path.join(spec, 'tokenizer.model')):
-            raise ValueError(f'the folder {spec} has no tokenizer.json: type --tokenizer {os.path.join(spec, "tokenizer.model")}')
-        raise ValueError(f'the folder {spec} has no tokenizer.json: write one with '
-                         f"`transformers.AutoTokenizer.from_pretrained('{spec}').save_pretrained('{spec}')`")
+            raise ValueError(
+                f'the folder {spec} has no tokenizer.json: type --tokenizer'
+                f' {os.path.join(spec, "tokenizer.model")}'
+            )
+        raise ValueError(
+            f'the folder {spec} has no tokenizer.json: write one with '
+            f"`transformers.AutoTokenizer.from_pretrained('{spec}').save_pretrained('{spec}')`"
+        )
     return TiktokenTokenizer(spec)
 
 
 def tokenizer_of(folder, meta):
-    """The tokenizer of the data set in `folder`, whose meta.pkl is the dict `meta` ({} where there is none).
+    """The tokenizer of the data set in `folder`, whose meta.pkl is the dict `meta` ({} where there
+    is none).
 
-    nanoGPT's data sets are read as its sample.py does: stoi and itos where meta has them, gpt2 where there is no meta.
-    Raises ValueError when meta names no tokenizer, or one whose files or library are missing.
+    nanoGPT's data sets are read as its sample.py does: stoi and itos where meta has them, gpt2
+    where there is no meta. Raises ValueError when meta names no tokenizer, or one whose files or
+    library are missing.
     """
     stated = meta.get('tokenizer')
     kind = stated.get('kind') if isinstance(stated, dict) else None
@@ -91,28 +118,47 @@ def tokenizer_of(folder, meta):
         return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place), folder)
     if kind == 'sentencepiece':
         return SentencePieceTokenizer.of_file(inside(folder, stated.get('path'), place))
-    raise ValueError(f"{os.path.join(folder, 'meta.pkl')} names the tokenizer {stated!r}, expected a dict whose 'kind' is bytes, char, "
-                     f'tiktoken, hf or sentencepiece: run the prepare.py of this data set again')
+    raise ValueError(
+        f'{os.path.join(folder, "meta.pkl")} names the tokenizer {stated!r}, expected a dict whose'
+        " 'kind' is bytes, char, tiktoken, hf or sentencepiece: run the prepare.py of this data"
+        ' set again'
+    )
 
 
 def decode_after(tokenizer, before, ids):
     """Return the text that the token ids `ids` add to that of the ids `before`.
 
-    It is not decode(ids): a first token may stand for a space that belongs to the text only behind another one, and a
-    character may be spread over both.
+    It is not decode(ids): a first token may stand for a space that belongs to the text only behind
+    another one, and a character may be spread over both.
     """
     start = tokenizer.decode(before)
     whole = tokenizer.decode([*before, *ids])
-    return whole[len(os.path.commonprefix([start, whole])):]
+    return whole[len(os.path.commonprefix([start, whole])) :]
 
 
 # what tokenizers read differently
-TEXTS = ('def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n', '', ' ', '  a ', 'a\tb\r\nc', '12345 1234567890', '①\u0301 ｶﾞ か\u3099 ﬁ Å', '▁', 'a▁b', '日本語のテキスト', '😀 👩‍👩‍👧',
-         '\u200b\ufeff\x01', 'The  quick\n\n\nbrown   fox', "it's we'll I'M")
+TEXTS = (
+    'def parse(self, text):\n    """Ünïcode, 3.14 — and  two spaces."""\n\n',
+    '',
+    ' ',
+    '  a ',
+    'a\tb\r\nc',
+    '12345 1234567890',
+    '①\u0301 ｶﾞ か\u3099 ﬁ Å',
+    '▁',
+    'a▁b',
+    '日本語のテキスト',
+    '😀 👩‍👩‍👧',
+    '\u200b\ufeff\x01',
+    'The  quick\n\n\nbrown   fox',
+    "it's we'll I'M",
+)
 
 
 def _ids_of(tokenizer, text):
-    """Return the ids of a text as a list, None where it has a character that the tokenizer does not know."""
+    """Return the ids of a text as a list, None where it has a character that the tokenizer does not
+    know.
+    """
     try:
         return tokenizer.encode(text).tolist()
     except ValueError:
@@ -121,15 +167,27 @@ def _ids_of(tokenizer, text):
 
 def _pairs_and_alphabets():
     pairs = ''.join(chr(a) + chr(b) for a in range(32, 127) for b in range(32, 127))
-    ranges = (0xa1, 0x250), (0x391, 0x460), (0x5d0, 0x5eb), (0x621, 0x64b), (0x904, 0x940), (0xe01, 0xe31), (0x3041, 0x3097), (0x4e00, 0x4f00), (0xac00, 0xac80)
+    ranges = (
+        (0xA1, 0x250),
+        (0x391, 0x460),
+        (0x5D0, 0x5EB),
+        (0x621, 0x64B),
+        (0x904, 0x940),
+        (0xE01, 0xE31),
+        (0x3041, 0x3097),
+        (0x4E00, 0x4F00),
+        (0xAC00, 0xAC80),
+    )
     text = pairs + ''.join(chr(i) for begin, end in ranges for i in range(begin, end))
-    return ' '.join(text[i:i + 20] for i in range(0, len(text), 20))
+    return ' '.join(text[i : i + 20] for i in range(0, len(text), 20))
 
 
 def ids_digest(tokenizer):
-    """Return a text that is another one for tokenizers which give other ids, as far as their vocabulary and texts of many scripts tell.
+    """Return a text that is another one for tokenizers which give other ids, as far as their
+    vocabulary and texts of many scripts tell.
 
-    It stands in the checkpoints of a run. An encoding of tiktoken, which may not be on this machine, is known by its name.
+    It stands in the checkpoints of a run. An encoding of tiktoken, which may not be on this
+    machine, is known by its name.
     """
     if isinstance(tokenizer, TiktokenTokenizer):
         return f'tiktoken {tokenizer.name}'
@@ -137,20 +195,42 @@ def ids_digest(tokenizer):
         found = sorted(tokenizer.stoi.items())
     else:
         vocabulary = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-        found = [vocabulary, *(_ids_of(tokenizer, text) for text in (_pairs_and_alphabets(), ''.join(vocabulary).replace(UNKNOWN, '')))]
-    digest = hashlib.sha256(repr([tokenizer.vocab_size, tokenizer.eot_id, found]).encode('utf-8', 'surrogatepass')).hexdigest()
+        found = [
+            vocabulary,
+            *(
+                _ids_of(tokenizer, text)
+                for text in (_pairs_and_alphabets(), ''.join(vocabulary).replace(UNKNOWN, ''))
+            ),
+        ]
+    digest = hashlib.sha256(
+        repr([tokenizer.vocab_size, tokenizer.eot_id, found]).encode('utf-8', 'surrogatepass')
+    ).hexdigest()
     return f'1 {digest}'  # the number of this way to make it, which stands in checkpoints
 
 
 def same_tokenizer(a, b):
-    """Return whether two tokenizers end a text with the same id and give the same ids, for TEXTS and for text that goes through the vocabulary of each."""
+    """Return whether two tokenizers end a text with the same id and give the same ids, for TEXTS
+    and for text that goes through the vocabulary of each.
+    """
+
     def text_of(tokenizer):
-        return ''.join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size)).replace(UNKNOWN, '')
-    return a.vocab_size == b.vocab_size and a.eot_id == b.eot_id and all(_ids_of(a, text) == _ids_of(b, text) for text in (*TEXTS, f'a{EOT}b</s>', text_of(a), text_of(b)))
+        return ''.join(tokenizer.decode([i]) for i in range(tokenizer.vocab_size)).replace(
+            UNKNOWN, ''
+        )
+
+    return (
+        a.vocab_size == b.vocab_size
+        and a.eot_id == b.eot_id
+        and all(
+            _ids_of(a, text) == _ids_of(b, text)
+            for text in (*TEXTS, f'a{EOT}b</s>', text_of(a), text_of(b))
+        )
+    )
 
 
 class BytesTokenizer:
     """UTF-8 bytes, and 256 for the end of a text."""
+
     vocab_size, eot_id, eot_token, lossless = 257, 256, EOT, True
 
     def encode(self, text):
@@ -164,7 +244,10 @@ class BytesTokenizer:
 
 
 class CharTokenizer:
-    """One id per character. stoi: {character: id}, itos: {id: character}, as in nanoGPT's meta.pkl."""
+    """One id per character. stoi: {character: id}, itos: {id: character}, as in nanoGPT's
+    meta.pkl.
+    """
+
     eot_id = eot_token = None
     lossless = True  # encode() raises for what it does not know
 
@@ -184,7 +267,10 @@ class CharTokenizer:
         try:
             return np.fromiter(map(self.stoi.__getitem__, text), dtype=np.uint32, count=len(text))
         except KeyError as error:
-            raise ValueError(f'the character {error.args[0]!r} is not among the {self.vocab_size} of this data set: leave it out') from None
+            raise ValueError(
+                f'the character {error.args[0]!r} is not among the {self.vocab_size} of this data'
+                ' set: leave it out'
+            ) from None
 
     def decode(self, ids):
         return ''.join(self.itos.get(int(i), UNKNOWN) for i in ids)
@@ -194,7 +280,10 @@ class CharTokenizer:
 
 
 class TiktokenTokenizer:
-    """An encoding of tiktoken by its name; one that is not in tiktoken's cache is downloaded by it."""
+    """An encoding of tiktoken by its name; one that is not in tiktoken's cache is downloaded by
+    it.
+    """
+
     lossless = True
     encoded, quick = 0, None  # characters so far; data.quick_tiktoken.Quick after some
 
@@ -203,13 +292,20 @@ class TiktokenTokenizer:
         names = tiktoken.list_encoding_names()
         if name not in names:
             near = difflib.get_close_matches(name, ['bytes', 'char', *names], n=1)
-            raise ValueError(f'unknown tokenizer {name!r}{f", did you mean {near[0]!r}" if near else ""}: type bytes, char, a tiktoken encoding '
-                             f"({', '.join(names)}), a folder with a tokenizer.json or a sentencepiece .model file, and both must exist")
+            raise ValueError(
+                f'unknown tokenizer {name!r}{f", did you mean {near[0]!r}" if near else ""}: type'
+                ' bytes, char, a tiktoken encoding '
+                f'({", ".join(names)}), a folder with a tokenizer.json or a sentencepiece .model'
+                ' file, and both must exist'
+            )
         try:
             self.encoding = tiktoken.get_encoding(name)
         except OSError as error:  # what requests raises too
-            raise ValueError(f'tiktoken could not download the encoding {name!r} ({type(error).__name__}): connect this machine once, set '
-                             f'TIKTOKEN_CACHE_DIR to a folder that has it, or name another tokenizer, such as bytes') from None
+            raise ValueError(
+                f'tiktoken could not download the encoding {name!r} ({type(error).__name__}):'
+                ' connect this machine once, set TIKTOKEN_CACHE_DIR to a folder that has it, or'
+                ' name another tokenizer, such as bytes'
+            ) from None
         self.name, self.vocab_size = name, self.encoding.n_vocab
         self.eot_token = EOT if EOT in self.encoding.special_tokens_set else None
         self.eot_id = self.encoding.eot_token if self.eot_token else None
@@ -241,7 +337,9 @@ class TiktokenTokenizer:
 
 @contextlib.contextmanager
 def _panics_are_errors(say):
-    """Raise ValueError(say(error)) for any error of the library `tokenizers`, whose panics are no Exception."""
+    """Raise ValueError(say(error)) for any error of the library `tokenizers`, whose panics are no
+    Exception.
+    """
     try:
         yield
     except BaseException as error:
@@ -251,7 +349,9 @@ def _panics_are_errors(say):
 
 
 def refuse_unfit(content, path):
-    """Raise ValueError for a tokenizer.json, as bytes, that gives other ids of the same text each time, or on which its library ends the process."""
+    """Raise ValueError for a tokenizer.json, as bytes, that gives other ids of the same text each
+    time, or on which its library ends the process.
+    """
     try:
         described = parse_json(content)
     except ValueError:
@@ -260,30 +360,53 @@ def refuse_unfit(content, path):
     if not isinstance(model, dict):
         return
     if model.get('dropout'):
-        raise ValueError(f"{path} has dropout={str(model['dropout'])[:20]}, which gives other ids of the same text each time: set it to null there")
+        raise ValueError(
+            f'{path} has dropout={str(model["dropout"])[:20]}, which gives other ids of the same'
+            ' text each time: set it to null there'
+        )
     prefix, merges = model.get('continuing_subword_prefix'), model.get('merges')
     if prefix and isinstance(merges, list):
-        right = [pair.split(' ')[-1] if isinstance(pair, str) else pair[-1] if isinstance(pair, list) and pair else None for pair in merges]
+        right = [
+            (
+                pair.split(' ')[-1]
+                if isinstance(pair, str)
+                else pair[-1]
+                if isinstance(pair, list) and pair
+                else None
+            )
+            for pair in merges
+        ]
         if not all(isinstance(piece, str) and piece.startswith(str(prefix)) for piece in right):
-            raise ValueError(f'{path} has merges without its continuing_subword_prefix {str(prefix)[:20]!r}: fetch it again')
+            raise ValueError(
+                f'{path} has merges without its continuing_subword_prefix {str(prefix)[:20]!r}:'
+                ' fetch it again'
+            )
 
 
 class HuggingFaceTokenizer:
     """A tokenizer.json of Hugging Face, read by the `tokenizers` library.
 
-    files: {name: bytes} of those of HF_FILES that exist, and of templates of conversations; source: where they are from, for messages.
-    The files are kept, so that describe() can write them even when their folder is gone, or is the one written to. After some text, encode() goes
-    through tiktoken where that gives the same ids faster (byte_level.py).
+    files: {name: bytes} of those of HF_FILES that exist, and of templates of conversations; source:
+    where they are from, for messages. The files are kept, so that describe() can write them even
+    when their folder is gone, or is the one written to. After some text, encode() goes through
+    tiktoken where that gives the same ids faster (byte_level.py).
     """
+
     lossless = False
 
     def __init__(self, files, source):
         tokenizers = _library('tokenizers', source)
         self.files, self.source = files, source
         refuse_unfit(files['tokenizer.json'], os.path.join(source, 'tokenizer.json'))
-        with _panics_are_errors(lambda error: f'{os.path.join(source, "tokenizer.json")} cannot be read as a tokenizer ({error}): fetch it again'):
+        with _panics_are_errors(
+            lambda error: (
+                f'{os.path.join(source, "tokenizer.json")} cannot be read as a tokenizer ({error}):'
+                ' fetch it again'
+            )
+        ):
             self.tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode('utf-8'))
-        self.tokenizer.encode_special_tokens = True  # that is: encode their text, do not look for them in it
+        # that is: encode their text, do not look for them in it
+        self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
@@ -294,13 +417,21 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def of_folder(cls, folder, root=None):
-        """The one in `folder`; root: the folder of somebody else's data set of which it is a part."""
+        """The one in `folder`; root: the folder of somebody else's data set of which it is a
+        part.
+        """
         if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
-            raise ValueError(f'the folder {folder} has no tokenizer.json: name one that has, or run the prepare.py of this data set again')
+            raise ValueError(
+                f'the folder {folder} has no tokenizer.json: name one that has, or run the'
+                ' prepare.py of this data set again'
+            )
         templates = glob.glob(os.path.join(TEMPLATES, '*.jinja'), root_dir=folder)
-        names = [name for name in (*HF_FILES, *templates) if os.path.lexists(os.path.join(folder, name))]
+        names = [
+            name for name in (*HF_FILES, *templates) if os.path.lexists(os.path.join(folder, name))
+        ]
         for name in names:
-            check_own(os.path.join(folder, name), root or folder)  # export.py publishes what a link leads to
+            # export.py publishes what a link leads to
+            check_own(os.path.join(folder, name), root or folder)
         return cls({name: _read(os.path.join(folder, name)) for name in names}, folder)
 
     def __reduce__(self):
@@ -320,8 +451,10 @@ class HuggingFaceTokenizer:
             if eos is not None and not is_whole(eos):
                 eos = None
         if token is not None and (eos is None or eos >= self.vocab_size):
-            raise ValueError(f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: '
-                             f'correct eos_token in its tokenizer_config.json')
+            raise ValueError(
+                f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: '
+                'correct eos_token in its tokenizer_config.json'
+            )
         return eos
 
     def _settings(self, name):
@@ -329,7 +462,9 @@ class HuggingFaceTokenizer:
         try:
             settings = parse_json(self.files.get(name, b'{}'))
         except ValueError as error:
-            raise ValueError(f'{os.path.join(self.source, name)} cannot be read ({error}): fetch it again') from None
+            raise ValueError(
+                f'{os.path.join(self.source, name)} cannot be read ({error}): fetch it again'
+            ) from None
         if not isinstance(settings, dict):
             raise ValueError(f'{os.path.join(self.source, name)} holds no object: fetch it again')
         return settings
@@ -337,23 +472,37 @@ class HuggingFaceTokenizer:
     def encode(self, text):
         if self.twin is not None and (ids := self.twin.encode(text)) is not None:
             return ids
-        with _panics_are_errors(lambda error: f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
-                                              f'leave out characters that its training text did not have'):
-            # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the time
-            ids = np.array(self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+        with _panics_are_errors(
+            lambda error: (
+                f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
+                'leave out characters that its training text did not have'
+            )
+        ):
+            # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the
+            # time
+            ids = np.array(
+                self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+                dtype=np.uint32,
+            )
         if self.encoded <= TRIAL < self.encoded + len(text):
             self.twin = twin_of(self.files['tokenizer.json'].decode('utf-8'))
         self.encoded += len(text)
         return ids
 
     def decode(self, ids):
-        with _panics_are_errors(lambda error: f'the tokenizer of {self.source} cannot decode its ids ({error}): fetch it again'):
+        with _panics_are_errors(
+            lambda error: (
+                f'the tokenizer of {self.source} cannot decode its ids ({error}): fetch it again'
+            )
+        ):
             return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def describe(self, folder):
         path = os.path.join(folder, 'tokenizer')
         if os.path.islink(path):
-            raise ValueError(f'{path} is a link, and the files of a tokenizer are to be written there: remove it')
+            raise ValueError(
+                f'{path} is a link, and the files of a tokenizer are to be written there: remove it'
+            )
         for name in HF_FILES:  # of the tokenizer that was here before
             if os.path.lexists(os.path.join(path, name)):
                 os.remove(os.path.join(path, name))
@@ -363,7 +512,10 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model. model: the bytes of the .model file; source: where they are from, for messages."""
+    """A sentencepiece model. model: the bytes of the .model file; source: where they are from, for
+    messages.
+    """
+
     lossless = False
 
     def __init__(self, model, source):
@@ -375,7 +527,9 @@ class SentencePieceTokenizer:
         except RuntimeError:
             self.vocab_size = 0
         if not self.vocab_size:
-            raise ValueError(f'{source} is no sentencepiece model: fetch it again, or name another tokenizer')
+            raise ValueError(
+                f'{source} is no sentencepiece model: fetch it again, or name another tokenizer'
+            )
         self.eot_id = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
         self.eot_token = None if self.eot_id is None else self.processor.id_to_piece(self.eot_id)
 
@@ -385,7 +539,9 @@ class SentencePieceTokenizer:
     @classmethod
     def of_file(cls, path):
         if not os.path.isfile(path):
-            raise ValueError(f'there is no sentencepiece model {path}: type the path of an existing .model file')
+            raise ValueError(
+                f'there is no sentencepiece model {path}: type the path of an existing .model file'
+            )
         return cls(_read(path), path)
 
     def encode(self, text):
@@ -403,8 +559,10 @@ def _library(name, spec):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f'the tokenizer {spec!r} needs the library {name}, which is not installed: type `pip install {name}`, '
-                         f'or name another tokenizer, such as bytes') from None
+        raise ValueError(
+            f'the tokenizer {spec!r} needs the library {name}, which is not installed: type `pip'
+            f' install {name}`, or name another tokenizer, such as bytes'
+        ) from None
 
 
 def _byte(i):

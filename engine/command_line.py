@@ -1,8 +1,11 @@
-"""How a command ends: with one sentence and exit code 2 where its input cannot be used, with 130 and no traceback at Ctrl-C.
+"""How a command ends: with one sentence and exit code 2 where its input cannot be used, with 130
+and no traceback at Ctrl-C.
 
-Every script imports this before anything that takes long to import: from here on a Ctrl-C ends it quietly, until
-run_command() has it raise KeyboardInterrupt again, so that work in progress can be put in order.
+Every script imports this before anything that takes long to import: from here on a Ctrl-C ends it
+quietly, until run_command() has it raise KeyboardInterrupt again, so that work in progress can be
+put in order.
 """
+
 import argparse
 import errno
 import math
@@ -21,9 +24,14 @@ INTERRUPTED = 130  # 128 + SIGINT
 
 
 def _is_a_command():
-    """Whether the running program is one of the project's scripts, not a test or another program that imports them."""
+    """Whether the running program is one of the project's scripts, not a test or another program
+    that imports them.
+    """
     path = os.path.abspath(getattr(sys.modules.get('__main__'), '__file__', None) or '/')
-    return path.startswith(ROOT + os.sep) and os.path.relpath(path, ROOT).split(os.sep)[0] not in ('tests', '.venv')
+    return path.startswith(ROOT + os.sep) and os.path.relpath(path, ROOT).split(os.sep)[0] not in (
+        'tests',
+        '.venv',
+    )
 
 
 def _leave(number, frame):
@@ -37,14 +45,20 @@ if _is_a_command() and threading.current_thread() is threading.main_thread():
 
 
 def run_command(work, argv=None, tell=None, interrupted='interrupted'):
-    """Return the exit code of work(argv), or 2 where it raises what a user can mend, after telling it in one sentence.
+    """Return the exit code of work(argv), or 2 where it raises what a user can mend, after telling
+    it in one sentence.
 
-    argv: None for sys.argv[1:]. tell: function that takes the sentence; None: print it to standard error.
-    interrupted: what is told at Ctrl-C.
+    argv: None for sys.argv[1:]. tell: function that takes the sentence; None: print it to standard
+    error. interrupted: what is told at Ctrl-C.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _leave:
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is _leave
+    ):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    tell = tell or (lambda sentence: print(f'error: {redact(sentence)}', file=sys.stderr, flush=True))
+    tell = tell or (
+        lambda sentence: print(f'error: {redact(sentence)}', file=sys.stderr, flush=True)
+    )
     try:
         check_arguments(sys.argv[1:] if argv is None else argv)
         code = work(argv) or 0
@@ -69,12 +83,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help or ''
-        tells = 'default' in text or action.default in (None, False, argparse.SUPPRESS) or action.default == []
-        return text if tells or not action.option_strings else f'{text} (default: %(default)s)'.strip()
+        tells = (
+            'default' in text
+            or action.default in (None, False, argparse.SUPPRESS)
+            or action.default == []
+        )
+        return (
+            text if tells or not action.option_strings else f'{text} (default: %(default)s)'.strip()
+        )
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """That of argparse, without abbreviations, whose errors are one sentence that names the nearest option."""
+    """That of argparse, without abbreviations, whose errors are one sentence that names the nearest
+    option.
+    """
 
     def __init__(self, **options):
         super().__init__(**{'formatter_class': _HelpFormatter, 'allow_abbrev': False, **options})
@@ -84,8 +106,17 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        known = [word for action in self._actions for word in action.option_strings if word.startswith('--')]
-        unknown = [word.split('=')[0] for word in self.typed if re.match(r'--\w', word) and word.split('=')[0] not in known]
+        known = [
+            word
+            for action in self._actions
+            for word in action.option_strings
+            if word.startswith('--')
+        ]
+        unknown = [
+            word.split('=')[0]
+            for word in self.typed
+            if re.match(r'--\w', word) and word.split('=')[0] not in known
+        ]
         if unknown and message.startswith(('unrecognized', 'the following arguments are required')):
             message = f'unknown option {unknown[0]}{nearest(unknown[0], known)}; `--help` lists all'
         print(f'error: {redact(message)}', file=sys.stderr, flush=True)
@@ -93,9 +124,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def resolve_early(schema, argv, aliases):
-    """Return what configurator.resolve() does; end the process where it cannot, or where help or the version is asked for.
+    """Return what configurator.resolve() does; end the process where it cannot, or where help or
+    the version is asked for.
 
-    For a script that imports much: what is typed wrong is told before. Under torchrun one process of each machine tells it.
+    For a script that imports much: what is typed wrong is told before. Under torchrun one process
+    of each machine tells it.
     """
     try:
         check_arguments(argv)
@@ -113,7 +146,9 @@ def resolve_early(schema, argv, aliases):
 
 
 def importing(what, after=5.0):
-    """Say so when `what` is still being imported after some seconds; returns a function to call when that has ended."""
+    """Say so when `what` is still being imported after some seconds; returns a function to call
+    when that has ended.
+    """
     timer = threading.Timer(after, lambda: print(f'importing {what}', flush=True))
     timer.daemon = True
     if os.environ.get('RANK', '0') in ('0', ''):
@@ -123,23 +158,33 @@ def importing(what, after=5.0):
 
 def whole(least=1, most=2**31):
     """Return the `type` of an argparse option that takes a whole number from `least` to `most`."""
+
     def parse(text):
         if not re.fullmatch(r'-?\d{1,20}', text, re.ASCII) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no whole number from {least:,} to {most:,}')
+            raise argparse.ArgumentTypeError(
+                f'{text[:40]!r} is no whole number from {least:,} to {most:,}'
+            )
         return int(text)
+
     return parse
 
 
 def number(above=0.0, most=1e9):
-    """Return the `type` of an argparse option that takes a number above `above` and up to `most`."""
+    """Return the `type` of an argparse option that takes a number above `above` and up to
+    `most`.
+    """
+
     def parse(text):
         try:
             value = float(text) if text.isascii() else math.nan
         except ValueError:
             value = math.nan
         if not above < value <= most:
-            raise argparse.ArgumentTypeError(f'{text[:40]!r} is no number above {above:g} and up to {most:g}')
+            raise argparse.ArgumentTypeError(
+                f'{text[:40]!r} is no number above {above:g} and up to {most:g}'
+            )
         return value
+
     return parse
 
 
@@ -148,17 +193,28 @@ def check_arguments(argv):
     for word in argv:
         if re.search(r'[\ud800-\udfff]', word):
             shown = word.encode('utf-8', 'backslashreplace').decode()
-            raise ConfigError(f'the argument {shown!r} is not UTF-8: type it in UTF-8, or rename the file')
+            raise ConfigError(
+                f'the argument {shown!r} is not UTF-8: type it in UTF-8, or rename the file'
+            )
 
 
-_MEMORY = re.compile(r"can.t allocate memory|[Oo]ut of memory|Storage size calculation overflowed|numel: integer multiplication overflow|"
-                     r'Unable to allocate|Cannot allocate memory|invalid size|exceeds? the maximum|not enough memory')
+_MEMORY = re.compile(
+    r'can.t allocate memory|[Oo]ut of memory|Storage size calculation overflowed|numel: integer'
+    r' multiplication overflow|'
+    r'Unable to allocate|Cannot allocate memory|invalid size|exceeds? the maximum|not enough memory'
+)
 
 
 def explain(error):
-    """Return one sentence for an exception that a user can do something about, or None for a fault of the program."""
+    """Return one sentence for an exception that a user can do something about, or None for a fault
+    of the program.
+    """
     sentence = _sentence(error)
-    return sentence if sentence is None or len(sentence) <= 1500 else f'{sentence[:900]} ... {sentence[-400:]}'
+    return (
+        sentence
+        if sentence is None or len(sentence) <= 1500
+        else f'{sentence[:900]} ... {sentence[-400:]}'
+    )
 
 
 def _sentence(error):
@@ -170,7 +226,11 @@ def _sentence(error):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f'the disk is full{where}: make room and type the same command again'
         return f'{error.strerror or words}{where}' if error.errno else words
-    if isinstance(error, MemoryError) or isinstance(error, (RuntimeError, TypeError, ValueError)) and _MEMORY.search(words):
+    if (
+        isinstance(error, MemoryError)
+        or isinstance(error, (RuntimeError, TypeError, ValueError))
+        and _MEMORY.search(words)
+    ):
         return f'this takes more memory than there is ({words[:200]}): type smaller sizes'
     if isinstance(error, OverflowError):
         return f'a number is too large to compute with ({words[:200]}): type a smaller one'

@@ -1,9 +1,11 @@
 """One resolved configuration: defaults <- config files <- --key=value.
 
-The defaults are the fields of a dataclass whose comments, beside a field and below it, are the help text. A config file is Python that assigns
-keys; it may import modules and use names that start with an underscore for its own arithmetic. Every other name
-that is no key, in a file or on the command line, is an error that names the nearest key.
+The defaults are the fields of a dataclass whose comments, beside a field and below it, are the help
+text. A config file is Python that assigns keys; it may import modules and use names that start with
+an underscore for its own arithmetic. Every other name that is no key, in a file or on the command
+line, is an error that names the nearest key.
 """
+
 import ast
 import dataclasses
 import difflib
@@ -21,17 +23,19 @@ import typing
 
 
 class ConfigError(ValueError):
-    """Something the user gave cannot be run. The message is one sentence: given, expected, what to type instead."""
+    """Something the user gave cannot be run. The message is one sentence: given, expected, what to
+    type instead.
+    """
 
 
 def resolve(schema, argv, aliases=None):
     """Build `schema` (a dataclass type) from command-line arguments.
 
-    argv: config files (paths) and `--key=value` words; later ones win, and the command line wins over files.
-    aliases: {alias: function(value) -> {key: value}} for names that stand for other keys.
-    Returns (config, given): the instance, and {key: where it was set} for every key that the user set.
-    `--help` prints the keys that the schema's COMMON names, `--help=all` all of them, with the values of the files given, and exits with 0.
-    Raises ConfigError.
+    argv: config files (paths) and `--key=value` words; later ones win, and the command line wins
+    over files. aliases: {alias: function(value) -> {key: value}} for names that stand for other
+    keys. Returns (config, given): the instance, and {key: where it was set} for every key that the
+    user set. `--help` prints the keys that the schema's COMMON names, `--help=all` all of them,
+    with the values of the files given, and exits with 0. Raises ConfigError.
     """
     hints = typing.get_type_hints(schema)
     aliases = aliases or {}
@@ -44,15 +48,26 @@ def resolve(schema, argv, aliases=None):
                 assign(target, translated, source)
             return
         if key not in hints:
-            raise ConfigError(f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help=all` lists all keys')
+            raise ConfigError(
+                f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help=all`'
+                ' lists all keys'
+            )
         values[key] = checked(key, value, hints[key], source)
         given[key] = source
 
     for before, word in zip(['', *argv], argv):  # as other programs take them
         key = before.removeprefix('--')
         takes = hints.get(key) is not bool or word.lower() in ('true', 'false')
-        if before.startswith('--') and key in (*hints, *aliases) and takes and not word.startswith('-'):
-            raise ConfigError(f'command line: {before} {shortened(word)} are two words, did you mean {before}={word}?')
+        if (
+            before.startswith('--')
+            and key in (*hints, *aliases)
+            and takes
+            and not word.startswith('-')
+        ):
+            raise ConfigError(
+                f'command line: {before} {shortened(word)} are two words, did you mean'
+                f' {before}={word}?'
+            )
     for path in (word for word in argv if not word.startswith('-')):
         for key, value in read_file(path, values).items():
             assign(key, value, path)
@@ -62,9 +77,18 @@ def resolve(schema, argv, aliases=None):
         match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
         if not match:
             key, _, value = word.removeprefix('--').replace('-', '_').partition('=')
-            meant = f', did you mean --{key}={value or True}?' if hints.get(key) is bool or key in hints and value else ''
-            raise ConfigError(f'command line: cannot read {shortened(word)}, expected --key=value, such as --max_iters=10{meant}')
-        assign(match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line')
+            meant = (
+                f', did you mean --{key}={value or True}?'
+                if hints.get(key) is bool or key in hints and value
+                else ''
+            )
+            raise ConfigError(
+                f'command line: cannot read {shortened(word)}, expected --key=value, such as'
+                f' --max_iters=10{meant}'
+            )
+        assign(
+            match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line'
+        )
     if help_asked:
         print(help_text(schema, values, everything='--help=all' in help_asked), flush=True)
         sys.exit(0)
@@ -72,14 +96,23 @@ def resolve(schema, argv, aliases=None):
 
 
 def read_file(path, defaults):
-    """Run the config file `path` and return {key: value} for the names it assigns, in order. Raises ConfigError.
+    """Run the config file `path` and return {key: value} for the names it assigns, in order. Raises
+    ConfigError.
 
-    The file sees `defaults` (and what earlier files set) as variables, as nanoGPT's config files do.
+    The file sees `defaults` (and what earlier files set) as variables, as nanoGPT's config files
+    do.
     """
     if not os.path.isfile(path):
         folder = os.path.dirname(path)
-        there = sorted(glob.glob(os.path.join(glob.escape(folder), '*.py'))) if folder else glob.glob('config/*.py')
-        raise ConfigError(f'cannot read the config file {path!r}: no such file{nearest(path, there) or " (options are written --key=value)"}')
+        there = (
+            sorted(glob.glob(os.path.join(glob.escape(folder), '*.py')))
+            if folder
+            else glob.glob('config/*.py')
+        )
+        raise ConfigError(
+            f'cannot read the config file {path!r}: no such'
+            f' file{nearest(path, there) or " (options are written --key=value)"}'
+        )
     try:
         with open(path, encoding='utf-8-sig') as f:
             code = compile(f.read(), path, 'exec')
@@ -88,27 +121,50 @@ def read_file(path, defaults):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a user's file may raise
-        raise ConfigError(f'cannot read the config file {path!r}: {type(error).__name__}: {error}') from None
-    assigned = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL'))
+        raise ConfigError(
+            f'cannot read the config file {path!r}: {type(error).__name__}: {error}'
+        ) from None
+    assigned = dict.fromkeys(
+        i.argval for i in dis.get_instructions(code) if i.opname in ('STORE_NAME', 'STORE_GLOBAL')
+    )
     # import *, exec() and globals() set keys too
     assigned.update(dict.fromkeys(key for key in defaults if names.get(key) is not defaults[key]))
     private = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {name: names[name] for name in assigned
-            if name in names and not name.startswith('_') and (name in defaults or not isinstance(names[name], private))}
+    return {
+        name: names[name]
+        for name in assigned
+        if name in names
+        and not name.startswith('_')
+        and (name in defaults or not isinstance(names[name], private))
+    }
 
 
 def parse(text):
     """A command-line value: a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):  # nested too deeply, too many digits
+    except (
+        ValueError,
+        SyntaxError,
+        MemoryError,
+        RecursionError,
+    ):  # nested too deeply, too many digits
         return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
 
 
 def checked(key, value, hint, source):
     """`value` as the type that `hint` asks for; an int serves as a float. Raises ConfigError."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    choices = [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+    choices = [
+        c
+        for option in options
+        if typing.get_origin(option) is typing.Literal
+        for c in typing.get_args(option)
+    ]
     if value is None and type(None) in options:
         return None
     if isinstance(value, float) and not math.isfinite(value):
@@ -124,23 +180,35 @@ def checked(key, value, hint, source):
             try:
                 return float(value)
             except OverflowError:
-                raise ConfigError(f'{source}: {key} is a number of about {int(value.bit_length() * 0.30103) + 1} digits, which is too large') from None
+                raise ConfigError(
+                    f'{source}: {key} is a number of about {int(value.bit_length() * 0.30103) + 1}'
+                    ' digits, which is too large'
+                ) from None
     if float in options and isinstance(value, float):
         return value
     if int in options and isinstance(value, float) and value.is_integer():  # 1e3
         return int(value)
     if str in options and isinstance(value, (str, int, float)):
         if re.search('[\0\ud800-\udfff]', str(value)):
-            raise ConfigError(f'{source}: {key}={value!r} holds a character that no path and no text may have')
+            raise ConfigError(
+                f'{source}: {key}={value!r} holds a character that no path and no text may have'
+            )
         return str(value)
     if value in choices:
         return value
-    words = [repr(c) for c in choices] + ['True | False' if option is bool else option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
+    words = [repr(c) for c in choices] + [
+        'True | False' if option is bool else option.__name__
+        for option in options
+        if isinstance(option, type) and option is not type(None)
+    ]
     expected = ' | '.join(words + (['None'] if type(None) in options else []))
     hint_text = nearest(str(value), [str(c) for c in choices]) if choices else ''
     shown = shortened(value)
-    raise ConfigError(f'{source}: {key}={shown} is {a_type(value)}, expected {expected}{hint_text}' if not choices else
-                      f'{source}: {key}={shown} is not one of {expected}{hint_text}')
+    raise ConfigError(
+        f'{source}: {key}={shown} is {a_type(value)}, expected {expected}{hint_text}'
+        if not choices
+        else f'{source}: {key}={shown} is not one of {expected}{hint_text}'
+    )
 
 
 def shortened(value):
@@ -153,7 +221,13 @@ def shortened(value):
 
 
 def a_type(value):
-    return 'None' if value is None else f'a {type(value).__name__}' if type(value).__name__ != 'int' else 'an int'
+    return (
+        'None'
+        if value is None
+        else f'a {type(value).__name__}'
+        if type(value).__name__ != 'int'
+        else 'an int'
+    )
 
 
 def nearest(word, known):
@@ -163,7 +237,8 @@ def nearest(word, known):
 
 
 def help_text(schema, values, everything=False, width=None):
-    """Return the keys of `schema` with their `values`, choices and comments: those that its COMMON names, or all in their sections.
+    """Return the keys of `schema` with their `values`, choices and comments: those that its COMMON
+    names, or all in their sections.
 
     width: columns, None for those of the terminal.
     """
@@ -172,24 +247,38 @@ def help_text(schema, values, everything=False, width=None):
     defaults = {field.name: field.default for field in dataclasses.fields(schema)}
     if not everything and hasattr(schema, 'COMMON'):
         known = {key: text for _, keys in sections for key, text in keys.items()}
-        sections = [('Common options (--help=all lists all)', {key: known[key] for key in schema.COMMON})]
-    lines = ['usage: python train.py [config/file.py ...] [--key=value ...]', '       python train.py [config/file.py] --help | --help=all | --version']
+        sections = [
+            ('Common options (--help=all lists all)', {key: known[key] for key in schema.COMMON})
+        ]
+    lines = [
+        'usage: python train.py [config/file.py ...] [--key=value ...]',
+        '       python train.py [config/file.py] --help | --help=all | --version',
+    ]
     hints = typing.get_type_hints(schema)
     for title, keys in sections:
         lines += ['', title]
         for key, text in keys.items():
             choices = choices_of(hints[key])
-            text += f" [{' | '.join(choices)}]" if choices else ''
+            text += f' [{" | ".join(choices)}]' if choices else ''
             text += '' if values[key] == defaults[key] else f' (default: {defaults[key]!r})'
-            begin = f'  --{key}={values[key]!r}' if isinstance(values[key], str) and not values[key].isprintable() else f'  --{key}={values[key]}'
+            begin = (
+                f'  --{key}={values[key]!r}'
+                if isinstance(values[key], str) and not values[key].isprintable()
+                else f'  --{key}={values[key]}'
+            )
             wrapped = textwrap.wrap(text, max(20, width - 36), break_long_words=False)
             lines += [begin] if len(begin) > 34 else []
-            lines += [f'{begin if number == 0 and len(begin) <= 34 else "":<36}{line}' for number, line in enumerate(wrapped)]
+            lines += [
+                f'{begin if number == 0 and len(begin) <= 34 else "":<36}{line}'
+                for number, line in enumerate(wrapped)
+            ]
     return '\n'.join(lines)
 
 
 def described(schema):
-    """Return [(section, {key: its comment})] from the source of a dataclass, in which a section begins with `# ----`."""
+    """Return [(section, {key: its comment})] from the source of a dataclass, in which a section
+    begins with `# ----`.
+    """
     sections = []
     for line in inspect.getsource(schema).splitlines():
         if match := re.fullmatch(r'    # ---- (.+)', line):
@@ -205,7 +294,18 @@ def described(schema):
 
 
 def choices_of(hint):
-    """Return the words that a key may be, from its annotation; () where it may be anything of its type."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    found = [str(choice) for option in options if typing.get_origin(option) is typing.Literal for choice in typing.get_args(option)]
+    """Return the words that a key may be, from its annotation; () where it may be anything of its
+    type.
+    """
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
+    found = [
+        str(choice)
+        for option in options
+        if typing.get_origin(option) is typing.Literal
+        for choice in typing.get_args(option)
+    ]
     return found + ['None'] if found and type(None) in options else found

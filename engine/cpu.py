@@ -1,4 +1,6 @@
-"""What the processor of this machine is, and what it computes in. Needs the standard library alone."""
+"""What the processor of this machine is, and what it computes in. Needs the standard library
+alone.
+"""
 
 import functools
 import platform

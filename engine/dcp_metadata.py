@@ -244,7 +244,7 @@ def _check_places(tensors, storage, files):
             if place.length < count * tensor.properties.dtype.itemsize:
                 raise ValueError(
                     f'{name[:60]} does not fit into the {place.length} bytes '
-                    f'that it is said to have'
+                    'that it is said to have'
                 )
             ranges.setdefault(place.relative_path, []).append(
                 (place.offset, place.offset + place.length)

@@ -1,9 +1,11 @@
 """Read and write ranges of many files with few open ones.
 
-A data set may lie in tens of thousands of files, and a process may often have a thousand open. So a file is opened when a
-range of it is asked for, and the one that was used longest ago is closed. Reads name their offset (pread): processes that
-were forked from one another share no position, and a file that became shorter is an error, not the end of the process.
+A data set may lie in tens of thousands of files, and a process may often have a thousand open. So a
+file is opened when a range of it is asked for, and the one that was used longest ago is closed.
+Reads name their offset (pread): processes that were forked from one another share no position, and
+a file that became shorter is an error, not the end of the process.
 """
+
 import collections
 import contextlib
 import os
@@ -28,11 +30,14 @@ class Descriptors:
             while len(self.open) >= self.most:
                 os.close(self.open.popitem(last=False)[1])
             # what is written to is a local copy, which is no link
-            self.open[key] = os.open(path, flags | os.O_CLOEXEC | (os.O_NOFOLLOW if flags & os.O_RDWR else 0))
+            self.open[key] = os.open(
+                path, flags | os.O_CLOEXEC | (os.O_NOFOLLOW if flags & os.O_RDWR else 0)
+            )
         return self.open[key]
 
     def read_into(self, path, wanted):
-        """Fill each array of `wanted`, [(contiguous array, offset)], with the bytes of the file from its offset on; returns the file's version().
+        """Fill each array of `wanted`, [(contiguous array, offset)], with the bytes of the file
+        from its offset on; returns the file's version().
 
         Raises OSError where the file ends before.
         """
@@ -41,7 +46,9 @@ class Descriptors:
             for array, offset in wanted:
                 count = os.preadv(descriptor, [array], offset)
                 if count != array.nbytes:
-                    self._rest(path, descriptor, memoryview(array).cast('B')[count:], offset + count)
+                    self._rest(
+                        path, descriptor, memoryview(array).cast('B')[count:], offset + count
+                    )
             return version(os.fstat(descriptor))
 
     def _rest(self, path, descriptor, view, offset):
@@ -65,7 +72,9 @@ class Descriptors:
                 data, offset = data[count:], offset + count
 
     def forget(self, path):
-        """Close a file that was read, so that the next read opens the one that has its name then."""
+        """Close a file that was read, so that the next read opens the one that has its name
+        then.
+        """
         with self.lock:
             if (path, os.O_RDONLY) in self.open:
                 os.close(self.open.pop((path, os.O_RDONLY)))
@@ -93,8 +102,11 @@ def version(status):
 
 
 def raise_limit():
-    """Let this process open as many files as the system admits: each process of a job needs some for every other."""
+    """Let this process open as many files as the system admits: each process of a job needs some
+    for every other.
+    """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
+
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

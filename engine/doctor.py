@@ -2,7 +2,7 @@
 Say what this machine has for training, what it lacks, and what to type about it.
 
     python3 start.py doctor
-    python3 start.py doctor --url s3://bucket/folder     can that be written to, as --upload_to does?
+    python3 start.py doctor --url s3://bucket/folder    can --upload_to write there?
     python3 start.py doctor --json
 
 Exit code 0, or 1 where something keeps runs from starting.
@@ -184,10 +184,7 @@ def bucket(url):
 
 def main(argv=None):
     """Print the findings; returns the exit code."""
-    parser = ArgumentParser(
-        prog='start.py doctor',
-        description=__doc__,
-    )
+    parser = ArgumentParser(prog='start.py doctor', description=__doc__)
     parser.add_argument('--url', help='a place for uploads, which is written to and read from')
     parser.add_argument('--json', action='store_true', help='print JSON')
     args = parser.parse_args(argv)

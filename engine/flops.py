@@ -1,16 +1,20 @@
 """FLOPs from the structure, peaks of devices, and what follows: model FLOPs utilisation (MFU).
 
-Convention: every matmul that runs, forward and backward, per token of training. A linear layer costs 6 per weight (2
-forward, 4 backward; a tied head counts, an embedding lookup does not; of experts those that a token goes to), attention scores and their product with the
-values 12 * n_layer * n_head * head_dim * T, causality not halved (Chowdhery et al., "PaLM", 2022, appendix B). The causal
-figure, with half of the attention, stands beside it. torch's FlopCounterMode agrees to the last FLOP (tests/test_flops.py).
+Convention: every matmul that runs, forward and backward, per token of training. A linear layer
+costs 6 per weight (2 forward, 4 backward; a tied head counts, an embedding lookup does not; of
+experts those that a token goes to), attention scores and their product with the values 12 * n_layer
+* n_head * head_dim * T, causality not halved (Chowdhery et al., "PaLM", 2022, appendix B). The
+causal figure, with half of the attention, stands beside it. torch's FlopCounterMode agrees to the
+last FLOP (tests/test_flops.py).
 """
+
 import re
 from dataclasses import dataclass
 
 # dense tensor-core peaks in bf16 and fp16, TFLOP/s, from the vendors' data sheets
 _PEAKS = [
-    (r'\bH100 (PCIe|NVL)\b|\bH200 NVL\b|\bH800 PCIe\b', None),  # other clocks than the SXM card, and no figure that was checked
+    # other clocks than the SXM card, and no figure that was checked
+    (r'\bH100 (PCIe|NVL)\b|\bH200 NVL\b|\bH800 PCIe\b', None),
     (r'\b(H100|H200|GH200)\b', 989),
     (r'\bB200\b', 2250),
     (r'\bA100\b', 312),
@@ -24,8 +28,8 @@ _PEAKS = [
 def peak_flops(device_name, dtype):
     """Dense peak of one device in FLOP/s, or None where it is not known.
 
-    device_name: as torch.cuda.get_device_name says, None for a CPU; dtype: 'bfloat16' | 'float16' | 'float32' (no
-    figure is kept for float32: it depends on the TF32 setting).
+    device_name: as torch.cuda.get_device_name says, None for a CPU; dtype: 'bfloat16' | 'float16' |
+    'float32' (no figure is kept for float32: it depends on the TF32 setting).
     """
     if device_name is None or dtype not in ('bfloat16', 'float16'):
         return None
@@ -38,6 +42,7 @@ def peak_flops(device_name, dtype):
 @dataclass(frozen=True)
 class TokenFlops:
     """FLOPs of training on one token, by part."""
+
     n_layer: int
     attention: float  # of all layers: projections and scores
     ffn: float
@@ -54,17 +59,24 @@ class TokenFlops:
 
 
 def per_token(weights, *, n_layer, width, seen):
-    """TokenFlops of a model. weights: {'attention', 'ffn', 'head'}, numbers of matmul weights that a token meets, all layers together; width: n_head *
-    head_dim; seen: for each layer the tokens that attention reaches over, the length of the sequence or a window."""
+    """TokenFlops of a model. weights: {'attention', 'ffn', 'head'}, numbers of matmul weights that
+    a token meets, all layers together; width: n_head * head_dim; seen: for each layer the tokens
+    that attention reaches over, the length of the sequence or a window.
+    """
     scores = 12 * width * sum(seen)
-    return TokenFlops(n_layer, 6 * weights['attention'] + scores, 6 * weights['ffn'], 6 * weights['head'], scores)
+    return TokenFlops(
+        n_layer, 6 * weights['attention'] + scores, 6 * weights['ffn'], 6 * weights['head'], scores
+    )
 
 
-VARIES = ('mfu', 'mfu_percent', 'mfu_causal', 'flops_achieved', 'tokens_per_sec', 'achieved_tflops')  # from iteration to iteration
+# from iteration to iteration
+VARIES = ('mfu', 'mfu_percent', 'mfu_causal', 'flops_achieved', 'tokens_per_sec', 'achieved_tflops')
 
 
 def utilisation(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
-    """The `mfu` object of the log: achieved FLOP/s of all devices over their summed peak; null where no peak is known."""
+    """The `mfu` object of the log: achieved FLOP/s of all devices over their summed peak; null
+    where no peak is known.
+    """
     peak = peak_flops(device_name, dtype)
     achieved = flops.total * tokens_per_sec
     mfu = achieved / (peak * num_devices) if peak else None

@@ -1,11 +1,13 @@
 """Tokens to batches.
 
-The training stream is a fixed sequence of windows of block_size + 1 tokens. Position p, counted in sequences since the
-start of training, names a window as a pure function of (seed, p): epoch p // n, and within it a keyed permutation of
-the n windows that do not overlap, all shifted by an offset of that epoch. Nothing is stored and nothing is drawn, so
-resume is one integer, an epoch shows every token once (but for less than two windows at the ends), and what a step
-sees does not depend on the number of ranks, the micro-batch, evaluation or logging.
+The training stream is a fixed sequence of windows of block_size + 1 tokens. Position p, counted in
+sequences since the start of training, names a window as a pure function of (seed, p): epoch p // n,
+and within it a keyed permutation of the n windows that do not overlap, all shifted by an offset of
+that epoch. Nothing is stored and nothing is drawn, so resume is one integer, an epoch shows every
+token once (but for less than two windows at the ends), and what a step sees does not depend on the
+number of ranks, the micro-batch, evaluation or logging.
 """
+
 import atexit
 import hashlib
 import queue
@@ -25,7 +27,9 @@ STARTS_AHEAD = 64  # micro-steps
 
 
 def mix(*numbers):
-    """A 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in, Python int out."""
+    """A 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in, Python int
+    out.
+    """
     h = 0
     for number in numbers:
         h = (h + number + 0x9E3779B97F4A7C15) & _MASK
@@ -46,9 +50,10 @@ def _mix_array(x, key):
 def permute(index, n, key):
     """Keyed permutation of 0..n-1, elementwise and in O(1) memory.
 
-    index: (k,) int64 array of values in [0, n). Returns a (k,) int64 array; over all of 0..n-1 it is a bijection.
-    A Feistel network over a grid of a x b >= n cells (a, b close to sqrt(n)); what lands on one of the few cells
-    beyond n walks on along its cycle (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    index: (k,) int64 array of values in [0, n). Returns a (k,) int64 array; over all of 0..n-1 it
+    is a bijection. A Feistel network over a grid of a x b >= n cells (a, b close to sqrt(n)); what
+    lands on one of the few cells beyond n walks on along its cycle (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002).
     """
     a = int(np.ceil(np.sqrt(n)))
     b = -(-n // a)
@@ -71,14 +76,17 @@ def permute(index, n, key):
 
 class _Order:
     def starts(self, position, count):
-        """First token of the windows at positions position .. position + count - 1: (count,) int64 array."""
+        """First token of the windows at positions position .. position + count - 1: (count,) int64
+        array.
+        """
         return self.at(np.arange(position, position + count, dtype=np.int64))
 
 
 class WindowOrder(_Order):
     """Where the window at each position of the training stream starts.
 
-    n_tokens: tokens in the split; block_size: T, a window is T + 1 tokens and windows start T apart.
+    n_tokens: tokens in the split; block_size: T, a window is T + 1 tokens and windows start T
+    apart.
     """
 
     def __init__(self, n_tokens, block_size, seed):
@@ -99,8 +107,10 @@ class WindowOrder(_Order):
 
 
 class MixedOrder(_Order):
-    """The same for a Mixture. Of each cycle of positions a source gets its share, spread evenly: always the one that is furthest behind. Its windows
-    are those of its own order, one after the other."""
+    """The same for a Mixture. Of each cycle of positions a source gets its share, spread evenly:
+    always the one that is furthest behind. Its windows are those of its own order, one after the
+    other.
+    """
 
     def __init__(self, mixture, block_size, seed):
         self.block_size = block_size
@@ -108,18 +118,24 @@ class MixedOrder(_Order):
         self.shares, self.firsts = mixture.shares, mixture.firsts
         cycle = cycle_of(self.shares)
         self.counts = np.array([int(share * cycle) for share in self.shares])
-        self.source, self.before = np.empty(cycle, np.int64), np.empty(cycle, np.int64)  # whose turn a position of a cycle is, and how many it had
+        # whose turn a position of a cycle is, and how many it had
+        self.source, self.before = np.empty(cycle, np.int64), np.empty(cycle, np.int64)
         used = np.zeros(len(self.counts), np.int64)
         for turn in range(cycle):
             self.source[turn] = last = np.argmax(self.counts * (turn + 1) - used * cycle)
             self.before[turn] = used[last]
             used[last] += 1
         # an epoch is over when the first source has been read through
-        self.per_epoch = int(min(order.per_epoch / share for order, share in zip(self.orders, self.shares)))
+        self.per_epoch = int(
+            min(order.per_epoch / share for order, share in zip(self.orders, self.shares))
+        )
 
     def at(self, positions):
         source, turn = self.source[positions % len(self.source)], positions // len(self.source)
-        within, starts = turn * self.counts[source] + self.before[positions % len(self.source)], np.empty(len(positions), np.int64)
+        within, starts = (
+            turn * self.counts[source] + self.before[positions % len(self.source)],
+            np.empty(len(positions), np.int64),
+        )
         for number, order in enumerate(self.orders):
             here = source == number
             starts[here] = self.firsts[number] + order.at(within[here])
@@ -128,11 +144,17 @@ class MixedOrder(_Order):
 
 def order_of(file, block_size, seed):
     """The order in which training reads an engine.dataset.Tokens or Mixture."""
-    return MixedOrder(file, block_size, seed) if isinstance(file, Mixture) else WindowOrder(len(file), block_size, seed)
+    return (
+        MixedOrder(file, block_size, seed)
+        if isinstance(file, Mixture)
+        else WindowOrder(len(file), block_size, seed)
+    )
 
 
 def read_batch(file, starts, block_size, ring=None):
-    """Return the sequences of `file` that begin at `starts`, (B,) array: (B, block_size + 1) int64; or of an engine.ring.Ring this rank's part."""
+    """Return the sequences of `file` that begin at `starts`, (B,) array: (B, block_size + 1) int64;
+    or of an engine.ring.Ring this rank's part.
+    """
     return ring.read_part(file, starts) if ring else file.windows(starts, block_size)
 
 
@@ -142,76 +164,116 @@ def inputs_and_targets(batch):
 
 
 def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1, ring=None):
-    """Yield the fixed evaluation windows of a split as (x, y, source): int64 CPU tensors of shape (batch_size, block_size), with an engine.ring.Ring
-    this rank's part of them, and the number of the source whose tokens have targets. A batch with windows of several sources comes once for each.
+    """Yield the fixed evaluation windows of a split as (x, y, source): int64 CPU tensors of shape
+    (batch_size, block_size), with an engine.ring.Ring this rank's part of them, and the number of
+    the source whose tokens have targets. A batch with windows of several sources comes once for
+    each.
 
-    n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping: the same at every
-    evaluation and for every number of ranks; rank r takes each world_size-th batch. Every rank gets as many batches of the same
-    shape, since ranks compute together: what fills them up has no target (IGNORE).
+    n_batches * batch_size windows (or as many as there are), evenly spaced and never overlapping:
+    the same at every evaluation and for every number of ranks; rank r takes each world_size-th
+    batch. Every rank gets as many batches of the same shape, since ranks compute together: what
+    fills them up has no target (IGNORE).
     """
     starts = file.evaluation_starts(block_size, n_batches * batch_size)
     for first in range(0, len(starts), world_size * batch_size):
-        mine = starts[first + rank * batch_size:first + (rank + 1) * batch_size]
+        mine = starts[first + rank * batch_size : first + (rank + 1) * batch_size]
         filled = np.resize(mine if len(mine) else starts[:1], batch_size)
         x, y = inputs_and_targets(read_batch(file, filled, block_size, ring))
         y = y.clone()
-        y[len(mine):] = IGNORE
+        y[len(mine) :] = IGNORE
         of_row = torch.from_numpy(file.sources_of(filled))
-        for source in np.unique(file.sources_of(starts[first:first + world_size * batch_size])):  # alike on every rank
+        # alike on every rank
+        for source in np.unique(file.sources_of(starts[first : first + world_size * batch_size])):
             yield x, torch.where((of_row == source)[:, None], y, IGNORE), int(source)
 
 
 def evaluation_length(file, block_size, batch_size, n_batches, world_size=1):
     """How many batches evaluation_batches() gives to each rank."""
     sources = file.sources_of(file.evaluation_starts(block_size, n_batches * batch_size))
-    return sum(len(np.unique(sources[first:first + world_size * batch_size])) for first in range(0, len(sources), world_size * batch_size))
+    return sum(
+        len(np.unique(sources[first : first + world_size * batch_size]))
+        for first in range(0, len(sources), world_size * batch_size)
+    )
 
 
 def evaluation_identity(file, c):
-    """Return hex that is another one wherever the evaluation windows of `file` differ, or what a token of them sees.
+    """Return hex that is another one wherever the evaluation windows of `file` differ, or what a
+    token of them sees.
 
     c: train.Config. Losses under different ones are no rivals.
     """
     starts = file.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
-    return hashlib.sha256(f'{file.fingerprint} {c.block_size} {c.document_mask} '.encode() + np.asarray(starts, '<i8').tobytes()).hexdigest()
+    return hashlib.sha256(
+        f'{file.fingerprint} {c.block_size} {c.document_mask} '.encode()
+        + np.asarray(starts, '<i8').tobytes()
+    ).hexdigest()
 
 
 class TrainLoader:
     """Micro-batches of this rank, from `position` on, without end.
 
-    Micro-step m of a step that starts at position p gets, on rank r of w, the sequences from p + (m * w + r) * batch_size:
-    one process with accumulation 4 and two with accumulation 2 see the same steps. `next()` returns
-    (x, y, position of its first sequence); x and y are (batch_size, block_size) int64 on `device`, or with `ring`, an engine.ring.Ring, this rank's part of them.
+    Micro-step m of a step that starts at position p gets, on rank r of w, the sequences from p + (m
+    * w + r) * batch_size: one process with accumulation 4 and two with accumulation 2 see the same
+    steps. `next()` returns (x, y, position of its first sequence); x and y are (batch_size,
+    block_size) int64 on `device`, or with `ring`, an engine.ring.Ring, this rank's part of them.
 
-    On CUDA the windows are gathered into pinned memory by a thread that runs ahead and copied without waiting; files that lie elsewhere are read by such
-    a thread too. With `num_workers` > 0 torch's DataLoader gathers in that many processes, `prefetch_factor` batches ahead each.
+    On CUDA the windows are gathered into pinned memory by a thread that runs ahead and copied
+    without waiting; files that lie elsewhere are read by such a thread too. With `num_workers` > 0
+    torch's DataLoader gathers in that many processes, `prefetch_factor` batches ahead each.
     `wait_s` adds up the seconds that next() spent waiting.
     """
 
-    def __init__(self, file, order, *, batch_size, rank, world_size, position, device, num_workers=0, prefetch_factor=2, ring=None):
+    def __init__(
+        self,
+        file,
+        order,
+        *,
+        batch_size,
+        rank,
+        world_size,
+        position,
+        device,
+        num_workers=0,
+        prefetch_factor=2,
+        ring=None,
+    ):
         self.file, self.order, self.batch_size, self.ring = file, order, batch_size, ring
         self.rank, self.world_size, self.first = rank, world_size, position
         self.device, self.pin = device, device.type == 'cuda'
         self.wait_s, self.micro = 0.0, 0
-        self.starts = None, None  # (number of a run of STARTS_AHEAD micro-steps, where their windows begin)
+        # (number of a run of STARTS_AHEAD micro-steps, where their windows begin)
+        self.starts = None, None
         self.workers, self.queue, self.stopped = None, None, threading.Event()
         self.source = (self.windows(micro) for micro in _Count())
         if num_workers:
-            self.workers = iter(torch.utils.data.DataLoader(
-                self, sampler=_Count(), batch_size=None, num_workers=num_workers, prefetch_factor=prefetch_factor,
-                pin_memory=self.pin, worker_init_fn=_ignore_signals))
+            self.workers = iter(
+                torch.utils.data.DataLoader(
+                    self,
+                    sampler=_Count(),
+                    batch_size=None,
+                    num_workers=num_workers,
+                    prefetch_factor=prefetch_factor,
+                    pin_memory=self.pin,
+                    worker_init_fn=_ignore_signals,
+                )
+            )
             self.source = self.workers
-            atexit.register(self.close)  # before multiprocessing waits for workers that ignore its SIGTERM
+            # before multiprocessing waits for workers that ignore its SIGTERM
+            atexit.register(self.close)
         if num_workers or self.pin or file.remote:
             self.queue = queue.Queue(maxsize=2 if num_workers else 4)
             threading.Thread(target=self._run_ahead, daemon=True, name='batches').start()
 
     def position_of(self, micro):
-        """Position in the stream of the first sequence of this rank's micro-step `micro`, counted from the first step."""
+        """Position in the stream of the first sequence of this rank's micro-step `micro`, counted
+        from the first step.
+        """
         return self.first + (micro * self.world_size + self.rank) * self.batch_size
 
     def __getitem__(self, micro):
-        """windows(), for DataLoader, which would make a page of an error: it is the item, and raised where that is asked for."""
+        """windows(), for DataLoader, which would make a page of an error: it is the item, and
+        raised where that is asked for.
+        """
         try:
             return self.windows(micro)
         except (ConfigError, OSError) as error:
@@ -224,7 +286,9 @@ class TrainLoader:
             first = self.position_of(run * STARTS_AHEAD + np.arange(STARTS_AHEAD))
             positions = first[:, None] + np.arange(self.batch_size)
             self.starts = run, self.order.at(positions.ravel()).reshape(positions.shape)
-        return read_batch(self.file, self.starts[1][micro % STARTS_AHEAD], self.order.block_size, self.ring)
+        return read_batch(
+            self.file, self.starts[1][micro % STARTS_AHEAD], self.order.block_size, self.ring
+        )
 
     def next(self, interrupted=lambda: False):
         """The next (x, y, position), or None if interrupted() became true while waiting for it."""
@@ -238,9 +302,17 @@ class TrainLoader:
         return *inputs_and_targets(window.to(self.device, non_blocking=self.pin)), position
 
     def nothing(self):
-        """Return what next() would, with zeros: for a rank that has to take part in a step that will be given up."""
-        shape = (2, self.batch_size, len(self.ring.positions)) if self.ring else (self.batch_size, self.order.block_size + 1)
-        return *inputs_and_targets(torch.zeros(shape, dtype=torch.int64, device=self.device)), self.position_of(self.micro)
+        """Return what next() would, with zeros: for a rank that has to take part in a step that
+        will be given up.
+        """
+        shape = (
+            (2, self.batch_size, len(self.ring.positions))
+            if self.ring
+            else (self.batch_size, self.order.block_size + 1)
+        )
+        return *inputs_and_targets(
+            torch.zeros(shape, dtype=torch.int64, device=self.device)
+        ), self.position_of(self.micro)
 
     def _wait(self, interrupted):
         while True:
@@ -272,9 +344,11 @@ class TrainLoader:
     def close(self):
         """Stop the thread and the worker processes."""
         self.stopped.set()
-        if self.workers is not None:  # not left to the garbage collector: a traceback may hold the iterator
+        # not left to the garbage collector: a traceback may hold the iterator
+        if self.workers is not None:
             workers, self.workers = self.workers, None
-            torch.utils.data._utils.signal_handling._remove_worker_pids(id(workers))  # or torch takes their end for an error
+            # or torch takes their end for an error
+            torch.utils.data._utils.signal_handling._remove_worker_pids(id(workers))
             workers._worker_pids_set = False
             for process in workers._workers:
                 process.kill()  # they only read, and one may hang in it

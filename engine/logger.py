@@ -1,14 +1,17 @@
 """What a run writes about itself.
 
-    out_dir/run_YYYYMMDD_HHMMSS.jsonl   the truth: one JSON object per line, the header first, appended and flushed
-    out_dir/run_YYYYMMDD_HHMMSS.json    the same as one object, always valid: written aside and renamed, each time that the
-                                        .jsonl has doubled, and at the end (engine/run_json.py)
-    out_dir/run_YYYYMMDD_HHMMSS.log     the console text
+    run_YYYYMMDD_HHMMSS.jsonl   the truth: one JSON object per line, the header first, appended
+                                and flushed
+    run_YYYYMMDD_HHMMSS.json    the same as one object, always valid: written aside and renamed,
+                                each time that the .jsonl has doubled, and at the end (run_json.py)
+    run_YYYYMMDD_HHMMSS.log     the console text
 
-and, where asked for, Weights & Biases, trackio and TensorBoard. Nothing that is written is held in memory: a record costs the same
-whether it is the tenth or the millionth. A resumed run cuts its .jsonl behind the step it resumed from, so that curves never
-fork. A number that is not finite is written as null: JSON has no NaN.
+and, where asked for, Weights & Biases, trackio and TensorBoard. Nothing that is written is held in
+memory: a record costs the same whether it is the tenth or the millionth. A resumed run cuts its
+.jsonl behind the step it resumed from, so that curves never fork. A number that is not finite is
+written as null: JSON has no NaN.
 """
+
 import contextlib
 import datetime
 import errno
@@ -33,36 +36,64 @@ def now():
 
 
 def new_run_name(out_dir):
-    """Return run_YYYYMMDD_HHMMSS of now, or of the second after the newest run in out_dir where this machine's clock is behind it."""
+    """Return run_YYYYMMDD_HHMMSS of now, or of the second after the newest run in out_dir where
+    this machine's clock is behind it.
+    """
     moment = datetime.datetime.now()
     for name in os.listdir(out_dir) if os.path.isdir(out_dir) else ():
         if match := _RUN_FILE.fullmatch(name):
             with contextlib.suppress(ValueError, OverflowError):
-                moment = max(moment, datetime.datetime.strptime(match[1], 'run_%Y%m%d_%H%M%S') + datetime.timedelta(seconds=1))
+                moment = max(
+                    moment,
+                    datetime.datetime.strptime(match[1], 'run_%Y%m%d_%H%M%S')
+                    + datetime.timedelta(seconds=1),
+                )
     return moment.strftime('run_%Y%m%d_%H%M%S')
 
 
 def unsaved_run(out_dir, config):
-    """Name of the newest run in out_dir if it had this `config` and neither saved a checkpoint nor came to its end, else None: it can begin again under its name."""
+    """Name of the newest run in out_dir if it had this `config` and neither saved a checkpoint nor
+    came to its end, else None: it can begin again under its name.
+    """
     logs = sorted(name for name in os.listdir(out_dir) if _RUN_FILE.fullmatch(name))
     if not logs:
         return None
     records = read_records(os.path.join(out_dir, logs[-1]))
     same = next(records, {}).get('config') == json.loads(json.dumps(finite(config)))
-    return logs[-1].removesuffix('.jsonl') if same and not any(r['type'] in ('checkpoint', 'end') for r in records) else None
+    return (
+        logs[-1].removesuffix('.jsonl')
+        if same and not any(r['type'] in ('checkpoint', 'end') for r in records)
+        else None
+    )
 
 
 _RUN_FILE = re.compile(r'(run_\d{8}_\d{6})\.jsonl', re.ASCII)
 
 
 class RunLog:
-    """Log of one run. Only the main rank has an `active` one; with write=False it only shows text on the terminal.
+    """Log of one run. Only the main rank has an `active` one; with write=False it only shows text
+    on the terminal.
 
-    terminal: engine.terminal.Terminal, None: one of its own. header: {'config', 'startup_info', 'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there;
+    terminal: engine.terminal.Terminal, None: one of its own. header: {'config', 'startup_info',
+    'metadata'}, plain builtins. resume_step: continue the files of `run_name` from there;
     evaluated: the evaluation at that step was finished, so its record stays.
     """
 
-    def __init__(self, out_dir, run_name, header, *, active=True, write=True, resume_step=None, evaluated=False, save_json=True, save_interval=100, first=0, terminal=None):
+    def __init__(
+        self,
+        out_dir,
+        run_name,
+        header,
+        *,
+        active=True,
+        write=True,
+        resume_step=None,
+        evaluated=False,
+        save_json=True,
+        save_interval=100,
+        first=0,
+        terminal=None,
+    ):
         self.active, self.write = active, active and write
         self.save_json, self.save_interval = save_json, save_interval
         self.path = os.path.join(out_dir, run_name or '')
@@ -79,22 +110,45 @@ class RunLog:
                 check_own(f'{self.path}.{ending}')
             goes_on = resume_step is not None and self._cut_after(resume_step, evaluated)
             self.text = open(f'{self.path}.log', 'a', encoding='utf-8', errors='backslashreplace')
-            self.lines, self.unwritten, self.disk_works = open(f'{self.path}.jsonl', 'ab', buffering=0), b'', True
+            self.lines, self.unwritten, self.disk_works = (
+                open(f'{self.path}.jsonl', 'ab', buffering=0),
+                b'',
+                True,
+            )
         except OSError as error:
-            raise ConfigError(f'the log {error.filename or self.path} cannot be written ({error.strerror}): make room or move what is in '
-                              f'the way, or give another --out_dir') from None
+            raise ConfigError(
+                f'the log {error.filename or self.path} cannot be written ({error.strerror}): make'
+                ' room or move what is in the way, or give another --out_dir'
+            ) from None
         self.size = os.path.getsize(f'{self.path}.jsonl')  # bytes that were appended, in all
         self.json_due = 2 * self.size
         if goes_on:
-            self.event('resume', iter=resume_step, timestamp=now(), config=header['config'], metadata=header['metadata'],
-                       mfu_constants=header.get('mfu_constants'))
+            self.event(
+                'resume',
+                iter=resume_step,
+                timestamp=now(),
+                config=header['config'],
+                metadata=header['metadata'],
+                mfu_constants=header.get('mfu_constants'),
+            )
         else:
-            self._append(finite({'type': 'header', 'format': FORMAT, 'run_name': run_name, 'start_time': self.run['start_time'], **header}))
+            self._append(
+                finite(
+                    {
+                        'type': 'header',
+                        'format': FORMAT,
+                        'run_name': run_name,
+                        'start_time': self.run['start_time'],
+                        **header,
+                    }
+                )
+            )
 
     def _cut_after(self, step, evaluated):
         """Drop from the .jsonl what lies beyond `step`, and return whether any record stays.
 
-        Takes time in proportion to what lies beyond the last iteration that stays, not to the whole file.
+        Takes time in proportion to what lies beyond the last iteration that stays, not to the whole
+        file.
         """
         path = f'{self.path}.jsonl'
         if not os.path.exists(path):
@@ -109,7 +163,8 @@ class RunLog:
                 if record is None:  # the last line of a killed run may be cut
                     damaged.append(line)
                     continue
-                # a save comes before the evaluation at its step, which may have been cut short and will then be made again
+                # a save comes before the evaluation at its step, which may have been cut short and
+                # will then be made again
                 again = record['type'] == 'eval' and record['iter'] == step and not evaluated
                 if record['type'] == 'end' or record.get('iter', 0) > step or again:
                     continue
@@ -135,7 +190,9 @@ class RunLog:
         return self.wall_before + time.perf_counter() - self.started
 
     def say(self, text='', verbatim=False):
-        """Show `text` on the terminal and keep it in the .log file, without the secrets of URLs in it unless it is `verbatim`."""
+        """Show `text` on the terminal and keep it in the .log file, without the secrets of URLs in
+        it unless it is `verbatim`.
+        """
         if not self.active:
             return
         text = text if verbatim else redact(text)
@@ -161,7 +218,12 @@ class RunLog:
             sink(kind, record)
         if kind == 'checkpoint':
             self.checkpoints.add(record['iter'])
-        if self.save_json and kind == 'iter' and record['iter'] - self.saved_at >= self.save_interval and self.size >= self.json_due:
+        if (
+            self.save_json
+            and kind == 'iter'
+            and record['iter'] - self.saved_at >= self.save_interval
+            and self.size >= self.json_due
+        ):
             self.saved_at = record['iter']
             self.write_json()
 
@@ -173,34 +235,47 @@ class RunLog:
             self._write()
 
     def _write(self):
-        """Bring the records to the file; what a full disk refuses stays in memory and comes before the next record."""
+        """Bring the records to the file; what a full disk refuses stays in memory and comes before
+        the next record.
+        """
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[self.lines.write(self.unwritten):]
+                self.unwritten = self.unwritten[self.lines.write(self.unwritten) :]
             self.disk_works = True
         except OSError as error:
             if self.disk_works:
-                self.terminal.say(f'THE LOG CANNOT BE WRITTEN ({error.strerror}): {self.path}.jsonl will be completed when it can')
+                self.terminal.say(
+                    f'THE LOG CANNOT BE WRITTEN ({error.strerror}): {self.path}.jsonl will be'
+                    ' completed when it can'
+                )
             self.disk_works = False
 
     def sync(self):
-        """Bring the records to the disk, so that a checkpoint never outlives the lines before it."""
+        """Bring the records to the disk, so that a checkpoint never outlives the lines before
+        it.
+        """
         if self.write:
-            with self.lock:  # the thread that saves calls this, while the main thread writes records
+            # the thread that saves calls this, while the main thread writes records
+            with self.lock:
                 self._write()
                 unwritten = self.unwritten
             if unwritten:
-                raise OSError(errno.ENOSPC, 'the log before it cannot be written', f'{self.path}.jsonl')
+                raise OSError(
+                    errno.ENOSPC, 'the log before it cannot be written', f'{self.path}.jsonl'
+                )
             os.fsync(self.lines.fileno())
 
     def has_checkpoint(self, step):
-        """Whether the checkpoint of `step` is recorded: a kill can come between writing it and noting so."""
+        """Whether the checkpoint of `step` is recorded: a kill can come between writing it and
+        noting so.
+        """
         return step in self.checkpoints
 
     def write_json(self):
         """Write the .json, and return the summary of the run."""
         self.json_due = 2 * self.size
-        with contextlib.suppress(OSError):  # a full disk: the file stays as it was, the next one is complete again
+        # a full disk: the file stays as it was, the next one is complete again
+        with contextlib.suppress(OSError):
             return write_json(f'{self.path}.jsonl', f'{self.path}.json', self.run)
         return self.summarize()
 
@@ -236,8 +311,15 @@ class RunLog:
     def to_wandb(self, project, name):
         """Send records to Weights & Biases as well (the package `wandb`)."""
         import wandb
-        run = wandb.init(project=project, name=name, id=self.run['run_name'], resume='allow', config=self.run['config'],
-                         dir=os.path.dirname(self.path))
+
+        run = wandb.init(
+            project=project,
+            name=name,
+            id=self.run['run_name'],
+            resume='allow',
+            config=self.run['config'],
+            dir=os.path.dirname(self.path),
+        )
 
         def sink(kind, record):
             if kind == 'close':
@@ -245,20 +327,46 @@ class RunLog:
             elif kind in ('iter', 'eval'):
                 run.log(scalars(kind, record), step=record['iter'])
             elif kind == 'sample':
-                run.log({'sample': wandb.Html(f"<pre>{html.escape(record['text'])}</pre>")}, step=record['iter'])
+                run.log(
+                    {'sample': wandb.Html(f'<pre>{html.escape(record["text"])}</pre>')},
+                    step=record['iter'],
+                )
+
         self.sinks.append(sink)
 
     def to_trackio(self, project, name):
-        """Keep records for trackio's dashboard on this machine as well (the package `trackio`, which needs no account)."""
+        """Keep records for trackio's dashboard on this machine as well (the package `trackio`,
+        which needs no account).
+        """
         import trackio
-        run = trackio.init(project=project, name=f"{name}-{self.run['run_name']}", resume='allow', config=finite(self.run['config']))
-        self.sinks.append(lambda kind, record: run.finish() if kind == 'close' else run.log(scalars(kind, record), step=record['iter'])
-                          if kind in ('iter', 'eval') else None)
+
+        run = trackio.init(
+            project=project,
+            name=f'{name}-{self.run["run_name"]}',
+            resume='allow',
+            config=finite(self.run['config']),
+        )
+        self.sinks.append(
+            lambda kind, record: (
+                run.finish()
+                if kind == 'close'
+                else (
+                    run.log(scalars(kind, record), step=record['iter'])
+                    if kind in ('iter', 'eval')
+                    else None
+                )
+            )
+        )
 
     def to_tensorboard(self):
-        """Write records as TensorBoard events into out_dir/tensorboard/<run name> as well (the package `tensorboard`)."""
+        """Write records as TensorBoard events into out_dir/tensorboard/<run name> as well (the
+        package `tensorboard`).
+        """
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(os.path.join(os.path.dirname(self.path), 'tensorboard', self.run['run_name']))
+
+        writer = SummaryWriter(
+            os.path.join(os.path.dirname(self.path), 'tensorboard', self.run['run_name'])
+        )
 
         def sink(kind, record):
             if kind == 'close':
@@ -267,12 +375,18 @@ class RunLog:
                 for key, value in scalars(kind, record).items():
                     writer.add_scalar(key, value, record['iter'])
             elif kind == 'sample':
-                writer.add_text('sample', '    ' + record['text'].replace('\n', '\n    '), record['iter'])  # as Markdown writes code
+                # as Markdown writes code
+                writer.add_text(
+                    'sample', '    ' + record['text'].replace('\n', '\n    '), record['iter']
+                )
+
         self.sinks.append(sink)
 
 
 def _last_iteration(f, step):
-    """Return the offset of the last line of the open .jsonl `f` that records an iteration up to `step`, 0 if none does."""
+    """Return the offset of the last line of the open .jsonl `f` that records an iteration up to
+    `step`, 0 if none does.
+    """
     end, rest = f.seek(0, os.SEEK_END), b''  # rest: the beginning of a line that ends behind `end`
     while end:
         begin = max(0, end - _BLOCK)
@@ -301,7 +415,10 @@ def scalars(kind, record):
                 walk(f'{prefix}/{key}', inner)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             flat[prefix] = value
+
     for key, value in record.items():
-        if key not in ('type', 'timestamp', 'iter') and not (key == 'mfu' and not isinstance(value, dict)):
-            walk(f"{'train' if kind == 'iter' else 'eval'}/{key}", value)
+        if key not in ('type', 'timestamp', 'iter') and not (
+            key == 'mfu' and not isinstance(value, dict)
+        ):
+            walk(f'{"train" if kind == "iter" else "eval"}/{key}', value)
     return flat

@@ -1,8 +1,11 @@
-"""How much memory a training step will need, found out by taking one without any: on tensors that have shapes and no contents, each storage counted while it lives.
+"""How much memory a training step will need, found out by taking one without any: on tensors that
+have shapes and no contents, each storage counted while it lives.
 
-What is counted is what the operators of a step ask for. An allocator may hold more: blocks that were freed and fit nothing (on a CPU, where big ones are kept for speed, a tenth
-to a half). With torch.compile it is the prediction for the same step without it.
+What is counted is what the operators of a step ask for. An allocator may hold more: blocks that
+were freed and fit nothing (on a CPU, where big ones are kept for speed, a tenth to a half). With
+torch.compile it is the prediction for the same step without it.
 """
+
 import os
 import time
 import weakref
@@ -20,7 +23,10 @@ SHARE = 0.9  # of the free memory that find_batch_size() takes
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes per rank. activations: all that comes and goes in a step beside parameters and gradients, when the sum is largest: what backward needs, logits, gathered parameters."""
+    """Bytes per rank. activations: all that comes and goes in a step beside parameters and
+    gradients, when the sum is largest: what backward needs, logits, gathered parameters.
+    """
+
     parameters: int
     gradients: int
     optimizer: int
@@ -31,7 +37,10 @@ class Prediction:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
     def describe(self):
-        parts = ', '.join(f'{what} {getattr(self, what) / 1e9:.2f}' for what in ('parameters', 'gradients', 'optimizer', 'activations'))
+        parts = ', '.join(
+            f'{what} {getattr(self, what) / 1e9:.2f}'
+            for what in ('parameters', 'gradients', 'optimizer', 'activations')
+        )
         return f'{self.total / 1e9:.2f} GB predicted for a step ({parts})'
 
 
@@ -40,7 +49,9 @@ class NotPredicted(ConfigError):
 
 
 class Counter(TorchDispatchMode):
-    """now, peak: bytes of the storages that operators made within the block, those that exist and those that existed at most at a time."""
+    """now, peak: bytes of the storages that operators made within the block, those that exist and
+    those that existed at most at a time.
+    """
 
     def __init__(self):
         super().__init__()
@@ -66,26 +77,52 @@ class Counter(TorchDispatchMode):
         self.now -= size
 
 
-def predict(build, batch_size, length, device, autocast, *, accumulation=1, muon=False, layout='single', ranks=1):
-    """The Prediction for a rank's step of `accumulation` micro-steps of batch_size sequences, `length` tokens of each on this rank.
+def predict(
+    build,
+    batch_size,
+    length,
+    device,
+    autocast,
+    *,
+    accumulation=1,
+    muon=False,
+    layout='single',
+    ranks=1,
+):
+    """The Prediction for a rank's step of `accumulation` micro-steps of batch_size sequences,
+    `length` tokens of each on this rank.
 
-    build(): the model as one process has it; autocast: context of the forward pass; muon: whether its matrices have one tensor of optimizer state, not two; ranks: over which the
-    layout, one of engine.parallel's, shares out what it shares out. Raises NotPredicted where an operator needs contents, as a loop over experts does.
+    build(): the model as one process has it; autocast: context of the forward pass; muon: whether
+    its matrices have one tensor of optimizer state, not two; ranks: over which the layout, one of
+    engine.parallel's, shares out what it shares out. Raises NotPredicted where an operator needs
+    contents, as a loop over experts does.
     """
     try:
-        parameters, gradients, state, peak, units = _step(build, batch_size, length, device, autocast, min(accumulation, 2), muon)
+        parameters, gradients, state, peak, units = _step(
+            build, batch_size, length, device, autocast, min(accumulation, 2), muon
+        )
     except Exception as error:  # whatever an operator of this device says
-        raise NotPredicted(f'the memory of a step cannot be predicted ({type(error).__name__}: {" ".join(str(error).split())[:150]})') from None
+        raise NotPredicted(
+            f'the memory of a step cannot be predicted ({type(error).__name__}:'
+            f' {" ".join(str(error).split())[:150]})'
+        ) from None
     fully = layout in ('ZeRO-2', 'ZeRO-3')
     activations = peak - parameters - gradients
     if fully:  # what is gathered: all, or the unit at work and the next
         activations += parameters if layout == 'ZeRO-2' else sum(units[-2:])
     share = ranks if fully else 1
-    return Prediction(parameters // share, gradients // share, state // (ranks if fully or layout == 'ZeRO-1' else 1), activations)
+    return Prediction(
+        parameters // share,
+        gradients // share,
+        state // (ranks if fully or layout == 'ZeRO-1' else 1),
+        activations,
+    )
 
 
 def _step(build, batch_size, length, device, autocast, micro_steps, muon):
-    """(bytes of parameters, gradients, optimizer state, most of all at a time but for this state, of each unit that FSDP gathers, ascending)."""
+    """(bytes of parameters, gradients, optimizer state, most of all at a time but for this state,
+    of each unit that FSDP gathers, ascending).
+    """
     with FakeTensorMode(), torch.device(device), Counter() as counter:
         model = build()
         for p in model.parameters():
@@ -99,13 +136,20 @@ def _step(build, batch_size, length, device, autocast, micro_steps, muon):
             del loss
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         matrices = set(model.matrices()) if muon else ()
-        state = sum(p.nbytes * (1 if name in matrices else 2) for name, p in model.named_parameters())
-        units = sorted(sum(p.nbytes for p in module.parameters()) for module in (*model.transformer.h, model.transformer.wte, model.lm_head))
+        state = sum(
+            p.nbytes * (1 if name in matrices else 2) for name, p in model.named_parameters()
+        )
+        units = sorted(
+            sum(p.nbytes for p in module.parameters())
+            for module in (*model.transformer.h, model.transformer.wte, model.lm_head)
+        )
     return parameters, gradients, state, counter.peak, units
 
 
 def available(device):
-    """Bytes that a process can have on `device`: free ones of a GPU; on a CPU what the kernel calls available, shared by the processes of this machine."""
+    """Bytes that a process can have on `device`: free ones of a GPU; on a CPU what the kernel calls
+    available, shared by the processes of this machine.
+    """
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     with open('/proc/meminfo') as f:
@@ -114,24 +158,35 @@ def available(device):
 
 
 def refuse_too_large(model, device, shards=1):
-    """Raise ConfigError if the float32 parameters of `model` (on the meta device), split over `shards` ranks, do not fit into the free memory of `device`."""
+    """Raise ConfigError if the float32 parameters of `model` (on the meta device), split over
+    `shards` ranks, do not fit into the free memory of `device`.
+    """
     needed, free = sum(4 * p.numel() for p in model.parameters()) / shards, available(device)
     if needed > free:
         largest, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
-        raise ConfigError(f'the weights of this model take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory are free: make it smaller '
-                          f'(the largest tensor is {largest}, {tuple(parameter.shape)}), or share it out with --use_fsdp=True on more processes')
+        raise ConfigError(
+            f'the weights of this model take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of'
+            f' memory are free: make it smaller (the largest tensor is {largest},'
+            f' {tuple(parameter.shape)}), or share it out with --use_fsdp=True on more processes'
+        )
 
 
 def refuse(prediction, device, c, accumulation, sharded, predicted):
-    """Raise ConfigError for a step that does not fit into the free memory of `device`, with keys that make it fit and how much they take.
+    """Raise ConfigError for a step that does not fit into the free memory of `device`, with keys
+    that make it fit and how much they take.
 
-    c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function of ({key: other value of c}, batch_size, accumulation).
+    c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function
+    of ({key: other value of c}, batch_size, accumulation).
     """
     room = available(device)
     if prediction.total <= room:
         return
     ways, started, sequences, size = [], time.monotonic(), c.batch_size * accumulation, c.batch_size
-    tries = [({'activation_checkpointing': how}, size) for how in ('selective', 'full') if how != c.activation_checkpointing]
+    tries = [
+        ({'activation_checkpointing': how}, size)
+        for how in ('selective', 'full')
+        if how != c.activation_checkpointing
+    ]
     while size > 1:
         size = next(smaller for smaller in range(size // 2, 0, -1) if sequences % smaller == 0)
         tries.append(({}, size))
@@ -140,17 +195,24 @@ def refuse(prediction, device, c, accumulation, sharded, predicted):
             break
         found = predicted(changes, size, sequences // size)
         if found.total <= room:
-            words = [f'--{key}={value}' for key, value in changes.items()] or [f'--batch_size={size}', f'--gradient_accumulation_steps={sequences // size}']
-            ways.append(f"{' '.join(words)} takes {found.total / 1e9:.2f} GB")
+            words = [f'--{key}={value}' for key, value in changes.items()] or [
+                f'--batch_size={size}',
+                f'--gradient_accumulation_steps={sequences // size}',
+            ]
+            ways.append(f'{" ".join(words)} takes {found.total / 1e9:.2f} GB')
             if not changes:
                 break
     ways = ways or [f'neither activation_checkpointing nor a batch_size of {size} makes it fit']
     ways += ['--use_fsdp=True on several GPUs shards it'] if not sharded else []
-    raise ConfigError(f"{prediction.describe()}, and {room / 1e9:.1f} GB are free: {'; '.join(ways)}; --ignore_memory=True starts all the same")
+    raise ConfigError(
+        f'{prediction.describe()}, and {room / 1e9:.1f} GB are free: {"; ".join(ways)};'
+        ' --ignore_memory=True starts all the same'
+    )
 
 
 def find_batch_size(predicted, sequences, room):
-    """The largest batch_size that divides `sequences`, those of an iteration on a rank, for which predicted(batch_size).total is at most SHARE of `room` bytes.
+    """The largest batch_size that divides `sequences`, those of an iteration on a rank, for which
+    predicted(batch_size).total is at most SHARE of `room` bytes.
 
     Raises ConfigError where not even one sequence fits.
     """
@@ -163,6 +225,9 @@ def find_batch_size(predicted, sequences, room):
         else:
             high = middle - 1
     if low < 0:
-        raise ConfigError(f'find_batch_size=True: even one sequence does not fit into {SHARE:.0%} of {room / 1e9:.1f} GB: {predicted(1).describe()}; type a smaller --block_size, '
-                          f'--activation_checkpointing=full, or share the model out with --use_fsdp=True')
+        raise ConfigError(
+            f'find_batch_size=True: even one sequence does not fit into {SHARE:.0%} of'
+            f' {room / 1e9:.1f} GB: {predicted(1).describe()}; type a smaller --block_size,'
+            ' --activation_checkpointing=full, or share the model out with --use_fsdp=True'
+        )
     return sizes[low]

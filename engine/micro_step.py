@@ -1,4 +1,7 @@
-"""A micro-step, forward and backward: as it is written, or recorded once as a CUDA graph and replayed."""
+"""A micro-step, forward and backward: as it is written, or recorded once as a CUDA graph and
+replayed.
+"""
+
 import functools
 import gc
 import time
@@ -10,19 +13,31 @@ from engine.configurator import ConfigError
 
 
 class MicroStep:
-    """micro_step(x, y, number) adds the gradients of micro-step `number` (from 0) of an optimizer step to those of `model`.
+    """micro_step(x, y, number) adds the gradients of micro-step `number` (from 0) of an optimizer
+    step to those of `model`.
 
-    train_model: what training calls, from parallel.wrap(); autocast: context of the forward pass; scaler: torch's GradScaler; weight: what the sum of the losses is
-    multiplied with; accumulation: micro-steps of an optimizer step, after the last of which ranks exchange gradients.
+    train_model: what training calls, from parallel.wrap(); autocast: context of the forward pass;
+    scaler: torch's GradScaler; weight: what the sum of the losses is multiplied with; accumulation:
+    micro-steps of an optimizer step, after the last of which ranks exchange gradients.
     """
 
     def __init__(self, model, train_model, world, autocast, scaler, weight, accumulation):
-        self.model, self.train_model, self.world, self.autocast, self.scaler = model, train_model, world, autocast, scaler
+        self.model, self.train_model, self.world, self.autocast, self.scaler = (
+            model,
+            train_model,
+            world,
+            autocast,
+            scaler,
+        )
         self.weight, self.accumulation = weight, accumulation
 
     def __call__(self, x, y, number):
-        """x, y: (B, T) int64 on the device. Returns the weighted loss, a scalar fp32 tensor on the device that is good until the next call."""
-        with parallel.last_micro_step(self.train_model, number == self.accumulation - 1, self.world):
+        """x, y: (B, T) int64 on the device. Returns the weighted loss, a scalar fp32 tensor on the
+        device that is good until the next call.
+        """
+        with parallel.last_micro_step(
+            self.train_model, number == self.accumulation - 1, self.world
+        ):
             with self.autocast:
                 loss = self.train_model(x, y, reduction='sum') * self.weight
             self.scaler.scale(loss).backward()
@@ -34,9 +49,11 @@ class MicroStep:
 
 
 def compile_ahead(micro_step, evaluate):
-    """Run all that is compiled once, so that the first iteration takes as long as the others and no signal has to wait later; where the compiler fails, everything runs without it.
+    """Run all that is compiled once, so that the first iteration takes as long as the others and no
+    signal has to wait later; where the compiler fails, everything runs without it.
 
-    micro_step, evaluate: functions without arguments that do so. Returns (seconds, what went wrong or None). What they leave in the model is the caller's to forget.
+    micro_step, evaluate: functions without arguments that do so. Returns (seconds, what went wrong
+    or None). What they leave in the model is the caller's to forget.
     """
     error, before = None, time.perf_counter()
     try:
@@ -51,15 +68,20 @@ def compile_ahead(micro_step, evaluate):
 def record(work, pool, stream):
     """A CUDA graph of the kernels that work() launches, which it does not run.
 
-    pool: that of another graph with which it is to share memory, or None; stream: on which work() was warmed up. Where DDP was
-    made on another one, gradients would arrive outside of the recording.
+    pool: that of another graph with which it is to share memory, or None; stream: on which work()
+    was warmed up. Where DDP was made on another one, gradients would arrive outside of the
+    recording.
     """
     gc.collect()  # what keeps an older graph of autograd alive keeps the streams of its nodes, too
     graph = torch.cuda.CUDAGraph()
-    override = getattr(torch.autograd.graph, 'set_override_stale_capture_stream', lambda enabled: None)  # from torch 2.13 on
+    # from torch 2.13 on
+    override = getattr(
+        torch.autograd.graph, 'set_override_stale_capture_stream', lambda enabled: None
+    )
     override(True)
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):  # other threads may copy checkpoints meanwhile
+        # other threads may copy checkpoints meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode='thread_local'):
             work()
     finally:
         override(False)
@@ -67,18 +89,24 @@ def record(work, pool, stream):
 
 
 class Graphs:
-    """A MicroStep as CUDA graphs: launched at once, without Python's time between the kernels. It is called as that is, and computes the same bits.
+    """A MicroStep as CUDA graphs: launched at once, without Python's time between the kernels. It
+    is called as that is, and computes the same bits.
 
-    A graph reads and writes the same memory at every replay: x and y are copied to where it looks for them, and the gradients stay where they are. The first micro-step of an
-    optimizer step has a graph of its own, which overwrites the gradients where the others add to them; so has one after which ranks exchange them. Dropout draws from torch's
-    generator, which graphs advance.
+    A graph reads and writes the same memory at every replay: x and y are copied to where it looks
+    for them, and the gradients stay where they are. The first micro-step of an optimizer step has a
+    graph of its own, which overwrites the gradients where the others add to them; so has one after
+    which ranks exchange them. Dropout draws from torch's generator, which graphs advance.
 
-    prepare() records. As graphs repeat without question what they were given, it then compares what they compute on two batches with what the plain step did.
+    prepare() records. As graphs repeat without question what they were given, it then compares what
+    they compute on two batches with what the plain step did.
     """
 
     def __init__(self, plain, record=record):
         self.plain, self.record = plain, record
-        self.kinds = [(number == 0, plain.world.ddp and number == plain.accumulation - 1) for number in range(plain.accumulation)]
+        self.kinds = [
+            (number == 0, plain.world.ddp and number == plain.accumulation - 1)
+            for number in range(plain.accumulation)
+        ]
         self.graphs, self.losses = {}, {}
 
     def __call__(self, x, y, number):
@@ -99,16 +127,25 @@ class Graphs:
         """Nothing: the first micro-step of the next optimizer step overwrites the gradients."""
 
     def prepare(self, batches, forget):
-        """Record and compare. batches: two pairs (x, y); forget(): called after each trial, resets what a forward pass leaves in the model beside gradients. Returns the seconds that it took.
+        """Record and compare. batches: two pairs (x, y); forget(): called after each trial, resets
+        what a forward pass leaves in the model beside gradients. Returns the seconds that it took.
 
-        Raises ConfigError on every rank where a step cannot be recorded, or its graphs do not repeat it.
+        Raises ConfigError on every rank where a step cannot be recorded, or its graphs do not
+        repeat it.
         """
         before, world = time.perf_counter(), self.plain.world
         if batches[0][0].is_cuda and world.graph_stream is None:
             world.graph_stream = torch.cuda.Stream()
-        # strides as those of a batch, or the compiler would begin anew for them, which a recording does not survive
-        self.x, self.y = (torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device) for tensor in batches[0])
-        with parallel.on_graph_stream(world):  # as torch's documentation asks: libraries make their plans, DDP its buckets
+        # strides as those of a batch, or the compiler would begin anew for them, which a recording
+        # does not survive
+        self.x, self.y = (
+            torch.empty_strided(
+                tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+            for tensor in batches[0]
+        )
+        # as torch's documentation asks: libraries make their plans, DDP its buckets
+        with parallel.on_graph_stream(world):
             for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
                 expected = self._trial(self._plainly, self.plain.clear, batches, forget)
             again = self._trial(self._plainly, self.plain.clear, batches, forget)
@@ -118,24 +155,41 @@ class Graphs:
         error = self._record_all()
         forget()
         if parallel.largest(int(error is not None), self.plain.world):
-            raise ConfigError(f'use_cuda_graphs=True: the step cannot be recorded ({error or "on another process"}): type --use_cuda_graphs=False')
+            raise ConfigError(
+                'use_cuda_graphs=True: the step cannot be recorded'
+                f' ({error or "on another process"}): type --use_cuda_graphs=False'
+            )
         found = self._trial(self, self.clear, batches, forget)
         repeats = all(torch.equal(a, b) for a, b in zip(expected[0], again[0]))
-        alike = all(torch.equal(a, b) for a, b in zip(expected[0], found[0])) if repeats else torch.allclose(expected[1], found[1], rtol=0.01)
+        alike = (
+            all(torch.equal(a, b) for a, b in zip(expected[0], found[0]))
+            if repeats
+            else torch.allclose(expected[1], found[1], rtol=0.01)
+        )
         if parallel.largest(int(not alike), self.plain.world):
-            raise ConfigError(f'use_cuda_graphs=True: the recorded step does not compute what the plain one does (losses and norms of gradients {found[1].tolist()[:6]}, expected '
-                              f'{expected[1].tolist()[:6]}): type --use_cuda_graphs=False')
+            raise ConfigError(
+                'use_cuda_graphs=True: the recorded step does not compute what the plain one does'
+                f' (losses and norms of gradients {found[1].tolist()[:6]}, expected'
+                f' {expected[1].tolist()[:6]}): type --use_cuda_graphs=False'
+            )
         return time.perf_counter() - before
 
     def _record_all(self):
-        """A graph for each kind of micro-step, in the order in which a step replays them, since they share memory. Returns what went wrong, or None."""
+        """A graph for each kind of micro-step, in the order in which a step replays them, since
+        they share memory. Returns what went wrong, or None.
+        """
         pool = None
         for number, kind in enumerate(self.kinds):
             if kind not in self.graphs:
                 try:
-                    self.graphs[kind] = self.record(functools.partial(self._work, kind, number), pool, self.plain.world.graph_stream)
+                    self.graphs[kind] = self.record(
+                        functools.partial(self._work, kind, number),
+                        pool,
+                        self.plain.world.graph_stream,
+                    )
                 except RuntimeError as failure:
-                    failure = failure.__context__ or failure  # what ended the recording, rather than that it ended
+                    # what ended the recording, rather than that it ended
+                    failure = failure.__context__ or failure
                     return ' '.join(str(failure).split())[:300]
                 pool = pool or self.graphs[kind].pool()
         return None
@@ -146,7 +200,9 @@ class Graphs:
         self.losses[kind] = self.plain(self.x, self.y, number)
 
     def _trial(self, call, clear, batches, forget):
-        """Two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the losses and gradients, summed up], their float64 losses and norms)."""
+        """Two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the losses
+        and gradients, summed up], their float64 losses and norms).
+        """
         bits, values = [], []
         for start in range(2):
             clear()

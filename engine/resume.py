@@ -1,4 +1,7 @@
-"""Where a run continues: which checkpoint, with which settings, and what happens to other checkpoints in its folder."""
+"""Where a run continues: which checkpoint, with which settings, and what happens to other
+checkpoints in its folder.
+"""
+
 import dataclasses
 import errno
 import fcntl
@@ -12,8 +15,21 @@ from engine.configurator import ConfigError, checked
 from engine.files import HIDDEN, check_own, no_link, redact
 
 # what a resumed run takes from its own command line, never from the checkpoint
-NOT_INHERITED = ('out_dir', 'init_from', 'auto_resume', 'resume_from', 'verify_checkpoint', 'allow_data_change', 'max_time', 'eval_only', 'eval_at_start',
-                 'device', 'backend', 'timeout_minutes', 'find_batch_size')
+NOT_INHERITED = (
+    'out_dir',
+    'init_from',
+    'auto_resume',
+    'resume_from',
+    'verify_checkpoint',
+    'allow_data_change',
+    'max_time',
+    'eval_only',
+    'eval_at_start',
+    'device',
+    'backend',
+    'timeout_minutes',
+    'find_batch_size',
+)
 
 
 def is_step(resume_from):
@@ -22,9 +38,11 @@ def is_step(resume_from):
 
 
 def automatic(c, world):
-    """Return `c` of a run with auto_resume, set to resume if there is something to continue, else as it is; and the path of a checkpoint that was verified, or None.
+    """Return `c` of a run with auto_resume, set to resume if there is something to continue, else
+    as it is; and the path of a checkpoint that was verified, or None.
 
-    The newest checkpoint of out_dir and of what out_dir has at upload_to counts; if there is none, resume_from.
+    The newest checkpoint of out_dir and of what out_dir has at upload_to counts; if there is none,
+    resume_from.
     """
     if not c.auto_resume:
         return c, None
@@ -42,29 +60,58 @@ def automatic(c, world):
                     raise  # starting anew while the run may be there would fork it
                 return 'resume', None
             if there is None and rejected and step is None:
-                raise ConfigError(f'{redact(place)} has no checkpoint that can be used: ' + '; '.join(f'{path}: {reason}' for path, reason in rejected))
+                raise ConfigError(
+                    f'{redact(place)} has no checkpoint that can be used: '
+                    + '; '.join(f'{path}: {reason}' for path, reason in rejected)
+                )
             if there is not None:
-                here = checkpoint.age(checkpoint.path_of(c.out_dir, step)) if step is not None else ('', -1)
+                here = (
+                    checkpoint.age(checkpoint.path_of(c.out_dir, step))
+                    if step is not None
+                    else ('', -1)
+                )
                 if checkpoint.age(checkpoint.path_of(root, there), fs) > here:
                     return 'resume', place
-        begun = bool(checkpoint.steps(c.out_dir)) or os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt'))
-        return ('resume', None) if begun else ('resume', c.resume_from) if c.resume_from else (c.init_from, None)
+        begun = bool(checkpoint.steps(c.out_dir)) or os.path.isfile(
+            os.path.join(c.out_dir, 'ckpt.pt')
+        )
+        return (
+            ('resume', None)
+            if begun
+            else ('resume', c.resume_from)
+            if c.resume_from
+            else (c.init_from, None)
+        )
 
     init_from, resume_from = parallel.from_main(look, world)
-    return dataclasses.replace(c, init_from=init_from, resume_from=resume_from), step and checkpoint.path_of(c.out_dir, step)
+    return dataclasses.replace(
+        c, init_from=init_from, resume_from=resume_from
+    ), step and checkpoint.path_of(c.out_dir, step)
 
 
 def _newest_whole(out_dir, level, world, wanted=None, verified=None):
-    """checkpoint.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes need not be read once more."""
-    candidates = parallel.from_main(lambda: checkpoint.newest_first(out_dir) if wanted is None else [wanted], world)
-    return checkpoint.first_whole(out_dir, candidates, lambda path: checkpoint.why_broken_together(path, world, 'size' if path == verified else level))
+    """checkpoint.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes
+    need not be read once more.
+    """
+    candidates = parallel.from_main(
+        lambda: checkpoint.newest_first(out_dir) if wanted is None else [wanted], world
+    )
+    return checkpoint.first_whole(
+        out_dir,
+        candidates,
+        lambda path: checkpoint.why_broken_together(
+            path, world, 'size' if path == verified else level
+        ),
+    )
 
 
 def find(c, given, shape_keys, world, notes, verified=None):
-    """(config, state, nanoGPT's content or None): what c.init_from='resume' means here. verified: path of a checkpoint that automatic() verified.
+    """(config, state, nanoGPT's content or None): what c.init_from='resume' means here. verified:
+    path of a checkpoint that automatic() verified.
 
-    state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for set_aside(); 'chosen' if the user went back. Keys
-    that the user did not set now are taken from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
+    state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for
+    set_aside(); 'chosen' if the user went back. Keys that the user did not set now are taken from
+    the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
     """
     step, rejected, certain, chosen = _choose(c, world, verified)
     if certain and not is_step(c.resume_from):
@@ -75,28 +122,60 @@ def find(c, given, shape_keys, world, notes, verified=None):
     if step is not None:
         path = checkpoint.path_of(c.out_dir, step)
         state = {**checkpoint.read_state(path), 'path': path}
-        missing = [key for key in ('config', 'run_name', 'position', 'tokens_per_step', 'best_val_loss', 'scaler') if key not in state]
+        missing = [
+            key
+            for key in (
+                'config',
+                'run_name',
+                'position',
+                'tokens_per_step',
+                'best_val_loss',
+                'scaler',
+            )
+            if key not in state
+        ]
         if missing:
-            raise ConfigError(f'{path}/state.json has no {missing[0]}: it is not the checkpoint of a run; take another with --resume_from')
+            raise ConfigError(
+                f'{path}/state.json has no {missing[0]}: it is not the checkpoint of a run; take'
+                ' another with --resume_from'
+            )
     elif os.path.isfile(old) and not c.resume_from:
         imported = nanogpt.read_checkpoint(old)
-        not_taken_over = {key: value for key, value in imported['config'].items() if checkpoint.reaches_outside(key, value)}
-        state = {'step': imported['step'], 'best_val_loss': imported['best_val_loss'], 'not_taken_over': not_taken_over,
-                 'config': {key: value for key, value in imported['config'].items() if key not in not_taken_over}}
+        not_taken_over = {
+            key: value
+            for key, value in imported['config'].items()
+            if checkpoint.reaches_outside(key, value)
+        }
+        state = {
+            'step': imported['step'],
+            'best_val_loss': imported['best_val_loss'],
+            'not_taken_over': not_taken_over,
+            'config': {
+                key: value for key, value in imported['config'].items() if key not in not_taken_over
+            },
+        }
         notes.append(f"imported nanoGPT's {old} at iter {imported['step']}; it stays as it is")
     else:
         why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
-        raise ConfigError(f'init_from=resume, but {checkpoint.folder_of(c.out_dir)} has no checkpoint that can be used{why}: '
-                          f'type --init_from=scratch to start, or the --out_dir of the run to continue')
+        raise ConfigError(
+            f'init_from=resume, but {checkpoint.folder_of(c.out_dir)} has no checkpoint that can be'
+            f' used{why}: type --init_from=scratch to start, or the --out_dir of the run to'
+            ' continue'
+        )
     state.update(rejected=[path for path, _ in rejected], certain=certain, chosen=chosen)
     merged = _merged(c, given, state, shape_keys, notes)
     if imported and merged.optimizer != 'adamw':
-        raise ConfigError(f'{old} has the state of AdamW: leave --optimizer={merged.optimizer} out, or start from these weights with export.py and --init_from=FOLDER')
+        raise ConfigError(
+            f'{old} has the state of AdamW: leave --optimizer={merged.optimizer} out, or start from'
+            ' these weights with export.py and --init_from=FOLDER'
+        )
     return merged, state, imported
 
 
 def _choose(c, world, verified):
-    """(step or None, [(path, reason)] rejected, whether it was a certain step, whether the user chose it)."""
+    """(step or None, [(path, reason)] rejected, whether it was a certain step, whether the user
+    chose it).
+    """
     if not c.eval_only:
         parallel.from_main(lambda: checkpoint.tidy(c.out_dir), world)
     wanted, rejected, chosen = None, [], False
@@ -107,73 +186,117 @@ def _choose(c, world, verified):
         verified = checkpoint.path_of(c.out_dir, wanted)  # after it was copied
         chosen = not c.auto_resume  # which takes the newest there is
     step, more = _newest_whole(c.out_dir, c.verify_checkpoint, world, wanted, verified)
-    if step is None and wanted is not None and (steps := parallel.from_main(lambda: checkpoint.steps(c.out_dir), world)):
-        raise ConfigError(f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps {steps}')
+    if (
+        step is None
+        and wanted is not None
+        and (steps := parallel.from_main(lambda: checkpoint.steps(c.out_dir), world))
+    ):
+        raise ConfigError(
+            f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps'
+            f' {steps}'
+        )
     return step, rejected + more, wanted is not None, chosen
 
 
 def _merged(c, given, state, shape_keys, notes):
     hints = typing.get_type_hints(type(c))
-    saved = {'optimizer': 'adamw', **{key: checked(key, value, hints[key], f"{state.get('path', c.out_dir)}/state.json")
-                                      for key, value in state['config'].items() if key in hints and key not in NOT_INHERITED}}
+    saved = {
+        'optimizer': 'adamw',
+        **{
+            key: checked(key, value, hints[key], f'{state.get("path", c.out_dir)}/state.json')
+            for key, value in state['config'].items()
+            if key in hints and key not in NOT_INHERITED
+        },
+    }
     _ask_again(c, given, state, saved, notes)
     for key, source in given.items():
         value = getattr(c, key)
         if key not in saved or value == saved[key] or value is None and key in shape_keys:
             continue
-        if key == 'gradient_accumulation_steps' and saved.get('total_batch_size') and source != 'command line':
+        if (
+            key == 'gradient_accumulation_steps'
+            and saved.get('total_batch_size')
+            and source != 'command line'
+        ):
             continue  # a recipe's value, which total_batch_size overruled when the run began
         if key in shape_keys or key in ('seed', 'optimizer'):
-            leave_out = f'leave --{key} out' if source == 'command line' else f'leave {source} out (the checkpoint holds every key)'
-            raise ConfigError(f'{source}: {key}={value!r}, but the checkpoint in {c.out_dir} has {key}={saved[key]!r}, which cannot change: '
-                              f'{leave_out}, or start in another --out_dir')
+            leave_out = (
+                f'leave --{key} out'
+                if source == 'command line'
+                else f'leave {source} out (the checkpoint holds every key)'
+            )
+            raise ConfigError(
+                f'{source}: {key}={value!r}, but the checkpoint in {c.out_dir} has'
+                f' {key}={saved[key]!r}, which cannot change: {leave_out}, or start in another'
+                ' --out_dir'
+            )
         was = saved.pop(key)
         if redact(value) != was:
             notes.append(f'{key}={redact(value)} from now on ({source}; it was {was})')
-    if given.get('gradient_accumulation_steps') == 'command line' and not given.get('total_batch_size') and saved.get('total_batch_size'):
-        notes.append(f"total_batch_size={saved['total_batch_size']} of the checkpoint gives way to gradient_accumulation_steps={c.gradient_accumulation_steps}")
+    if (
+        given.get('gradient_accumulation_steps') == 'command line'
+        and not given.get('total_batch_size')
+        and saved.get('total_batch_size')
+    ):
+        notes.append(
+            f'total_batch_size={saved["total_batch_size"]} of the checkpoint gives way to'
+            f' gradient_accumulation_steps={c.gradient_accumulation_steps}'
+        )
         saved['total_batch_size'] = 0
     return dataclasses.replace(c, **saved)
 
 
 def _ask_again(c, given, state, saved, notes):
-    """Note the keys of a fetched checkpoint, or of nanoGPT's, that are not taken over; raise ConfigError for one without which the run cannot go on.
+    """Note the keys of a fetched checkpoint, or of nanoGPT's, that are not taken over; raise
+    ConfigError for one without which the run cannot go on.
 
     That is its data set where it is a path, and a URL whose secret part was never recorded.
     """
     for key, value in state.get('not_taken_over', {}).items():
         if key in given or value == getattr(type(c), key, None):
             continue
-        said = f'{key}={redact(value)!r} of a checkpoint that anybody may have made is not taken over, since it reaches outside of {c.out_dir}'
+        said = (
+            f'{key}={redact(value)!r} of a checkpoint that anybody may have made is not taken over,'
+            f' since it reaches outside of {c.out_dir}'
+        )
         if key == 'dataset':
             raise ConfigError(f'{said}: give the --dataset here')
         notes.append(f'{said}: give --{key} to have it')
     for key, value in saved.items():
         if isinstance(value, str) and HIDDEN in value and '://' in value and key not in given:
-            raise ConfigError(f'{key}={value} of the checkpoint had a user, a password or a query, which is never recorded: give --{key} again')
+            raise ConfigError(
+                f'{key}={value} of the checkpoint had a user, a password or a query, which is never'
+                f' recorded: give --{key} again'
+            )
 
 
 def config_record(c):
-    """Return a config as it is recorded in logs and checkpoints, on the terminal and in W&B: a dict without the secrets of its URLs."""
+    """Return a config as it is recorded in logs and checkpoints, on the terminal and in W&B: a dict
+    without the secrets of its URLs.
+    """
     return redact(dataclasses.asdict(c))
 
 
 def choose_lineage(c, resumed, place=None):
-    """Return the lineage of the checkpoints to come: that of the run, or a new one where it begins anew or went back.
+    """Return the lineage of the checkpoints to come: that of the run, or a new one where it begins
+    anew or went back.
 
-    A new one sorts after every other: those in out_dir, that of the checkpoint which is left, and those at `place`, the
-    URL to which copies go, or None.
+    A new one sorts after every other: those in out_dir, that of the checkpoint which is left, and
+    those at `place`, the URL to which copies go, or None.
     """
     if resumed and 'branch' in resumed and not resumed['chosen']:
         return resumed['branch']
-    known = checkpoint.lineages(c.out_dir) | ({resumed['branch']} if resumed and 'branch' in resumed else set())
+    known = checkpoint.lineages(c.out_dir) | (
+        {resumed['branch']} if resumed and 'branch' in resumed else set()
+    )
     return checkpoint.new_lineage(known | (copier.lineages(place) if place else set()))
 
 
 def check_upload(c, resumed, notes):
     """Raise ConfigError where nothing can be written to upload_to.
 
-    A run that auto_resume continues goes on all the same, and copies when it can: nobody may be there to correct it.
+    A run that auto_resume continues goes on all the same, and copies when it can: nobody may be
+    there to correct it.
     """
     try:
         copier.probe(c.upload_to, c.out_dir)
@@ -184,55 +307,83 @@ def check_upload(c, resumed, notes):
 
 
 def check_data(state, data, allowed, notes):
-    """(training split changed, validation split changed) against the checkpoint; both False where it tells nothing.
+    """(training split changed, validation split changed) against the checkpoint; both False where
+    it tells nothing.
 
-    data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises ConfigError for a change that is not `allowed`.
+    data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises ConfigError for
+    a change that is not `allowed`.
     """
-    changed = [split for split in data if split in state.get('data', ()) and state['data'][split] != data[split]]
+    changed = [
+        split
+        for split in data
+        if split in state.get('data', ()) and state['data'][split] != data[split]
+    ]
     if changed and not allowed:
         was, is_now = state['data'][changed[0]], data[changed[0]]
-        raise ConfigError(f"{changed[0]}.bin is not the one that this run was trained with ({is_now['tokens']:,} tokens, fingerprint {is_now['fingerprint'][:12]}; it was "
-                          f"{was['tokens']:,} tokens, {was['fingerprint'][:12]}): give the --dataset it had, or type --allow_data_change=True to go on with other data")
+        raise ConfigError(
+            f'{changed[0]}.bin is not the one that this run was trained with ({is_now["tokens"]:,}'
+            f' tokens, fingerprint {is_now["fingerprint"][:12]}; it was {was["tokens"]:,} tokens,'
+            f' {was["fingerprint"][:12]}): give the --dataset it had, or type'
+            ' --allow_data_change=True to go on with other data'
+        )
     if 'train' in changed:
-        notes.append(f"the training data is not that of the checkpoint: its stream starts at position 0 (it was at {state['position']})")
+        notes.append(
+            'the training data is not that of the checkpoint: its stream starts at position 0 (it'
+            f' was at {state["position"]})'
+        )
     if 'val' in changed:
-        notes.append('the validation data is not that of the checkpoint: the best loss so far is forgotten')
+        notes.append(
+            'the validation data is not that of the checkpoint: the best loss so far is forgotten'
+        )
     return 'train' in changed, 'val' in changed
 
 
 def best_loss_so_far(state, windows, new_validation, notes):
-    """Return the best validation loss of a checkpoint, infinity where it was measured under other conditions than those to come.
+    """Return the best validation loss of a checkpoint, infinity where it was measured under other
+    conditions than those to come.
 
-    windows: loader.evaluation_identity() of now; new_validation: whether the validation data is another, which was noted.
+    windows: loader.evaluation_identity() of now; new_validation: whether the validation data is
+    another, which was noted.
     """
     if state['best_val_loss'] is None or new_validation:
         return math.inf
     if state.get('windows') != windows:
-        notes.append('the validation loss is measured on other windows than before (eval_iters, batch_size or document_mask changed): '
-                     'the best loss so far is forgotten')
+        notes.append(
+            'the validation loss is measured on other windows than before (eval_iters, batch_size'
+            ' or document_mask changed): the best loss so far is forgotten'
+        )
         return math.inf
     return state['best_val_loss']
 
 
 def set_aside(c, state, world, notes):
-    """Rename the checkpoints that were rejected, and those after the one that resume_from chose: what continues must stay the newest."""
+    """Rename the checkpoints that were rejected, and those after the one that resume_from chose:
+    what continues must stay the newest.
+    """
     if world.main:
         for path in state['rejected']:
             if os.path.dirname(path) == checkpoint.folder_of(c.out_dir) and os.path.lexists(path):
                 checkpoint.rename_aside(path, 'rejected')
         if state['certain']:
-            notes += [f'{path} is now {moved}' for path, moved in supersede(c.out_dir, state['step'])]
+            notes += [
+                f'{path} is now {moved}' for path, moved in supersede(c.out_dir, state['step'])
+            ]
     parallel.barrier(world)
 
 
 def supersede(out_dir, step):
-    """Rename the checkpoints after `step`, so that it is the newest; returns [(old path, new path)]."""
+    """Rename the checkpoints after `step`, so that it is the newest; returns [(old path, new
+    path)].
+    """
     newer = [checkpoint.path_of(out_dir, s) for s in checkpoint.steps(out_dir) if s > step]
     return [(path, checkpoint.rename_aside(path, 'superseded')) for path in newer]
 
 
 def make_way(c, world, notes):
-    """Before a new run in a folder with checkpoints: set those of a finished run aside; raise ConfigError if the run could go on."""
+    """Before a new run in a folder with checkpoints: set those of a finished run aside; raise
+    ConfigError if the run could go on.
+    """
+
     def look():
         checkpoint.tidy(c.out_dir)
         found = checkpoint.steps(c.out_dir)
@@ -243,17 +394,24 @@ def make_way(c, world, notes):
             state = checkpoint.read_state(path)
             if state['step'] >= state.get('config', {}).get('max_iters', float('inf')):
                 return state.get('run_name', 'before')
-        raise ConfigError(f'{c.out_dir} holds an unfinished run, up to {path}: continue it with --init_from=resume (or --auto_resume=True, which starts and continues), start this one in another '
-                          f'--out_dir, or move {checkpoint.folder_of(c.out_dir)} away')
+        raise ConfigError(
+            f'{c.out_dir} holds an unfinished run, up to {path}: continue it with'
+            ' --init_from=resume (or --auto_resume=True, which starts and continues), start this'
+            f' one in another --out_dir, or move {checkpoint.folder_of(c.out_dir)} away'
+        )
+
     if name := parallel.from_main(look, world):
         moved = parallel.from_main(lambda: checkpoint.set_aside_all(c.out_dir, name), world)
-        notes.append(f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}')
+        notes.append(
+            f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}'
+        )
 
 
 def _largest_file():
     """Return the bytes that a file of this process may have at most."""
     try:
         import resource
+
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
         return math.inf if limit == resource.RLIM_INFINITY else limit
     except ImportError:
@@ -267,9 +425,11 @@ class Folder:
         self.path, self.world, self.held, self.file = path, world, False, None
 
     def hold(self, make=False):
-        """Hold it until this process ends or release() is called; where there is no folder, make it or leave it at that.
+        """Hold it until this process ends or release() is called; where there is no folder, make it
+        or leave it at that.
 
-        Raises ConfigError where nothing can be written, or if another process holds it. A file system without locks is trusted.
+        Raises ConfigError where nothing can be written, or if another process holds it. A file
+        system without locks is trusted.
         """
         if not self.held:
             self.held = parallel.from_main(lambda: self._lock(make), self.world)
@@ -283,11 +443,15 @@ class Folder:
         except OSError as error:
             raise self._unwritable(error) from None
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers do not inherit it
+            # of this process alone: its workers do not inherit it
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self.file.seek(0)
-                raise ConfigError(f'{self.path} is in use by process {self.file.read().strip()}: wait for its end, or give another --out_dir') from None
+                raise ConfigError(
+                    f'{self.path} is in use by process {self.file.read().strip()}: wait for its'
+                    ' end, or give another --out_dir'
+                ) from None
         else:
             try:
                 self.file.truncate(0)
@@ -298,7 +462,9 @@ class Folder:
         return True
 
     def check_room(self, run_name, size):
-        """Raise ConfigError where the logs of run_name or a checkpoint of `size` bytes cannot be written. To be called on the main rank."""
+        """Raise ConfigError where the logs of run_name or a checkpoint of `size` bytes cannot be
+        written. To be called on the main rank.
+        """
         folder = checkpoint.folder_of(self.path)
         probe = os.path.join(folder, '.probe')
         try:
@@ -314,14 +480,22 @@ class Folder:
             raise self._unwritable(error) from None
         free, most = shutil.disk_usage(folder).free, _largest_file()
         if most < size:
-            raise ConfigError(f'no file may be larger than {most:,} bytes here (ulimit -f), and a checkpoint of this run takes {size:,}: type `ulimit -f unlimited`')
+            raise ConfigError(
+                f'no file may be larger than {most:,} bytes here (ulimit -f), and a checkpoint of'
+                f' this run takes {size:,}: type `ulimit -f unlimited`'
+            )
         if free < size:
-            raise ConfigError(f'{folder} has {free / 1e6:,.1f} MB free, and a checkpoint of this run takes {size / 1e6:,.1f} MB: '
-                              f'make room, or give an --out_dir on another disk')
+            raise ConfigError(
+                f'{folder} has {free / 1e6:,.1f} MB free, and a checkpoint of this run takes'
+                f' {size / 1e6:,.1f} MB: make room, or give an --out_dir on another disk'
+            )
 
     def _unwritable(self, error):
-        return ConfigError(f'out_dir={self.path!r} cannot be made or written ({error.strerror}: {error.filename or self.path}): '
-                           f'make room or move what is in the way, or give another --out_dir')
+        return ConfigError(
+            f'out_dir={self.path!r} cannot be made or written ({error.strerror}:'
+            f' {error.filename or self.path}): make room or move what is in the way, or give'
+            ' another --out_dir'
+        )
 
     def release(self):
         if self.file is not None:

@@ -4,8 +4,10 @@
      training_iterations: [...], eval_steps: [...], checkpoints: [...],
      training_progress: [...], summary: {...}}
 
-The iterations are copied as they are read; only evaluations and checkpoints, which are few, are held.
+The iterations are copied as they are read; only evaluations and checkpoints, which are few, are
+held.
 """
+
 import json
 import math
 import os
@@ -19,15 +21,23 @@ _NUMBER, _MAYBE = (int, float), (int, float, type(None))
 # what the readers of a record need of it, beside its 'type'
 _NEEDED = {
     'header': {'start_time': str},
-    'iter': {'iter': int, 'loss': _MAYBE, 'time_ms': _NUMBER, 'tokens_per_sec': _MAYBE,
-             'mfu': (int, float, dict, type(None)), 'memory': dict},
+    'iter': {
+        'iter': int,
+        'loss': _MAYBE,
+        'time_ms': _NUMBER,
+        'tokens_per_sec': _MAYBE,
+        'mfu': (int, float, dict, type(None)),
+        'memory': dict,
+    },
     'eval': {'iter': int, 'val_loss': _MAYBE},
     'checkpoint': {'iter': int, 'val_loss': _MAYBE},
 }
 
 
 def parse_record(line):
-    """Return the record in a line of a .jsonl (text or bytes), None for a line that was cut or damaged."""
+    """Return the record in a line of a .jsonl (text or bytes), None for a line that was cut or
+    damaged.
+    """
     try:
         record = parse_json(line)
     except ValueError:
@@ -65,9 +75,11 @@ _TYPE = '{"type": "iter", '
 
 
 def _without_type(line, record):
-    """Return `record` as JSON, its own `line` where that will do: to write a record anew takes twice the time."""
+    """Return `record` as JSON, its own `line` where that will do: to write a record anew takes
+    twice the time.
+    """
     if line.startswith(_TYPE) and 'NaN' not in line and 'Infinity' not in line:
-        return '{' + line[len(_TYPE):].rstrip()
+        return '{' + line[len(_TYPE) :].rstrip()
     return json.dumps(finite(record))
 
 
@@ -83,19 +95,29 @@ def finite(value):
 
 
 def _with_mfu(text, mfu, constants):
-    """Return the JSON of an iteration as readers of the .json know it: its `mfu` with the `constants` of the run, -100.0 while warming up."""
+    """Return the JSON of an iteration as readers of the .json know it: its `mfu` with the
+    `constants` of the run, -100.0 while warming up.
+    """
     if mfu is None:
         return text.replace('"mfu": null', '"mfu": -100.0', 1)
     return text.replace('"mfu": {', f'"mfu": {{{constants}', 1)
 
 
 class Summary:
-    """The `summary` of a run: add() takes its records in their order, as_dict() gives the result."""
+    """The `summary` of a run: add() takes its records in their order, as_dict() gives the
+    result.
+    """
 
     def __init__(self):
         self.iterations, self.evaluations, self.checkpoints = 0, 0, 0
         self.last, self.first_ms, self.total_ms = None, 0.0, 0.0
-        self.mfu, self.mfu_known, self.best, self.best_iter, self.final = 0.0, 0, math.inf, None, None
+        self.mfu, self.mfu_known, self.best, self.best_iter, self.final = (
+            0.0,
+            0,
+            math.inf,
+            None,
+            None,
+        )
         self.rates, self.mfus, self.peak_gb = _Thinned(), _Thinned(), None
 
     def add(self, record):
@@ -128,16 +150,25 @@ class Summary:
         timed, total = max(1, self.iterations - 1), self.total_ms
         total -= self.first_ms if self.iterations > 1 else 0.0
         return {
-            'total_iterations': step, 'final_iter': step,
+            'total_iterations': step,
+            'final_iter': step,
             'final_train_loss': self.last['loss'] if self.last else None,
             'best_val_loss': self.best if self.evaluations and self.best < math.inf else None,
             'avg_time_ms': total / timed if self.iterations else None,
             'avg_mfu': self.mfu / self.mfu_known if self.mfu_known else None,
-            'total_eval_steps': self.evaluations, 'total_checkpoints': self.checkpoints,
+            'total_eval_steps': self.evaluations,
+            'total_checkpoints': self.checkpoints,
             'best_val_iter': self.best_iter,
-            'final_val_loss': self.final['val_loss'] if self.final and self.final['iter'] == step else None,
-            'final_bits_per_byte': self.final.get('bits_per_byte') if self.final and self.final['iter'] == step else None,
-            'median_tokens_per_sec': self.rates.median(), 'median_mfu': self.mfus.median(),
+            'final_val_loss': (
+                self.final['val_loss'] if self.final and self.final['iter'] == step else None
+            ),
+            'final_bits_per_byte': (
+                self.final.get('bits_per_byte')
+                if self.final and self.final['iter'] == step
+                else None
+            ),
+            'median_tokens_per_sec': self.rates.median(),
+            'median_mfu': self.mfus.median(),
             'tokens_seen': self.last.get('tokens_seen') if self.last else None,
             'wall_s': self.last.get('wall_s') if self.last else None,
             'peak_memory_gb': self.peak_gb,
@@ -145,7 +176,10 @@ class Summary:
 
 
 class _Thinned:
-    """Numbers of which, once they are MOST, every other stays, and of those to come as many: enough for a median, in constant memory."""
+    """Numbers of which, once they are MOST, every other stays, and of those to come as many: enough
+    for a median, in constant memory.
+    """
+
     MOST = 4096
 
     def __init__(self):
@@ -169,10 +203,17 @@ def _mfu(record):
 
 
 def _progress(record):
-    """Return the entry of `training_progress` for an iteration, without the keys that have no value."""
-    entry = {'iter': record['iter'], 'loss': record['loss'], 'mfu': _mfu(record),
-             'tokens_per_sec': record['tokens_per_sec'],
-             'memory_allocated_gb': record['memory'].get('allocated_gb'), 'dt_ms': record['time_ms']}
+    """Return the entry of `training_progress` for an iteration, without the keys that have no
+    value.
+    """
+    entry = {
+        'iter': record['iter'],
+        'loss': record['loss'],
+        'mfu': _mfu(record),
+        'tokens_per_sec': record['tokens_per_sec'],
+        'memory_allocated_gb': record['memory'].get('allocated_gb'),
+        'dt_ms': record['time_ms'],
+    }
     return {key: value for key, value in entry.items() if value is not None}
 
 
@@ -185,19 +226,25 @@ def summarize(path):
 
 
 def write_json(path, target, top):
-    """Write the run in the .jsonl at `path` as one JSON object to `target`, which is replaced; return its `summary`.
+    """Write the run in the .jsonl at `path` as one JSON object to `target`, which is replaced;
+    return its `summary`.
 
-    top: {key: value} that comes first in the object. Raises OSError, and then `target` is as it was.
+    top: {key: value} that comes first in the object. Raises OSError, and then `target` is as it
+    was.
     """
     summary, losses, evaluations, checkpoints = Summary(), {}, [], []
     folder = os.path.dirname(os.path.abspath(target))
-    with replacing(target, 'w') as f, tempfile.TemporaryFile('w+', encoding='utf-8', dir=folder) as progress:
+    with (
+        replacing(target, 'w') as f,
+        tempfile.TemporaryFile('w+', encoding='utf-8', dir=folder) as progress,
+    ):
         f.write(json.dumps(finite(top))[:-1] + (', ' if top else '') + '"training_iterations": [')
         comma = constants = ''
         for line, record in _lines(path):
             summary.add(record)
             kind = record.pop('type')
-            if isinstance(stated := record.get('mfu_constants'), dict):  # of the header, and of each resume
+            # of the header, and of each resume
+            if isinstance(stated := record.get('mfu_constants'), dict):
                 constants = json.dumps(finite(stated))[1:-1] + ', '
             if kind == 'iter':
                 f.write(comma + _with_mfu(_without_type(line, record), record['mfu'], constants))
@@ -210,7 +257,10 @@ def write_json(path, target, top):
                 checkpoints.append(record)
         for record in checkpoints:  # saved before its evaluation, which knows the loss
             record['val_loss'] = losses.get(record['iter'], record['val_loss'])
-        f.write(f'], "eval_steps": {json.dumps(finite(evaluations))}, "checkpoints": {json.dumps(finite(checkpoints))}')
+        f.write(
+            f'], "eval_steps": {json.dumps(finite(evaluations))}, "checkpoints":'
+            f' {json.dumps(finite(checkpoints))}'
+        )
         f.write(', "training_progress": [')
         progress.seek(0)
         shutil.copyfileobj(progress, f)

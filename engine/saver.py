@@ -1,14 +1,18 @@
 """Writes checkpoints while training goes on.
 
-    step k ends ── start() ── forward and backward of step k + 1 ── wait_staged() ── optimizer of step k + 1 ── ...
-                     └─ thread: copy the tensors aside ──────────────┘
-                                check space, write, sync, read back, manifest, rename, remove older ones, hand to the copier
+    step k ends ── start() ── forward, backward of step k + 1 ── wait_staged() ── optimizer ── ...
+                     └─ thread: copy the tensors aside ──────────┘
+                                check space, write, sync, read back, manifest, rename,
+                                remove older ones, hand to the copier
 
-The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of their own). Of tensors that
-every rank has in full, each copies and writes its share; of those that are split (DTensor), its part; and reads back what it wrote. The thread talks to those of the other ranks over a gloo group of
-its own, so that it never stands in the way of training's collectives. A save that fails is an Outcome with an error, the same on
-every rank; what was on disk before stays as it was.
+The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of
+their own). Of tensors that every rank has in full, each copies and writes its share; of those that
+are split (DTensor), its part; and reads back what it wrote. The thread talks to those of the other
+ranks over a gloo group of its own, so that it never stands in the way of training's collectives. A
+save that fails is an Outcome with an error, the same on every rank; what was on disk before stays
+as it was.
 """
+
 import contextlib
 import ctypes
 import hashlib
@@ -30,7 +34,10 @@ from engine import checkpoint, faults, parallel
 
 @dataclass
 class Outcome:
-    """What became of one save: `error` is None, or a sentence; stall_s of training's time, total_s from start to end."""
+    """What became of one save: `error` is None, or a sentence; stall_s of training's time, total_s
+    from start to end.
+    """
+
     step: int
     path: str
     error: str | None = None
@@ -48,12 +55,23 @@ class _NotFinite(Exception):
 class Saver:
     """Saves checkpoints of one run under out_dir; every rank has one and calls it alike.
 
-    keep, keep_every, keep_all: see checkpoint.retain(). background=False: start() returns when all is done.
-    before_commit: called on the main rank when the tensors are on disk, before the checkpoint gets its name.
-    copier: an engine.copier.Copier, or None.
+    keep, keep_every, keep_all: see checkpoint.retain(). background=False: start() returns when all
+    is done. before_commit: called on the main rank when the tensors are on disk, before the
+    checkpoint gets its name. copier: an engine.copier.Copier, or None.
     """
 
-    def __init__(self, out_dir, world, *, keep=2, keep_every=0, keep_all=False, background=True, before_commit=lambda: None, copier=None):
+    def __init__(
+        self,
+        out_dir,
+        world,
+        *,
+        keep=2,
+        keep_every=0,
+        keep_all=False,
+        background=True,
+        before_commit=lambda: None,
+        copier=None,
+    ):
         self.out_dir, self.world, self.background = out_dir, world, background
         self.keep, self.keep_every, self.keep_all = keep, keep_every, keep_all
         self.before_commit, self.copier = before_commit, copier
@@ -66,26 +84,50 @@ class Saver:
         self.device_wait = None  # events of a GPU before and after its wait for the copy
 
     def reserve(self, tensors):
-        """Take the memory for the copies of `tensors` now: pinning it takes seconds, and too little of it should be known before training."""
+        """Take the memory for the copies of `tensors` now: pinning it takes seconds, and too little
+        of it should be known before training.
+        """
         if self.background:
             pin = self.world.device.type == 'cuda'
-            self.copies = {name: torch.zeros_like(tensor, device='cpu', pin_memory=pin) for name, tensor in self._share(tensors).items()}
+            self.copies = {
+                name: torch.zeros_like(tensor, device='cpu', pin_memory=pin)
+                for name, tensor in self._share(tensors).items()
+            }
 
     def _share(self, tensors):
-        split = {name: tensor.nbytes for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-        owners = checkpoint.deal({name: tensor.nbytes for name, tensor in tensors.items() if name not in split}, self.world.size)
-        replicas = self.world.mesh.size(0) if self.world.mesh is not None and self.world.mesh.ndim == 2 else 1
+        split = {
+            name: tensor.nbytes for name, tensor in tensors.items() if isinstance(tensor, DTensor)
+        }
+        owners = checkpoint.deal(
+            {name: tensor.nbytes for name, tensor in tensors.items() if name not in split},
+            self.world.size,
+        )
+        replicas = (
+            self.world.mesh.size(0)
+            if self.world.mesh is not None and self.world.mesh.ndim == 2
+            else 1
+        )
         replica = self.world.mesh.get_local_rank(0) if replicas > 1 else 0
-        writing = checkpoint.deal(split, replicas)  # of groups that each have all parts of a split tensor (hybrid sharding), one writes it
-        return {name: tensor for name, tensor in tensors.items() if (writing[name] == replica if name in split else owners[name] == self.world.rank)}
+        # of groups that each have all parts of a split tensor (hybrid sharding), one writes it
+        writing = checkpoint.deal(split, replicas)
+        return {
+            name: tensor
+            for name, tensor in tensors.items()
+            if (writing[name] == replica if name in split else owners[name] == self.world.rank)
+        }
 
     def start(self, step, tensors, state, due=None):
-        """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint `step`; a save in flight must have been taken by wait().
+        """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint
+        `step`; a save in flight must have been taken by wait().
 
-        Until wait_staged() returns, the tensors must not change. due: since when training waits (perf_counter), now by default.
+        Until wait_staged() returns, the tensors must not change. due: since when training waits
+        (perf_counter), now by default.
         """
         assert self.thread is None, 'one save at a time'
-        self.started, self.outcome = due or time.perf_counter(), Outcome(step, checkpoint.path_of(self.out_dir, step))
+        self.started, self.outcome = (
+            due or time.perf_counter(),
+            Outcome(step, checkpoint.path_of(self.out_dir, step)),
+        )
         self.staged.clear()
         if self.background and not self.copies:
             self.reserve(tensors)
@@ -93,15 +135,21 @@ class Saver:
         mine = self._share(tensors)
         if self.world.device.type == 'cuda':
             self.copied = torch.cuda.Event()
-            self.copied.record()  # the point in training's stream at which the tensors are those of this step
-        self.thread = threading.Thread(target=self._run, args=(step, mine, state, size), name=parallel.SAVER_THREAD)  # not a daemon: an error elsewhere lets it finish
+            # the point in training's stream at which the tensors are those of this step
+            self.copied.record()
+        # not a daemon: an error elsewhere lets it finish
+        self.thread = threading.Thread(
+            target=self._run, args=(step, mine, state, size), name=parallel.SAVER_THREAD
+        )
         self.thread.start()
         if not self.background:
             self.thread.join()
         self.stall_s = time.perf_counter() - self.started
 
     def wait_staged(self):
-        """Return when the tensors of the save in flight may change, and the seconds that took; a GPU waits by itself, the host goes on."""
+        """Return when the tensors of the save in flight may change, and the seconds that took; a
+        GPU waits by itself, the host goes on.
+        """
         if self.thread is None or self.staged.is_set() and self.copied is None:
             return 0.0
         waiting = time.perf_counter()
@@ -139,11 +187,13 @@ class Saver:
         outcome = self.outcome
         if self.background:
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # of this thread alone: training comes first
+                # of this thread alone: training comes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         if self.world.device.type == 'cuda':
             torch.cuda.set_device(self.world.device)  # a new thread begins on the first GPU
             self.stream = self.stream or torch.cuda.Stream(self.world.device)
-        # a stream of its own around all: torch's writer waits for the current one, and the default one is training's
+        # a stream of its own around all: torch's writer waits for the current one, and the default
+        # one is training's
         with torch.cuda.stream(self.stream):
             if self.stream is not None:
                 self.stream.wait_event(self.copied)  # the tensors are those of this step
@@ -161,9 +211,15 @@ class Saver:
             outcome.size = size
         except _NotFinite as error:
             outcome.error, outcome.not_finite = str(error), True
-        except (Exception, dcp.api.CheckpointException) as error:  # whatever it is, training goes on and the user is told
-            outcome.error = f'{type(error).__name__}: {error}' if not isinstance(error, _Failed) else str(error)
-            self.planner = _Planner()  # on every rank: what one remembers and another does not would not fit together
+        except (
+            Exception,
+            dcp.api.CheckpointException,
+        ) as error:  # whatever it is, training goes on and the user is told
+            outcome.error = (
+                f'{type(error).__name__}: {error}' if not isinstance(error, _Failed) else str(error)
+            )
+            # on every rank: what one remembers and another does not would not fit together
+            self.planner = _Planner()
 
     def _stage(self, step, tensors):
         """Copies of this rank's tensors in host memory, as they were at start()."""
@@ -185,12 +241,19 @@ class Saver:
 
     def _check_finite(self, tensors):
         for name, tensor in tensors.items():
-            if name.startswith('model.') and tensor.is_floating_point() and not _finite(_local(tensor)):
+            if (
+                name.startswith('model.')
+                and tensor.is_floating_point()
+                and not _finite(_local(tensor))
+            ):
                 raise _NotFinite(f'{name.removeprefix("model.")} is not finite')
 
     def _write(self, step, tensors, state, size):
         folder = checkpoint.folder_of(self.out_dir)
-        final, temporary = checkpoint.path_of(self.out_dir, step), os.path.join(folder, f'.writing_step_{step:08d}')
+        final, temporary = (
+            checkpoint.path_of(self.out_dir, step),
+            os.path.join(folder, f'.writing_step_{step:08d}'),
+        )
         main, files = self.world.main, _Files(step)
         try:
             self._together(lambda: self._make_room(temporary, size) if main else None)
@@ -198,8 +261,14 @@ class Saver:
             writer.fs = files
             self._together(lambda: self._write_tensors(tensors, writer))
             self._together(lambda: self._read_back(temporary, files.entries))
-            written = {name: entry for entries in parallel.from_all(files.entries, self.world) for name, entry in entries.items()}
-            self._together(lambda: self._commit(step, temporary, final, state, written) if main else None)
+            written = {
+                name: entry
+                for entries in parallel.from_all(files.entries, self.world)
+                for name, entry in entries.items()
+            }
+            self._together(
+                lambda: self._commit(step, temporary, final, state, written) if main else None
+            )
         except BaseException:
             if main:
                 shutil.rmtree(temporary, ignore_errors=True)  # room for the next try
@@ -218,19 +287,32 @@ class Saver:
         os.makedirs(temporary)
         free, needed = shutil.disk_usage(temporary).free, int(1.01 * size) + 2**20
         if free < needed:
-            raise _Failed(f'{os.path.dirname(temporary)} has {free / 1e6:,.1f} MB free, the checkpoint and a margin take {needed / 1e6:,.1f} MB')
+            raise _Failed(
+                f'{os.path.dirname(temporary)} has {free / 1e6:,.1f} MB free, the checkpoint and a'
+                f' margin take {needed / 1e6:,.1f} MB'
+            )
 
     def _write_tensors(self, tensors, writer):
-        torch.serialization.set_crc32_options(False)  # a tenth of the work, and the manifest has better checksums
+        # a tenth of the work, and the manifest has better checksums
+        torch.serialization.set_crc32_options(False)
         try:
-            dcp.save(tensors, storage_writer=writer, planner=self.planner, process_group=self.world.slow_group, no_dist=self.world.size == 1)
+            dcp.save(
+                tensors,
+                storage_writer=writer,
+                planner=self.planner,
+                process_group=self.world.slow_group,
+                no_dist=self.world.size == 1,
+            )
         except BaseException:
-            if writer.fs.error:  # what the disk said; torch's own error says where in its archive that was
+            # what the disk said; torch's own error says where in its archive that was
+            if writer.fs.error:
                 raise writer.fs.error from None
             raise
 
     def _read_back(self, temporary, entries):
-        """Raise _Failed unless the files that this rank handed to the disk read back as they were."""
+        """Raise _Failed unless the files that this rank handed to the disk read back as they
+        were.
+        """
         if reason := checkpoint.wrong_checksum(temporary, entries):
             raise _Failed(f'what was written does not read back: {reason}')
 
@@ -239,11 +321,19 @@ class Saver:
         checkpoint.replace_file(os.path.join(temporary, 'state.json'), text)
         written['state.json'] = {'size': len(text), 'sha256': hashlib.sha256(text).hexdigest()}
         faults.reach('before_manifest', step)
-        config_hash = hashlib.sha256(json.dumps(state.get('config'), sort_keys=True).encode()).hexdigest()
-        manifest = {'format': checkpoint.FORMAT, 'step': step, 'config_sha256': config_hash, 'files': dict(sorted(written.items()))}
+        config_hash = hashlib.sha256(
+            json.dumps(state.get('config'), sort_keys=True).encode()
+        ).hexdigest()
+        manifest = {
+            'format': checkpoint.FORMAT,
+            'step': step,
+            'config_sha256': config_hash,
+            'files': dict(sorted(written.items())),
+        }
         checkpoint.replace_file(os.path.join(temporary, 'manifest.json'), checkpoint.seal(manifest))
         checkpoint.sync_folder(temporary)
-        if reason := checkpoint.why_broken(temporary, 'size'):  # each rank has read back its own files
+        # each rank has read back its own files
+        if reason := checkpoint.why_broken(temporary, 'size'):
             raise _Failed(f'what was written does not read back: {reason}')
         self.before_commit()
         faults.reach('before_rename', step)
@@ -259,7 +349,9 @@ class Saver:
     def _retain(self, step):
         with self.copier.lock if self.copier else contextlib.nullcontext():
             copying = {self.copier.current} if self.copier else ()
-            return checkpoint.retain(self.out_dir, step, keep=self.keep, keep_every=self.keep_every, also=copying)
+            return checkpoint.retain(
+                self.out_dir, step, keep=self.keep, keep_every=self.keep_every, also=copying
+            )
 
     def _together(self, work):
         """Do `work` on every rank; raise on all if it failed on any."""
@@ -268,20 +360,27 @@ class Saver:
             work()
         except (Exception, dcp.api.CheckpointException) as raised:
             error = raised
-        mine = error and (isinstance(error, dcp.api.CheckpointException), isinstance(error, _NotFinite), _sentence(error))
+        mine = error and (
+            isinstance(error, dcp.api.CheckpointException),
+            isinstance(error, _NotFinite),
+            _sentence(error),
+        )
         failed = [e for e in parallel.from_all(mine, self.world) if e]
         if failed:
-            _, not_finite, sentence = min(failed)  # the rank that failed knows the reason better than those it let down
+            # the rank that failed knows the reason better than those it let down
+            _, not_finite, sentence = min(failed)
             raise (_NotFinite if not_finite else _Failed)(sentence) from error
 
 
 class _Planner(dcp.DefaultSavePlanner):
     """Remembers which rank writes what where: worked out by rank 0 once, and not for each save."""
+
     made = itertools.count()
 
     def __init__(self):
         super().__init__(enable_plan_caching=True)
-        self._cached_plans_key = f'saver {next(self.made)}'  # torch keeps the plans of all planners in one place, by this name
+        # torch keeps the plans of all planners in one place, by this name
+        self._cached_plans_key = f'saver {next(self.made)}'
 
 
 class _Failed(Exception):
@@ -289,13 +388,20 @@ class _Failed(Exception):
 
 
 def _sentence(error):
-    if isinstance(error, dcp.api.CheckpointException):  # one traceback for each rank; the user wants the reason
+    # one traceback for each rank; the user wants the reason
+    if isinstance(error, dcp.api.CheckpointException):
         error = next((e[0] for e in error.failures.values()), error)
-    return ': '.join(filter(None, (error.strerror, error.filename))) if isinstance(error, OSError) and error.strerror else f'{error}' or type(error).__name__
+    return (
+        ': '.join(filter(None, (error.strerror, error.filename)))
+        if isinstance(error, OSError) and error.strerror
+        else f'{error}' or type(error).__name__
+    )
 
 
 class _Files(dcp.filesystem.FileSystem):
-    """Where torch.distributed.checkpoint writes: notes size and SHA-256 of each file as it is handed to the disk."""
+    """Where torch.distributed.checkpoint writes: notes size and SHA-256 of each file as it is
+    handed to the disk.
+    """
 
     def __init__(self, step):
         super().__init__()
@@ -343,7 +449,10 @@ class _Stream:
 
     def __exit__(self, *error):
         self.file.close()
-        self.files.entries[os.path.basename(self.path)] = {'size': self.size, 'sha256': self.digest.hexdigest()}
+        self.files.entries[os.path.basename(self.path)] = {
+            'size': self.size,
+            'sha256': self.digest.hexdigest(),
+        }
         if str(self.path).endswith('.distcp'):
             faults.reach('after_shard', self.files.step)
 
@@ -354,22 +463,32 @@ def _local(tensor):
 
 
 def _check_alike(name, target, source):
-    """Raise ValueError unless a copy of `source` fits into `target` exactly: its memory was taken for a tensor of that shape."""
+    """Raise ValueError unless a copy of `source` fits into `target` exactly: its memory was taken
+    for a tensor of that shape.
+    """
     if target.shape != source.shape or target.dtype != source.dtype:
-        raise ValueError(f'{name} has the shape {tuple(source.shape)} in {source.dtype}, its copy {tuple(target.shape)} in {target.dtype}')
+        raise ValueError(
+            f'{name} has the shape {tuple(source.shape)} in {source.dtype}, its copy'
+            f' {tuple(target.shape)} in {target.dtype}'
+        )
 
 
 def _copy(name, target, source):
-    """Copy a CPU tensor with the one thread that calls: torch's copy would call on the threads that training computes with."""
+    """Copy a CPU tensor with the one thread that calls: torch's copy would call on the threads that
+    training computes with.
+    """
     _check_alike(name, target, source)
     if source.is_contiguous() and target.is_contiguous():
-        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)  # lets other threads run
+        # lets other threads run
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
     else:
         target.copy_(source)
 
 
 def _finite(tensor):
-    """Whether all elements are finite, by one thread: a sum in fp64 is, exactly if all terms are (they are fp32 or smaller)."""
+    """Whether all elements are finite, by one thread: a sum in fp64 is, exactly if all terms are
+    (they are fp32 or smaller).
+    """
     if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return bool(tensor.isfinite().all())
     with np.errstate(invalid='ignore'):  # inf - inf

@@ -23,9 +23,10 @@ ITERATIONS, KILLED_AFTER = 20, 11
 SIZES = [
     '--device=cpu', '--compile=False', '--arch_preset=llama3', '--n_layer=2', '--n_head=4',
     '--num_key_value_heads=2', '--n_embd=64', '--block_size=64', '--batch_size=8', '--dropout=0.1',
-    '--gradient_accumulation_steps=1', f'--max_iters={ITERATIONS}', f'--lr_decay_iters={ITERATIONS}',
-    '--warmup_iters=2', '--learning_rate=1e-3', '--eval_interval=10', '--eval_iters=4',
-    '--checkpoint_interval=5', '--keep_all_checkpoints=True',
+    '--gradient_accumulation_steps=1', f'--max_iters={ITERATIONS}',
+    f'--lr_decay_iters={ITERATIONS}', '--warmup_iters=2', '--learning_rate=1e-3',
+    '--eval_interval=10', '--eval_iters=4', '--checkpoint_interval=5',
+    '--keep_all_checkpoints=True',
 ]  # fmt: skip
 
 
@@ -52,7 +53,11 @@ def finish(what, *words):
 def losses(folder):
     """Return {iteration: loss} of the only run in `folder`."""
     (name,) = (name for name in os.listdir(folder) if name.endswith('.jsonl'))
-    return {r['iter']: r['loss'] for r in read_records(os.path.join(folder, name)) if r['type'] == 'iter'}
+    return {
+        r['iter']: r['loss']
+        for r in read_records(os.path.join(folder, name))
+        if r['type'] == 'iter'
+    }
 
 
 def step(text, begun):
@@ -69,8 +74,17 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         text, data = os.path.join(folder, 'text.txt'), os.path.join(folder, 'data')
         with open(text, 'w') as f:
-            f.writelines(f'{i} times {i} is {i * i}, and {i} and {i} is {2 * i}.\n' for i in range(3000))
-        finish('data/own_text/prepare.py', 'data/own_text/prepare.py', '--input', text, '--tokenizer=bytes', f'--output={data}')
+            f.writelines(
+                f'{i} times {i} is {i * i}, and {i} and {i} is {2 * i}.\n' for i in range(3000)
+            )
+        finish(
+            'data/own_text/prepare.py',
+            'data/own_text/prepare.py',
+            '--input',
+            text,
+            '--tokenizer=bytes',
+            f'--output={data}',
+        )
         step('a data set is prepared', begun)
         train = ['train.py', f'--dataset={data}', *SIZES]
         calm, killed = os.path.join(folder, 'calm'), os.path.join(folder, 'killed')
@@ -86,7 +100,9 @@ def main(argv=None):
         finish('train.py', *train, f'--out_dir={killed}', '--auto_resume=True')
         if losses(calm) != losses(killed):
             raise ValueError('the run that was killed has other losses than the one that was not')
-        a, b = (checkpoint.read_tensors(checkpoint.path_of(out, ITERATIONS)) for out in (calm, killed))
+        a, b = (
+            checkpoint.read_tensors(checkpoint.path_of(out, ITERATIONS)) for out in (calm, killed)
+        )
         kept = [name for name in a if name.startswith(('model.', 'optimizer.'))]
         different = [name for name in kept if not torch.equal(a[name], b[name])]
         if different or a.keys() != b.keys():
@@ -98,7 +114,11 @@ def main(argv=None):
             compared = importlib.util.find_spec('transformers') is not None
             how = [] if compared else ['--no_check']
             finish('export.py', 'export.py', f'--out_dir={calm}', f'--to={folder}/export', *how)
-            what = 'and computes what transformers does' if compared else 'not compared, without transformers'
+            what = (
+                'and computes what transformers does'
+                if compared
+                else 'not compared, without transformers'
+            )
             step(f'it is exported, {what}', begun)
     print('all checks passed')
     return 0

@@ -1,8 +1,10 @@
 """When a run is asked to stop: signals and the clock.
 
-A signal only sets a flag, which the ranks agree on where it is safe to stop (train.py asks before every micro-step and every
-evaluation batch). Until there is something to save, and while only evaluating, a signal ends the process at once instead.
+A signal only sets a flag, which the ranks agree on where it is safe to stop (train.py asks before
+every micro-step and every evaluation batch). Until there is something to save, and while only
+evaluating, a signal ends the process at once instead.
 """
+
 import os
 import signal
 import threading
@@ -15,45 +17,57 @@ SAVE_FAILED = 4
 
 
 def ignore():
-    """For worker processes: signals go to the whole process group, and the trainer ends its workers itself."""
+    """For worker processes: signals go to the whole process group, and the trainer ends its workers
+    itself.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def running_s():
-    """Seconds since this process was started; under torchrun since torchrun was, so that restarts do not begin a new limit."""
+    """Seconds since this process was started; under torchrun since torchrun was, so that restarts
+    do not begin a new limit.
+    """
     process = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else os.getpid()
     with open(f'/proc/{process}/stat') as f, open('/proc/uptime') as g:
-        ticks = int(f.read().rsplit(')', 1)[1].split()[19])  # field 22 of proc(5): the start, in clock ticks after boot
+        # field 22 of proc(5): the start, in clock ticks after boot
+        ticks = int(f.read().rsplit(')', 1)[1].split()[19])
         return float(g.read().split()[0]) - ticks / os.sysconf('SC_CLK_TCK')
 
 
 class StopRequest:
     """Handles SIGTERM, SIGINT and SIGUSR1 from its construction to restore().
 
-    max_hours: the time limit since running_s() began, 0 = none. at_once: True as long as a signal may end the process without a save.
-    fault: an exit code that the run itself asks for. code() is 0, or the exit code of what was asked for: 128 + signal number,
-    fault, TIME_IS_UP.
+    max_hours: the time limit since running_s() began, 0 = none. at_once: True as long as a signal
+    may end the process without a save. fault: an exit code that the run itself asks for. code() is
+    0, or the exit code of what was asked for: 128 + signal number, fault, TIME_IS_UP.
     """
 
     def __init__(self, talk=True):
         self.talk, self.at_once, self.max_hours = talk, True, 0.0
         self.signal, self.received, self.repeats, self.fault = None, 0.0, 0, 0
         self.begun = time.monotonic() - running_s()
-        # torchrun hands the signal that it got on to its workers, which may have it from the terminal or from Slurm already
+        # torchrun hands the signal that it got on to its workers, which may have it from the
+        # terminal or from Slurm already
         self.expected_repeats = 1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0
         self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         self.reading, self.writing = os.pipe()
         os.set_blocking(self.writing, False)
         self.wakeup = signal.set_wakeup_fd(self.writing, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(self.reading,), daemon=True, name='signals').start()
+        threading.Thread(
+            target=self._watch, args=(self.reading,), daemon=True, name='signals'
+        ).start()
 
     def code(self):
         if self.signal is not None:
             return 128 + self.signal
         if self.fault:
             return self.fault
-        return TIME_IS_UP if self.max_hours and time.monotonic() - self.begun > 3600 * self.max_hours else 0
+        return (
+            TIME_IS_UP
+            if self.max_hours and time.monotonic() - self.begun > 3600 * self.max_hours
+            else 0
+        )
 
     def _receive(self, number, frame):
         if self.at_once:
@@ -61,7 +75,10 @@ class StopRequest:
             os._exit(128 + number)
         if self.signal is None:
             self.signal, self.received = number, time.monotonic()
-            self._say(f'{SIGNALS[number]}: stopping at the next safe point, with a checkpoint (once more: at once, without)')
+            self._say(
+                f'{SIGNALS[number]}: stopping at the next safe point, with a checkpoint (once more:'
+                ' at once, without)'
+            )
             return
         elapsed = time.monotonic() - self.received
         if elapsed < 1.0:  # the same signal on two ways
@@ -73,7 +90,9 @@ class StopRequest:
         os._exit(128 + number)
 
     def _watch(self, pipe):
-        """End the process at once for a main thread that cannot: it may wait, inside torch, for a rank that the same signal ended first."""
+        """End the process at once for a main thread that cannot: it may wait, inside torch, for a
+        rank that the same signal ended first.
+        """
         while number := os.read(pipe, 1):
             time.sleep(0.3)
             if number[0] in SIGNALS and self.at_once and self.signal is None:

@@ -1,13 +1,17 @@
-"""Multiple-choice tasks, scored by the log-likelihood of each answer after its question, as lm-eval does.
+"""Multiple-choice tasks, scored by the log-likelihood of each answer after its question, as lm-eval
+does.
 
-    name                        a line of the file (the hub's own fields)                                  question and answers
-    hellaswag                   activity_label, ctx_a, ctx_b, endings, label                               "LABEL: A B" + " " + ending
-    arc_easy, arc_challenge     question, choices {text, label}, answerKey                                 "Question: Q\\nAnswer:" + " " + text
-    openbookqa                  question_stem, choices {text, label}, answerKey                            "STEM" + " " + text
-    piqa                        goal, sol1, sol2, label                                                    "Question: GOAL\\nAnswer:" + " " + sol
+    task             a line of the file (the hub's own fields)      question and answers
+    hellaswag        activity_label, ctx_a, ctx_b, endings, label   "LABEL: A B" + " " + ending
+    arc_easy, arc_challenge
+                     question, choices {text, label}, answerKey     "Question: Q\\nAnswer: " + text
+    openbookqa       question_stem, choices {text, label}, answerKey   "STEM" + " " + text
+    piqa             goal, sol1, sol2, label                        "Question: G\\nAnswer: " + sol
 
-`acc` counts the questions whose right answer has the highest log-likelihood, `acc_norm` the same divided by its number of characters.
+`acc` counts the questions whose right answer has the highest log-likelihood, `acc_norm` the same
+divided by its number of characters.
 """
+
 import hashlib
 import itertools
 import os
@@ -32,12 +36,22 @@ class Item:
 def _hellaswag(line):
     def clean(text):  # traces of WikiHow's headings
         return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
-    question = clean(f"{_text(line, 'activity_label')}: {_text(line, 'ctx_a')} {_text(line, 'ctx_b').capitalize()}")
-    return _item(question, [clean(ending) for ending in _texts(line['endings'], 'endings')], _number(line['label']))
+
+    question = clean(
+        f'{_text(line, "activity_label")}: {_text(line, "ctx_a")}'
+        f' {_text(line, "ctx_b").capitalize()}'
+    )
+    return _item(
+        question,
+        [clean(ending) for ending in _texts(line['endings'], 'endings')],
+        _number(line['label']),
+    )
 
 
 def _arc(line):
-    return _item(f"Question: {_text(line, 'question')}\nAnswer:", *_labelled(line, line['answerKey']))
+    return _item(
+        f'Question: {_text(line, "question")}\nAnswer:', *_labelled(line, line['answerKey'])
+    )
 
 
 def _openbookqa(line):
@@ -45,7 +59,11 @@ def _openbookqa(line):
 
 
 def _piqa(line):
-    return _item(f"Question: {_text(line, 'goal')}\nAnswer:", [_text(line, 'sol1'), _text(line, 'sol2')], _number(line['label']))
+    return _item(
+        f'Question: {_text(line, "goal")}\nAnswer:',
+        [_text(line, 'sol1'), _text(line, 'sol2')],
+        _number(line['label']),
+    )
 
 
 def _text(line, key):
@@ -89,26 +107,35 @@ def _item(question, choices, answer):
 
 
 TASKS = {  # how to read a line; where it is on the hub: repository, configuration, split
-    'hellaswag': (_hellaswag, ('Rowan/hellaswag', None, 'validation')), 'arc_easy': (_arc, ('allenai/ai2_arc', 'ARC-Easy', 'test')),
-    'arc_challenge': (_arc, ('allenai/ai2_arc', 'ARC-Challenge', 'test')), 'openbookqa': (_openbookqa, ('allenai/openbookqa', 'main', 'test')),
+    'hellaswag': (_hellaswag, ('Rowan/hellaswag', None, 'validation')),
+    'arc_easy': (_arc, ('allenai/ai2_arc', 'ARC-Easy', 'test')),
+    'arc_challenge': (_arc, ('allenai/ai2_arc', 'ARC-Challenge', 'test')),
+    'openbookqa': (_openbookqa, ('allenai/openbookqa', 'main', 'test')),
     'piqa': (_piqa, ('baber/piqa', None, 'validation')),
 }
 
 
 def names_and_files(words):
     """[(name, file or '')] of a comma-separated list of NAME or NAME:FILE.jsonl."""
-    return [word.partition(':')[::2] for word in (word.strip() for word in words.split(',')) if word]
+    return [
+        word.partition(':')[::2] for word in (word.strip() for word in words.split(',')) if word
+    ]
 
 
 def load_tasks(words, limit=None):
-    """{name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file it comes from the hub, through the package datasets.
+    """{name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file it comes
+    from the hub, through the package datasets.
 
-    limit: first items of each, None for all. Raises ConfigError for a name, file or line that cannot be read.
+    limit: first items of each, None for all. Raises ConfigError for a name, file or line that
+    cannot be read.
     """
     tasks = {}
     for name, path in names_and_files(words):
         if name not in TASKS:
-            raise ConfigError(f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)}; others through `lm_eval` on the folder that export.py writes')
+            raise ConfigError(
+                f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)};'
+                ' others through `lm_eval` on the folder that export.py writes'
+            )
         if name in tasks:
             raise ConfigError(f'the task {name} is named twice: ask one file at a time')
         lines = _lines_of_file(path) if path else _lines_of_hub(name)
@@ -116,8 +143,18 @@ def load_tasks(words, limit=None):
         for number, line in itertools.islice(lines, limit):
             try:
                 items.append(TASKS[name][0](line))
-            except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
-                raise ConfigError(f'{path or name}, line {number}: not an item of {name} ({type(error).__name__}: {error}); engine/tasks.py lists the fields') from None
+            except (
+                KeyError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                IndexError,
+                OverflowError,
+            ) as error:
+                raise ConfigError(
+                    f'{path or name}, line {number}: not an item of {name} ({type(error).__name__}:'
+                    f' {error}); engine/tasks.py lists the fields'
+                ) from None
         if not items:
             raise ConfigError(f'{path or name} has no items')
         tasks[name] = items
@@ -135,7 +172,9 @@ def _lines_of_file(path):
                     except ValueError as error:
                         raise ConfigError(f'{path}, line {number}: {error}') from None
     except OSError as error:
-        raise ConfigError(f'{path} cannot be read ({error.strerror}): tasks are written NAME or NAME:FILE.jsonl') from None
+        raise ConfigError(
+            f'{path} cannot be read ({error.strerror}): tasks are written NAME or NAME:FILE.jsonl'
+        ) from None
 
 
 def _lines_of_hub(name):
@@ -143,61 +182,86 @@ def _lines_of_hub(name):
     try:
         import datasets
     except ImportError:
-        raise ConfigError(f'the task {name} comes from the hub, which needs the package datasets: pip install datasets, or give a file: {name}:FILE.jsonl') from None
+        raise ConfigError(
+            f'the task {name} comes from the hub, which needs the package datasets: pip install'
+            f' datasets, or give a file: {name}:FILE.jsonl'
+        ) from None
     try:
         return enumerate(datasets.load_dataset(repository, configuration, split=split), 1)
     except Exception as error:  # the hub's own errors, and any of the network's
-        raise ConfigError(f'the task {name} could not be fetched from the hub ({repository}, {type(error).__name__}): give a file, {name}:FILE.jsonl') from None
+        raise ConfigError(
+            f'the task {name} could not be fetched from the hub ({repository},'
+            f' {type(error).__name__}): give a file, {name}:FILE.jsonl'
+        ) from None
 
 
 def encode(tasks, tokenizer, context):
-    """{name: (items, requests())} of load_tasks()'s. Raises ConfigError for text that the tokenizer does not know."""
+    """{name: (items, requests())} of load_tasks()'s. Raises ConfigError for text that the tokenizer
+    does not know.
+    """
     try:
-        return {name: (items, requests(items, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, context)) for name, items in tasks.items()}
+        return {
+            name: (
+                items,
+                requests(
+                    items, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, context
+                ),
+            )
+            for name, items in tasks.items()
+        }
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f'the tasks {", ".join(tasks)} cannot be asked with this tokenizer: {error}') from None
+        raise ConfigError(
+            f'the tasks {", ".join(tasks)} cannot be asked with this tokenizer: {error}'
+        ) from None
 
 
 def fingerprint(encoded):
     """A short text that is the same for the same encode()d tasks."""
-    return hashlib.sha256(repr({name: made for name, (_, made) in encoded.items()}).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        repr({name: made for name, (_, made) in encoded.items()}).encode()
+    ).hexdigest()[:16]
 
 
 def requests(items, encode, start, context):
-    """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of which the last n are the answer's.
+    """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of
+    which the last n are the answer's.
 
-    The answer's are those from the first on that the question alone does not have, and at least one: its text may begin
-    in the middle of a token. encode: str -> list of ids; start: id to begin with where a question has no tokens, or None.
+    The answer's are those from the first on that the question alone does not have, and at least
+    one: its text may begin in the middle of a token. encode: str -> list of ids; start: id to begin
+    with where a question has no tokens, or None.
     """
     made = []
     for item in items:
         question = item.question.rstrip()
         before = encode(question)
         for choice in item.choices:
-            whole = encode(question + item.question[len(question):] + ' ' + choice)
+            whole = encode(question + item.question[len(question) :] + ' ' + choice)
             shared = len(os.path.commonprefix([before, whole]))
             ids, n = whole, max(1, len(whole) - shared)
             if n >= len(ids):  # nothing comes before it
                 if start is None:
-                    raise ConfigError('a question without text needs a tokenizer with an end-of-text token')
+                    raise ConfigError(
+                        'a question without text needs a tokenizer with an end-of-text token'
+                    )
                 ids, n = [start, *ids], len(ids)
             if not n:
                 raise ConfigError(f'the answer {choice!r} has no tokens')
-            made.append((ids[-(context + 1):], min(n, context)))
+            made.append((ids[-(context + 1) :], min(n, context)))
     return made
 
 
 @torch.no_grad()
 def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interrupted=lambda: False):
-    """{index in `made`: sum of the log-probabilities of the answer's tokens} of this rank's share, the batches rank, rank + size, ...; None if
-    interrupted() became true, on every rank alike.
+    """{index in `made`: sum of the log-probabilities of the answer's tokens} of this rank's share,
+    the batches rank, rank + size, ...; None if interrupted() became true, on every rank alike.
 
-    logits_of: (B, T) int64 ids -> (B, T, V). Every rank calls it equally often, since ranks may compute together.
+    logits_of: (B, T) int64 ids -> (B, T, V). Every rank calls it equally often, since ranks may
+    compute together.
     """
     order = sorted(range(len(made)), key=lambda i: -len(made[i][0]))
-    batches = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     found = {}
     for turn in range(0, len(batches), size):
         if interrupted():
@@ -208,33 +272,50 @@ def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interru
         idx = torch.zeros(len(batch), widest, dtype=torch.int64)
         for row, i in enumerate(batch):
             ids = made[i][0][:-1]
-            idx[row, :len(ids)] = torch.tensor(ids)
+            idx[row, : len(ids)] = torch.tensor(ids)
         with kernels.as_written():
             logits = logits_of(idx.to(device))
         if mine >= len(batches):
             continue  # only to keep the others company
         for row, i in enumerate(batch):
             ids, n = made[i]
-            scores = F.log_softmax(logits[row, len(ids) - 1 - n:len(ids) - 1].float(), dim=-1)
+            scores = F.log_softmax(logits[row, len(ids) - 1 - n : len(ids) - 1].float(), dim=-1)
             found[i] = scores.gather(1, torch.tensor(ids[-n:], device=device)[:, None]).sum().item()
     return found
 
 
 def score(items, values):
-    """{'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of requests(), in their order."""
+    """{'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of
+    requests(), in their order.
+    """
     right, right_norm, at = 0, 0, 0
     for item in items:
-        mine = values[at:at + len(item.choices)]
+        mine = values[at : at + len(item.choices)]
         at += len(item.choices)
         best = max(range(len(mine)), key=lambda i: mine[i])
         best_norm = max(range(len(mine)), key=lambda i: mine[i] / max(1, len(item.choices[i])))
         right, right_norm = right + (best == item.answer), right_norm + (best_norm == item.answer)
-    return {'acc': right / len(items), 'acc_norm': right_norm / len(items),
-            'chance': sum(1 / len(item.choices) for item in items) / len(items), 'items': len(items)}
+    return {
+        'acc': right / len(items),
+        'acc_norm': right_norm / len(items),
+        'chance': sum(1 / len(item.choices) for item in items) / len(items),
+        'items': len(items),
+    }
 
 
-def evaluate(encoded, logits_of, batch_size, device, total=lambda values: values, rank=0, size=1, interrupted=lambda: False):
-    """{name: score()} of encode()'s; total: sums a tensor over the ranks. None if interrupted() became true."""
+def evaluate(
+    encoded,
+    logits_of,
+    batch_size,
+    device,
+    total=lambda values: values,
+    rank=0,
+    size=1,
+    interrupted=lambda: False,
+):
+    """{name: score()} of encode()'s; total: sums a tensor over the ranks. None if interrupted()
+    became true.
+    """
     results = {}
     for name, (items, made) in encoded.items():
         mine = log_likelihoods(logits_of, made, batch_size, device, rank, size, interrupted)

@@ -81,7 +81,9 @@ class Terminal:
                 tqdm.write(text)
 
     def look(self, again=AGAIN_S):
-        """Return what is being done, if that has taken QUIET_S and no line appeared meanwhile; once, and then every `again` seconds."""
+        """Return what is being done, if that has taken QUIET_S and no line appeared meanwhile;
+        once, and then every `again` seconds.
+        """
         work = next(iter(self.works[-1:]), None)
         now = time.monotonic()
         since = now - self.last_line

@@ -1,27 +1,44 @@
 """How the GPUs of this machine are connected, as `nvidia-smi topo -m` tells."""
+
 import os
 import re
 import subprocess
 
 # from fast to slow, in the terms of nvidia-smi
-_PATHS = {'NV': 'NVLink', 'PIX': 'PCIe through one switch', 'PXB': 'PCIe through several switches', 'PHB': "PCIe through a CPU's bridge", 'NODE': "PCIe between a CPU's bridges",
-          'SYS': 'the link between CPU sockets'}
+_PATHS = {
+    'NV': 'NVLink',
+    'PIX': 'PCIe through one switch',
+    'PXB': 'PCIe through several switches',
+    'PHB': "PCIe through a CPU's bridge",
+    'NODE': "PCIe between a CPU's bridges",
+    'SYS': 'the link between CPU sockets',
+}
 _ORDER = list(_PATHS)
 
 
 def read(count):
-    """{(i, j): kind} between the first `count` GPUs that this process may use, kind as nvidia-smi writes it; {} where it cannot be asked."""
+    """{(i, j): kind} between the first `count` GPUs that this process may use, kind as nvidia-smi
+    writes it; {} where it cannot be asked.
+    """
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
-    gpus = [int(gpu) for gpu in visible.split(',')] if re.fullmatch(r'\d+(,\d+)*', visible) else list(range(count))
+    gpus = (
+        [int(gpu) for gpu in visible.split(',')]
+        if re.fullmatch(r'\d+(,\d+)*', visible)
+        else list(range(count))
+    )
     try:
-        text = subprocess.run(['nvidia-smi', 'topo', '-m'], capture_output=True, text=True, timeout=20, check=True).stdout
+        text = subprocess.run(
+            ['nvidia-smi', 'topo', '-m'], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return parse(text, gpus[:count])
 
 
 def parse(text, gpus):
-    """{(i, j): kind} for i < j among the GPU numbers `gpus`, from the matrix that `nvidia-smi topo -m` prints."""
+    """{(i, j): kind} for i < j among the GPU numbers `gpus`, from the matrix that `nvidia-smi topo
+    -m` prints.
+    """
     rows, columns = {}, []
     for line in text.splitlines():
         cells = re.sub(r'\x1b\[[0-9;]*m', '', line).split('\t')
@@ -30,20 +47,39 @@ def parse(text, gpus):
             columns = names[1:]
         elif columns and re.fullmatch(r'GPU\d+', names[0]):
             rows[names[0]] = dict(zip(columns, names[1:]))
-    return {(a, b): kind for a in gpus for b in gpus if a < b and (kind := rows.get(f'GPU{a}', {}).get(f'GPU{b}'))}
+    return {
+        (a, b): kind
+        for a in gpus
+        for b in gpus
+        if a < b and (kind := rows.get(f'GPU{a}', {}).get(f'GPU{b}'))
+    }
 
 
 def describe(links):
-    """(line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk, and a warning where the slowest path is no NVLink."""
+    """(line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk, and a
+    warning where the slowest path is no NVLink.
+    """
     if not links:
         return None, None
     pairs = {}
     for pair, kind in links.items():
         pairs.setdefault('NV' if kind.startswith('NV') else kind, []).append(pair)
-    names = [kind for kind in _ORDER if kind in pairs] + [kind for kind in pairs if kind not in _ORDER]
-    parts = [f"{_PATHS.get(kind, kind)} ({sorted({links[pair] for pair in pairs[kind]})[0]}) between " + ('all' if len(names) == 1 else ', '.join(f'{a}-{b}' for a, b in pairs[kind]))
-             for kind in names]
+    names = [kind for kind in _ORDER if kind in pairs] + [
+        kind for kind in pairs if kind not in _ORDER
+    ]
+    parts = [
+        f'{_PATHS.get(kind, kind)} ({sorted({links[pair] for pair in pairs[kind]})[0]}) between '
+        + ('all' if len(names) == 1 else ', '.join(f'{a}-{b}' for a, b in pairs[kind]))
+        for kind in names
+    ]
     slow = names[-1]
-    note = None if slow == 'NV' else (f'GPUs {pairs[slow][0][0]} and {pairs[slow][0][1]} reach each other over {_PATHS.get(slow, slow)} ({slow}): sums over all ranks go at that speed, which '
-                                      'bench/allreduce.py measures; a larger total_batch_size makes them rarer')
+    note = (
+        None
+        if slow == 'NV'
+        else (
+            f'GPUs {pairs[slow][0][0]} and {pairs[slow][0][1]} reach each other over'
+            f' {_PATHS.get(slow, slow)} ({slow}): sums over all ranks go at that speed, which'
+            ' bench/allreduce.py measures; a larger total_batch_size makes them rarer'
+        )
+    )
     return 'Topology: ' + '; '.join(parts), note

@@ -1,26 +1,32 @@
-"""Draw what evaluate.py found: checkpoints of a run along their iterations, and several runs or models beside each other.
+"""Draw what evaluate.py found: checkpoints of a run along their iterations, and several runs or
+models beside each other.
 
     python plots/compare_evaluations.py out-a out-b/evaluation_00002000.json hf-demo/evaluation.json
 
-A folder stands for all evaluation*.json in it. The picture is saved as evaluations.png (--output), a table is printed.
+A folder stands for all evaluation*.json in it. The picture is saved as evaluations.png (--output),
+a table is printed.
 """
+
 import os
 import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.command_line import ArgumentParser, run_command  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+# First: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command  # noqa: E402
+
+# isort: split
 
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, check_output, save
+from run_log import number
 
 from engine.configurator import ConfigError
 from engine.files import parse_json
-from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, check_output, save
-from run_log import number
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
@@ -30,11 +36,15 @@ class EvaluationError(ConfigError):
 
 
 def load(path):
-    """(label, [results, by step]) of an evaluation*.json or a folder of them. Raises EvaluationError."""
+    """(label, [results, by step]) of an evaluation*.json or a folder of them. Raises
+    EvaluationError.
+    """
     path = Path(path)
     files = sorted(path.glob('evaluation*.json')) if path.is_dir() else [path]
     if not files:
-        raise EvaluationError(f'{path} holds no evaluation*.json: run python evaluate.py --out_dir={path} first')
+        raise EvaluationError(
+            f'{path} holds no evaluation*.json: run python evaluate.py --out_dir={path} first'
+        )
     found = []
     for file in files:
         try:
@@ -51,45 +61,80 @@ def load(path):
 
 def values(results):
     """{title: number} of one evaluation."""
+
     def of(value, key):
         return value.get(key) if isinstance(value, dict) else None
-    losses = results.get('losses') if isinstance(results.get('losses'), dict) else {'': results.get('loss')}
+
+    losses = (
+        results.get('losses')
+        if isinstance(results.get('losses'), dict)
+        else {'': results.get('loss')}
+    )
     found = {}
     for loss in losses.values():
         if isinstance(of(loss, 'dataset'), str):
-            name = f"{loss['dataset'].rstrip('/').split('/')[-1]} {loss.get('split')}"
+            name = f'{loss["dataset"].rstrip("/").split("/")[-1]} {loss.get("split")}'
             found[f'{name}: loss'] = number(loss.get('loss'))
             if loss.get('bits_per_byte'):
                 found[f'{name}: bits per byte'] = number(loss['bits_per_byte'])
     tasks = results.get('tasks') if isinstance(results.get('tasks'), dict) else {}
-    return {**found, **{f'{name} (%)': 100 * number(of(score, 'acc_norm')) for name, score in tasks.items()}}
+    return {
+        **found,
+        **{f'{name} (%)': 100 * number(of(score, 'acc_norm')) for name, score in tasks.items()},
+    }
 
 
 def draw(models):
     """The figure: a panel for each measure; a curve where a model has several steps, else a bar."""
-    titles = list(dict.fromkeys(title for _, found in models for results in found for title in values(results)))
+    titles = list(
+        dict.fromkeys(
+            title for _, found in models for results in found for title in values(results)
+        )
+    )
     if not titles:
-        raise EvaluationError('nothing was measured that can be drawn: evaluate with a data set or --tasks')
+        raise EvaluationError(
+            'nothing was measured that can be drawn: evaluate with a data set or --tasks'
+        )
     rows = (len(titles) + 1) // 2
     along_steps = any(len(found) > 1 for _, found in models)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13 if len(titles) > 1 else 7, 1 + 3.3 * rows), layout='constrained')
+        figure = Figure(
+            figsize=(13 if len(titles) > 1 else 7, 1 + 3.3 * rows), layout='constrained'
+        )
         for panel, title in enumerate(titles):
             axes = figure.add_subplot(rows, min(2, len(titles)), panel + 1)
             for place, (label, found) in enumerate(models):
-                points = [(results.get('step') or 0, values(results)[title]) for results in found if title in values(results)]
+                points = [
+                    (results.get('step') or 0, values(results)[title])
+                    for results in found
+                    if title in values(results)
+                ]
                 color = COLORS[place % len(COLORS)]
                 if along_steps and points:
                     axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
                 elif points:
                     axes.barh(place, points[0][1], height=0.45, color=color, label=label)
-                    axes.annotate(f'{points[0][1]:.3g}', (points[0][1], place), xytext=(3, 0), textcoords='offset points', va='center', fontsize=9)
+                    axes.annotate(
+                        f'{points[0][1]:.3g}',
+                        (points[0][1], place),
+                        xytext=(3, 0),
+                        textcoords='offset points',
+                        va='center',
+                        fontsize=9,
+                    )
             axes.set_title(title)
             if title.endswith('(%)'):
-                chance = [100 * number(score['chance']) for _, found in models for results in found
-                          for name, score in (results.get('tasks') or {}).items() if f'{name} (%)' == title and isinstance(score, dict) and 'chance' in score]
+                chance = [
+                    100 * number(score['chance'])
+                    for _, found in models
+                    for results in found
+                    for name, score in (results.get('tasks') or {}).items()
+                    if f'{name} (%)' == title and isinstance(score, dict) and 'chance' in score
+                ]
                 if chance:
-                    (axes.axhline if along_steps else axes.axvline)(chance[0], color='#808080', linestyle=':', linewidth=1.2, label='chance')
+                    (axes.axhline if along_steps else axes.axvline)(
+                        chance[0], color='#808080', linestyle=':', linewidth=1.2, label='chance'
+                    )
                 (axes.set_ylim if along_steps else axes.set_xlim)(0, 100)
             if along_steps:
                 axes.set_xlabel('iteration')
@@ -99,27 +144,58 @@ def draw(models):
                 if not title.endswith('(%)'):
                     axes.margins(x=0.12)
         if along_steps:
-            named = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-            figure.legend(named.values(), named.keys(), loc='outside upper center', ncols=min(len(models), 4))
+            named = {
+                label: handle
+                for axes in figure.axes
+                for handle, label in zip(*axes.get_legend_handles_labels())
+            }
+            figure.legend(
+                named.values(), named.keys(), loc='outside upper center', ncols=min(len(models), 4)
+            )
     return figure
 
 
 def table(models):
     """Lines of text: a row for each checkpoint."""
-    titles = list(dict.fromkeys(title for _, found in models for results in found for title in values(results)))
+    titles = list(
+        dict.fromkeys(
+            title for _, found in models for results in found for title in values(results)
+        )
+    )
     rows = [('model', 'step', *titles)]
     for label, found in models:
         for results in found:
             mine = values(results)
-            rows.append((label, '-' if results.get('step') is None else str(results.get('step')), *(f'{mine[title]:.4g}' if np.isfinite(mine.get(title, np.nan)) else '-' for title in titles)))
+            rows.append(
+                (
+                    label,
+                    '-' if results.get('step') is None else str(results.get('step')),
+                    *(
+                        f'{mine[title]:.4g}' if np.isfinite(mine.get(title, np.nan)) else '-'
+                        for title in titles
+                    ),
+                )
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [row[0].ljust(widths[0]) + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])) for row in rows]
+    return [
+        row[0].ljust(widths[0])
+        + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
+        for row in rows
+    ]
 
 
 def main(argv=None):
-    parser = ArgumentParser(description='Draw what evaluate.py found for checkpoints, runs and models.')
+    parser = ArgumentParser(
+        description='Draw what evaluate.py found for checkpoints, runs and models.'
+    )
     parser.add_argument('path', nargs='+', help='a folder with evaluation*.json, or one such file')
-    parser.add_argument('--output', type=Path, default=Path('evaluations.png'), metavar='FILE', help='default: evaluations.png in this folder')
+    parser.add_argument(
+        '--output',
+        type=Path,
+        default=Path('evaluations.png'),
+        metavar='FILE',
+        help='default: evaluations.png in this folder',
+    )
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 

@@ -1,13 +1,17 @@
 """Draw any number of runs over each other, and print a table of their results.
 
-    python plots/compare_runs.py out-gpt2-1.36b out-llama-1.36b --x tokens
+python plots/compare_runs.py out-gpt2-1.36b out-llama-1.36b --x tokens
 """
+
 import os
 import sys
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.command_line import ArgumentParser, run_command, whole  # noqa: E402 (first: until main() takes over, a Ctrl-C ends the process quietly)
+# First: until main() takes over, a Ctrl-C ends the process quietly
+from engine.command_line import ArgumentParser, run_command, whole  # noqa: E402
+
+# isort: split
 
 from pathlib import Path
 
@@ -15,19 +19,48 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+from plot_single_run import (
+    STYLE,
+    check_output,
+    count,
+    default_window,
+    grid,
+    plot_line,
+    save,
+    scaled,
+    set_limits,
+    smooth,
+    trained,
+)
+from run_log import NothingLogged, cleaned, load_run
 
 from engine.configurator import ConfigError
-from plot_single_run import STYLE, check_output, count, default_window, grid, plot_line, save, scaled, set_limits, smooth, trained
-from run_log import NothingLogged, cleaned, load_run
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']
 
 # settings that say nothing of what was trained
-NOT_A_DIFFERENCE = {'out_dir', 'init_from', 'auto_resume', 'resume_from', 'upload_to', 'wandb_run_name', 'device', 'backend', 'eval_interval', 'log_interval',
-                    'checkpoint_interval', 'head_dim', 'num_key_value_heads', 'd_ff', 'expert_d_ff', 'rope_original_block_size'}
+NOT_A_DIFFERENCE = {
+    'out_dir',
+    'init_from',
+    'auto_resume',
+    'resume_from',
+    'upload_to',
+    'wandb_run_name',
+    'device',
+    'backend',
+    'eval_interval',
+    'log_interval',
+    'checkpoint_interval',
+    'head_dim',
+    'num_key_value_heads',
+    'd_ff',
+    'expert_d_ff',
+    'rope_original_block_size',
+}
 
-# what each panel shows, its unit, and whether the curve is a column of the iterations or the validation loss
+# what each panel shows, its unit, and whether the curve is a column of the iterations or the
+# validation loss
 PANELS = [
     ('Train loss (smoothed)', 'loss (nats per token)', 'loss'),
     ('Validation loss', 'loss (nats per token)', 'val_loss'),
@@ -37,9 +70,14 @@ PANELS = [
 
 
 def name_runs(runs):
-    """Labels that tell the runs apart: the settings in which they differ, if these are few and known of all, else where they lie."""
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config)
-            if key not in NOT_A_DIFFERENCE and len({repr(run.config.get(key)) for run in runs}) > 1]
+    """Labels that tell the runs apart: the settings in which they differ, if these are few and
+    known of all, else where they lie.
+    """
+    keys = [
+        key
+        for key in dict.fromkeys(key for run in runs for key in run.config)
+        if key not in NOT_A_DIFFERENCE and len({repr(run.config.get(key)) for run in runs}) > 1
+    ]
     if 0 < len(keys) <= 3 and all(run.config for run in runs):
         labels = [', '.join(f'{key}={run.config.get(key)}' for key in keys) for run in runs]
         if distinct(labels):
@@ -48,13 +86,23 @@ def name_runs(runs):
 
 
 def name_places(runs):
-    """The shortest labels that tell the runs apart: the end of the folder's path, else the run's name, else both."""
+    """The shortest labels that tell the runs apart: the end of the folder's path, else the run's
+    name, else both.
+    """
     folders = [run.path.resolve().parent.parts for run in runs]
     names = [run.name for run in runs]
     depths = range(1, 1 + max(len(folder) for folder in folders))
-    choices = [['/'.join(folder[-depth:]) for folder in folders] for depth in depths] if distinct(folders) else [names]
-    choices += [['/'.join(folder[-depth:] + (name,)) for folder, name in zip(folders, names)] for depth in depths]
-    choices += [[f'{number} {name}' for number, name in enumerate(names, 1)]]     # the same run given twice
+    choices = (
+        [['/'.join(folder[-depth:]) for folder in folders] for depth in depths]
+        if distinct(folders)
+        else [names]
+    )
+    choices += [
+        ['/'.join(folder[-depth:] + (name,)) for folder, name in zip(folders, names)]
+        for depth in depths
+    ]
+    # the same run given twice
+    choices += [[f'{number} {name}' for number, name in enumerate(names, 1)]]
     return next(labels for labels in choices if distinct(labels))
 
 
@@ -63,7 +111,9 @@ def distinct(values):
 
 
 def x_axis(runs, x):
-    """Per run, the x value of every iteration record, all in one unit; and the label that states the unit."""
+    """Per run, the x value of every iteration record, all in one unit; and the label that states
+    the unit.
+    """
     if x == 'iters':
         return [run.iters for run in runs], 'iteration'
     values = [run.column('tokens_seen' if x == 'tokens' else 'wall_s') for run in runs]
@@ -71,7 +121,13 @@ def x_axis(runs, x):
         divisor, word = scaled(np.concatenate(values))
         return [value / divisor for value in values], f'tokens seen{word}'
     longest = np.nanmax(np.concatenate(values))
-    divisor, unit = (3600, 'hours') if longest >= 7200 else (60, 'minutes') if longest >= 120 else (1, 'seconds')
+    divisor, unit = (
+        (3600, 'hours')
+        if longest >= 7200
+        else (60, 'minutes')
+        if longest >= 120
+        else (1, 'seconds')
+    )
     return [value / divisor for value in values], f'wall time ({unit})'
 
 
@@ -100,7 +156,10 @@ def draw_comparison(runs, labels, x='iters'):
                 divisor, word = scaled(np.concatenate([y for _, y in curves]))
                 unit += word
             for number, (at, y) in enumerate(curves):
-                style = {'color': COLORS[number % len(COLORS)], 'linestyle': LINES[number // len(COLORS) % len(LINES)]}
+                style = {
+                    'color': COLORS[number % len(COLORS)],
+                    'linestyle': LINES[number // len(COLORS) % len(LINES)],
+                }
                 plot_line(axes, at, y / divisor, label=labels[number], **style)
             axes.set(title=title, ylabel=unit, xlabel=x_label)
             if kind == 'tokens_per_sec':
@@ -110,26 +169,59 @@ def draw_comparison(runs, labels, x='iters'):
             if x == 'iters':
                 axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
                 axes.xaxis.set_major_formatter(StrMethodFormatter('{x:,.0f}'))
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=min(len(runs), 4))
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(),
+            loc='outside upper center',
+            ncols=min(len(runs), 4),
+        )
     return figure
 
 
 def table(runs, labels):
-    """The results of the runs as lines of text, '-' where a run does not say, and * where the validation loss is the best of all."""
+    """The results of the runs as lines of text, '-' where a run does not say, and * where the
+    validation loss is the best of all.
+    """
     least = min(map(best_loss, runs))
-    rows = [('run', 'params', 'last iter', 'tokens', 'train loss', 'best val (at)', 'tokens/s', 'MFU', 'hours')]
+    rows = [
+        (
+            'run',
+            'params',
+            'last iter',
+            'tokens',
+            'train loss',
+            'best val (at)',
+            'tokens/s',
+            'MFU',
+            'hours',
+        )
+    ]
     for run, label in zip(runs, labels):
         params = cleaned(run.startup_info.get('model')).get('total_params')
         params = params if isinstance(params, (int, float)) else 0
         best = '-'
         if np.isfinite(run.eval_val_loss).any():
             at = np.nanargmin(run.eval_val_loss)
-            best = f"{run.eval_val_loss[at]:.4f} ({run.eval_iters[at]}){'*' if len(runs) > 1 and run.eval_val_loss[at] == least else ''}"
-        rows.append((label, count(params) if params else '-', str(run.iters[-1]), known(run.last('tokens_seen'), count),
-                     known(run.last('loss'), '{:.4f}'.format), best, known(median(run, 'tokens_per_sec'), '{:,.0f}'.format),
-                     known(median(run, 'mfu_percent'), '{:.1f} %'.format), known(run.last('wall_s') / 3600, '{:.2f}'.format)))
+            mark = '*' if len(runs) > 1 and run.eval_val_loss[at] == least else ''
+            best = f'{run.eval_val_loss[at]:.4f} ({run.eval_iters[at]}){mark}'
+        rows.append(
+            (
+                label,
+                count(params) if params else '-',
+                str(run.iters[-1]),
+                known(run.last('tokens_seen'), count),
+                known(run.last('loss'), '{:.4f}'.format),
+                best,
+                known(median(run, 'tokens_per_sec'), '{:,.0f}'.format),
+                known(median(run, 'mfu_percent'), '{:.1f} %'.format),
+                known(run.last('wall_s') / 3600, '{:.2f}'.format),
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [row[0].ljust(widths[0]) + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])) for row in rows]
+    return [
+        row[0].ljust(widths[0])
+        + ''.join('  ' + cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))
+        for row in rows
+    ]
 
 
 def best_loss(run):
@@ -146,12 +238,36 @@ def known(value, form):
 
 
 def main(argv=None):
-    parser = ArgumentParser(description='Draw runs over each other and print a table of their results.')
-    parser.add_argument('path', nargs='+', help='one run each: an out_dir, a run_*.jsonl or a run_*.json')
-    parser.add_argument('--x', choices=('iters', 'tokens', 'time'), default='iters', help='what the curves are drawn over (default: iters)')
-    parser.add_argument('--output', type=Path, default=Path('compare.png'), metavar='FILE', help='default: compare.png in this folder')
-    parser.add_argument('--latest', type=whole(), metavar='N', help='only the N runs that began last')
-    parser.add_argument('--labels', metavar='A,B', help='names for the legend, separated by commas in the order of the paths (default: the settings that differ, or the places)')
+    parser = ArgumentParser(
+        description='Draw runs over each other and print a table of their results.'
+    )
+    parser.add_argument(
+        'path', nargs='+', help='one run each: an out_dir, a run_*.jsonl or a run_*.json'
+    )
+    parser.add_argument(
+        '--x',
+        choices=('iters', 'tokens', 'time'),
+        default='iters',
+        help='what the curves are drawn over (default: iters)',
+    )
+    parser.add_argument(
+        '--output',
+        type=Path,
+        default=Path('compare.png'),
+        metavar='FILE',
+        help='default: compare.png in this folder',
+    )
+    parser.add_argument(
+        '--latest', type=whole(), metavar='N', help='only the N runs that began last'
+    )
+    parser.add_argument(
+        '--labels',
+        metavar='A,B',
+        help=(
+            'names for the legend, separated by commas in the order of the paths (default: the'
+            ' settings that differ, or the places)'
+        ),
+    )
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
@@ -170,9 +286,9 @@ def run(args):
                 raise
             print(f'note: {error}; left out')
     if not runs:
-        raise ConfigError(f"no iterations logged in {', '.join(args.path)}")
+        raise ConfigError(f'no iterations logged in {", ".join(args.path)}')
     if args.latest:
-        newest = sorted(range(len(runs)), key=lambda i: runs[i].name)[-args.latest:]
+        newest = sorted(range(len(runs)), key=lambda i: runs[i].name)[-args.latest :]
         runs, named = [runs[i] for i in sorted(newest)], [named[i] for i in sorted(newest)]
     labels = named if args.labels else name_runs(runs)
     order = sorted(range(len(runs)), key=lambda i: best_loss(runs[i]))
@@ -188,7 +304,10 @@ def run(args):
         if run.has(needed):
             drawn.append((run, label))
         else:
-            print(f'note: {label} did not log {needed}, nor what it can be computed from; left out of the picture')
+            print(
+                f'note: {label} did not log {needed}, nor what it can be computed from; left out of'
+                ' the picture'
+            )
     if not drawn:
         raise ConfigError(f'none of the runs can be drawn over {args.x}; try --x iters')
     save(draw_comparison(*zip(*drawn), args.x), args.output)

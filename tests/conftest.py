@@ -1,4 +1,7 @@
-"""What the tests share: a small data set made on the spot, tiny settings, and ways to run the trainer."""
+"""What the tests share: a small data set made on the spot, tiny settings, and ways to run the
+trainer.
+"""
+
 import contextlib
 import json
 import os
@@ -21,14 +24,22 @@ from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
 torch.set_num_threads(2)
-TEXT = 'the quick brown fox jumps over the lazy dog; 0123456789 sphinx of black quartz, judge my vow!\n'
+TEXT = (
+    'the quick brown fox jumps over the lazy dog; 0123456789 sphinx of black quartz, judge my'
+    ' vow!\n'
+)
 
 
 def write_dataset(folder, train, val, vocab_size=64, **changes):
     """A data set of the given ids, char-like unless `changes` say otherwise."""
     chars = sorted(set(TEXT))
-    settings = dict(vocab_size=vocab_size, eot_id=None, tokenizer={'kind': 'char'}, split='as given',
-                    extra={'stoi': {c: i for i, c in enumerate(chars)}, 'itos': dict(enumerate(chars))})
+    settings = dict(
+        vocab_size=vocab_size,
+        eot_id=None,
+        tokenizer={'kind': 'char'},
+        split='as given',
+        extra={'stoi': {c: i for i, c in enumerate(chars)}, 'itos': dict(enumerate(chars))},
+    )
     with TokenFileWriter(folder, **{**settings, **changes}) as writer:
         writer.write('train', train)
         writer.write('val', val)
@@ -36,7 +47,9 @@ def write_dataset(folder, train, val, vocab_size=64, **changes):
 
 
 def make_dataset(folder):
-    """A data set of 20,000 + 4,000 characters of repetitive text; its absolute path serves as --dataset."""
+    """A data set of 20,000 + 4,000 characters of repetitive text; its absolute path serves as
+    --dataset.
+    """
     chars = sorted(set(TEXT))
     generator = np.random.default_rng(0)
     ids = np.array([chars.index(c) for c in ' '.join(generator.choice(TEXT.split(' '), 6000))])
@@ -49,13 +62,26 @@ def dataset(tmp_path_factory):
     return make_dataset(str(tmp_path_factory.mktemp('data') / 'tiny'))
 
 
-TINY = ['--device=cpu', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=16', '--batch_size=4',
-        '--gradient_accumulation_steps=1', '--learning_rate=1e-3', '--warmup_iters=2', '--eval_iters=2', '--log_interval=1']
+TINY = [
+    '--device=cpu',
+    '--compile=False',
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=16',
+    '--batch_size=4',
+    '--gradient_accumulation_steps=1',
+    '--learning_rate=1e-3',
+    '--warmup_iters=2',
+    '--eval_iters=2',
+    '--log_interval=1',
+]
 
 
 def run_train(dataset, out_dir, *args):
     """train.py in this process with tiny settings; returns its exit code."""
     import train
+
     deterministic = torch.are_deterministic_algorithms_enabled()
     code = train.main([f'--dataset={dataset}', f'--out_dir={out_dir}', *TINY, *args])
     torch.use_deterministic_algorithms(deterministic)
@@ -74,11 +100,21 @@ def start_process(*command, env=None):
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '2', **(env or {})}
     if command[0] != '-c':
         return Forked([str(word) for word in command], ROOT, environment)
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def end_all(process):
-    """SIGKILL a process of start_process() and all that it started: torchrun gives each worker a session of its own."""
+    """SIGKILL a process of start_process() and all that it started: torchrun gives each worker a
+    session of its own.
+    """
     children, found = {process.pid}, True
     while found:
         parents = {}
@@ -112,9 +148,23 @@ def free_port():
 
 
 def torchrun(processes, *args, timeout=240, script='train.py'):
-    """(exit code, output) of train.py, or of another script, under torchrun with gloo on this machine."""
-    return run_process('-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_addr', '127.0.0.1', '--master_port', str(free_port()),
-                       script, *args, timeout=timeout, env={'OMP_NUM_THREADS': '1'})
+    """(exit code, output) of train.py, or of another script, under torchrun with gloo on this
+    machine.
+    """
+    return run_process(
+        '-m',
+        'torch.distributed.run',
+        '--nproc_per_node',
+        str(processes),
+        '--master_addr',
+        '127.0.0.1',
+        '--master_port',
+        str(free_port()),
+        script,
+        *args,
+        timeout=timeout,
+        env={'OMP_NUM_THREADS': '1'},
+    )
 
 
 def records(out_dir, kind='iter'):
@@ -137,7 +187,13 @@ def weights(out_dir, step):
     model = Model(resolve_shape(config))
     tensors = {f'model.{n}': p.detach() for n, p in model.named_parameters()}
     muon = model.matrices() if config.get('optimizer') == 'muon' else ()
-    tensors.update({f'optimizer.{key}.{n}': torch.zeros_like(p) for n, p in model.named_parameters() for key in (('momentum',) if n in muon else ('exp_avg', 'exp_avg_sq'))})
+    tensors.update(
+        {
+            f'optimizer.{key}.{n}': torch.zeros_like(p)
+            for n, p in model.named_parameters()
+            for key in (('momentum',) if n in muon else ('exp_avg', 'exp_avg_sq'))
+        }
+    )
     checkpoint.load(path, tensors)
     return tensors
 
@@ -146,7 +202,12 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-KEYS = {'AWS_ACCESS_KEY_ID': 'test', 'AWS_SECRET_ACCESS_KEY': 'test', 'AWS_DEFAULT_REGION': 'us-east-1', 'AWS_MAX_ATTEMPTS': '1'}
+KEYS = {
+    'AWS_ACCESS_KEY_ID': 'test',
+    'AWS_SECRET_ACCESS_KEY': 'test',
+    'AWS_DEFAULT_REGION': 'us-east-1',
+    'AWS_MAX_ATTEMPTS': '1',
+}
 
 
 class Server:
@@ -156,10 +217,15 @@ class Server:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             self.port = s.getsockname()[1]
-        self.environment = {**KEYS, 'AWS_ENDPOINT_URL': f'http://127.0.0.1:{self.port}', 'FSSPEC_S3_ENDPOINT_URL': f'http://127.0.0.1:{self.port}'}
+        self.environment = {
+            **KEYS,
+            'AWS_ENDPOINT_URL': f'http://127.0.0.1:{self.port}',
+            'FSSPEC_S3_ENDPOINT_URL': f'http://127.0.0.1:{self.port}',
+        }
 
     def start(self):
         from moto.server import ThreadedMotoServer
+
         self.server = ThreadedMotoServer(ip_address='127.0.0.1', port=self.port, verbose=False)
         self.server.start()
 
@@ -175,6 +241,7 @@ def s3():
     server.start()
     os.environ.update(server.environment)
     import fsspec
+
     fsspec.filesystem('s3', endpoint_url=server.environment['AWS_ENDPOINT_URL']).mkdir('bucket')
     yield server
     server.stop()

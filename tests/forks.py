@@ -1,4 +1,7 @@
-"""Commands of the project as forks of a process that has imported what all of them import: most of the time of a short run is that."""
+"""Commands of the project as forks of a process that has imported what all of them import: most of
+the time of a short run is that.
+"""
+
 import atexit
 import multiprocessing
 import os
@@ -11,15 +14,22 @@ import traceback
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONTEXT = multiprocessing.get_context('forkserver')
 # nothing that reads the environment when it is imported, as fsspec does
-CONTEXT.set_forkserver_preload(['torch', 'torch.distributed.checkpoint', 'torch.distributed.fsdp', 'torch.distributed.run'])
+CONTEXT.set_forkserver_preload(
+    ['torch', 'torch.distributed.checkpoint', 'torch.distributed.fsdp', 'torch.distributed.run']
+)
 
 
 class Forked:
-    """What subprocess.Popen of `python COMMAND...` would be, with a session of its own and its output, both streams, as text in `stdout`: a script, or -m and a module."""
+    """What subprocess.Popen of `python COMMAND...` would be, with a session of its own and its
+    output, both streams, as text in `stdout`: a script, or -m and a module.
+    """
 
     def __init__(self, command, cwd, env):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        self.command, self.process = command, CONTEXT.Process(target=_become, args=(list(command), cwd, env, theirs))
+        self.command, self.process = (
+            command,
+            CONTEXT.Process(target=_become, args=(list(command), cwd, env, theirs)),
+        )
         self.process.start()
         theirs.close()
         self.pid, self.stdout = self.process.pid, os.fdopen(os.dup(ours.fileno()))
@@ -42,7 +52,9 @@ class Forked:
         """(output, None); subprocess.TimeoutExpired leaves what was written for the next call."""
         if not hasattr(self, 'reader'):
             self.output = []
-            self.reader = threading.Thread(target=lambda: self.output.extend(self.stdout), daemon=True)
+            self.reader = threading.Thread(
+                target=lambda: self.output.extend(self.stdout), daemon=True
+            )
             self.reader.start()
         self.reader.join(timeout)
         if self.reader.is_alive():
@@ -63,18 +75,31 @@ def _become(command, cwd, env, output):
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
-    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), *(os.fdopen(stream, 'w', buffering=1, closefd=False) for stream in (1, 2))
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(os.devnull),
+        *(os.fdopen(stream, 'w', buffering=1, closefd=False) for stream in (1, 2)),
+    )
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     multiprocessing.set_start_method(None, force=True)  # the interpreter's own again
     import torch
-    torch.set_num_threads(int(env['OMP_NUM_THREADS']))  # which a new interpreter would read for itself
+
+    # which a new interpreter would read for itself
+    torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     atexit._clear()
     module = command[0] == '-m'
     sys.argv = command = command[1:] if module else command
-    outside = [path for path in sys.path if path not in ('', ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'bench'))]
-    sys.path[:] = [cwd if module else os.path.dirname(os.path.abspath(command[0])), *filter(None, env.get('PYTHONPATH', '').split(':')), *outside]
+    outside = [
+        path
+        for path in sys.path
+        if path not in ('', ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'bench'))
+    ]
+    sys.path[:] = [
+        cwd if module else os.path.dirname(os.path.abspath(command[0])),
+        *filter(None, env.get('PYTHONPATH', '').split(':')),
+        *outside,
+    ]
     code = 1
     try:
         if module:

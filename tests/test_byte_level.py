@@ -1,4 +1,7 @@
-"""Proves that tiktoken's loop gives the ids of Hugging Face's byte-level tokenizers, or leaves a text to them."""
+"""Proves that tiktoken's loop gives the ids of Hugging Face's byte-level tokenizers, or leaves a
+text to them.
+"""
+
 import json
 import os
 import random
@@ -10,7 +13,15 @@ import pytest
 tokenizers = pytest.importorskip('tokenizers')
 pytest.importorskip('tiktoken')
 from conftest import ROOT  # noqa: E402
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import (  # noqa: E402
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from data import tokenizer as tokenizer_module  # noqa: E402
 from data.byte_level import GPT2_DIGITS, KNOWN, ranks_of, twin_of  # noqa: E402
@@ -18,24 +29,60 @@ from data.quick_tiktoken import _SPELLED, GPT2, Quick, grouped  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 
 EOT = '<|endoftext|>'
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-BYTES, BY_REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), pre_tokenizers.ByteLevel(add_prefix_space=False)
-KINDS = {'gpt2': (None, BY_REGEX), 'starcoder2': (None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BY_REGEX])),
-         'llama3': (None, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), 'isolated'), BYTES])),
-         'qwen3': (normalizers.NFC(), pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3.replace('{1,3}', '')), 'isolated'), BYTES]))}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+BYTES, BY_REGEX = (
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+)
+KINDS = {
+    'gpt2': (None, BY_REGEX),
+    'starcoder2': (
+        None,
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BY_REGEX]),
+    ),
+    'llama3': (
+        None,
+        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), 'isolated'), BYTES]),
+    ),
+    'qwen3': (
+        normalizers.NFC(),
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(LLAMA3.replace('{1,3}', '')), 'isolated'), BYTES]
+        ),
+    ),
+}
 
 
 def hard_texts(count, seed=0):
-    """Texts of everything that tokenizers stumble over: runs of white space, digits, marks, scripts, emoji, controls, unassigned characters."""
+    """Texts of everything that tokenizers stumble over: runs of white space, digits, marks,
+    scripts, emoji, controls, unassigned characters.
+    """
     draw = random.Random(seed)
-    kinds = [lambda: draw.choice(" \n\r\t\u3000\x85\xa0'"), lambda: chr(draw.randrange(32, 127)), lambda: draw.choice('0123456789²½٣'), lambda: chr(draw.randrange(0x80, 0x600)),
-             lambda: chr(draw.randrange(0x4E00, 0x9FFF)), lambda: chr(draw.randrange(0x1F300, 0x1F700)), lambda: chr(draw.randrange(0x300, 0x370)), lambda: chr(draw.randrange(0xD800)),
-             lambda: draw.choice(["'s", "'LL", '  ', 'the', ' the', '\r\n', EOT])]
-    return [''.join(kind() * draw.choice((1, 1, 2, 5)) for kind in draw.choices(kinds, k=120)) for _ in range(count)]
+    kinds = [
+        lambda: draw.choice(" \n\r\t\u3000\x85\xa0'"),
+        lambda: chr(draw.randrange(32, 127)),
+        lambda: draw.choice('0123456789²½٣'),
+        lambda: chr(draw.randrange(0x80, 0x600)),
+        lambda: chr(draw.randrange(0x4E00, 0x9FFF)),
+        lambda: chr(draw.randrange(0x1F300, 0x1F700)),
+        lambda: chr(draw.randrange(0x300, 0x370)),
+        lambda: chr(draw.randrange(0xD800)),
+        lambda: draw.choice(["'s", "'LL", '  ', 'the', ' the', '\r\n', EOT]),
+    ]
+    return [
+        ''.join(kind() * draw.choice((1, 1, 2, 5)) for kind in draw.choices(kinds, k=120))
+        for _ in range(count)
+    ]
 
 
 def source():
-    return [open(os.path.join(ROOT, name), encoding='utf-8').read() for name in ('train.py', 'model.py', 'TRAINING_GUIDE.md', 'README.md')]
+    return [
+        open(os.path.join(ROOT, name), encoding='utf-8').read()
+        for name in ('train.py', 'model.py', 'TRAINING_GUIDE.md', 'README.md')
+    ]
 
 
 def trained(kind, vocab_size=2000, **settings):
@@ -44,7 +91,15 @@ def trained(kind, vocab_size=2000, **settings):
     if normalizer is not None:
         tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(source() + hard_texts(50), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        source() + hard_texts(50),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -54,10 +109,24 @@ def test_ids_are_the_librarys(kind):
     tokenizer = trained(kind)
     twin = twin_of(tokenizer.to_str())
     left = 0
-    for text in [*source(), *hard_texts(600, 1), *' \n\'é5', '', 'aaaaaaa' * 99, ' ' * 999, 'a\n' * 500, "it's IT'S it'ſ", '5' * 99]:
+    for text in [
+        *source(),
+        *hard_texts(600, 1),
+        *" \n'é5",
+        '',
+        'aaaaaaa' * 99,
+        ' ' * 999,
+        'a\n' * 500,
+        "it's IT'S it'ſ",
+        '5' * 99,
+    ]:
         ids = twin.encode(text)
         left += ids is None
-        assert ids is None or ids.dtype == np.uint32 and ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids, repr(text)
+        assert (
+            ids is None
+            or ids.dtype == np.uint32
+            and ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+        ), repr(text)
     assert left < (600 if kind == 'qwen3' else 100)  # of hard_texts most are not in NFC
 
 
@@ -66,11 +135,16 @@ def test_what_the_library_must_see(kind):
     tokenizer = trained(kind)
     tokenizer.add_tokens(['<tool>'])
     twin = twin_of(tokenizer.to_str())
-    assert twin.encode('a <tool> b') is None and twin.encode(f'a {EOT} b') is not None  # which is ordinary text
+    # which is ordinary text
+    assert twin.encode('a <tool> b') is None and twin.encode(f'a {EOT} b') is not None
     assert twin.encode(f'a{chr(KNOWN)}') is None
     assert (twin.encode('e\u0301') is None) == (kind == 'qwen3') and twin.encode('é') is not None
-    assert (twin.encode('\u0378') is None) == (kind == 'qwen3')  # not assigned: its normal form may change
-    assert trained('llama3').pre_tokenizer is not None and twin_of(trained('llama3').to_str()).encode("it'ſ") is None
+    # not assigned: its normal form may change
+    assert (twin.encode('\u0378') is None) == (kind == 'qwen3')
+    assert (
+        trained('llama3').pre_tokenizer is not None
+        and twin_of(trained('llama3').to_str()).encode("it'ſ") is None
+    )
 
 
 def test_tokenizers_that_have_no_twin():
@@ -84,24 +158,62 @@ def test_tokenizers_that_have_no_twin():
             for key in path[:-1]:
                 described = described[key]
             described[path[-1]] = value
+
         return change
+
     assert twin_of(changed(lambda described: None)) is not None
-    for path, value in ((['pre_tokenizer', 'add_prefix_space'], True), (['pre_tokenizer'], {'type': 'Whitespace'}), (['pre_tokenizer'], None), (['normalizer'], {'type': 'Lowercase'}),
-                        (['model', 'dropout'], 0.1), (['model', 'end_of_word_suffix'], '</w>'), (['model', 'byte_fallback'], True)):
+    for path, value in (
+        (['pre_tokenizer', 'add_prefix_space'], True),
+        (['pre_tokenizer'], {'type': 'Whitespace'}),
+        (['pre_tokenizer'], None),
+        (['normalizer'], {'type': 'Lowercase'}),
+        (['model', 'dropout'], 0.1),
+        (['model', 'end_of_word_suffix'], '</w>'),
+        (['model', 'byte_fallback'], True),
+    ):
         assert twin_of(changed(set_(path, value))) is None, path
-    for pattern, expected in ((LLAMA3, True), (LLAMA3 + '|^x', False), (r'\s+$|' + LLAMA3, False), (r'\bx|' + LLAMA3, False)):  # where a line, a text and a word end differs
-        steps = {'type': 'Sequence', 'pretokenizers': [json.loads(pre_tokenizers.Split(Regex(pattern), 'isolated').__getstate__()), json.loads(BYTES.__getstate__())]}
+    # where a line, a text and a word end differs
+    for pattern, expected in (
+        (LLAMA3, True),
+        (LLAMA3 + '|^x', False),
+        (r'\s+$|' + LLAMA3, False),
+        (r'\bx|' + LLAMA3, False),
+    ):
+        steps = {
+            'type': 'Sequence',
+            'pretokenizers': [
+                json.loads(pre_tokenizers.Split(Regex(pattern), 'isolated').__getstate__()),
+                json.loads(BYTES.__getstate__()),
+            ],
+        }
         assert (twin_of(changed(set_(['pre_tokenizer'], steps))) is not None) == expected, pattern
-    assert twin_of(changed(lambda described: described['model']['vocab'].pop('Ā'))) is None  # the byte 0
-    assert twin_of(changed(lambda described: described['model']['merges'].append(described['model']['merges'][0]))) is None
+    # the byte 0
+    assert twin_of(changed(lambda described: described['model']['vocab'].pop('Ā'))) is None
+    assert (
+        twin_of(
+            changed(
+                lambda described: described['model']['merges'].append(
+                    described['model']['merges'][0]
+                )
+            )
+        )
+        is None
+    )
     assert twin_of(changed(lambda described: described['model']['merges'].reverse())) is None
 
 
 def test_tokens_that_merges_do_not_make():
-    letters = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
 
     def model(words, merges, **more):
-        return {'vocab': {**letters, **{word: 256 + i for i, word in enumerate(words)}}, 'merges': merges, **more}
+        return {
+            'vocab': {**letters, **{word: 256 + i for i, word in enumerate(words)}},
+            'merges': merges,
+            **more,
+        }
+
     # abc can only be made of a and bc, but ab is made before
     hidden = model(['ab', 'bc', 'abc'], [['a', 'b'], ['b', 'c'], ['a', 'bc']])
     assert [token for token, _ in ranks_of(hidden, tokenizers)[256:]] == [b'ab', b'bc']
@@ -113,8 +225,12 @@ def test_tokens_that_merges_do_not_make():
     # two ways to one token, as in LLaMA-3's list
     both = model(['ab', 'bc', 'abc'], [['b', 'c'], ['a', 'b'], ['a', 'bc'], ['ab', 'c']])
     assert [token for token, _ in ranks_of(both, tokenizers)[256:]] == [b'bc', b'ab', b'abc']
-    # with ignore_merges a piece that is a token is taken whole: fine where any merge makes it, or none does
-    assert ranks_of({**both, 'ignore_merges': True}, tokenizers) and ranks_of({**hidden, 'ignore_merges': True}, tokenizers) is None
+    # with ignore_merges a piece that is a token is taken whole: fine where any merge makes it, or
+    # none does
+    assert (
+        ranks_of({**both, 'ignore_merges': True}, tokenizers)
+        and ranks_of({**hidden, 'ignore_merges': True}, tokenizers) is None
+    )
     assert ranks_of(model(['xyz'], [], ignore_merges=True), tokenizers) is None
 
 
@@ -132,40 +248,112 @@ def test_a_corpus_goes_through_the_twin_and_a_few_lines_do_not(tmp_path, monkeyp
     assert own.twin is not None
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
     without = load_tokenizer(str(tmp_path))
-    assert [without.encode(text).tolist() for text in texts[:3]] == [own.encode(text).tolist() for text in texts[:3]] and without.twin is None
+    assert [without.encode(text).tolist() for text in texts[:3]] == [
+        own.encode(text).tolist() for text in texts[:3]
+    ] and without.twin is None
 
 
 def test_alternatives_in_a_group_find_the_same():
     import tiktoken
     from tiktoken_ext import openai_public
+
     letters = {bytes([byte]): byte for byte in range(256)}
-    for pattern, expected in ((GPT2, r"(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"), (GPT2_DIGITS, None), (LLAMA3, None), (openai_public.r50k_pat_str, None),
-                              (r'a|[|(\]]|(b|c)+|\||x++y|d++|e', r'(?:a|[|(\]]|(b|c)+|\|)|x++y|(?:d+|e)'), (r'a|\p{L}{1,2}+|\bx|y', r'(?:a|\p{L}{1,2})|\bx|y'), (r'a', 'a'), (r'\++|b', r'(?:\++|b)'), (r'\s++$|a', r'(?:\s+$|a)'), (r'(\sa)++$|a', r'(\sa)++$|a'), (r'a$b|\s+$|b', r'a$b|(?:\s+$|b)')):
-        assert grouped(pattern) == (expected or grouped(pattern)) and (grouped(pattern) != pattern or pattern in ('a', r'(\sa)++$|a'))
-        old, new = (tiktoken.Encoding('x', pat_str=way, mergeable_ranks={**letters, **{bytes([a, b]): 256 + i for i, (a, b) in enumerate((a, b) for a in range(97, 123) for b in b' aeiou\n')}}, special_tokens={})
-                    for way in (pattern, grouped(pattern)))
+    for pattern, expected in (
+        (GPT2, r"(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"),
+        (GPT2_DIGITS, None),
+        (LLAMA3, None),
+        (openai_public.r50k_pat_str, None),
+        (r'a|[|(\]]|(b|c)+|\||x++y|d++|e', r'(?:a|[|(\]]|(b|c)+|\|)|x++y|(?:d+|e)'),
+        (r'a|\p{L}{1,2}+|\bx|y', r'(?:a|\p{L}{1,2})|\bx|y'),
+        (r'a', 'a'),
+        (r'\++|b', r'(?:\++|b)'),
+        (r'\s++$|a', r'(?:\s+$|a)'),
+        (r'(\sa)++$|a', r'(\sa)++$|a'),
+        (r'a$b|\s+$|b', r'a$b|(?:\s+$|b)'),
+    ):
+        assert grouped(pattern) == (expected or grouped(pattern)) and (
+            grouped(pattern) != pattern or pattern in ('a', r'(\sa)++$|a')
+        )
+        old, new = (
+            tiktoken.Encoding(
+                'x',
+                pat_str=way,
+                mergeable_ranks={
+                    **letters,
+                    **{
+                        bytes([a, b]): 256 + i
+                        for i, (a, b) in enumerate(
+                            (a, b) for a in range(97, 123) for b in b' aeiou\n'
+                        )
+                    },
+                },
+                special_tokens={},
+            )
+            for way in (pattern, grouped(pattern))
+        )
         for text in [*source(), *hard_texts(100, 3)]:
             assert old.encode_ordinary(text) == new.encode_ordinary(text)
     assert grouped(openai_public.r50k_pat_str).startswith("(?:'(?:[sdmt]|ll|ve|re)| ?\\p{L}+|")
 
 
 def white_space_texts(count):
-    """Texts of hardly anything but white space of all kinds, control characters, and words to hold on to."""
+    """Texts of hardly anything but white space of all kinds, control characters, and words to hold
+    on to.
+    """
     draw = random.Random(2)
     kinds = [' ', '\n', '\t', '\r', '\x0b', '\x0c', ' ', '\n', 'a', 'b ', "'s", '7', '!', 'é', '漢']
-    rare = ['\x01', '\x06', '\x00', '\x07', '\x1c', '\x1f', '\x85', '\xa0', '\u2028', '\u3000', '\u200b', '\U0001f600']
-    return [''.join(draw.choice(kinds if draw.random() < 0.98 else rare) * draw.choice((1, 1, 2, 5)) for _ in range(draw.randrange(1, 60))) for _ in range(count)]
+    rare = [
+        '\x01',
+        '\x06',
+        '\x00',
+        '\x07',
+        '\x1c',
+        '\x1f',
+        '\x85',
+        '\xa0',
+        '\u2028',
+        '\u3000',
+        '\u200b',
+        '\U0001f600',
+    ]
+    return [
+        ''.join(
+            draw.choice(kinds if draw.random() < 0.98 else rare) * draw.choice((1, 1, 2, 5))
+            for _ in range(draw.randrange(1, 60))
+        )
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize('pattern', _SPELLED)
 def test_white_space_that_stands_in(pattern):
-    """The ids of GPT-2's expression with nothing replaced in it, for whatever surrounds a run of white space."""
+    """The ids of GPT-2's expression with nothing replaced in it, for whatever surrounds a run of
+    white space.
+    """
     tiktoken = pytest.importorskip('tiktoken')
-    ranks = {token: rank for rank, (token, _) in enumerate(ranks_of(json.loads(trained('gpt2', 1000).to_str())['model'], tokenizers))}
+    ranks = {
+        token: rank
+        for rank, (token, _) in enumerate(
+            ranks_of(json.loads(trained('gpt2', 1000).to_str())['model'], tokenizers)
+        )
+    }
     assert b'\n    ' in ranks or b'\n   ' in ranks  # runs merge
     plain = tiktoken.Encoding('plain', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     quick = Quick(pattern, ranks)
-    texts = [*white_space_texts(20_000), *source(), *hard_texts(300, 3), '', ' ', '\n\n', ' a', 'a ', '  a', 'a  ', '\x01', ' \x01 ']
+    texts = [
+        *white_space_texts(20_000),
+        *source(),
+        *hard_texts(300, 3),
+        '',
+        ' ',
+        '\n\n',
+        ' a',
+        'a ',
+        '  a',
+        'a  ',
+        '\x01',
+        ' \x01 ',
+    ]
     taken = 0
     for text in texts:
         taken += quick._replaced(text) is not None
@@ -177,8 +365,19 @@ def test_characters_that_are_white_space():
     """Those that stand-ins know of are all that tiktoken's expressions know."""
     tiktoken = pytest.importorskip('tiktoken')
     codes = [i for i in range(0x110000) if not 0xD800 <= i < 0xE000]
-    found = tiktoken.Encoding('space', pat_str=r'\s', mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}).encode_ordinary(''.join(map(chr, codes)))
+    found = tiktoken.Encoding(
+        'space',
+        pat_str=r'\s',
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={},
+    ).encode_ordinary(''.join(map(chr, codes)))
     quick = Quick(GPT2, {bytes([byte]): byte for byte in range(256)})
     spaces = bytes(found).decode()
-    assert len(spaces) > 20 and all(space in ' \t\n\x0b\x0c\r' or quick._replaced(f'a{space}') is None for space in spaces)
-    assert quick._replaced('a \n b') == 'a\x06\x02 b' and quick._replaced('a \n ') == 'a \n ' and quick._replaced('é\t\tb\r\n') == 'é\x01\tb\r\n'
+    assert len(spaces) > 20 and all(
+        space in ' \t\n\x0b\x0c\r' or quick._replaced(f'a{space}') is None for space in spaces
+    )
+    assert (
+        quick._replaced('a \n b') == 'a\x06\x02 b'
+        and quick._replaced('a \n ') == 'a \n '
+        and quick._replaced('é\t\tb\r\n') == 'é\x01\tb\r\n'
+    )

@@ -1,4 +1,7 @@
-"""A checkpoint that loads is whole: damage anywhere is refused by name, older ones go last, nothing in it is executed."""
+"""A checkpoint that loads is whole: damage anywhere is refused by name, older ones go last, nothing
+in it is executed.
+"""
+
 import json
 import os
 import pickle
@@ -15,16 +18,31 @@ ONE = World(0, 1, torch.device('cpu'))
 
 
 def tensors(value=1.0):
-    return {'model.a': torch.full((5, 3), value), 'optimizer.step.a': torch.tensor(value), 'optimizer.exp_avg.a': torch.full((5, 3), 2 * value)}
+    return {
+        'model.a': torch.full((5, 3), value),
+        'optimizer.step.a': torch.tensor(value),
+        'optimizer.exp_avg.a': torch.full((5, 3), 2 * value),
+    }
 
 
-SHAPE = {'arch_preset': 'gpt2', 'n_layer': 1, 'n_head': 1, 'n_embd': 8, 'block_size': 8, 'vocab_size': 8}
+SHAPE = {
+    'arch_preset': 'gpt2',
+    'n_layer': 1,
+    'n_head': 1,
+    'n_embd': 8,
+    'block_size': 8,
+    'vocab_size': 8,
+}
 
 
 def save(out_dir, step, value=None, **options):
     """The path of a checkpoint of tensors(value), written in the foreground."""
     saver = Saver(str(out_dir), ONE, background=False, **options)
-    saver.start(step, tensors(step if value is None else value), {'config': {**SHAPE, 'x': 1}, 'position': step * 10})
+    saver.start(
+        step,
+        tensors(step if value is None else value),
+        {'config': {**SHAPE, 'x': 1}, 'position': step * 10},
+    )
     outcome = saver.wait()
     assert outcome.error is None, outcome
     return outcome.path
@@ -55,12 +73,15 @@ def test_any_damage_is_refused_by_name_and_the_older_one_used(tmp_path):
         damaged = [good[:-1], good + b'\n']
         for at in {0, len(good) // 3, len(good) // 2, len(good) - 2, len(good) - 1}:
             for bit in (1, 4, 32):
-                damaged.append(good[:at] + bytes([good[at] ^ bit]) + good[at + 1:])
+                damaged.append(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
         for bad in damaged:
             with open(file, 'wb') as f:
                 f.write(bad)
             step, rejected = checkpoint.newest_whole(str(tmp_path))
-            assert step == 1 and rejected[0][0] == path and rejected[0][1].startswith(name), (name, rejected)
+            assert step == 1 and rejected[0][0] == path and rejected[0][1].startswith(name), (
+                name,
+                rejected,
+            )
             tried += 1
         os.remove(file)
         if name != 'evaluation.json':  # which is not there before the losses are known
@@ -79,14 +100,16 @@ def test_every_single_bit_of_the_manifest_counts(tmp_path):
     assert checkpoint.unseal(good)['step'] == 1
     for at in range(len(good)):
         with pytest.raises(ValueError):
-            checkpoint.unseal(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+            checkpoint.unseal(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
 
 
 def test_level_size_reads_no_tensors_but_sees_sizes(tmp_path):
     path = save(tmp_path, 1)
     with open(os.path.join(path, '__0_0.distcp'), 'r+b') as f:
         f.write(b'?')
-    assert checkpoint.why_broken(path, 'size') is None and '__0_0.distcp' in checkpoint.why_broken(path, 'full')
+    assert checkpoint.why_broken(path, 'size') is None and '__0_0.distcp' in checkpoint.why_broken(
+        path, 'full'
+    )
     with open(os.path.join(path, '__0_0.distcp'), 'ab') as f:
         f.write(b'?')
     assert 'bytes, expected' in checkpoint.why_broken(path, 'size')
@@ -110,7 +133,9 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     path = save(tmp_path, 1, value=5.0)
     into = tensors(0.0)
     checkpoint.load(path, into)
-    assert into['model.a'][0, 0] == 5.0 and os.listdir(tmp_path / 'checkpoints') == ['step_00000001']
+    assert into['model.a'][0, 0] == 5.0 and os.listdir(tmp_path / 'checkpoints') == [
+        'step_00000001'
+    ]
 
 
 def test_newest_and_best_stay(tmp_path):
@@ -118,13 +143,18 @@ def test_newest_and_best_stay(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None)):
         save(tmp_path, step, keep=2)
         if loss:
-            checkpoint.record_evaluation(checkpoint.path_of(out, step), {'train': loss, 'val': loss, 'data': 'x'})
+            checkpoint.record_evaluation(
+                checkpoint.path_of(out, step), {'train': loss, 'val': loss, 'data': 'x'}
+            )
     assert checkpoint.steps(out) == [2, 4, 5] and checkpoint.best_step(out) == 2
-    assert checkpoint.why_broken(checkpoint.path_of(out, 2)) is None  # the recorded evaluation does not break the manifest
+    # the recorded evaluation does not break the manifest
+    assert checkpoint.why_broken(checkpoint.path_of(out, 2)) is None
     save(tmp_path, 6, keep_all=True)
     assert checkpoint.steps(out) == [2, 4, 5, 6]
     # a loss on other validation data is no rival
-    checkpoint.record_evaluation(checkpoint.path_of(out, 6), {'train': 9.0, 'val': 9.0, 'data': 'y'})
+    checkpoint.record_evaluation(
+        checkpoint.path_of(out, 6), {'train': 9.0, 'val': 9.0, 'data': 'y'}
+    )
     assert checkpoint.best_step(out) == 6
 
 
@@ -139,11 +169,15 @@ def test_a_removal_that_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
 
     def stuck(path, step):
         raise OSError(16, 'Device or resource busy', path)
+
     monkeypatch.setattr(checkpoint, 'remove', stuck)
     saver = Saver(str(tmp_path), ONE, keep=1)
     saver.start(2, tensors(2.0), {})
     outcome = saver.wait()
-    assert outcome.error is None and 'step_00000001 could not be removed: Device or resource busy' in outcome.notes[0]
+    assert (
+        outcome.error is None
+        and 'step_00000001 could not be removed: Device or resource busy' in outcome.notes[0]
+    )
     assert checkpoint.steps(str(tmp_path)) == [1, 2]
 
 
@@ -157,15 +191,21 @@ def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path):
     assert checkpoint.newest_whole(out)[0] == 2
     for path, _ in checkpoint.newest_whole(out)[1]:
         checkpoint.rename_aside(path, 'rejected')
-    assert checkpoint.steps(out) == [2] and 'rejected_step_00000009' in os.listdir(tmp_path / 'checkpoints')
+    assert checkpoint.steps(out) == [2] and 'rejected_step_00000009' in os.listdir(
+        tmp_path / 'checkpoints'
+    )
 
 
 def test_what_interrupted_saves_left_is_tidied(tmp_path):
     path = save(tmp_path, 1)
-    os.rename(path, tmp_path / 'checkpoints' / '.replaced_step_00000001')  # killed between the two renames
+    # killed between the two renames
+    os.rename(path, tmp_path / 'checkpoints' / '.replaced_step_00000001')
     os.makedirs(tmp_path / 'checkpoints' / '.writing_step_00000002')
     checkpoint.tidy(str(tmp_path))
-    assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and checkpoint.why_broken(path) is None
+    assert (
+        os.listdir(tmp_path / 'checkpoints') == ['step_00000001']
+        and checkpoint.why_broken(path) is None
+    )
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
@@ -174,9 +214,10 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'executed'),)
+
     with open(os.path.join(path, '.metadata'), 'wb') as f:
         pickle.dump(Evil(), f)
-    with pytest.raises(BaseException, match="not admitted"):
+    with pytest.raises(BaseException, match='not admitted'):
         checkpoint.load(path, tensors())
     assert not (tmp_path / 'executed').exists()
     torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
@@ -187,7 +228,13 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 
 def test_shapes_and_names_must_match(tmp_path):
     path = save(tmp_path, 1)
-    with pytest.raises(ConfigError, match=r'has model.a of shape \(5, 3\), and the model of its settings has model.a of shape \(4, 3\)'):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            r'has model.a of shape \(5, 3\), and the model of its settings has model.a of shape'
+            r' \(4, 3\)'
+        ),
+    ):
         checkpoint.load(path, {'model.a': torch.zeros(4, 3)})
     with pytest.raises(ConfigError, match='has no model.b'):
         checkpoint.load(path, {'model.b': torch.zeros(5, 3)})
@@ -200,7 +247,10 @@ def test_manifest_states_size_checksum_and_configuration(tmp_path):
     assert manifest['step'] == 1 and len(manifest['config_sha256']) == 64
     assert set(manifest['files']) == set(os.listdir(path)) - {'manifest.json'}
     for name, entry in manifest['files'].items():
-        assert entry['size'] == os.path.getsize(os.path.join(path, name)) and len(entry['sha256']) == 64
+        assert (
+            entry['size'] == os.path.getsize(os.path.join(path, name))
+            and len(entry['sha256']) == 64
+        )
 
 
 def test_set_aside_never_overwrites(tmp_path):
@@ -223,12 +273,20 @@ def test_what_cannot_be_read_is_rejected_by_name(tmp_path):
     (folder / 'step_00000002').write_text('a file')
     os.makedirs(folder / 'step_00000003' / 'manifest.json')
     step, rejected = checkpoint.newest_whole(str(tmp_path))
-    assert step == 1 and [reason for _, reason in rejected] == [f"manifest.json is damaged ({folder}/step_00000003/manifest.json is a folder, expected a file: put one there, or take it away)", f'{folder}/step_00000002/manifest.json cannot be read (Not a directory)']
+    assert step == 1 and [reason for _, reason in rejected] == [
+        (
+            f'manifest.json is damaged ({folder}/step_00000003/manifest.json is a folder, expected'
+            ' a file: put one there, or take it away)'
+        ),
+        f'{folder}/step_00000002/manifest.json cannot be read (Not a directory)',
+    ]
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     for step, loss in ((1, float('nan')), (2, 2.0), (3, 3.0)):
-        checkpoint.record_evaluation(save(tmp_path, step, keep=9), {'train': 1.0, 'val': loss, 'data': 'x'})
+        checkpoint.record_evaluation(
+            save(tmp_path, step, keep=9), {'train': 1.0, 'val': loss, 'data': 'x'}
+        )
     assert checkpoint.best_step(str(tmp_path)) == 2
 
 

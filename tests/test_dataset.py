@@ -1,4 +1,7 @@
-"""Proves that a split in many files, in object storage or in a mixture is read as the same tokens in the same order."""
+"""Proves that a split in many files, in object storage or in a mixture is read as the same tokens
+in the same order.
+"""
+
 import fractions
 import json
 import math
@@ -23,12 +26,23 @@ CPU = torch.device('cpu')
 
 def write_shards(folder, train, val, sizes=(700, 1, 16, 300), vocab_size=5000):
     """The same set as write_dataset() makes, in files of these sizes, again and again."""
-    with TokenFileWriter(str(folder), vocab_size=vocab_size, eot_id=None, tokenizer={'kind': 'bytes'}, split='by hand', sharded=True) as writer:
+    with TokenFileWriter(
+        str(folder),
+        vocab_size=vocab_size,
+        eot_id=None,
+        tokenizer={'kind': 'bytes'},
+        split='by hand',
+        sharded=True,
+    ) as writer:
         for split, ids in (('train', train), ('val', val)):
             first = turn = 0
             while first < len(ids):
                 size = sizes[turn % len(sizes)]
-                writer.append(split, np.asarray(ids[first:first + size], dtype=writer.dtype), [min(size, len(ids) - first)])
+                writer.append(
+                    split,
+                    np.asarray(ids[first : first + size], dtype=writer.dtype),
+                    [min(size, len(ids) - first)],
+                )
                 first, turn = first + size, turn + 1
     return str(folder)
 
@@ -37,15 +51,23 @@ def write_shards(folder, train, val, sizes=(700, 1, 16, 300), vocab_size=5000):
 def pair(tmp_path):
     """The same tokens in one file and in many."""
     train, val = np.arange(5000), np.arange(1000)[::-1]
-    return write_dataset(str(tmp_path / 'one'), train, val, vocab_size=5000), write_shards(tmp_path / 'many', train, val)
+    return write_dataset(str(tmp_path / 'one'), train, val, vocab_size=5000), write_shards(
+        tmp_path / 'many', train, val
+    )
 
 
 def same(a, b, T=32):
     assert len(a) == len(b) and a.max_id == b.max_id
-    assert [a.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(a)), (len(a), 0))] == [b.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(b)), (len(b), 0))]
+    assert [
+        a.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(a)), (len(a), 0))
+    ] == [b.slice(i, i + n).tolist() for i, n in ((0, 5), (690, 40), (0, len(b)), (len(b), 0))]
     starts = order_of(a, T, 3).starts(0, 400)
     assert torch.equal(a.windows(starts, T), b.windows(starts, T))
-    assert all(torch.equal(u, v) for x, y in zip(evaluation_batches(a, T, 4, 5), evaluation_batches(b, T, 4, 5), strict=True) for u, v in zip(x[:2], y[:2]))
+    assert all(
+        torch.equal(u, v)
+        for x, y in zip(evaluation_batches(a, T, 4, 5), evaluation_batches(b, T, 4, 5), strict=True)
+        for u, v in zip(x[:2], y[:2])
+    )
 
 
 def test_many_files_are_read_as_one(pair):
@@ -82,7 +104,9 @@ def test_a_file_that_changes_while_it_is_read(pair, which, how):
     elif how == 'written to':
         with open(path, 'r+b') as f:
             f.write(b'xx')
-    else:  # under another name first, as rsync does; the descriptor stays that of the former until it is needed for another file
+    else:
+        # under another name first, as rsync does; the descriptor stays that of the former until it
+        # is needed for another file
         with open(f'{path}.new', 'wb') as f:
             f.write(content if how == 'put back' else b'xx' + content[2:])
         os.replace(f'{path}.new', path)
@@ -95,7 +119,11 @@ def test_a_file_that_changes_while_it_is_read(pair, which, how):
             train.slice(0, 50)
 
 
-@pytest.mark.parametrize('more', [[], ['--use_dataloader=True', '--dataloader_num_workers=2']], ids=['in process', 'workers'])
+@pytest.mark.parametrize(
+    'more',
+    [[], ['--use_dataloader=True', '--dataloader_num_workers=2']],
+    ids=['in process', 'workers'],
+)
 def test_a_run_whose_data_changes_ends_with_a_sentence(tmp_path, pair, monkeypatch, capsys, more):
     taken = loader.TrainLoader.next
 
@@ -104,9 +132,21 @@ def test_a_run_whose_data_changes_ends_with_a_sentence(tmp_path, pair, monkeypat
             with open(os.path.join(pair[0], 'train.bin'), 'r+b') as f:
                 f.write(b'xx')
         return taken(self, *given)
+
     monkeypatch.setattr(loader.TrainLoader, 'next', next_of)
-    assert run_train(pair[0], tmp_path / 'out', '--max_iters=50', '--checkpoint_interval=5', '--checkpoint_async=False', '--vocab_size=5000', *more) == 2
-    error, = capsys.readouterr().err.splitlines()
+    assert (
+        run_train(
+            pair[0],
+            tmp_path / 'out',
+            '--max_iters=50',
+            '--checkpoint_interval=5',
+            '--checkpoint_async=False',
+            '--vocab_size=5000',
+            *more,
+        )
+        == 2
+    )
+    (error,) = capsys.readouterr().err.splitlines()
     assert 'train.bin was changed while it was read' in error
     assert len(os.listdir(tmp_path / 'out' / 'checkpoints')) >= 2
 
@@ -115,9 +155,18 @@ def test_what_is_not_a_data_set_is_told_with_what_to_type(tmp_path):
     (tmp_path / 'data' / 'own_text').mkdir(parents=True)
     (tmp_path / 'data' / 'own_text' / 'prepare.py').write_text('')
     for name, letters in (('mybooks', 'ab'), ('books2', 'cd')):
-        write_dataset(str(tmp_path / 'data' / name), np.arange(200) % 2, np.arange(200) % 2, vocab_size=2, extra={'stoi': {c: i for i, c in enumerate(letters)}, 'itos': dict(enumerate(letters))})
-    for name, message in (('own_text', r'prepare.py --input YOUR.txt --tokenizer char` first'), ('mybook', "did you mean 'mybooks'.*known are books2, mybooks, own_text"),
-                          ('mybooks:1,books2:1', 'char makes its own for each text')):
+        write_dataset(
+            str(tmp_path / 'data' / name),
+            np.arange(200) % 2,
+            np.arange(200) % 2,
+            vocab_size=2,
+            extra={'stoi': {c: i for i, c in enumerate(letters)}, 'itos': dict(enumerate(letters))},
+        )
+    for name, message in (
+        ('own_text', r'prepare.py --input YOUR.txt --tokenizer char` first'),
+        ('mybook', "did you mean 'mybooks'.*known are books2, mybooks, own_text"),
+        ('mybooks:1,books2:1', 'char makes its own for each text'),
+    ):
         with pytest.raises(ConfigError, match=message):
             open_dataset(name, str(tmp_path))
     train, val, _ = open_dataset('mybooks', str(tmp_path))
@@ -131,8 +180,18 @@ def test_what_is_not_a_data_set_is_told_with_what_to_type(tmp_path):
 
 def test_names_and_weights():
     assert shares_of('a') == [('a', 1)] and shares_of('/x/y:z') == [('/x/y:z', 1)]
-    assert shares_of('a:0.7,b:0.3') == [('a', fractions.Fraction(7, 10)), ('b', fractions.Fraction(3, 10))] == shares_of('a:7, b:3')
-    for bad, message in (('a,b', 'is no mixture'), ('a:0.5,b', 'is no mixture'), ('a:1,b:0', 'above 0'), ('a:1,a:2', 'different'), ('a:0.123457,b:0.654321', 'round them')):
+    assert (
+        shares_of('a:0.7,b:0.3')
+        == [('a', fractions.Fraction(7, 10)), ('b', fractions.Fraction(3, 10))]
+        == shares_of('a:7, b:3')
+    )
+    for bad, message in (
+        ('a,b', 'is no mixture'),
+        ('a:0.5,b', 'is no mixture'),
+        ('a:1,b:0', 'above 0'),
+        ('a:1,a:2', 'different'),
+        ('a:0.123457,b:0.654321', 'round them'),
+    ):
         with pytest.raises(ConfigError, match=message):
             shares_of(bad)
 
@@ -140,15 +199,24 @@ def test_names_and_weights():
 @pytest.fixture
 def three(tmp_path):
     """Three sets of different size whose tokens tell where they are from."""
-    return [write_dataset(str(tmp_path / name), first + np.arange(n), first + np.arange(n // 4), vocab_size=60_000) for name, first, n in (('a', 0, 9000), ('b', 20_000, 3000), ('c', 40_000, 1000))]
+    return [
+        write_dataset(
+            str(tmp_path / name), first + np.arange(n), first + np.arange(n // 4), vocab_size=60_000
+        )
+        for name, first, n in (('a', 0, 9000), ('b', 20_000, 3000), ('c', 40_000, 1000))
+    ]
 
 
-@pytest.mark.parametrize('weights', [(0.7, 0.3), (0.5, 0.3, 0.2), (1, 1, 1), (0.9, 0.05, 0.05), (0.123, 0.877)])
+@pytest.mark.parametrize(
+    'weights', [(0.7, 0.3), (0.5, 0.3, 0.2), (1, 1, 1), (0.9, 0.05, 0.05), (0.123, 0.877)]
+)
 def test_shares_are_exact_and_every_source_keeps_its_order(three, weights):
     spec = ','.join(f'{folder}:{weight}' for folder, weight in zip(three, weights))
     train, val, meta = open_dataset(spec, '/')
     order, T = order_of(train, 32, 3), 32
-    assert isinstance(order, MixedOrder) and meta['tokens']['train'] == len(train) == sum(len(source) for source in train.sources)
+    assert isinstance(order, MixedOrder) and meta['tokens']['train'] == len(train) == sum(
+        len(source) for source in train.sources
+    )
     tokens = train.windows(order.starts(0, 5000), T)
     source = tokens[:, 0].numpy() // 20_000
     assert (tokens[:, 1:] - tokens[:, :-1] == 1).all()  # no window crosses from one to the next
@@ -161,42 +229,82 @@ def test_shares_are_exact_and_every_source_keeps_its_order(three, weights):
         assert (tokens[source == number][:, 0].numpy() - 20_000 * number == alone).all()
     pieces = np.concatenate([order.starts(p, 7) for p in range(0, 700, 7)])
     assert (pieces == order.starts(0, 700)).all()
-    firsts = torch.cat([x[y[:, 0] != IGNORE][:, 0] for x, y, _ in evaluation_batches(val, T, 10, 2)]).numpy()
+    firsts = torch.cat(
+        [x[y[:, 0] != IGNORE][:, 0] for x, y, _ in evaluation_batches(val, T, 10, 2)]
+    ).numpy()
     counts = np.bincount(firsts // 20_000, minlength=len(weights))
-    assert all(abs(n - min(20 * w / sum(weights), (len(s) - 1) // T)) < 1 for n, w, s in zip(counts, weights, val.sources)) and len(set(firsts)) == len(firsts)
+    assert all(
+        abs(n - min(20 * w / sum(weights), (len(s) - 1) // T)) < 1
+        for n, w, s in zip(counts, weights, val.sources)
+    ) and len(set(firsts)) == len(firsts)
 
 
 def test_losses_of_the_sources_of_a_mixture(three, tmp_path):
-    """Of 8 windows in batches of 4, 3 are of the first: one batch is of both. They add up to the loss of all, on any number of ranks."""
+    """Of 8 windows in batches of 4, 3 are of the first: one batch is of both. They add up to the
+    loss of all, on any number of ranks.
+    """
     spec = f'{three[0]}:0.375,{three[1]}:0.625'
     val = open_dataset(spec, '/')[1]
-    whole = [(x, y, source) for rank in range(2) for x, y, source in evaluation_batches(val, 16, 4, 2, rank, 2)]
-    assert [source for *_, source in whole] == [0, 1] * 2 and sum((y != IGNORE).sum() for _, y, _ in whole) == 8 * 16
+    whole = [
+        (x, y, source)
+        for rank in range(2)
+        for x, y, source in evaluation_batches(val, 16, 4, 2, rank, 2)
+    ]
+    assert [source for *_, source in whole] == [0, 1] * 2 and sum(
+        (y != IGNORE).sum() for _, y, _ in whole
+    ) == 8 * 16
     assert all((y[x[:, 0] // 20_000 != source] == IGNORE).all() for x, y, source in whole)
     found = []
     for size in (1, 2):
-        code, output = ranks_train(size, f'--dataset={spec}', f'--out_dir={tmp_path}/{size}', *TINY, '--vocab_size=60000', '--max_iters=4', '--eval_interval=2',
-                                   '--total_batch_size=128', *(['--use_fsdp=True'] if size > 1 else []))
+        code, output = ranks_train(
+            size,
+            f'--dataset={spec}',
+            f'--out_dir={tmp_path}/{size}',
+            *TINY,
+            '--vocab_size=60000',
+            '--max_iters=4',
+            '--eval_interval=2',
+            '--total_batch_size=128',
+            *(['--use_fsdp=True'] if size > 1 else []),
+        )
         assert code == 0, output
         found.append(records(tmp_path / str(size), 'eval'))
     for one, two in zip(*found, strict=True):
         parts = one['val_loss_by_source']
-        assert [*parts] == [three[0], three[1]] and parts == pytest.approx(two['val_loss_by_source'], abs=1e-4)
-        assert one['val_loss'] == pytest.approx(0.375 * parts[three[0]] + 0.625 * parts[three[1]], rel=1e-6)
-        assert one['perplexity'] == pytest.approx(math.exp(one['val_loss'])) and one['bits_per_byte'] is None
-    assert f'{three[0]} {found[0][-1]["val_loss_by_source"][three[0]]:.4f}' in next((tmp_path / '1').glob('*.log')).read_text()
+        assert [*parts] == [three[0], three[1]] and parts == pytest.approx(
+            two['val_loss_by_source'], abs=1e-4
+        )
+        assert one['val_loss'] == pytest.approx(
+            0.375 * parts[three[0]] + 0.625 * parts[three[1]], rel=1e-6
+        )
+        assert (
+            one['perplexity'] == pytest.approx(math.exp(one['val_loss']))
+            and one['bits_per_byte'] is None
+        )
+    assert (
+        f'{three[0]} {found[0][-1]["val_loss_by_source"][three[0]]:.4f}'
+        in next((tmp_path / '1').glob('*.log')).read_text()
+    )
 
 
 @pytest.mark.parametrize('text, bytes_per_token', [('ab', 1), ('äö', 2), ('日本', 3)])
 def test_bits_per_byte(text, bytes_per_token, tmp_path):
     """Where the tokenizer tells how many bytes a token stands for: here each is one character."""
     letters = sorted(text)
-    meta = {'stoi': {letter: i for i, letter in enumerate(letters)}, 'itos': dict(enumerate(letters))}
-    data = write_dataset(str(tmp_path / 'data'), np.arange(4000) % 2, np.arange(400) % 2, vocab_size=2, extra=meta)
+    meta = {
+        'stoi': {letter: i for i, letter in enumerate(letters)},
+        'itos': dict(enumerate(letters)),
+    }
+    data = write_dataset(
+        str(tmp_path / 'data'), np.arange(4000) % 2, np.arange(400) % 2, vocab_size=2, extra=meta
+    )
     assert run_train(data, tmp_path / 'out', '--max_iters=2', '--eval_interval=2') == 0
     last = records(tmp_path / 'out', 'eval')[-1]
     assert last['bits_per_byte'] == pytest.approx(last['val_loss'] / math.log(2) / bytes_per_token)
-    assert f"{last['bits_per_byte']:.3f} bits per byte" in next((tmp_path / 'out').glob('*.log')).read_text()
+    assert (
+        f'{last["bits_per_byte"]:.3f} bits per byte'
+        in next((tmp_path / 'out').glob('*.log')).read_text()
+    )
 
 
 def test_a_run_on_a_mixture_resumes_on_the_same_bits(three, tmp_path):
@@ -204,15 +312,29 @@ def test_a_run_on_a_mixture_resumes_on_the_same_bits(three, tmp_path):
     arguments = ['--eval_interval=4', '--vocab_size=60000', '--keep_all_checkpoints=True']
     assert run_train(spec, tmp_path / 'whole', '--max_iters=8', *arguments) == 0
     assert run_train(spec, tmp_path / 'part', '--max_iters=4', *arguments) == 0
-    assert run_train(spec, tmp_path / 'part', '--max_iters=8', '--init_from=resume', *arguments) == 0
+    assert (
+        run_train(spec, tmp_path / 'part', '--max_iters=8', '--init_from=resume', *arguments) == 0
+    )
     assert losses(tmp_path / 'whole') == losses(tmp_path / 'part')
-    assert run_train(spec.replace('0.75', '0.7'), tmp_path / 'part', '--max_iters=9', '--init_from=resume', *arguments) == 2  # other data
+    # other data
+    assert (
+        run_train(
+            spec.replace('0.75', '0.7'),
+            tmp_path / 'part',
+            '--max_iters=9',
+            '--init_from=resume',
+            *arguments,
+        )
+        == 2
+    )
     text = next((tmp_path / 'whole').glob('*.log')).read_text()
     assert 'epochs of' in text and '10000 training' not in text
 
 
 def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
-    other = write_dataset(str(tmp_path / 'other'), np.arange(5000), np.arange(1000), vocab_size=5000)
+    other = write_dataset(
+        str(tmp_path / 'other'), np.arange(5000), np.arange(1000), vocab_size=5000
+    )
     with pytest.raises(ConfigError, match='were made with different tokenizers'):
         open_dataset(f'{three[0]}:1,{other}:1', '/')
     for folder, content in ((three[0], b'x'), (three[1], b'y')):
@@ -220,6 +342,7 @@ def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
         with open(os.path.join(folder, 'tokenizer', 'tokenizer.json'), 'wb') as f:
             f.write(content)
     import pickle
+
     for folder in three[:2]:
         with open(os.path.join(folder, 'meta.pkl'), 'rb') as f:
             meta = pickle.load(f)
@@ -232,13 +355,31 @@ def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
 
 
 def test_sources_whose_tokenizers_give_the_same_ids_mix(tmp_path):
-    """One described as the bytes of the text, one by the files of a tokenizer that does the same."""
+    """One described as the bytes of the text, one by the files of a tokenizer that does the
+    same.
+    """
     from data.tokenizer import BytesTokenizer, HuggingFaceTokenizer
     from data.tokenizer_json import save_for_transformers
+
     save_for_transformers(BytesTokenizer(), str(tmp_path / 'hf'))
     folders = [str(tmp_path / name) for name in ('bytes', 'files', 'text')]
-    for folder, tokenizer in zip(folders, (BytesTokenizer(), HuggingFaceTokenizer.of_folder(str(tmp_path / 'hf')), HuggingFaceTokenizer.of_folder(str(tmp_path / 'hf')))):
-        write_dataset(folder, np.arange(2000) % 256, np.arange(500) % 256, vocab_size=257, eot_id=256, tokenizer=tokenizer, extra={})
+    for folder, tokenizer in zip(
+        folders,
+        (
+            BytesTokenizer(),
+            HuggingFaceTokenizer.of_folder(str(tmp_path / 'hf')),
+            HuggingFaceTokenizer.of_folder(str(tmp_path / 'hf')),
+        ),
+    ):
+        write_dataset(
+            folder,
+            np.arange(2000) % 256,
+            np.arange(500) % 256,
+            vocab_size=257,
+            eot_id=256,
+            tokenizer=tokenizer,
+            extra={},
+        )
     assert len(open_dataset(f'{folders[0]}:1,{folders[1]}:1', '/')[0]) == 4000
     path = tmp_path / 'text' / 'tokenizer' / 'tokenizer.json'
     described = json.loads(path.read_text())
@@ -248,16 +389,20 @@ def test_sources_whose_tokenizers_give_the_same_ids_mix(tmp_path):
     with pytest.raises(ConfigError, match='were made with different tokenizers: prepare'):
         open_dataset(f'{folders[0]}:1,{folders[2]}:1', '/')
     path.write_text('{')
-    with pytest.raises(ConfigError, match='different tokenizers, or with one that cannot be loaded here'):
+    with pytest.raises(
+        ConfigError, match='different tokenizers, or with one that cannot be loaded here'
+    ):
         open_dataset(f'{folders[0]}:1,{folders[2]}:1', '/')
 
 
 # ---- object storage
 
+
 @pytest.fixture
 def stored(s3, pair, tmp_path):
     """(URLs of both sets, root with an empty data/)."""
     import fsspec
+
     fs, urls = fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']), []
     for folder in pair:
         urls.append(f's3://bucket/{tmp_path.name}/{os.path.basename(folder)}')
@@ -271,11 +416,16 @@ def test_object_storage_gives_the_same_tokens(stored, pair, which, monkeypatch):
     monkeypatch.setattr(remote, 'BLOCK', 256)
     (urls, root), local = stored, open_dataset(pair[which], '/')
     far = open_dataset('x', str(root), urls[which])
-    assert far[2] == local[2] and [file.fingerprint for file in far[:2]] == [file.fingerprint for file in local[:2]]
+    assert far[2] == local[2] and [file.fingerprint for file in far[:2]] == [
+        file.fingerprint for file in local[:2]
+    ]
     for a, b in zip(local[:2], far[:2]):
         same(a, b)
     far[0].slice(0, len(far[0]))
-    assert sum(piece.fetched for piece in far[0].pieces) == sum(piece.size for piece in far[0].pieces)  # each byte once
+    # each byte once
+    assert sum(piece.fetched for piece in far[0].pieces) == sum(
+        piece.size for piece in far[0].pieces
+    )
     again = open_dataset('x', str(root), urls[which])
     same(local[0], again[0])
     assert sum(piece.fetched for piece in again[0].pieces) == 0  # it is all here
@@ -285,7 +435,7 @@ def test_a_damaged_copy_is_fetched_again(stored, pair, monkeypatch):
     monkeypatch.setattr(remote, 'BLOCK', 256)
     (urls, root), local = stored, open_dataset(pair[0], '/')
     same(local[0], open_dataset('x', str(root), urls[0])[0])
-    copy, = (root / 'data' / 'x' / 'copy').glob('*_train.bin')
+    (copy,) = (root / 'data' / 'x' / 'copy').glob('*_train.bin')
     content = bytearray(copy.read_bytes())
     content[1000] ^= 1
     copy.write_bytes(content)
@@ -304,7 +454,8 @@ def test_a_file_there_that_changes_while_it_is_read(stored, pair, monkeypatch):
     far.slice(0, 99)
     fs.pipe(f'{place}/train.bin', b'xx' + content[2:])
     storage = far.pieces[0].storage
-    assert len(far.slice(200, 500)) and storage.looking is None  # asked for some minutes after the last time
+    # asked for some minutes after the last time
+    assert len(far.slice(200, 500)) and storage.looking is None
     monkeypatch.setattr(remote, 'LOOK_AFTER', 0)
 
     def looked():
@@ -313,6 +464,7 @@ def test_a_file_there_that_changes_while_it_is_read(stored, pair, monkeypatch):
         monkeypatch.setattr(remote, 'LOOK_AFTER', 1000)
         storage.versions()
         monkeypatch.setattr(remote, 'LOOK_AFTER', 0)
+
     real = storage.list
     storage.list = lambda: 1 / 0  # a server that does not answer says nothing
     looked()
@@ -334,6 +486,7 @@ def test_a_full_disk_only_ends_the_copy(stored, pair, monkeypatch, capsys):
 
     def full(*_):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(os, 'pwrite', full)
     same(local[0], open_dataset('x', str(root), urls[0])[0])
     assert capsys.readouterr().out.count('no room for a local copy') == 1
@@ -350,7 +503,12 @@ def test_a_network_that_fails_is_asked_again(stored, pair, monkeypatch):
         calls.append(1)
         if len(calls) <= 2:
             raise ConnectionError('reset')
-        return [content[:-1] for content in real(*args, **more)] if len(calls) == 3 else real(*args, **more)
+        return (
+            [content[:-1] for content in real(*args, **more)]
+            if len(calls) == 3
+            else real(*args, **more)
+        )
+
     monkeypatch.setattr(fs, 'cat_ranges', fails)
     assert far.slice(0, 99).tolist() == local[0].slice(0, 99).tolist() and len(calls) == 4
     monkeypatch.setattr(fs, 'cat_ranges', lambda *args, **more: 1 / 0)
@@ -361,15 +519,30 @@ def test_a_network_that_fails_is_asked_again(stored, pair, monkeypatch):
 def test_a_run_from_object_storage_is_the_local_one(stored, pair, tmp_path, s3):
     arguments = ['--max_iters=6', '--eval_interval=3', '--vocab_size=5000']
     assert run_train(pair[0], tmp_path / 'near', *arguments) == 0
-    for name, more in (('far', []), ('workers', ['--use_dataloader=True', '--dataloader_num_workers=2'])):
-        assert run_train(str(tmp_path / 'copies' / name), tmp_path / name, f'--data_url={stored[0][1]}', *arguments, *more) == 0
+    for name, more in (
+        ('far', []),
+        ('workers', ['--use_dataloader=True', '--dataloader_num_workers=2']),
+    ):
+        assert (
+            run_train(
+                str(tmp_path / 'copies' / name),
+                tmp_path / name,
+                f'--data_url={stored[0][1]}',
+                *arguments,
+                *more,
+            )
+            == 0
+        )
         assert losses(tmp_path / name) == losses(tmp_path / 'near')
     assert not list((tmp_path / 'copies' / 'far').glob('*.bin'))
 
 
 def test_urls_that_are_no_data_set(stored, pair, s3):
     (urls, root), (near, _) = stored, pair
-    for url, message in ((f'{urls[0]}/none', 'has no meta.pkl'), ('nonsense://x', 'cannot be reached|nonsense')):
+    for url, message in (
+        (f'{urls[0]}/none', 'has no meta.pkl'),
+        ('nonsense://x', 'cannot be reached|nonsense'),
+    ):
         with pytest.raises(ConfigError, match=message):
             open_dataset('x', str(root), url)
     with pytest.raises(ConfigError, match='holds a data set already'):
@@ -377,6 +550,9 @@ def test_urls_that_are_no_data_set(stored, pair, s3):
     with pytest.raises(ConfigError, match='holds one data set, not the mixture'):
         open_dataset('a:1,b:1', str(root), urls[0])
     import fsspec
-    fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']).pipe(f'{urls[0]}/train.bin', b'xx')
+
+    fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']).pipe(
+        f'{urls[0]}/train.bin', b'xx'
+    )
     with pytest.raises(ConfigError, match='train.bin has 2 bytes, its meta.pkl says 10000'):
         open_dataset('x', str(root), urls[0])

@@ -1,7 +1,10 @@
-"""Proves that a save after forward passes alone (an evaluation, a sample) holds the weights of the step, under every layout.
+"""Proves that a save after forward passes alone (an evaluation, a sample) holds the weights of the
+step, under every layout.
 
-FSDP leaves units gathered after a forward pass without a backward one: what is saved then must still be each rank's part.
+FSDP leaves units gathered after a forward pass without a backward one: what is saved then must
+still be each rank's part.
 """
+
 import os
 import signal
 
@@ -14,16 +17,30 @@ from test_layouts import FAMILIES, LAYOUTS
 from engine import checkpoint, saver
 from engine.logger import RunLog
 
-CASES = [(layout, 'gpt2') for layout in LAYOUTS] + [('ZeRO-2', 'llama3'), ('ZeRO-3', 'llama3')]  # a tied table, and none
+# a tied table, and none
+CASES = [(layout, 'gpt2') for layout in LAYOUTS] + [('ZeRO-2', 'llama3'), ('ZeRO-3', 'llama3')]
 
 
 def arguments(dataset, out, layout, family, *args):
-    return [f'--dataset={dataset}', f'--out_dir={out}', *TINY, '--eval_iters=1', '--max_iters=4', '--save_log_to_json=False', *FAMILIES[family], *LAYOUTS[layout], *args]
+    return [
+        f'--dataset={dataset}',
+        f'--out_dir={out}',
+        *TINY,
+        '--eval_iters=1',
+        '--max_iters=4',
+        '--save_log_to_json=False',
+        *FAMILIES[family],
+        *LAYOUTS[layout],
+        *args,
+    ]
 
 
 def stopped_after(what, *args):
-    """train.py on a rank that gets SIGTERM when it has just evaluated, or written a sample, at iteration 2: its exit code."""
+    """train.py on a rank that gets SIGTERM when it has just evaluated, or written a sample, at
+    iteration 2: its exit code.
+    """
     import train as trainer
+
     event, say = RunLog.event, RunLog.say
 
     def event_then_stop(self, kind, **fields):
@@ -35,6 +52,7 @@ def stopped_after(what, *args):
         say(self, text, verbatim)
         if what == 'sample' and text.startswith('---- sample at iter 2'):
             os.kill(os.getpid(), signal.SIGTERM)
+
     RunLog.event, RunLog.say = event_then_stop, say_then_stop
     try:
         return trainer.main(list(args))
@@ -46,21 +64,73 @@ def stopped_after(what, *args):
 @pytest.mark.parametrize('layout, family', CASES)
 def test_what_is_saved_after_forward_passes_is_the_step(layout, family, dataset, tmp_path):
     calm = tmp_path / 'calm'
-    assert train(2, *arguments(dataset, calm, layout, family, '--checkpoint_interval=2', '--eval_interval=100', '--eval_at_start=False', '--keep_all_checkpoints=True'))[0] == 0
+    assert (
+        train(
+            2,
+            *arguments(
+                dataset,
+                calm,
+                layout,
+                family,
+                '--checkpoint_interval=2',
+                '--eval_interval=100',
+                '--eval_at_start=False',
+                '--keep_all_checkpoints=True',
+            ),
+        )[0]
+        == 0
+    )
 
     # a save because the evaluation improved
     out = tmp_path / 'improved'
-    assert train(2, *arguments(dataset, out, layout, family, '--always_save_checkpoint=False', '--eval_interval=2', '--keep_all_checkpoints=True'))[0] == 0
-    assert checkpoint.steps(str(out)) == [2, 4] and all(equal(weights(out, step), weights(calm, step)) for step in (2, 4))
+    assert (
+        train(
+            2,
+            *arguments(
+                dataset,
+                out,
+                layout,
+                family,
+                '--always_save_checkpoint=False',
+                '--eval_interval=2',
+                '--keep_all_checkpoints=True',
+            ),
+        )[0]
+        == 0
+    )
+    assert checkpoint.steps(str(out)) == [2, 4] and all(
+        equal(weights(out, step), weights(calm, step)) for step in (2, 4)
+    )
 
     # a signal when an evaluation, or a sample, has just ended
-    for what, options in (('eval', ['--eval_interval=2']), ('sample', ['--sample_interval=2', '--sample_start=the', '--eval_interval=100', '--eval_at_start=False'])):
+    for what, options in (
+        ('eval', ['--eval_interval=2']),
+        (
+            'sample',
+            [
+                '--sample_interval=2',
+                '--sample_start=the',
+                '--eval_interval=100',
+                '--eval_at_start=False',
+            ],
+        ),
+    ):
         out = tmp_path / what
-        codes = ranks(2)(stopped_after, what, *arguments(dataset, out, layout, family, '--checkpoint_interval=3', *options))
-        assert codes == [143, 143] and checkpoint.steps(str(out)) == [2] and equal(weights(out, 2), weights(calm, 2)), what
+        codes = ranks(2)(
+            stopped_after,
+            what,
+            *arguments(dataset, out, layout, family, '--checkpoint_interval=3', *options),
+        )
+        assert (
+            codes == [143, 143]
+            and checkpoint.steps(str(out)) == [2]
+            and equal(weights(out, 2), weights(calm, 2))
+        ), what
 
 
-@pytest.mark.parametrize('other', [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(4, 3)])
+@pytest.mark.parametrize(
+    'other', [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(4, 3)]
+)
 def test_a_copy_of_another_shape_is_refused(other):
     """By copy_() the one would be spread over the other, by memmove() it would end behind it."""
     target = torch.ones(2, 3)

@@ -1,4 +1,7 @@
-"""Proves CUDA graphs: the bits of a run without, each micro-step with its own data; steps that cannot be recorded, or are not repeated, are refused."""
+"""Proves CUDA graphs: the bits of a run without, each micro-step with its own data; steps that
+cannot be recorded, or are not repeated, are refused.
+"""
+
 import dataclasses
 
 import pytest
@@ -16,7 +19,9 @@ FAMILIES = ('gpt2', 'llama', 'qwen3', 'neox', 'moe')
 
 
 class Again:
-    """Stands for a CUDA graph where there is no GPU: replay() calls the function once more, on the same tensors."""
+    """Stands for a CUDA graph where there is no GPU: replay() calls the function once more, on the
+    same tensors.
+    """
 
     def __init__(self, work, pool, stream):
         work()
@@ -30,16 +35,33 @@ class Again:
 
 
 def plain(family='gpt2', accumulation=1, dropout=0.0):
-    shape = resolve_shape(dict(arch_preset=family, **SMALL, **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {})))
+    shape = resolve_shape(
+        dict(
+            arch_preset=family,
+            **SMALL,
+            **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {}),
+        )
+    )
     model = Model.on_meta(shape, dropout=dropout).allocate('cpu')
     model.init_weights(0)
     world = parallel.start('cpu')
-    return micro_step.MicroStep(model, model, world, torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', enabled=False), 1 / 64, accumulation)
+    return micro_step.MicroStep(
+        model,
+        model,
+        world,
+        torch.autocast('cpu', enabled=False),
+        torch.amp.GradScaler('cpu', enabled=False),
+        1 / 64,
+        accumulation,
+    )
 
 
 def batches(number, device='cpu'):
     generator = torch.Generator().manual_seed(0)
-    return [tuple(torch.randint(0, 64, (4, 16), generator=generator).to(device) for _ in range(2)) for _ in range(number)]
+    return [
+        tuple(torch.randint(0, 64, (4, 16), generator=generator).to(device) for _ in range(2))
+        for _ in range(number)
+    ]
 
 
 def forget(step):
@@ -56,7 +78,9 @@ def gradients_after(step, data, model):
 @pytest.mark.parametrize('family', ['gpt2', 'moe'])
 def test_each_micro_step_has_its_own_data(family, accumulation):
     step, data = plain(family, accumulation), batches(2 * accumulation)
-    expected = [gradients_after(step, data[at:at + accumulation], step.model) for at in (0, accumulation)]
+    expected = [
+        gradients_after(step, data[at : at + accumulation], step.model) for at in (0, accumulation)
+    ]
     step.model.after_step(step.world, 0.0, None)
     graphs = micro_step.Graphs(step, record=Again)
     graphs.prepare(data[:2], forget(step))
@@ -64,7 +88,7 @@ def test_each_micro_step_has_its_own_data(family, accumulation):
     if family == 'moe':
         assert not step.model.routing.any()
     for at, (total, gradients) in zip((0, accumulation), expected):
-        found = gradients_after(graphs, data[at:at + accumulation], step.model)
+        found = gradients_after(graphs, data[at : at + accumulation], step.model)
         assert all(map(torch.equal, found[0], total)) and all(map(torch.equal, found[1], gradients))
 
 
@@ -72,11 +96,16 @@ def test_what_is_recorded_has_the_strides_of_a_batch():
     """torch.compile makes code for strides; new code cannot be made while a graph is recorded."""
     step, seen = plain(accumulation=2), []
     call = step.train_model
-    step.train_model = lambda x, y, **kwargs: seen.append((x.stride(), y.stride(), x.data_ptr())) or call(x, y, **kwargs)
-    windows = [torch.cat([x, y[:, -1:]], dim=1) for x, y in batches(2)]  # as the loader gives them out
+    step.train_model = lambda x, y, **kwargs: (
+        seen.append((x.stride(), y.stride(), x.data_ptr())) or call(x, y, **kwargs)
+    )
+    # as the loader gives them out
+    windows = [torch.cat([x, y[:, -1:]], dim=1) for x, y in batches(2)]
     graphs = micro_step.Graphs(step, record=Again)
     graphs.prepare([(window[:, :-1], window[:, 1:]) for window in windows], forget(step))
-    assert {(x, y) for x, y, _ in seen} == {((17, 1), (17, 1))} and len({address for _, _, address in seen}) == 1
+    assert {(x, y) for x, y, _ in seen} == {((17, 1), (17, 1))} and len(
+        {address for _, _, address in seen}
+    ) == 1
 
 
 def test_dropout_is_drawn_anew():
@@ -95,12 +124,18 @@ def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
     step = plain(accumulation=4)
     step.world.layout = 'DDP'
     asked = []
-    monkeypatch.setattr(parallel, 'last_micro_step', lambda model, last, world: asked.append(last) or torch.enable_grad())
+    monkeypatch.setattr(
+        parallel,
+        'last_micro_step',
+        lambda model, last, world: asked.append(last) or torch.enable_grad(),
+    )
     graphs = micro_step.Graphs(step, record=Again)
     assert graphs.kinds == [(True, False), (False, False), (False, False), (False, True)]
     graphs.prepare(batches(2), forget(step))
     first, *others = graphs.graphs.values()
-    assert len(others) == 2 and first.shares is None and all(graph.shares is first for graph in others)
+    assert (
+        len(others) == 2 and first.shares is None and all(graph.shares is first for graph in others)
+    )
     asked.clear()
     for number, (x, y) in enumerate(batches(4)):
         graphs(x, y, number)
@@ -109,6 +144,7 @@ def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
 
 class Stream:
     """Stands for a torch.cuda.Stream; entering one makes it the current one."""
+
     current = None
 
     def __init__(self, name='made'):
@@ -125,31 +161,54 @@ class Stream:
 
 
 def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
-    """Gradients of a recording arrive on the stream on which DDP was made; nothing else waits for it."""
+    """Gradients of a recording arrive on the stream on which DDP was made; nothing else waits for
+    it.
+    """
     default, where, made = Stream('default'), [], []
     monkeypatch.setattr(Stream, 'current', default)
     monkeypatch.setattr(torch.cuda, 'Stream', lambda *device: made.append(Stream()) or made[-1])
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda *device: Stream.current)
     monkeypatch.setattr(torch.cuda, 'stream', lambda stream: stream)
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: 'a graph')
-    monkeypatch.setattr(torch.cuda, 'graph', lambda graph, pool, stream, capture_error_mode: where.append(('recorded', stream)) or stream)
-    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', lambda model, device_ids, **options: where.append(('made', Stream.current)) or model)
+    monkeypatch.setattr(
+        torch.cuda,
+        'graph',
+        lambda graph, pool, stream, capture_error_mode: (
+            where.append(('recorded', stream)) or stream
+        ),
+    )
+    monkeypatch.setattr(
+        torch.nn.parallel,
+        'DistributedDataParallel',
+        lambda model, device_ids, **options: where.append(('made', Stream.current)) or model,
+    )
     step = plain()
     world = step.world
     world.layout, world.device = 'DDP', torch.device('cuda', 0)
     monkeypatch.setattr(parallel, 'last_micro_step', lambda model, last, world: torch.enable_grad())
-    step.train_model = parallel.wrap(step.model, world, compile=False, accumulation=1, graphs=True)[1]
+    step.train_model = parallel.wrap(step.model, world, compile=False, accumulation=1, graphs=True)[
+        1
+    ]
     call = step.train_model
-    step.train_model = lambda *args, **kwargs: where.append(('warmed up', Stream.current)) or call(*args, **kwargs)
+    step.train_model = lambda *args, **kwargs: (
+        where.append(('warmed up', Stream.current)) or call(*args, **kwargs)
+    )
     micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
     warm = list(where)
     assert micro_step.record(lambda: None, None, world.graph_stream) == 'a graph'
-    assert len(made) == 1 and made[0] is world.graph_stream and made[0].waited and default.waited == [made[0]] * 2
+    assert (
+        len(made) == 1
+        and made[0] is world.graph_stream
+        and made[0].waited
+        and default.waited == [made[0]] * 2
+    )
     assert where[0] == ('made', made[0]) and where[-1] == ('recorded', made[0])
     assert [stream for what, stream in warm[1:]][:22] == [made[0]] * 22  # 11 times two micro-steps
 
 
-@pytest.mark.parametrize('capability, refused', [((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False)])
+@pytest.mark.parametrize(
+    'capability, refused', [((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False)]
+)
 def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
     if refused:
@@ -157,8 +216,20 @@ def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refuse
             checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
     else:
         assert checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
-    c = Config(arch_preset='moe', num_experts=4, n_layer=2, n_head=2, n_embd=64, expert_d_ff=64, vocab_size=64)
-    notes = ' '.join(kernels.choose(c, resolve_shape(dataclasses.asdict(c)), torch.device('cuda'), torch.bfloat16)[1])
+    c = Config(
+        arch_preset='moe',
+        num_experts=4,
+        n_layer=2,
+        n_head=2,
+        n_embd=64,
+        expert_d_ff=64,
+        vocab_size=64,
+    )
+    notes = ' '.join(
+        kernels.choose(
+            c, resolve_shape(dataclasses.asdict(c)), torch.device('cuda'), torch.bfloat16
+        )[1]
+    )
     assert ('expert_dispatch=grouped is slow on this GPU' in notes) == refused
 
 
@@ -181,7 +252,13 @@ class Impossible:
             raise RuntimeError('capture was invalidated')
 
 
-@pytest.mark.parametrize('record, told', [(Frozen, 'does not compute what the plain one does'), (Impossible, 'cannot be recorded (operation not permitted when stream is capturing)')])
+@pytest.mark.parametrize(
+    'record, told',
+    [
+        (Frozen, 'does not compute what the plain one does'),
+        (Impossible, 'cannot be recorded (operation not permitted when stream is capturing)'),
+    ],
+)
 @pytest.mark.parametrize('accumulation', [1, 2])
 def test_what_is_not_repeated_is_refused(record, told, accumulation):
     step = plain(accumulation=accumulation)
@@ -201,23 +278,48 @@ def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
         micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
 
 
-@pytest.mark.parametrize('options, told', [
-    (dict(use_fsdp=True), '--use_fsdp=False'), (dict(context_parallel=2), '--context_parallel=1'), (dict(expert_dispatch='loop'), '--expert_dispatch=grouped')])
+@pytest.mark.parametrize(
+    'options, told',
+    [
+        (dict(use_fsdp=True), '--use_fsdp=False'),
+        (dict(context_parallel=2), '--context_parallel=1'),
+        (dict(expert_dispatch='loop'), '--expert_dispatch=grouped'),
+    ],
+)
 def test_what_cannot_be_recorded(options, told):
     with pytest.raises(ConfigError, match='use_cuda_graphs=True cannot record') as error:
-        checks.cuda_graphs(Config(use_cuda_graphs=True, **options), 'cuda', options.get('expert_dispatch'), [])
+        checks.cuda_graphs(
+            Config(use_cuda_graphs=True, **options), 'cuda', options.get('expert_dispatch'), []
+        )
     assert told in str(error.value)
     notes = []
     assert checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', None, notes) and not notes
-    assert not checks.cuda_graphs(Config(**options), 'cuda', options.get('expert_dispatch'), notes) and not notes
-    assert not checks.cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes) and 'needs an NVIDIA GPU' in notes[0]
+    assert (
+        not checks.cuda_graphs(Config(**options), 'cuda', options.get('expert_dispatch'), notes)
+        and not notes
+    )
+    assert (
+        not checks.cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes)
+        and 'needs an NVIDIA GPU' in notes[0]
+    )
 
 
-@pytest.mark.parametrize('options', [['--gradient_accumulation_steps=3', '--dropout=0.1'], ['--arch_preset=moe', '--num_experts=4', '--n_dense_layers=1']], ids=['dense', 'moe'])
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['--gradient_accumulation_steps=3', '--dropout=0.1'],
+        ['--arch_preset=moe', '--num_experts=4', '--n_dense_layers=1'],
+    ],
+    ids=['dense', 'moe'],
+)
 def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
-    """train.py with graphs, or what stands for them on a CPU, against without: losses, weights, routing."""
+    """train.py with graphs, or what stands for them on a CPU, against without: losses, weights,
+    routing.
+    """
     on_gpu = torch.cuda.is_available() and 'moe' not in options[0]
-    common = ['--max_iters=4', '--eval_interval=2', *options] + (['--device=cuda', '--dtype=float32'] if on_gpu else [])
+    common = ['--max_iters=4', '--eval_interval=2', *options] + (
+        ['--device=cuda', '--dtype=float32'] if on_gpu else []
+    )
     assert run_train(dataset, tmp_path / 'plain', *common) == 0
     if not on_gpu:
         monkeypatch.setattr(checks, 'cuda_graphs', lambda c, *_: c.use_cuda_graphs)
@@ -225,9 +327,13 @@ def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
     assert run_train(dataset, tmp_path / 'graphs', *common, '--use_cuda_graphs=True') == 0
     said = capsys.readouterr().out
     assert 'CUDA Graphs: on' in said and 'CUDA graphs recorded in' in said
-    assert losses(tmp_path / 'graphs') == losses(tmp_path / 'plain') and equal(weights(tmp_path / 'graphs', 4), weights(tmp_path / 'plain', 4))
+    assert losses(tmp_path / 'graphs') == losses(tmp_path / 'plain') and equal(
+        weights(tmp_path / 'graphs', 4), weights(tmp_path / 'plain', 4)
+    )
     if 'moe' in options[0]:
-        assert [record['moe'] for record in records(tmp_path / 'graphs')] == [record['moe'] for record in records(tmp_path / 'plain')]
+        assert [record['moe'] for record in records(tmp_path / 'graphs')] == [
+            record['moe'] for record in records(tmp_path / 'plain')
+        ]
 
 
 @pytest.fixture
@@ -243,12 +349,28 @@ def strict():
 @pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_on_a_gpu(family, compiled, strict):
-    """Real graphs, whose own comparison must pass, in bfloat16 with three micro-steps and dropout."""
-    shape = resolve_shape(dict(arch_preset=family, **SMALL, **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {})))
+    """Real graphs, whose own comparison must pass, in bfloat16 with three micro-steps and
+    dropout.
+    """
+    shape = resolve_shape(
+        dict(
+            arch_preset=family,
+            **SMALL,
+            **({'num_experts': 4, 'n_dense_layers': 1} if family == 'moe' else {}),
+        )
+    )
     model = Model.on_meta(shape, dropout=0.1).allocate('cuda')
     model.init_weights(0)
     train_model = torch.compile(model) if compiled else model
-    step = micro_step.MicroStep(model, train_model, parallel.start('cuda'), torch.autocast('cuda', dtype=torch.bfloat16), torch.amp.GradScaler('cuda', enabled=False), 1 / 64, 3)
+    step = micro_step.MicroStep(
+        model,
+        train_model,
+        parallel.start('cuda'),
+        torch.autocast('cuda', dtype=torch.bfloat16),
+        torch.amp.GradScaler('cuda', enabled=False),
+        1 / 64,
+        3,
+    )
     graphs = micro_step.Graphs(step)
     graphs.prepare(batches(2, 'cuda'), forget(step))
     data = batches(3, 'cuda')
@@ -257,4 +379,6 @@ def test_on_a_gpu(family, compiled, strict):
     model.zero_grad(set_to_none=True)
     torch.manual_seed(7)
     expected = gradients_after(step, data, model)
-    assert all(map(torch.equal, found[0], expected[0])) and all(map(torch.equal, found[1], expected[1]))
+    assert all(map(torch.equal, found[0], expected[0])) and all(
+        map(torch.equal, found[1], expected[1])
+    )

@@ -1,4 +1,7 @@
-"""A step with a loss or gradient that is not finite changes nothing, on any rank; a row of them stops the run with the last good state."""
+"""A step with a loss or gradient that is not finite changes nothing, on any rank; a row of them
+stops the run with the last good state.
+"""
+
 import math
 import re
 
@@ -9,7 +12,7 @@ from conftest import TINY, losses, records, torchrun, weights
 from engine import checkpoint, optim
 
 PLANT = '''
-"""train.py with a NaN planted: argv[1] = rank, argv[2] = iterations such as 5,6,7; the rest goes to train.py."""
+"""train.py with a NaN planted: argv[1] = rank, argv[2] = iterations; the rest is train.py's."""
 import os, sys
 sys.path.insert(0, '.')
 import torch
@@ -41,43 +44,104 @@ def plant(tmp_path):
 
 
 def test_a_nan_on_one_rank_changes_no_weight_on_any(dataset, tmp_path, plant):
-    """Iteration 5 of 2 ranks: the checkpoint after it equals the one before it, and the replicas stay equal to the end."""
-    args = [f'--dataset={dataset}', *TINY, '--eval_interval=100', '--checkpoint_interval=1', '--keep_all_checkpoints=True', '--max_iters=8']
-    code, output = torchrun(2, '1', '5', *args, f"--out_dir={tmp_path / 'bad'}", script=plant)
-    assert code == 0 and 'SKIPPED 1 updates since the last line (loss or gradient not finite), 1 in all' in output, output
+    """Iteration 5 of 2 ranks: the checkpoint after it equals the one before it, and the replicas
+    stay equal to the end.
+    """
+    args = [
+        f'--dataset={dataset}',
+        *TINY,
+        '--eval_interval=100',
+        '--checkpoint_interval=1',
+        '--keep_all_checkpoints=True',
+        '--max_iters=8',
+    ]
+    code, output = torchrun(2, '1', '5', *args, f'--out_dir={tmp_path / "bad"}', script=plant)
+    assert (
+        code == 0
+        and 'SKIPPED 1 updates since the last line (loss or gradient not finite), 1 in all'
+        in output
+    ), output
     before, after, later = (weights(tmp_path / 'bad', step) for step in (4, 5, 6))
-    assert all(torch.equal(before[name], after[name]) for name in before) and not torch.equal(after['model.transformer.wte.weight'], later['model.transformer.wte.weight'])
-    code, output = torchrun(2, '1', '99', *args, f"--out_dir={tmp_path / 'good'}", script=plant)
+    assert all(torch.equal(before[name], after[name]) for name in before) and not torch.equal(
+        after['model.transformer.wte.weight'], later['model.transformer.wte.weight']
+    )
+    code, output = torchrun(2, '1', '99', *args, f'--out_dir={tmp_path / "good"}', script=plant)
     good, bad = losses(tmp_path / 'good'), losses(tmp_path / 'bad')
-    assert code == 0 and [good[k] == bad[k] for k in range(1, 9)] == [True] * 5 + [False] * 3  # the loss of 5 was good, its gradient not
+    # the loss of 5 was good, its gradient not
+    assert code == 0 and [good[k] == bad[k] for k in range(1, 9)] == [True] * 5 + [False] * 3
     assert bad[6] < good[1] and all(math.isfinite(loss) for loss in bad.values())
     assert [r['gradients']['global_norm'] for r in records(tmp_path / 'bad')][4] is None
 
 
-def test_three_in_a_row_on_one_of_two_ranks_stop_the_run_with_the_last_good_state(dataset, tmp_path, plant, train, capsys):
-    args = [f'--dataset={dataset}', *TINY, '--eval_interval=100', '--max_iters=60', '--log_interval=10', '--checkpoint_interval=7', f"--out_dir={tmp_path / 'a'}"]
+def test_three_in_a_row_on_one_of_two_ranks_stop_the_run_with_the_last_good_state(
+    dataset, tmp_path, plant, train, capsys
+):
+    args = [
+        f'--dataset={dataset}',
+        *TINY,
+        '--eval_interval=100',
+        '--max_iters=60',
+        '--log_interval=10',
+        '--checkpoint_interval=7',
+        f'--out_dir={tmp_path / "a"}',
+    ]
     code, output = torchrun(2, '0', ','.join(map(str, range(13, 40))), *args, script=plant)
     assert code == 1 and 'exitcode  : 3' in output, output
-    assert 'not finite at 3 iterations in a row, 13 to 15, sequences 96 to 119 of the stream: stopping with the weights of iter 12' in output
+    assert (
+        'not finite at 3 iterations in a row, 13 to 15, sequences 96 to 119 of the stream: stopping'
+        ' with the weights of iter 12' in output
+    )
     assert re.search(r'begin at tokens \[\d+(, \d+){7}\] of train.bin', output)
     assert checkpoint.newest_whole(str(tmp_path / 'a')) == (12, [])
     state = checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'a'), 12))
     assert state['position'] == 12 * 8 and state['tokens'] == 12 * 8 * 16
-    # without the NaN it goes on as if nothing had been; one process with two micro-steps takes the place of the two ranks
-    assert train(tmp_path / 'a', '--init_from=resume', '--gradient_accumulation_steps=2', '--max_iters=20') == 0
-    assert train(tmp_path / 'b', '--gradient_accumulation_steps=2', '--max_iters=20', '--eval_interval=100', '--log_interval=10') == 0
+    # without the NaN it goes on as if nothing had been; one process with two micro-steps takes the
+    # place of the two ranks
+    assert (
+        train(
+            tmp_path / 'a',
+            '--init_from=resume',
+            '--gradient_accumulation_steps=2',
+            '--max_iters=20',
+        )
+        == 0
+    )
+    assert (
+        train(
+            tmp_path / 'b',
+            '--gradient_accumulation_steps=2',
+            '--max_iters=20',
+            '--eval_interval=100',
+            '--log_interval=10',
+        )
+        == 0
+    )
     a, b = losses(tmp_path / 'a'), losses(tmp_path / 'b')
     assert max(a) == 20 and a[20] == pytest.approx(b[20], rel=1e-5)
 
 
 def run_guard(norms, losses=None, **options):
-    """The values of one parameter after each step with gradient 1, for given norms; and the guard."""
+    """The values of one parameter after each step with gradient 1, for given norms; and the
+    guard.
+    """
     p = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = optim.build_adamw({'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')
-    guard, values = optim.Guard([p], torch.amp.GradScaler('cpu', enabled=False), options.pop('max_bad', 3), **options), []
+    optimizer = optim.build_adamw(
+        {'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu'
+    )
+    guard, values = (
+        optim.Guard(
+            [p], torch.amp.GradScaler('cpu', enabled=False), options.pop('max_bad', 3), **options
+        ),
+        [],
+    )
     for step, norm in enumerate(norms, 1):
         p.grad = torch.ones(2, 2)
-        guard.step(optimizer, step, torch.tensor(losses[step - 1] if losses else 1.0), torch.tensor(float(norm)))
+        guard.step(
+            optimizer,
+            step,
+            torch.tensor(losses[step - 1] if losses else 1.0),
+            torch.tensor(float(norm)),
+        )
         values.append(p[0, 0].item())
     return values, guard, optimizer.state[p]
 
@@ -107,7 +171,8 @@ def test_spikes_are_skipped_once_the_median_is_known_and_are_no_fault():
     assert moved == [True] * 17 + [False, True] + [False] * 5 + [True]
     assert guard.counts() == {'row': 0, 'first': 0, 'bad': 0, 'spikes': 6}
     early = [100.0] + [1.0] * 14 + [100.0]
-    assert run_guard(early, spike_factor=3.0)[1].counts()['spikes'] == 0  # 15 norms are no median yet
+    # 15 norms are no median yet
+    assert run_guard(early, spike_factor=3.0)[1].counts()['spikes'] == 0
     # a level that stays is no spike any more when half of the window has it
     assert run_guard([1.0] * 100 + [10.0] * 120, spike_factor=3.0)[1].counts()['spikes'] < 110
     assert run_guard(norms)[1].counts()['spikes'] == 0  # off by default
@@ -116,9 +181,13 @@ def test_spikes_are_skipped_once_the_median_is_known_and_are_no_fault():
 def test_overflows_under_fp16_are_the_scalers_and_no_fault():
     scaler = torch.amp.GradScaler('cpu', enabled=True, init_scale=4.0)
     p = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = optim.build_adamw({'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.0, device_type='cpu')
+    optimizer = optim.build_adamw(
+        {'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.0, device_type='cpu'
+    )
     guard, values, scales = optim.Guard([p], scaler, 3), [], []
-    for step, (gradient, loss) in enumerate([(4.0, 1.0), (math.inf, 1.0), (4.0, 1.0), (4.0, math.nan), (4.0, 1.0)], 1):
+    for step, (gradient, loss) in enumerate(
+        [(4.0, 1.0), (math.inf, 1.0), (4.0, 1.0), (4.0, math.nan), (4.0, 1.0)], 1
+    ):
         optimizer.zero_grad()
         scaler.scale(p.sum()).backward()
         p.grad = torch.full((2, 2), gradient)
@@ -134,14 +203,29 @@ def test_spike_guard_and_its_window_survive_a_resume(train, tmp_path):
     args = ['--eval_interval=100', '--spike_factor=1.05', '--learning_rate=1e-2']
     assert train(tmp_path / 'calm', '--max_iters=50', *args) == 0
     skipped = [r['skipped']['spikes'] for r in records(tmp_path / 'calm')]
-    assert skipped[-1] > skipped[25] > 0 and [r['skipped']['bad'] for r in records(tmp_path / 'calm')] == [0] * 50
+    assert (
+        skipped[-1] > skipped[25] > 0
+        and [r['skipped']['bad'] for r in records(tmp_path / 'calm')] == [0] * 50
+    )
     assert train(tmp_path / 'two', '--max_iters=25', *args) == 0
     assert train(tmp_path / 'two', '--max_iters=50', '--init_from=resume', *args) == 0
-    assert losses(tmp_path / 'two') == losses(tmp_path / 'calm') and [r['skipped']['spikes'] for r in records(tmp_path / 'two')] == skipped
+    assert (
+        losses(tmp_path / 'two') == losses(tmp_path / 'calm')
+        and [r['skipped']['spikes'] for r in records(tmp_path / 'two')] == skipped
+    )
 
 
 def test_a_learning_rate_that_is_far_too_high(train, tmp_path, capsys):
-    assert train(tmp_path, '--max_iters=100', '--eval_interval=10', '--learning_rate=1e30', '--grad_clip=0') == 3
+    assert (
+        train(
+            tmp_path,
+            '--max_iters=100',
+            '--eval_interval=10',
+            '--learning_rate=1e30',
+            '--grad_clip=0',
+        )
+        == 3
+    )
     assert 'in a row' in capsys.readouterr().out
     step, rejected = checkpoint.newest_whole(str(tmp_path))
     assert step < 10 and not rejected and max(losses(tmp_path)) > step
@@ -150,7 +234,21 @@ def test_a_learning_rate_that_is_far_too_high(train, tmp_path, capsys):
 def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, capsys):
     """Weight decay that overflows: loss and gradient of that step were good."""
     assert train(tmp_path, '--max_iters=10', '--eval_interval=5') == 0
-    assert train(tmp_path, '--init_from=resume', '--max_iters=40', '--learning_rate=1e38', '--weight_decay=1e30', '--decay_lr=False', '--eval_interval=11') == 3
+    assert (
+        train(
+            tmp_path,
+            '--init_from=resume',
+            '--max_iters=40',
+            '--learning_rate=1e38',
+            '--weight_decay=1e30',
+            '--decay_lr=False',
+            '--eval_interval=11',
+        )
+        == 3
+    )
     output = capsys.readouterr().out
-    assert 'CHECKPOINT NOT SAVED at iter 11' in output and 'is not finite. It would be of no use' in output
+    assert (
+        'CHECKPOINT NOT SAVED at iter 11' in output
+        and 'is not finite. It would be of no use' in output
+    )
     assert checkpoint.newest_whole(str(tmp_path)) == (10, [])

@@ -1,4 +1,7 @@
-"""Proves that a Hugging Face folder is read as transformers reads it, or refused by name: keys that are missing, doubled or contradictory, files that are left over."""
+"""Proves that a Hugging Face folder is read as transformers reads it, or refused by name: keys that
+are missing, doubled or contradictory, files that are left over.
+"""
+
 import json
 import os
 import shutil
@@ -13,29 +16,80 @@ from model import Model
 from presets import resolve_shape
 
 transformers = pytest.importorskip('transformers')
-FAMILIES = ('gpt2', 'llama3-gqa', 'mistral', 'qwen3', 'neox', 'mixtral', 'qwen3-moe', 'gpt-oss', 'glm4-moe')
+FAMILIES = (
+    'gpt2',
+    'llama3-gqa',
+    'mistral',
+    'qwen3',
+    'neox',
+    'mixtral',
+    'qwen3-moe',
+    'gpt-oss',
+    'glm4-moe',
+)
 IDS = torch.randint(97, (1, 24), generator=torch.Generator().manual_seed(1))
 ADDED = [
-    {'rope_theta': 700.0}, {'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}}, {'rope_scaling': None}, {'rope_scaling': {'type': 'yarn', 'factor': 4.0}},
-    {'rope_parameters': {'rope_type': 'default'}}, {'rope_parameters': {}}, {'rope_parameters': {'rope_type': 'linear', 'type': 'dynamic', 'factor': 2.0, 'rope_theta': 700.0}},
-    {'rope_parameters': {'rope_type': 'linear', 'factor': 0, 'rope_theta': 700.0}}, {'rope_parameters': {'full_attention': {'rope_type': 'default', 'rope_theta': 700.0}}},
-    {'rope_parameters': None, 'rope_theta': 700.0}, {'rope_parameters': None, 'rotary_emb_base': 700.0}, {'rotary_pct': 0.75}, {'partial_rotary_factor': 0.75},
-    {'rotary_pct': None}, {'sliding_window': 3}, {'use_sliding_window': False, 'sliding_window': 3}, {'use_sliding_window': True}, {'is_causal': False},
-    {'num_hidden_layers': 1}, {'num_attention_heads': 1}, {'head_dim': 4}, {'num_experts': 3}, {'num_local_experts': 3}, {'rms_norm_eps': float('nan')},
-    {'tie_word_embeddings': True}, {'tie_word_embeddings': 'yes'}, {'hidden_act': 'tanh'}, {'hidden_size': '32'}, {'num_hidden_layers': 10**9}, {'vocab_size': [97]}, {'layer_types': 5},
+    {'rope_theta': 700.0},
+    {'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}},
+    {'rope_scaling': None},
+    {'rope_scaling': {'type': 'yarn', 'factor': 4.0}},
+    {'rope_parameters': {'rope_type': 'default'}},
+    {'rope_parameters': {}},
+    {
+        'rope_parameters': {
+            'rope_type': 'linear',
+            'type': 'dynamic',
+            'factor': 2.0,
+            'rope_theta': 700.0,
+        }
+    },
+    {'rope_parameters': {'rope_type': 'linear', 'factor': 0, 'rope_theta': 700.0}},
+    {'rope_parameters': {'full_attention': {'rope_type': 'default', 'rope_theta': 700.0}}},
+    {'rope_parameters': None, 'rope_theta': 700.0},
+    {'rope_parameters': None, 'rotary_emb_base': 700.0},
+    {'rotary_pct': 0.75},
+    {'partial_rotary_factor': 0.75},
+    {'rotary_pct': None},
+    {'sliding_window': 3},
+    {'use_sliding_window': False, 'sliding_window': 3},
+    {'use_sliding_window': True},
+    {'is_causal': False},
+    {'num_hidden_layers': 1},
+    {'num_attention_heads': 1},
+    {'head_dim': 4},
+    {'num_experts': 3},
+    {'num_local_experts': 3},
+    {'rms_norm_eps': float('nan')},
+    {'tie_word_embeddings': True},
+    {'tie_word_embeddings': 'yes'},
+    {'hidden_act': 'tanh'},
+    {'hidden_size': '32'},
+    {'num_hidden_layers': 10**9},
+    {'vocab_size': [97]},
+    {'layer_types': 5},
 ]
 
 
 def variant(family):
     """The name of VARIANTS that stands for a family."""
-    return next(name for name in (family, *VARIANTS) if name in VARIANTS and name.replace('_', '-').startswith(family))
+    return next(
+        name
+        for name in (family, *VARIANTS)
+        if name in VARIANTS and name.replace('_', '-').startswith(family)
+    )
 
 
 def saved(name, folder, seed=0, **options):
     """A reference model with weights that show every difference, saved to `folder`."""
     family, settings = VARIANTS[name]
     torch.manual_seed(seed)
-    model = getattr(transformers, 'GPT2LMHeadModel' if family == 'GPT2' else f'{family}ForCausalLM')(getattr(transformers, f'{family}Config')(**settings)).float().eval()
+    model = (
+        getattr(transformers, 'GPT2LMHeadModel' if family == 'GPT2' else f'{family}ForCausalLM')(
+            getattr(transformers, f'{family}Config')(**settings)
+        )
+        .float()
+        .eval()
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (p.dim() == 1))
@@ -45,7 +99,11 @@ def saved(name, folder, seed=0, **options):
 def theirs(folder):
     transformers.logging.set_verbosity_error()
     with torch.no_grad():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+        return (
+            transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            .eval()(IDS)
+            .logits
+        )
 
 
 def ours(folder):
@@ -62,7 +120,9 @@ def ours(folder):
 
 
 def agree(folder, what):
-    """Whether ours equal theirs; a folder that they do not read either may be read, and one that they do may be refused."""
+    """Whether ours equal theirs; a folder that they do not read either may be read, and one that
+    they do may be refused.
+    """
     found = ours(folder)
     if found is None:
         return False
@@ -84,11 +144,26 @@ def test_settings_are_those_of_transformers_or_refused(family, tmp_path):
     with open(path) as f:
         config = json.load(f)
     assert agree(folder, 'as it is')
-    changes = [{key: ...} for key in config if key not in ('model_type', 'architectures', 'transformers_version', 'dtype', 'bos_token_id', 'eos_token_id', 'pad_token_id')]
+    changes = [
+        {key: ...}
+        for key in config
+        if key
+        not in (
+            'model_type',
+            'architectures',
+            'transformers_version',
+            'dtype',
+            'bos_token_id',
+            'eos_token_id',
+            'pad_token_id',
+        )
+    ]
     read = 0
     for change in changes + ADDED:
         with open(path, 'w') as f:
-            json.dump({key: value for key, value in {**config, **change}.items() if value is not ...}, f)
+            json.dump(
+                {key: value for key, value in {**config, **change}.items() if value is not ...}, f
+            )
         read += agree(folder, change)
     assert read > len(changes) // 3
 
@@ -104,7 +179,12 @@ def test_files_are_those_that_transformers_reads(tmp_path):
     index = os.path.join(folder, 'model.safetensors.index.json')
     with open(index) as f:
         content = json.load(f)
-    for wrong in ({**content, 'weight_map': dict.fromkeys(content['weight_map'], '../new/model.safetensors')}, {'weight_map': 5}, [], {**content, 'weight_map': dict.fromkeys(content['weight_map'], 'none.safetensors')}):
+    for wrong in (
+        {**content, 'weight_map': dict.fromkeys(content['weight_map'], '../new/model.safetensors')},
+        {'weight_map': 5},
+        [],
+        {**content, 'weight_map': dict.fromkeys(content['weight_map'], 'none.safetensors')},
+    ):
         with open(index, 'w') as f:
             json.dump(wrong, f)
         assert ours(folder) is None

@@ -1,4 +1,7 @@
-"""Real processes are killed at random moments and continue by themselves to the same bits. bench/kill_resume.py does the same for longer."""
+"""Real processes are killed at random moments and continue by themselves to the same bits.
+bench/kill_resume.py does the same for longer.
+"""
+
 import os
 import random
 import sys
@@ -11,8 +14,15 @@ import kill_resume  # noqa: E402
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [['--kills=3', '--longest=7', '--max_iters=250'], ['--kills=2', '--processes=2', '--longest=12', '--max_iters=200'],
-                                     ['--kills=1', '--processes=2', '--signal=TERM', '--longest=14', '--max_iters=500']], ids=['one process', 'two ranks', 'SIGTERM to two ranks'])
+@pytest.mark.parametrize(
+    'options',
+    [
+        ['--kills=3', '--longest=7', '--max_iters=250'],
+        ['--kills=2', '--processes=2', '--longest=12', '--max_iters=200'],
+        ['--kills=1', '--processes=2', '--signal=TERM', '--longest=14', '--max_iters=500'],
+    ],
+    ids=['one process', 'two ranks', 'SIGTERM to two ranks'],
+)
 def test_killed_at_random_moments(options, capsys):
     kill_resume.main([*options, f'--seed={random.randrange(10**6)}'])
     assert 'losses, evaluations and weights equal to the last bit' in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""The training stream is a pure function of (seed, position): a permutation per epoch, the same for any layout, resumable anywhere."""
+"""The training stream is a pure function of (seed, position): a permutation per epoch, the same for
+any layout, resumable anywhere.
+"""
+
 import itertools
 import os
 import pickle
@@ -23,7 +26,9 @@ def open_split(folder, split='train'):
 @pytest.fixture
 def counting(tmp_path):
     """A data set whose token i is i, so that a batch tells where it came from."""
-    return write_dataset(str(tmp_path / 'counting'), np.arange(5000), np.arange(1000), vocab_size=5000)
+    return write_dataset(
+        str(tmp_path / 'counting'), np.arange(5000), np.arange(1000), vocab_size=5000
+    )
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7, 64, 1000, 4097, 10007])
@@ -35,10 +40,13 @@ def test_permutation_depends_on_its_key_and_looks_random():
     a, b = permute(np.arange(10000), 10000, key=1), permute(np.arange(10000), 10000, key=2)
     assert (a != b).mean() > 0.99
     for x in (a, b):
-        assert abs(np.corrcoef(x, np.arange(10000))[0, 1]) < 0.04  # 4 standard deviations of the correlation of random orders
+        # 4 standard deviations of the correlation of random orders
+        assert abs(np.corrcoef(x, np.arange(10000))[0, 1]) < 0.04
         assert abs(np.corrcoef(x[1:], x[:-1])[0, 1]) < 0.04
     # three windows have six orders; all of them come up
-    assert {tuple(permute(np.arange(3), 3, key=k)) for k in range(200)} == set(itertools.permutations(range(3)))
+    assert {tuple(permute(np.arange(3), 3, key=k)) for k in range(200)} == set(
+        itertools.permutations(range(3))
+    )
 
 
 def test_an_epoch_shows_every_token_once_but_for_the_ends():
@@ -77,14 +85,29 @@ def test_positions_are_a_pure_function():
 def sequences(file, *, batch_size, world_size, accumulation, steps, position=0, **options):
     """First tokens of the sequences of each step, in the order of the stream."""
     order = WindowOrder(len(file), 32, seed=3)
-    loaders = [TrainLoader(file, order, batch_size=batch_size, rank=r, world_size=world_size, position=position, device=CPU, **options)
-               for r in range(world_size)]
+    loaders = [
+        TrainLoader(
+            file,
+            order,
+            batch_size=batch_size,
+            rank=r,
+            world_size=world_size,
+            position=position,
+            device=CPU,
+            **options,
+        )
+        for r in range(world_size)
+    ]
     rows = []
     for _ in range(steps):
         for _ in range(accumulation):
             for loader in loaders:
                 x, y, _ = loader.next()
-                assert torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == torch.int64 and x.shape == (batch_size, 32)
+                assert (
+                    torch.equal(x[:, 1:], y[:, :-1])
+                    and x.dtype == torch.int64
+                    and x.shape == (batch_size, 32)
+                )
                 rows += x[:, 0].tolist()
     for loader in loaders:
         loader.close()
@@ -94,10 +117,17 @@ def sequences(file, *, batch_size, world_size, accumulation, steps, position=0, 
 def test_same_steps_for_any_world_size_and_micro_batch(counting):
     file = open_split(counting)
     reference = sequences(file, batch_size=4, world_size=1, accumulation=4, steps=20)
-    for layout in (dict(batch_size=4, world_size=2, accumulation=2), dict(batch_size=4, world_size=4, accumulation=1),
-                   dict(batch_size=2, world_size=4, accumulation=2), dict(batch_size=16, world_size=1, accumulation=1)):
+    for layout in (
+        dict(batch_size=4, world_size=2, accumulation=2),
+        dict(batch_size=4, world_size=4, accumulation=1),
+        dict(batch_size=2, world_size=4, accumulation=2),
+        dict(batch_size=16, world_size=1, accumulation=1),
+    ):
         assert sequences(file, **layout, steps=20) == reference
-    assert sequences(file, batch_size=4, world_size=1, accumulation=4, steps=12, position=8 * 16) == reference[8 * 16:]
+    assert (
+        sequences(file, batch_size=4, world_size=1, accumulation=4, steps=12, position=8 * 16)
+        == reference[8 * 16 :]
+    )
 
 
 def test_worker_processes_give_the_same_batches(counting):
@@ -113,15 +143,26 @@ def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting
     flat = sorted(sum(rows, []))
     assert len(flat) == 20 and min(np.diff(flat)) >= 32 and flat[-1] > 800
     ranks = [list(evaluation_batches(file, 32, 4, 5, rank, 2)) for rank in range(2)]
-    assert len(ranks[0]) == len(ranks[1]) == 3 and (ranks[1][2][1] == IGNORE).all()  # five batches: in the last round one rank only has targets
-    assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all((y != IGNORE).all() for _, y, _ in [*ranks[0], *ranks[1][:2]])
+    # five batches: in the last round one rank only has targets
+    assert len(ranks[0]) == len(ranks[1]) == 3 and (ranks[1][2][1] == IGNORE).all()
+    assert [ranks[i % 2][i // 2][0][:, 0].tolist() for i in range(5)] == rows and all(
+        (y != IGNORE).all() for _, y, _ in [*ranks[0], *ranks[1][:2]]
+    )
     for n_tokens in (961, 960, 993):  # whole blocks and a token, one less, one block more
-        file = open_split(write_dataset(str(tmp_path / str(n_tokens)), np.arange(100), np.arange(n_tokens), vocab_size=5000), 'val')
+        file = open_split(
+            write_dataset(
+                str(tmp_path / str(n_tokens)), np.arange(100), np.arange(n_tokens), vocab_size=5000
+            ),
+            'val',
+        )
         batches = list(evaluation_batches(file, 32, 4, 10**6))
-        assert sum((y != IGNORE).sum() for _, y, _ in batches) == (n_tokens - 1) // 32 * 32 and all(x.shape == y.shape == (4, 32) for x, y, _ in batches)
+        assert sum((y != IGNORE).sum() for _, y, _ in batches) == (n_tokens - 1) // 32 * 32 and all(
+            x.shape == y.shape == (4, 32) for x, y, _ in batches
+        )
     file = open_split(counting, 'val')
     everything = list(evaluation_batches(file, 32, 4, 10**6))
-    assert sum((y[:, 0] != IGNORE).sum() for _, y, _ in everything) == (1000 - 1) // 32  # more asked for than there is
+    # more asked for than there is
+    assert sum((y[:, 0] != IGNORE).sum() for _, y, _ in everything) == (1000 - 1) // 32
 
 
 def test_files_of_nanogpt_are_read_as_they_are(tmp_path):
@@ -134,14 +175,18 @@ def test_files_of_nanogpt_are_read_as_they_are(tmp_path):
     with open(folder / 'meta.pkl', 'wb') as f:
         pickle.dump({'vocab_size': 3000, 'itos': {0: 'a'}, 'stoi': {'a': 0}}, f)
     train, _, meta = open_dataset(str(folder), '/')
-    assert meta['vocab_size'] == 3000 and torch.equal(train.windows(np.array([5]), 3), torch.tensor([[5, 6, 7, 8]]))
+    assert meta['vocab_size'] == 3000 and torch.equal(
+        train.windows(np.array([5]), 3), torch.tensor([[5, 6, 7, 8]])
+    )
 
 
 def test_uint32_without_meta_is_recognised_not_misread(tmp_path):
     folder = tmp_path / 'wide'
     folder.mkdir()
     for split in ('train', 'val'):
-        np.random.default_rng(0).integers(0, 128256, 3000).astype(np.uint32).tofile(folder / f'{split}.bin')
+        np.random.default_rng(0).integers(0, 128256, 3000).astype(np.uint32).tofile(
+            folder / f'{split}.bin'
+        )
     with pytest.raises(ConfigError, match='looks like uint32'):
         open_dataset(str(folder), '/')
     with open(folder / 'meta.pkl', 'wb') as f:
@@ -172,6 +217,7 @@ def test_ids_and_sizes_are_checked(counting):
 
 def test_missing_data_names_the_command():
     from conftest import ROOT
+
     os.makedirs(os.path.join(ROOT, 'data'), exist_ok=True)
     with pytest.raises(ConfigError, match='own_text/prepare.py'):
         open_dataset('no_such_set', ROOT)

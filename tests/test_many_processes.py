@@ -1,4 +1,7 @@
-"""What many processes do when one of them differs, fails, hangs or dies; and two machines' worth of them."""
+"""What many processes do when one of them differs, fails, hangs or dies; and two machines' worth of
+them.
+"""
+
 import collections
 import concurrent.futures
 import contextlib
@@ -14,7 +17,19 @@ import time
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, TINY, end_all, equal, free_port, losses, records, run_process, start_process, torchrun, weights
+from conftest import (
+    ROOT,
+    TINY,
+    end_all,
+    equal,
+    free_port,
+    losses,
+    records,
+    run_process,
+    start_process,
+    torchrun,
+    weights,
+)
 from ranks import ranks, train
 
 from engine import checkpoint, parallel
@@ -49,11 +64,23 @@ def plant(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize('what,message', [
-    ('key', 'error: the configuration differs between processes: learning_rate=0.001 on rank 0, 0.005 on rank 1: start all with the same command'),
-    ('data', "error: the data differs between processes: train.bin={'fingerprint': '"),
-    ('missing', 'error (rank 1 on ')])
-def test_ranks_that_differ_stop_at_the_start_with_both_values(dataset, tmp_path, plant, what, message):
+@pytest.mark.parametrize(
+    'what,message',
+    [
+        (
+            'key',
+            (
+                'error: the configuration differs between processes: learning_rate=0.001 on rank 0,'
+                ' 0.005 on rank 1: start all with the same command'
+            ),
+        ),
+        ('data', "error: the data differs between processes: train.bin={'fingerprint': '"),
+        ('missing', 'error (rank 1 on '),
+    ],
+)
+def test_ranks_that_differ_stop_at_the_start_with_both_values(
+    dataset, tmp_path, plant, what, message
+):
     started = time.monotonic()
     args = [f'--out_dir={tmp_path}/out', *TINY, '--max_iters=10']
     if what == 'data':  # a data set without a fingerprint of its own, as nanoGPT's
@@ -63,14 +90,18 @@ def test_ranks_that_differ_stop_at_the_start_with_both_values(dataset, tmp_path,
         dataset = f'{tmp_path}/data'
     code, output = torchrun(2, what, f'--dataset={dataset}', *args, '--vocab_size=64', script=plant)
     assert code != 0 and 'exitcode  : 2' in output and time.monotonic() - started < 60, output
-    assert not os.path.exists(tmp_path / 'out' / 'checkpoints') and '[rank' not in output, output  # torch puts that before a rank's traceback
+    # torch puts that before a rank's traceback
+    assert not os.path.exists(tmp_path / 'out' / 'checkpoints') and '[rank' not in output, output
     assert output.count('error: ') + output.count('error (') == 1 and message in output, output
 
 
 def train_with_more_memory_on_rank_1(args):
     import train as trainer
+
     real = trainer.memory_gb
-    trainer.memory_gb = lambda device: {key: value + 1000 * int(os.environ['RANK']) for key, value in real(device).items()}
+    trainer.memory_gb = lambda device: {
+        key: value + 1000 * int(os.environ['RANK']) for key, value in real(device).items()
+    }
     try:
         return trainer.main(args)
     finally:
@@ -78,20 +109,33 @@ def train_with_more_memory_on_rank_1(args):
 
 
 def test_the_log_has_the_memory_of_the_worst_rank_and_the_wait_for_gradients(dataset, tmp_path):
-    assert ranks(2)(train_with_more_memory_on_rank_1, [f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=4']) == [0, 0]
+    assert ranks(2)(
+        train_with_more_memory_on_rank_1,
+        [f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=4'],
+    ) == [0, 0]
     assert all(value > 1000 for record in records(tmp_path) for value in record['memory'].values())
-    waits = [record['comm_wait_ms'] for record in records(tmp_path)[1:]]  # as DDP measured them in an iteration before, which may have been a slower one
-    assert min(waits) >= 0 and waits[-1] > 0 and max(waits) < sum(record['time_ms'] for record in records(tmp_path))
+    # as DDP measured them in an iteration before, which may have been a slower one
+    waits = [record['comm_wait_ms'] for record in records(tmp_path)[1:]]
+    assert (
+        min(waits) >= 0
+        and waits[-1] > 0
+        and max(waits) < sum(record['time_ms'] for record in records(tmp_path))
+    )
 
 
-def test_collectives_are_recorded_beside_the_run_unless_the_user_says_otherwise(monkeypatch, tmp_path):
+def test_collectives_are_recorded_beside_the_run_unless_the_user_says_otherwise(
+    monkeypatch, tmp_path
+):
     for name in ('TORCH_FR_BUFFER_SIZE', 'TORCH_NCCL_DUMP_ON_TIMEOUT', 'TORCH_FR_DUMP_TEMP_FILE'):
         monkeypatch.setenv(name, 'x')  # so that all is as it was afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv('TORCH_FR_BUFFER_SIZE', '7')
     monkeypatch.chdir(tmp_path)
     parallel.record_collectives('out')
-    assert os.environ['TORCH_FR_BUFFER_SIZE'] == '7' and os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'] == '1'
+    assert (
+        os.environ['TORCH_FR_BUFFER_SIZE'] == '7'
+        and os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'] == '1'
+    )
     assert os.environ['TORCH_FR_DUMP_TEMP_FILE'] == f'{tmp_path}/out/nccl_trace_rank_'
 
 
@@ -105,7 +149,8 @@ if os.environ['RANK'] == '2':
     if what == 'data':
         next_of = loader.TrainLoader.next
         loader.TrainLoader.windows_of = loader.TrainLoader.windows
-        loader.TrainLoader.windows = lambda self, micro: (time.sleep(0.05), self.windows_of(micro))[1]
+        slow = lambda self, micro: (time.sleep(0.05), self.windows_of(micro))[1]
+        loader.TrainLoader.windows = slow
     else:
         real = train.MicroStep.__call__
         train.MicroStep.__call__ = lambda *args: (time.sleep(0.05), real(*args))[1]
@@ -114,15 +159,36 @@ if __name__ == '__main__':
 """
 
 
-@pytest.mark.parametrize('what,layout', [('data', '--use_fsdp=True'), ('compute', '--use_fsdp=False')])
+@pytest.mark.parametrize(
+    'what,layout', [('data', '--use_fsdp=True'), ('compute', '--use_fsdp=False')]
+)
 def test_the_slowest_rank_is_named(dataset, tmp_path, what, layout):
     (tmp_path / 'slow.py').write_text(SLOW_RANK_2)
-    code, output = torchrun(3, what, f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=30', '--eval_interval=100', '--total_batch_size=192', layout, script=str(tmp_path / 'slow.py'))
+    code, output = torchrun(
+        3,
+        what,
+        f'--dataset={dataset}',
+        f'--out_dir={tmp_path}',
+        *TINY,
+        '--max_iters=30',
+        '--eval_interval=100',
+        '--total_batch_size=192',
+        layout,
+        script=str(tmp_path / 'slow.py'),
+    )
     assert code == 0, output
-    line, = [line for line in output.splitlines() if 'is the slowest' in line]
-    assert line.startswith(f'rank 2 on {os.uname().nodename} is the slowest: the others wait ') and line.endswith('which waits for its data') == (what == 'data'), line
-    named = [r for r in records(tmp_path) if r['slowest_rank'] == 2 and 40 < r['slowest_rank_wait_ms'] < r['time_ms']]
-    assert len(named) >= 12, [(r['slowest_rank'], r['slowest_rank_wait_ms'], r['time_ms']) for r in records(tmp_path)]
+    (line,) = [line for line in output.splitlines() if 'is the slowest' in line]
+    assert line.startswith(
+        f'rank 2 on {os.uname().nodename} is the slowest: the others wait '
+    ) and line.endswith('which waits for its data') == (what == 'data'), line
+    named = [
+        r
+        for r in records(tmp_path)
+        if r['slowest_rank'] == 2 and 40 < r['slowest_rank_wait_ms'] < r['time_ms']
+    ]
+    assert len(named) >= 12, [
+        (r['slowest_rank'], r['slowest_rank_wait_ms'], r['time_ms']) for r in records(tmp_path)
+    ]
 
 
 SLOW_DISK = """
@@ -140,11 +206,28 @@ if __name__ == '__main__':
 @pytest.mark.slow
 @pytest.mark.parametrize('where', ['training', 'saving', 'waiting for a save', 'nowhere'])
 def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_path, where):
-    """Also if the others have begun a save meanwhile, or wait for one; a disk that is slower than the timeout does not."""
+    """Also if the others have begun a save meanwhile, or wait for one; a disk that is slower than
+    the timeout does not.
+    """
     (tmp_path / 'slow_disk.py').write_text(SLOW_DISK)
-    at, slow = {'training': 50, 'saving': 40, 'waiting for a save': 40, 'nowhere': 0}[where], where in ('waiting for a save', 'nowhere')
-    process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'slow_disk.py') if slow else 'train.py', f'--dataset={dataset}',
-                            f'--out_dir={tmp_path}', *TINY, f'--max_iters={100000 if at else 45}', '--checkpoint_interval=20', '--timeout_minutes=0.1', env={'OMP_NUM_THREADS': '1'})
+    at, slow = (
+        {'training': 50, 'saving': 40, 'waiting for a save': 40, 'nowhere': 0}[where],
+        where in ('waiting for a save', 'nowhere'),
+    )
+    process = start_process(
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        str(tmp_path / 'slow_disk.py') if slow else 'train.py',
+        f'--dataset={dataset}',
+        f'--out_dir={tmp_path}',
+        *TINY,
+        f'--max_iters={100000 if at else 45}',
+        '--checkpoint_interval=20',
+        '--timeout_minutes=0.1',
+        env={'OMP_NUM_THREADS': '1'},
+    )
     output = []
     reader = threading.Thread(target=lambda: output.extend(process.stdout), daemon=True)
     try:
@@ -163,15 +246,18 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
             assert time.monotonic() - stopped < 30, ''.join(output)
             time.sleep(0.1)
         assert workers(process.pid), ''.join(output)
-        os.kill(workers(process.pid)[-1], signal.SIGCONT)  # so that torchrun need not wait half a minute to end it
+        # so that torchrun need not wait half a minute to end it
+        os.kill(workers(process.pid)[-1], signal.SIGCONT)
         assert process.wait(60) == 1, ''.join(output)
         reader.join(10)
-        assert f'error: rank 1 on {os.uname().nodename} did not answer: it hangs or was killed' in ''.join(output)
+        assert (
+            f'error: rank 1 on {os.uname().nodename} did not answer: it hangs or was killed'
+            in ''.join(output)
+        )
     finally:
         end_all(process)
     step, rejected = checkpoint.newest_whole(str(tmp_path))
     assert not rejected and (step or at) >= 20  # a save may have been under way
-
 
 
 def workers(torchrun_pid):
@@ -180,7 +266,9 @@ def workers(torchrun_pid):
     for name in filter(str.isdigit, os.listdir('/proc')):
         try:
             with open(f'/proc/{name}/stat') as f, open(f'/proc/{name}/cmdline') as g:
-                if int(f.read().rsplit(')', 1)[1].split()[1]) == torchrun_pid and re.search('train.py|slow_disk.py', g.read()):
+                if int(f.read().rsplit(')', 1)[1].split()[1]) == torchrun_pid and re.search(
+                    'train.py|slow_disk.py', g.read()
+                ):
                     found.append(int(name))
         except OSError:
             continue
@@ -190,11 +278,30 @@ def workers(torchrun_pid):
 @pytest.mark.slow
 @pytest.mark.parametrize('layout, deaths', [([], 2), (['--use_fsdp=True'], 1)], ids=['DDP', 'FSDP'])
 def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_path, layout, deaths):
-    """One rank is killed, under DDP twice; --max-restarts starts both again, on a store that still holds the keys of the first attempt."""
+    """One rank is killed, under DDP twice; --max-restarts starts both again, on a store that still
+    holds the keys of the first attempt.
+    """
     last = 90 if layout else 360
-    args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', f'--eval_interval={last // 3}', f'--checkpoint_interval={last // 30}']
-    process = start_process('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3', 'train.py', f'--out_dir={tmp_path}/killed', *args,
-                            env={'OMP_NUM_THREADS': '1'})
+    args = [
+        f'--dataset={dataset}',
+        *TINY,
+        *layout,
+        '--auto_resume=True',
+        f'--max_iters={last}',
+        f'--eval_interval={last // 3}',
+        f'--checkpoint_interval={last // 30}',
+    ]
+    process = start_process(
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        '--max-restarts=3',
+        'train.py',
+        f'--out_dir={tmp_path}/killed',
+        *args,
+        env={'OMP_NUM_THREADS': '1'},
+    )
     output, kills = '', 0
     try:
         for line in process.stdout:
@@ -206,10 +313,16 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
         assert process.wait(120) == 0 and kills == deaths, output
     finally:
         end_all(process)
-    assert output.count('continuing at iter') == deaths and [r['iter'] for r in records(tmp_path / 'killed')] == list(range(1, last + 1))
+    assert output.count('continuing at iter') == deaths and [
+        r['iter'] for r in records(tmp_path / 'killed')
+    ] == list(range(1, last + 1))
     assert checkpoint.newest_whole(str(tmp_path / 'killed')) == (last, [])
     code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
-    assert code == 0 and losses(tmp_path / 'killed') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'killed', last), weights(tmp_path / 'calm', last))
+    assert (
+        code == 0
+        and losses(tmp_path / 'killed') == losses(tmp_path / 'calm')
+        and equal(weights(tmp_path / 'killed', last), weights(tmp_path / 'calm', last))
+    )
 
 
 COPYING = """
@@ -229,24 +342,50 @@ if __name__ == '__main__':
 
 
 def test_two_machines(dataset, tmp_path):
-    """Two torchrun agents that meet over TCP, two ranks each, as sbatch starts them; hybrid sharding keeps a replica on each. Each copies its own files."""
+    """Two torchrun agents that meet over TCP, two ranks each, as sbatch starts them; hybrid
+    sharding keeps a replica on each. Each copies its own files.
+    """
     port = free_port()
     (tmp_path / 'copying.py').write_text(COPYING.replace('FOLDER', str(tmp_path)))
-    args = [f'--dataset={dataset}', *TINY, '--max_iters=6', '--use_fsdp=True', '--fsdp_replicas=2', f'--out_dir={tmp_path}/two']
-    command = ['-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=2', '--rdzv_backend=c10d', f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', str(tmp_path / 'copying.py'), *args,
-               f'--upload_to=file://{tmp_path}/copies']
+    args = [
+        f'--dataset={dataset}',
+        *TINY,
+        '--max_iters=6',
+        '--use_fsdp=True',
+        '--fsdp_replicas=2',
+        f'--out_dir={tmp_path}/two',
+    ]
+    command = [
+        '-m',
+        'torch.distributed.run',
+        '--nnodes=2',
+        '--nproc_per_node=2',
+        '--rdzv_backend=c10d',
+        f'--rdzv_endpoint=127.0.0.1:{port}',
+        '--rdzv_id=test',
+        str(tmp_path / 'copying.py'),
+        *args,
+        f'--upload_to=file://{tmp_path}/copies',
+    ]
     other = start_process(*command, env={'OMP_NUM_THREADS': '1'})
     try:
         code, output = run_process(*command, env={'OMP_NUM_THREADS': '1'})
         output += other.communicate(timeout=60)[0]
     finally:
         end_all(other)
-    assert code == 0 and other.returncode == 0 and output.count('Batch:       4 sequences x 16 tokens x 1 micro-step x 4 ranks') == 1, output
+    assert (
+        code == 0
+        and other.returncode == 0
+        and output.count('Batch:       4 sequences x 16 tokens x 1 micro-step x 4 ranks') == 1
+    ), output
     by_rank = collections.defaultdict(set)
     for line in (tmp_path / 'copied').read_text().splitlines():
         by_rank[line.split()[0]].add(line.split()[1])
-    assert by_rank == {'0': {'.metadata', 'state.json', '__0_0.distcp', '__1_0.distcp'}, '2': {'__2_0.distcp', '__3_0.distcp'}}
-    run, = os.listdir(tmp_path / 'copies' / 'two')
+    assert by_rank == {
+        '0': {'.metadata', 'state.json', '__0_0.distcp', '__1_0.distcp'},
+        '2': {'__2_0.distcp', '__3_0.distcp'},
+    }
+    (run,) = os.listdir(tmp_path / 'copies' / 'two')
     assert checkpoint.newest_whole(str(tmp_path / 'copies' / 'two' / run)) == (6, [])
     code, _ = train(4, *args[:-1], f'--out_dir={tmp_path}/one')
     assert code == 0 and losses(tmp_path / 'one') == losses(tmp_path / 'two')
@@ -254,6 +393,7 @@ def test_two_machines(dataset, tmp_path):
 
 def rendezvous(address, ranks, size, seconds=20.0):
     """What meet() gives, or raises, to each of these ranks, which start at the same time."""
+
     def client():
         return dist.TCPStore(*address, is_master=False, wait_for_workers=False)
 
@@ -264,22 +404,31 @@ def rendezvous(address, ranks, size, seconds=20.0):
             return found
         except ConfigError as error:
             return error
+
     with concurrent.futures.ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(of, ranks))
 
 
 def test_ranks_meet_whatever_earlier_starts_left_behind():
-    """Whole starts, one whose rank 0 came alone, one without a rank 0, and one in which the ranks were dealt anew."""
+    """Whole starts, one whose rank 0 came alone, one without a rank 0, and one in which the ranks
+    were dealt anew.
+    """
     address = ('127.0.0.1', free_port())
     server = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
 
     def whole(ranks):
         found = rendezvous(address, ranks, len(ranks))
         assert [store.add('here', 0) for store in found] == [len(ranks)] * len(ranks), found
+
     whole([0, 1, 2])
     whole([2, 1, 0])
-    assert all('not all of the 3 processes came within 0.0166667 minutes' in str(found) for found in rendezvous(address, [0, 1], 3, 1.0))  # a machine is lost
-    assert all(isinstance(found, ConfigError) for found in rendezvous(address, [1, 2], 3, 1.0))  # the one with rank 0
+    # a machine is lost
+    assert all(
+        'not all of the 3 processes came within 0.0166667 minutes' in str(found)
+        for found in rendezvous(address, [0, 1], 3, 1.0)
+    )
+    # the one with rank 0
+    assert all(isinstance(found, ConfigError) for found in rendezvous(address, [1, 2], 3, 1.0))
     whole([1, 0, 2])
     assert server.num_keys() > 0
 
@@ -297,21 +446,59 @@ def test_a_rank_that_comes_before_rank_0_waits_for_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('layout, shared', [([], True), (['--use_fsdp=True'], False)], ids=['DDP', 'FSDP'])
+@pytest.mark.parametrize(
+    'layout, shared', [([], True), (['--use_fsdp=True'], False)], ids=['DDP', 'FSDP']
+)
 def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layout, shared):
-    """Two torchruns: a worker of the second is killed, or that whole machine, in whose place another comes; and once more. The losses are those of an
-    undisturbed run. shared: in torchrun's own store, with which torchrun does not take in another machine, or in one of rank 0 for each start."""
+    """Two torchruns: a worker of the second is killed, or that whole machine, in whose place
+    another comes; and once more. The losses are those of an undisturbed run. shared: in torchrun's
+    own store, with which torchrun does not take in another machine, or in one of rank 0 for each
+    start.
+    """
     last, port = 240 if not layout else 80, free_port()
-    args = [f'--dataset={dataset}', *TINY, *layout, '--auto_resume=True', f'--max_iters={last}', '--eval_interval=1000', '--eval_at_start=False', f'--checkpoint_interval={last // 20}']
-    environment = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '0' if shared else '1'}
+    args = [
+        f'--dataset={dataset}',
+        *TINY,
+        *layout,
+        '--auto_resume=True',
+        f'--max_iters={last}',
+        '--eval_interval=1000',
+        '--eval_at_start=False',
+        f'--checkpoint_interval={last // 20}',
+    ]
+    environment = {
+        'OMP_NUM_THREADS': '1',
+        'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '0' if shared else '1',
+    }
 
     def machine():
-        return start_process('-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3', '--rdzv_backend=c10d', '--rdzv_id=lost', '--monitor-interval=0.2',
-                             '--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2', f'--rdzv_endpoint=127.0.0.1:{port}', 'train.py', f'--out_dir={tmp_path}/lost', *args,
-                             env=environment)
+        return start_process(
+            '-m',
+            'torch.distributed.run',
+            '--nnodes=2',
+            '--nproc_per_node=1',
+            '--max-restarts=3',
+            '--rdzv_backend=c10d',
+            '--rdzv_id=lost',
+            '--monitor-interval=0.2',
+            '--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2',
+            f'--rdzv_endpoint=127.0.0.1:{port}',
+            'train.py',
+            f'--out_dir={tmp_path}/lost',
+            *args,
+            env=environment,
+        )
 
     def newest():
-        return max((int(name.removeprefix('step_')) for name in os.listdir(f'{tmp_path}/lost/checkpoints') if re.fullmatch(r'step_\d+', name)), default=0)
+        return max(
+            (
+                int(name.removeprefix('step_'))
+                for name in os.listdir(f'{tmp_path}/lost/checkpoints')
+                if re.fullmatch(r'step_\d+', name)
+            ),
+            default=0,
+        )
+
     first, second = machine(), None
     output = []
     reader = threading.Thread(target=lambda: output.extend(first.stdout), daemon=True)
@@ -337,26 +524,68 @@ def test_a_job_on_two_machines_outlives_the_loss_of_one(dataset, tmp_path, layou
         for process in (first, second):
             if process:
                 end_all(process)
-    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(records(tmp_path / 'lost', 'resume')) == 2
+    assert [r['iter'] for r in records(tmp_path / 'lost')] == list(range(1, last + 1)) and len(
+        records(tmp_path / 'lost', 'resume')
+    ) == 2
     code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
-    assert code == 0 and losses(tmp_path / 'lost') == losses(tmp_path / 'calm') and equal(weights(tmp_path / 'lost', last), weights(tmp_path / 'calm', last))
+    assert (
+        code == 0
+        and losses(tmp_path / 'lost') == losses(tmp_path / 'calm')
+        and equal(weights(tmp_path / 'lost', last), weights(tmp_path / 'calm', last))
+    )
 
 
 @pytest.mark.slow
 def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
-    """With stand-ins for srun, which starts the command once for each machine and hands TERM on, and for scontrol."""
-    for name, text in (('srun', 'while [[ $1 == --* ]]; do shift; done; for i in $(seq $SLURM_NNODES); do "$@" & pids="$pids $!"; done; trap \'kill -TERM $pids\' TERM; wait; wait\n'),
-                       ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n')):
+    """With stand-ins for srun, which starts the command once for each machine and hands TERM on,
+    and for scontrol.
+    """
+    for name, text in (
+        (
+            'srun',
+            (
+                'while [[ $1 == --* ]]; do shift; done; for i in $(seq $SLURM_NNODES); do "$@" &'
+                ' pids="$pids $!"; done; trap \'kill -TERM $pids\' TERM; wait; wait\n'
+            ),
+        ),
+        ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n'),
+    ):
         (tmp_path / name).write_text('#!/bin/bash\n' + text)
         (tmp_path / name).chmod(0o755)
 
     def start(last):
         port = free_port()
-        environment = {**os.environ, 'PATH': f"{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}", 'SLURM_NNODES': '2', 'SLURM_GPUS_ON_NODE': '1', 'SLURM_JOB_ID': '77',
-                       'SLURM_JOB_NODELIST': 'here', 'RDZV_PORT': str(port), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1',
-                       'STAGE_FROM': dataset, 'STAGE_TO': f'{tmp_path}/local/tiny'}
-        return subprocess.Popen(['bash', 'train.sbatch', f'--dataset={tmp_path}/local/tiny', f'--out_dir={tmp_path}/run', *TINY, f'--max_iters={last}', '--lr_decay_iters=20'], cwd=ROOT,
-                                env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        environment = {
+            **os.environ,
+            'PATH': f'{tmp_path}:{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
+            'SLURM_NNODES': '2',
+            'SLURM_GPUS_ON_NODE': '1',
+            'SLURM_JOB_ID': '77',
+            'SLURM_JOB_NODELIST': 'here',
+            'RDZV_PORT': str(port),
+            'OMP_NUM_THREADS': '1',
+            'PYTHONUNBUFFERED': '1',
+            'STAGE_FROM': dataset,
+            'STAGE_TO': f'{tmp_path}/local/tiny',
+        }
+        return subprocess.Popen(
+            [
+                'bash',
+                'train.sbatch',
+                f'--dataset={tmp_path}/local/tiny',
+                f'--out_dir={tmp_path}/run',
+                *TINY,
+                f'--max_iters={last}',
+                '--lr_decay_iters=20',
+            ],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
     output, told, job = '', False, start(100000)
     try:
         for line in job.stdout:
@@ -375,14 +604,38 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
         output = job.communicate(timeout=120)[0]
     finally:
         end_all(job)
-    assert job.returncode == 0 and f'continuing at iter {step}' in output and max(losses(tmp_path / 'run')) == step + 5, output
+    assert (
+        job.returncode == 0
+        and f'continuing at iter {step}' in output
+        and max(losses(tmp_path / 'run')) == step + 5
+    ), output
 
 
-@pytest.mark.parametrize('code, seconds, restarts, again', [(1, 0, 0, True), (1, 600, 0, False), (1, 0, 20, False), (0, 0, 0, False)], ids=['lost', 'at once', 'too often', 'done'])
-def test_the_sbatch_script_queues_again_when_a_long_job_fails(tmp_path, code, seconds, restarts, again):
-    for name, text in (('srun', f'exit {code}\n'), ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n')):
+@pytest.mark.parametrize(
+    'code, seconds, restarts, again',
+    [(1, 0, 0, True), (1, 600, 0, False), (1, 0, 20, False), (0, 0, 0, False)],
+    ids=['lost', 'at once', 'too often', 'done'],
+)
+def test_the_sbatch_script_queues_again_when_a_long_job_fails(
+    tmp_path, code, seconds, restarts, again
+):
+    for name, text in (
+        ('srun', f'exit {code}\n'),
+        ('scontrol', f'[ "$1" = requeue ] && echo "$2" >> {tmp_path}/queued || echo 127.0.0.1\n'),
+    ):
         (tmp_path / name).write_text('#!/bin/bash\n' + text)
         (tmp_path / name).chmod(0o755)
-    environment = {'PATH': f"{tmp_path}:{os.environ['PATH']}", 'SLURM_JOB_ID': '77', 'SLURM_NNODES': '2', 'REQUEUE_AFTER': str(seconds), 'SLURM_RESTART_COUNT': str(restarts)}
-    assert subprocess.run(['bash', 'train.sbatch', 'config/x.py'], cwd=ROOT, env=environment, timeout=30).returncode == code
+    environment = {
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'SLURM_JOB_ID': '77',
+        'SLURM_NNODES': '2',
+        'REQUEUE_AFTER': str(seconds),
+        'SLURM_RESTART_COUNT': str(restarts),
+    }
+    assert (
+        subprocess.run(
+            ['bash', 'train.sbatch', 'config/x.py'], cwd=ROOT, env=environment, timeout=30
+        ).returncode
+        == code
+    )
     assert (tmp_path / 'queued').exists() == again

@@ -1,4 +1,7 @@
-"""Memory of each rank is what theory allows: optimizer state, parameters, gradients, and what is kept for the backward pass."""
+"""Memory of each rank is what theory allows: optimizer state, parameters, gradients, and what is
+kept for the backward pass.
+"""
+
 import ast
 import gc
 
@@ -12,24 +15,39 @@ PARTS = ('parameters', 'gradients', 'state')
 
 
 def bytes_of_a_rank(options):
-    """{'parameters', 'gradients', 'state', 'alive', 'total'}: bytes on this rank before the third step of a small model, 'alive' those of all tensors there are; 'total' of all
-    parameters."""
+    """{'parameters', 'gradients', 'state', 'alive', 'total'}: bytes on this rank before the third
+    step of a small model, 'alive' those of all tensors there are; 'total' of all parameters.
+    """
     import train
     from engine import optim, parallel
     from model import Model
     from presets import resolve_shape
+
     config = train.Config(**{'block_size': 32, **options})
     world = parallel.start('cpu')
     parallel.arrange(world, config, [])
     # an odd vocabulary and one block that holds little of the whole
-    shape = resolve_shape(dict(arch_preset='gpt2', n_layer=3, n_head=4, n_embd=100, block_size=32, vocab_size=4099, bias=True, weight_tying=False))
+    shape = resolve_shape(
+        dict(
+            arch_preset='gpt2',
+            n_layer=3,
+            n_head=4,
+            n_embd=100,
+            block_size=32,
+            vocab_size=4099,
+            bias=True,
+            weight_tying=False,
+        )
+    )
     others = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
     model = Model.on_meta(shape, ring=world.ring)
     parallel.shard(model, world, torch.float32, torch.float32, False)
     model.allocate('cpu').init_weights(0)
     named = dict(model.named_parameters())
     updated = parallel.optimized(named, world)
-    optimizer = optim.build_adamw(updated, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')
+    optimizer = optim.build_adamw(
+        updated, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu'
+    )
     parallel.bind(optimizer, named, updated, world)
     step_model, train_model = parallel.wrap(model, world, False, 1)
     x = y = torch.zeros(1, len(world.ring.positions) if world.ring else 32, dtype=torch.int64)
@@ -44,12 +62,28 @@ def bytes_of_a_rank(options):
     def size(tensors):
         storages = {}
         for tensor in tensors:
-            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            storage = (
+                tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            ).untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
-    sizes = {'parameters': size(named.values()), 'gradients': size(p.grad for p in named.values()), 'total': 4 * sum(p.numel() for p in named.values()),
-             'state': size(tensor for state in optimizer.state.values() for key, tensor in state.items() if key != 'step'),
-             'alive': size(t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in others and t.device.type == 'cpu')}
+
+    sizes = {
+        'parameters': size(named.values()),
+        'gradients': size(p.grad for p in named.values()),
+        'total': 4 * sum(p.numel() for p in named.values()),
+        'state': size(
+            tensor
+            for state in optimizer.state.values()
+            for key, tensor in state.items()
+            if key != 'step'
+        ),
+        'alive': size(
+            t
+            for t in gc.get_objects()
+            if isinstance(t, torch.Tensor) and id(t) not in others and t.device.type == 'cpu'
+        ),
+    }
     del model, train_model, step_model, optimizer, named, updated
     gc.collect()
     return sizes
@@ -59,11 +93,16 @@ def table(layouts, sizes=(1, 2, 4)):
     """{(layout, number of ranks): the sizes of the rank that has most}."""
     rows = {}
     for layout in layouts:
-        options = {key.removeprefix('--'): ast.literal_eval(value) for key, value in (o.split('=') for o in LAYOUTS[layout])}
+        options = {
+            key.removeprefix('--'): ast.literal_eval(value)
+            for key, value in (o.split('=') for o in LAYOUTS[layout])
+        }
         for size in sizes:
             if size % (options.get('fsdp_replicas') or options.get('context_parallel') or 1) == 0:
                 answers = ranks(size)(bytes_of_a_rank, options)
-                rows[layout, size] = {key: max(answer[key] for answer in answers) for key in answers[0]}
+                rows[layout, size] = {
+                    key: max(answer[key] for answer in answers) for key in answers[0]
+                }
     return rows
 
 
@@ -71,10 +110,13 @@ def table(layouts, sizes=(1, 2, 4)):
 def test_a_rank_holds_its_share(layout):
     for (_, size), row in table([layout], sizes=(2, 4)).items():
         group = size // 2 if layout == 'hybrid' else size
-        shares = {'DDP': (1, 1, 1), 'context': (1, 1, 1), 'ZeRO-1': (1, 1, group)}.get(layout, (group, group, group))
+        shares = {'DDP': (1, 1, 1), 'context': (1, 1, 1), 'ZeRO-1': (1, 1, group)}.get(
+            layout, (group, group, group)
+        )
         for part, share, whole in zip(PARTS, shares, (1, 1, 2)):
             assert row[part] == pytest.approx(row['total'] * whole / share, rel=0.05), (size, part)
-        # nothing else of that size is alive: buckets of DDP are the gradients, gathered parameters are given back
+        # nothing else of that size is alive: buckets of DDP are the gradients, gathered parameters
+        # are given back
         assert row['alive'] <= 1.1 * sum(row[part] for part in PARTS), (size, row)
 
 
@@ -84,7 +126,21 @@ def kept(activation_checkpointing):
 
     from model import Model
     from presets import resolve_shape
-    model = Model(resolve_shape(dict(arch_preset='llama3', n_layer=6, n_head=4, n_embd=64, num_key_value_heads=2, block_size=128, vocab_size=64)), activation_checkpointing=activation_checkpointing)
+
+    model = Model(
+        resolve_shape(
+            dict(
+                arch_preset='llama3',
+                n_layer=6,
+                n_head=4,
+                n_embd=64,
+                num_key_value_heads=2,
+                block_size=128,
+                vocab_size=64,
+            )
+        ),
+        activation_checkpointing=activation_checkpointing,
+    )
     model.init_weights(0)
     x = torch.zeros(2, 128, dtype=torch.int64)
     with MemTracker() as tracker:
@@ -97,4 +153,9 @@ def kept(activation_checkpointing):
 def test_activation_checkpointing_keeps_less():
     none, selective, full = (kept(kind) for kind in ('none', 'selective', 'full'))
     inputs = 6 * 2 * 128 * 64 * 4  # of six blocks
-    assert full < selective < 0.7 * none and full < 0.3 * none and full < 2.5 * inputs, (none, selective, full, inputs)
+    assert full < selective < 0.7 * none and full < 0.3 * none and full < 2.5 * inputs, (
+        none,
+        selective,
+        full,
+        inputs,
+    )

@@ -1,4 +1,7 @@
-"""AdamW with the right groups, fused; the schedule and clipping are nanoGPT's; state is keyed by name."""
+"""AdamW with the right groups, fused; the schedule and clipping are nanoGPT's; state is keyed by
+name.
+"""
+
 import math
 
 import pytest
@@ -12,15 +15,26 @@ RATES = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110,
 
 
 def small_model():
-    model = Model(resolve_shape(dict(arch_preset='neox', n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=30)))
+    model = Model(
+        resolve_shape(
+            dict(arch_preset='neox', n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=30)
+        )
+    )
     model.init_weights(0)
     return model
 
 
 def test_schedule():
-    assert optim.learning_rate_at(0, **RATES) == pytest.approx(1 / 11) and optim.learning_rate_at(9, **RATES) == pytest.approx(10 / 11)
-    assert optim.learning_rate_at(10, **RATES) == 1.0 and optim.learning_rate_at(60, **RATES) == pytest.approx(0.55)
-    assert optim.learning_rate_at(110, **RATES) == 0.1 and optim.learning_rate_at(10**6, **RATES) == 0.1
+    assert optim.learning_rate_at(0, **RATES) == pytest.approx(1 / 11) and optim.learning_rate_at(
+        9, **RATES
+    ) == pytest.approx(10 / 11)
+    assert optim.learning_rate_at(10, **RATES) == 1.0 and optim.learning_rate_at(
+        60, **RATES
+    ) == pytest.approx(0.55)
+    assert (
+        optim.learning_rate_at(110, **RATES) == 0.1
+        and optim.learning_rate_at(10**6, **RATES) == 0.1
+    )
     assert optim.learning_rate_at(5, **{**RATES, 'decay_lr': False}) == 1.0
     assert optim.learning_rate_at(10, **{**RATES, 'lr_decay_iters': 10}) == 0.1
 
@@ -28,17 +42,31 @@ def test_schedule():
 def test_groups():
     model = small_model()
     decayed, others = optim.decay_groups(model.named_parameters())
-    assert 'transformer.wte.weight' in decayed and 'transformer.h.0.attn.c_attn.weight' in decayed and 'lm_head.weight' in decayed
+    assert (
+        'transformer.wte.weight' in decayed
+        and 'transformer.h.0.attn.c_attn.weight' in decayed
+        and 'lm_head.weight' in decayed
+    )
     assert 'transformer.h.0.attn.c_attn.bias' in others and 'transformer.h.0.ln_1.weight' in others
     assert sorted(decayed + others) == sorted(n for n, _ in model.named_parameters())
-    optimizer = optim.build_adamw(model.named_parameters(), learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu')
-    assert [g['weight_decay'] for g in optimizer.param_groups] == [0.1, 0.0] and optimizer.defaults['fused'] is True
+    optimizer = optim.build_adamw(
+        model.named_parameters(),
+        learning_rate=1e-3,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        device_type='cpu',
+    )
+    assert [g['weight_decay'] for g in optimizer.param_groups] == [0.1, 0.0] and optimizer.defaults[
+        'fused'
+    ] is True
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 def test_one_step_is_that_of_the_formula():
     p = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    optimizer = optim.build_adamw({'w': p}, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.5, device_type='cpu')
+    optimizer = optim.build_adamw(
+        {'w': p}, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.5, device_type='cpu'
+    )
     p.grad = torch.tensor([[0.3, 0.3]])
     optimizer.step()
     assert torch.allclose(p, torch.tensor([[1.0, -2.0]]) * (1 - 0.1 * 0.5) - 0.1, atol=1e-6)
@@ -60,15 +88,30 @@ def test_gradient_statistics():
     everything = torch.cat([p.grad.flatten() for p in parameters])
     got = {name: value.item() for name, value in optim.gradient_statistics(parameters).items()}
     norms = [p.grad.norm().item() for p in parameters]
-    expected = dict(mean_layer_norm=sum(norms) / 2, max_layer_norm=max(norms), min_layer_norm=min(norms), grad_mean=everything.mean().item(),
-                    grad_std=everything.std(unbiased=False).item(), grad_min=everything.min().item(), grad_max=everything.max().item())
+    expected = dict(
+        mean_layer_norm=sum(norms) / 2,
+        max_layer_norm=max(norms),
+        min_layer_norm=min(norms),
+        grad_mean=everything.mean().item(),
+        grad_std=everything.std(unbiased=False).item(),
+        grad_min=everything.min().item(),
+        grad_max=everything.max().item(),
+    )
     assert got == pytest.approx(expected, rel=1e-5)
 
 
 def test_state_by_name_moves_to_another_optimizer():
     models = small_model(), small_model()
-    optimizers = [optim.build_adamw(reversed(list(m.named_parameters())) if i else m.named_parameters(), learning_rate=1e-2, betas=(0.9, 0.95),
-                                    weight_decay=0.1, device_type='cpu') for i, m in enumerate(models)]
+    optimizers = [
+        optim.build_adamw(
+            reversed(list(m.named_parameters())) if i else m.named_parameters(),
+            learning_rate=1e-2,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            device_type='cpu',
+        )
+        for i, m in enumerate(models)
+    ]
     idx = torch.randint(30, (2, 8))
 
     def step(i):
@@ -77,10 +120,13 @@ def test_state_by_name_moves_to_another_optimizer():
         optimizers[i].step()
         optimizers[i].zero_grad()
         return loss.item()
+
     for _ in range(3):
         step(0)
     models[1].load_state_dict(models[0].state_dict())
-    source, target = (optim.named_state(o, m.named_parameters()) for o, m in zip(optimizers, models))
+    source, target = (
+        optim.named_state(o, m.named_parameters()) for o, m in zip(optimizers, models)
+    )
     assert source.keys() == target.keys() and not any(k.split('.')[1].isdigit() for k in source)
     for name, tensor in target.items():
         tensor.copy_(source[name])

@@ -1,5 +1,8 @@
-"""Proves every corpus's prepare.py on small files of its publisher's format, with a real tokenizer of the kind it takes: the ids are the library's own,
-documents end and split as stated, by one process and by two, from this machine and from a bucket."""
+"""Proves every corpus's prepare.py on small files of its publisher's format, with a real tokenizer
+of the kind it takes: the ids are the library's own, documents end and split as stated, by one
+process and by two, from this machine and from a bucket.
+"""
+
 import gzip
 import importlib
 import json
@@ -21,8 +24,27 @@ sys.path.insert(0, ROOT)
 
 def texts_of(count, seed=0):
     draw = random.Random(seed)
-    words = ['the', 'The', 'straße', '日本', '12345', "it's", '\n\n', '\t', '  ', '<|endoftext|>', '</s>', '\N{GRINNING FACE}', 'brown', 'fox', 'e\u0301']
-    return [' '.join(draw.choice(words) for _ in range(draw.randrange(1, 90))) + f' {i}' for i in range(count)]
+    words = [
+        'the',
+        'The',
+        'straße',
+        '日本',
+        '12345',
+        "it's",
+        '\n\n',
+        '\t',
+        '  ',
+        '<|endoftext|>',
+        '</s>',
+        '\N{GRINNING FACE}',
+        'brown',
+        'fox',
+        'e\u0301',
+    ]
+    return [
+        ' '.join(draw.choice(words) for _ in range(draw.randrange(1, 90))) + f' {i}'
+        for i in range(count)
+    ]
 
 
 def hugging_face(folder, kind, eos):
@@ -31,38 +53,79 @@ def hugging_face(folder, kind, eos):
     folder.mkdir()
     tokenizer.save(str(folder / 'tokenizer.json'))
     (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': eos}))
-    return str(folder), lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.token_to_id(eos), tokenizer.get_vocab_size()
+    return (
+        str(folder),
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+        tokenizer.token_to_id(eos),
+        tokenizer.get_vocab_size(),
+    )
 
 
 def sentence_piece(folder):
     import sentencepiece
+
     folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(line for text in texts_of(300, 9) for line in text.split('\n') if line.strip()), model_prefix=str(folder / 'tokenizer'), model_type='bpe',
-                                             vocab_size=400, byte_fallback=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            line for text in texts_of(300, 9) for line in text.split('\n') if line.strip()
+        ),
+        model_prefix=str(folder / 'tokenizer'),
+        model_type='bpe',
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
+    )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
-    return str(folder / 'tokenizer.model'), lambda text: processor.encode(text), processor.eos_id(), processor.get_piece_size()
+    return (
+        str(folder / 'tokenizer.model'),
+        lambda text: processor.encode(text),
+        processor.eos_id(),
+        processor.get_piece_size(),
+    )
 
 
 def tiny_tiktoken(monkeypatch, environment):
     import tiktoken
     import tiktoken_ext
+
     monkeypatch.setenv('PYTHONPATH', environment['PYTHONPATH'])
-    monkeypatch.setattr(tiktoken_ext, '__path__', [*tiktoken_ext.__path__, os.path.join(environment['PYTHONPATH'], 'tiktoken_ext')])
+    monkeypatch.setattr(
+        tiktoken_ext,
+        '__path__',
+        [*tiktoken_ext.__path__, os.path.join(environment['PYTHONPATH'], 'tiktoken_ext')],
+    )
     monkeypatch.setattr(tiktoken.registry, 'ENCODING_CONSTRUCTORS', None)
-    monkeypatch.setattr(tiktoken.registry, '_available_plugin_modules', tiktoken.registry._available_plugin_modules.__wrapped__)
+    monkeypatch.setattr(
+        tiktoken.registry,
+        '_available_plugin_modules',
+        tiktoken.registry._available_plugin_modules.__wrapped__,
+    )
     encoding = tiktoken.get_encoding('tiny')
-    return 'tiny', lambda text: encoding.encode(text, disallowed_special=()), encoding.eot_token, encoding.n_vocab
+    return (
+        'tiny',
+        lambda text: encoding.encode(text, disallowed_special=()),
+        encoding.eot_token,
+        encoding.n_vocab,
+    )
 
 
 def parquet(path, texts):
     import pyarrow
     import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table({'text': texts, 'meta': ['{}'] * len(texts)}), path, row_group_size=20)
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({'text': texts, 'meta': ['{}'] * len(texts)}), path, row_group_size=20
+    )
 
 
 def zst(path, texts, field='text'):
     import zstandard
-    path.write_bytes(zstandard.ZstdCompressor().compress(''.join(json.dumps({field: text, 'meta': {}}) + '\n' for text in texts).encode()))
+
+    path.write_bytes(
+        zstandard.ZstdCompressor().compress(
+            ''.join(json.dumps({field: text, 'meta': {}}) + '\n' for text in texts).encode()
+        )
+    )
 
 
 def packed(path, texts, field):
@@ -74,7 +137,7 @@ def slimpajama_6b(folder):
     train, val = texts_of(200), texts_of(30, 1)
     (folder / 'data').mkdir(parents=True)
     for i in (0, 1):
-        parquet(folder / 'data' / f'train-0000{i}-of-00002.parquet', train[100 * i:100 * i + 100])
+        parquet(folder / 'data' / f'train-0000{i}-of-00002.parquet', train[100 * i : 100 * i + 100])
     parquet(folder / 'data' / 'validation-00000-of-00001.parquet', val)
     parquet(folder / 'data' / 'test-00000-of-00001.parquet', ['not this'])
     return train, val
@@ -86,7 +149,13 @@ def slimpajama_627b(folder):
         for chunk in (1, 2):
             (folder / split / f'chunk{chunk}').mkdir(parents=True)
             half = len(texts) // 2
-            zst(folder / split / f'chunk{chunk}' / f'example_{"holdout" if split != "train" else split}_0.jsonl.zst', texts[half * (chunk - 1):half * chunk])
+            zst(
+                folder
+                / split
+                / f'chunk{chunk}'
+                / f'example_{"holdout" if split != "train" else split}_0.jsonl.zst',
+                texts[half * (chunk - 1) : half * chunk],
+            )
     return train, val
 
 
@@ -94,7 +163,9 @@ def codeparrot(folder):
     texts = texts_of(4100)
     folder.mkdir()
     for i in range(2):
-        packed(folder / f'file-00000000000{i}.json.gz', texts[2050 * i:2050 * i + 2050], 'content')
+        packed(
+            folder / f'file-00000000000{i}.json.gz', texts[2050 * i : 2050 * i + 2050], 'content'
+        )
     return [text for i, text in enumerate(texts) if i % 2000 != 1999], texts[1999::2000]
 
 
@@ -115,45 +186,89 @@ def openwebtext(folder):
     return [text for i, text in enumerate(texts) if i % 2000 != 1999], texts[1999::2000]
 
 
-SOURCES = {**{f'slimpajama_{size}_{family}': (source, kind) for size, source in (('6b', slimpajama_6b), ('627b', slimpajama_627b))
-              for family, kind in (('gpt2', 'tiktoken'), ('llama', 'sentencepiece'), ('llama3', 'llama3'), ('qwen3', 'qwen3'))},
-           'codeparrot_starcoder2': (codeparrot, 'starcoder2'), 'c4_starcoder2': (c4, 'starcoder2'), 'openwebtext': (openwebtext, 'tiktoken')}
+SOURCES = {
+    **{
+        f'slimpajama_{size}_{family}': (source, kind)
+        for size, source in (('6b', slimpajama_6b), ('627b', slimpajama_627b))
+        for family, kind in (
+            ('gpt2', 'tiktoken'),
+            ('llama', 'sentencepiece'),
+            ('llama3', 'llama3'),
+            ('qwen3', 'qwen3'),
+        )
+    },
+    'codeparrot_starcoder2': (codeparrot, 'starcoder2'),
+    'c4_starcoder2': (c4, 'starcoder2'),
+    'openwebtext': (openwebtext, 'tiktoken'),
+}
 EOS = {'llama3': '<|end_of_text|>', 'qwen3': '<|endoftext|>', 'starcoder2': '<|endoftext|>'}
 
 
 def ids_of(folder, split):
     meta = read_meta(folder)
     names = [name for name, _ in meta.get('files', {}).get(split, [(f'{split}.bin', 0)])]
-    return np.concatenate([np.fromfile(folder / name, token_dtype(meta)) for name in names]).tolist()
+    return np.concatenate(
+        [np.fromfile(folder / name, token_dtype(meta)) for name in names]
+    ).tolist()
 
 
 def test_every_corpus_is_tried():
-    others = {'own_text', 'pystdlib', 'shakespeare', 'shakespeare_char', 'refocused_npz'}  # tests of their own
-    assert {name for name in os.listdir(os.path.join(ROOT, 'data')) if os.path.isfile(os.path.join(ROOT, 'data', name, 'prepare.py'))} == {*SOURCES, *others}
+    # tests of their own
+    others = {'own_text', 'pystdlib', 'shakespeare', 'shakespeare_char', 'refocused_npz'}
+    assert {
+        name
+        for name in os.listdir(os.path.join(ROOT, 'data'))
+        if os.path.isfile(os.path.join(ROOT, 'data', name, 'prepare.py'))
+    } == {*SOURCES, *others}
 
 
 @pytest.mark.parametrize('name', SOURCES)
-def test_a_corpus_with_its_kind_of_tokenizer(name, tmp_path, monkeypatch, tiny_encoding):  # noqa: F811
+def test_a_corpus_with_its_tokenizer(name, tmp_path, monkeypatch, tiny_encoding):  # noqa: F811
     make, kind = SOURCES[name]
     monkeypatch.setattr(pipeline, 'PART_BYTES', (4000, 4000))
-    tokenizer, encode, eot, size = (tiny_tiktoken(monkeypatch, tiny_encoding) if kind == 'tiktoken' else sentence_piece(tmp_path / 'tokenizer') if kind == 'sentencepiece'
-                                    else hugging_face(tmp_path / 'tokenizer', kind, EOS[kind]))
+    tokenizer, encode, eot, size = (
+        tiny_tiktoken(monkeypatch, tiny_encoding)
+        if kind == 'tiktoken'
+        else (
+            sentence_piece(tmp_path / 'tokenizer')
+            if kind == 'sentencepiece'
+            else hugging_face(tmp_path / 'tokenizer', kind, EOS[kind])
+        )
+    )
     splits = dict(zip(('train', 'val'), make(tmp_path / 'source')))
     script = importlib.import_module(f'data.{name}.prepare')
-    two = len(splits['train']) < 1000 and name.endswith(('llama', 'llama3'))  # starting processes takes a second
+    # starting processes takes a second
+    two = len(splits['train']) < 1000 and name.endswith(('llama', 'llama3'))
     for processes in (1, 2) if two else (1,):
-        meta = prepare(tmp_path / f'set{processes}', tmp_path / 'source', script=script, tokenizer=tokenizer, num_proc=processes)
+        meta = prepare(
+            tmp_path / f'set{processes}',
+            tmp_path / 'source',
+            script=script,
+            tokenizer=tokenizer,
+            num_proc=processes,
+        )
     assert not two or contents(tmp_path / 'set1') == contents(tmp_path / 'set2')
     for split, texts in splits.items():
         expected = [i for text in texts for i in (*encode(text), eot)]
-        assert ids_of(tmp_path / 'set1', split) == expected and meta['tokens'][split] == len(expected) and meta['documents'][split] == len(texts)
+        assert (
+            ids_of(tmp_path / 'set1', split) == expected
+            and meta['tokens'][split] == len(expected)
+            and meta['documents'][split] == len(texts)
+        )
         assert meta['max_id'][split] == max(expected)
-    assert (meta['vocab_size'], meta['eot_id'], meta['dtype']) == (size, eot, 'uint16') and ('files' in meta) == ('627b' in name)
-    assert meta['split'] == ("the source's own validation split is val" if make in (slimpajama_6b, slimpajama_627b, c4) else 'every 2000th document is val')
+    assert (meta['vocab_size'], meta['eot_id'], meta['dtype']) == (size, eot, 'uint16') and (
+        'files' in meta
+    ) == ('627b' in name)
+    assert meta['split'] == (
+        "the source's own validation split is val"
+        if make in (slimpajama_6b, slimpajama_627b, c4)
+        else 'every 2000th document is val'
+    )
 
 
 def test_a_bucket_gives_the_same_as_this_machine(s3, tmp_path, monkeypatch):
     import fsspec
+
     monkeypatch.setattr(pipeline, 'PART_BYTES', (4000, 4000))
     monkeypatch.setattr(documents, 'UNIT_BYTES', 3000)
     script = importlib.import_module('data.slimpajama_6b_gpt2.prepare')
@@ -164,12 +279,27 @@ def test_a_bucket_gives_the_same_as_this_machine(s3, tmp_path, monkeypatch):
     fs.put(str(tmp_path / 'source'), f's3://bucket/{tmp_path.name}', recursive=True)
     prepare(tmp_path / 'near', tmp_path / 'source', script=script, tokenizer='bytes')
     for processes in (1, 2):
-        prepare(tmp_path / f'far{processes}', f's3://bucket/{tmp_path.name}', script=script, tokenizer='bytes', num_proc=processes)
+        prepare(
+            tmp_path / f'far{processes}',
+            f's3://bucket/{tmp_path.name}',
+            script=script,
+            tokenizer='bytes',
+            num_proc=processes,
+        )
         assert contents(tmp_path / f'far{processes}') == contents(tmp_path / 'near')
-    prepare(tmp_path / 'some', f's3://bucket/{tmp_path.name}/data/*.jsonl', f's3://bucket/{tmp_path.name}/data/train-text.txt', script=script, tokenizer='bytes', val_fraction=0.1)
+    prepare(
+        tmp_path / 'some',
+        f's3://bucket/{tmp_path.name}/data/*.jsonl',
+        f's3://bucket/{tmp_path.name}/data/train-text.txt',
+        script=script,
+        tokenizer='bytes',
+        val_fraction=0.1,
+    )
     assert sum(read_meta(tmp_path / 'some')['documents'].values()) == 101
     with pytest.raises(ValueError, match='this folder holds no .txt'):
-        prepare(tmp_path / 'x', f's3://bucket/{tmp_path.name}/nothing', script=script, tokenizer='bytes')
+        prepare(
+            tmp_path / 'x', f's3://bucket/{tmp_path.name}/nothing', script=script, tokenizer='bytes'
+        )
 
 
 def test_the_hub_says_what_is_missing(tmp_path, monkeypatch):
@@ -182,15 +312,36 @@ def test_the_hub_says_what_is_missing(tmp_path, monkeypatch):
 
         def find(self, path):
             raise self.error
+
     script = importlib.import_module('data.slimpajama_6b_gpt2.prepare')
-    for error, message in ((GatedRepoError('403 Client Error'), r'no access \(GatedRepoError\): accept its terms at https://huggingface.co/datasets/DKYoon/SlimPajama-6B, then type `hf auth login`'),
-                           (ConnectionError('Name or service not known\nx'), r'hf://datasets/DKYoon/SlimPajama-6B cannot be reached \(ConnectionError: Name or service not known x\): connect this machine, or')):
+    for error, message in (
+        (
+            GatedRepoError('403 Client Error'),
+            (
+                r'no access \(GatedRepoError\): accept its terms at'
+                r' https://huggingface.co/datasets/DKYoon/SlimPajama-6B, then type `hf auth login`'
+            ),
+        ),
+        (
+            ConnectionError('Name or service not known\nx'),
+            (
+                r'hf://datasets/DKYoon/SlimPajama-6B cannot be reached \(ConnectionError: Name or'
+                r' service not known x\): connect this machine, or'
+            ),
+        ),
+    ):
         monkeypatch.setattr(documents, 'filesystem', lambda path: (Hub(error), path))
         with pytest.raises(ValueError, match=message) as caught:
             script.main(['--tokenizer', 'bytes', '--output', str(tmp_path)])
         assert '\n' not in str(caught.value)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match='for the data set of that name on the Hugging Face hub type hf://datasets/DKYoon/SlimPajama-6B'):
+    with pytest.raises(
+        ValueError,
+        match=(
+            'for the data set of that name on the Hugging Face hub type'
+            ' hf://datasets/DKYoon/SlimPajama-6B'
+        ),
+    ):
         prepare(tmp_path / 'x', 'DKYoon/SlimPajama-6B', script=script, tokenizer='bytes')
     with pytest.raises(ValueError, match='nonsense://x cannot be opened'):
         prepare(tmp_path / 'x', 'nonsense://x', script=script, tokenizer='bytes')

@@ -1,5 +1,7 @@
-"""Proves the token file format: the dtype holds every id, nothing half-written looks finished, meta.pkl runs no code,
-and fingerprints tell files apart."""
+"""Proves the token file format: the dtype holds every id, nothing half-written looks finished,
+meta.pkl runs no code, and fingerprints tell files apart.
+"""
+
 import os
 import pickle
 import signal
@@ -16,7 +18,16 @@ from data.tokenfile import TokenFileWriter, fingerprint, read_meta, token_dtype 
 
 
 def writer(folder, vocab_size=300, **more):
-    return TokenFileWriter(str(folder), **{'vocab_size': vocab_size, 'eot_id': None, 'tokenizer': {'kind': 'bytes'}, 'split': 'by hand', **more})
+    return TokenFileWriter(
+        str(folder),
+        **{
+            'vocab_size': vocab_size,
+            'eot_id': None,
+            'tokenizer': {'kind': 'bytes'},
+            'split': 'by hand',
+            **more,
+        },
+    )
 
 
 def write_set(folder, train=(1, 2, 3), val=(4, 5), **more):
@@ -27,7 +38,11 @@ def write_set(folder, train=(1, 2, 3), val=(4, 5), **more):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file() and path.suffix != '.tmp'}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in Path(folder).rglob('*')
+        if path.is_file() and path.suffix != '.tmp'
+    }
 
 
 @pytest.mark.parametrize('vocab_size, dtype', [(65536, 'uint16'), (65537, 'uint32')])
@@ -35,7 +50,9 @@ def test_dtype_is_the_smallest_that_holds_every_id(tmp_path, vocab_size, dtype):
     write_set(tmp_path, train=[0, vocab_size - 1], val=[vocab_size - 1], vocab_size=vocab_size)
     meta = read_meta(tmp_path)
     assert meta['dtype'] == dtype == token_dtype(meta).name
-    stored = np.frombuffer((tmp_path / 'train.bin').read_bytes(), dtype='<u2' if dtype == 'uint16' else '<u4')
+    stored = np.frombuffer(
+        (tmp_path / 'train.bin').read_bytes(), dtype='<u2' if dtype == 'uint16' else '<u4'
+    )
     assert stored.tolist() == [0, vocab_size - 1]
 
 
@@ -47,11 +64,30 @@ def test_meta_says_what_the_files_hold(tmp_path):
         w.write('train', [8, 7])
         w.write('val', [3])
     meta = read_meta(tmp_path)
-    assert meta['tokens'] == {'train': 5, 'val': 1} and meta['documents'] == {'train': 2, 'val': 1} and meta['max_id'] == {'train': 250, 'val': 3}
-    assert (meta['vocab_size'], meta['eot_id'], meta['split'], meta['note']) == (300, 9, 'by hand', 'x')
-    assert meta['fingerprint'] == {split: fingerprint(tmp_path / f'{split}.bin') for split in ('train', 'val')}
-    assert sorted(os.listdir(tmp_path)) == ['meta.pkl', 'train.bin', 'train.ends', 'val.bin', 'val.ends']
-    assert [np.fromfile(tmp_path / name, '<u8').tolist() for name in ('train.ends', 'val.ends')] == [[3, 5], [1]]
+    assert (
+        meta['tokens'] == {'train': 5, 'val': 1}
+        and meta['documents'] == {'train': 2, 'val': 1}
+        and meta['max_id'] == {'train': 250, 'val': 3}
+    )
+    assert (meta['vocab_size'], meta['eot_id'], meta['split'], meta['note']) == (
+        300,
+        9,
+        'by hand',
+        'x',
+    )
+    assert meta['fingerprint'] == {
+        split: fingerprint(tmp_path / f'{split}.bin') for split in ('train', 'val')
+    }
+    assert sorted(os.listdir(tmp_path)) == [
+        'meta.pkl',
+        'train.bin',
+        'train.ends',
+        'val.bin',
+        'val.ends',
+    ]
+    assert [
+        np.fromfile(tmp_path / name, '<u8').tolist() for name in ('train.ends', 'val.ends')
+    ] == [[3, 5], [1]]
 
 
 @pytest.mark.parametrize('bad', [-1, 300])
@@ -83,7 +119,10 @@ class Describes:
 def test_an_exception_leaves_the_older_set_as_it_was(tmp_path):
     write_set(tmp_path, tokenizer=Describes('old'))
     older = contents(tmp_path)
-    assert older['tokenizer.model'] == b'old' and read_meta(tmp_path)['tokenizer']['kind'] == 'sentencepiece'
+    assert (
+        older['tokenizer.model'] == b'old'
+        and read_meta(tmp_path)['tokenizer']['kind'] == 'sentencepiece'
+    )
     with pytest.raises(RuntimeError):
         with writer(tmp_path, tokenizer=Describes('new')) as w:
             w.write('train', [7] * 100_000)
@@ -104,10 +143,15 @@ def test_sigkill_mid_way_publishes_nothing(tmp_path, older):
     if older:
         write_set(tmp_path, tokenizer=Describes('old'))
     before = contents(tmp_path)
-    script = ("import sys, time; from data.tokenfile import TokenFileWriter\n"
-              "with TokenFileWriter(sys.argv[1], vocab_size=300, eot_id=None, tokenizer={'kind': 'bytes'}, split='by hand') as w:\n"
-              "    w.write('train', [7] * 100000); w.write('val', [7] * 100000); print('mid-way', flush=True); time.sleep(60)\n")
-    process = subprocess.Popen([sys.executable, '-c', script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    script = (
+        'import sys, time; from data.tokenfile import TokenFileWriter\nwith'
+        " TokenFileWriter(sys.argv[1], vocab_size=300, eot_id=None, tokenizer={'kind': 'bytes'},"
+        " split='by hand') as w:\n    w.write('train', [7] * 100000); w.write('val', [7] * 100000);"
+        " print('mid-way', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, '-c', script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == 'mid-way\n'
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -171,5 +215,16 @@ def test_fingerprint_tells_bytes_order_and_length_apart(tmp_path):
     assert len(prints) == 1 + len(range(0, len(small), 4999))
     large = np.random.default_rng(1).integers(0, 256, 6_000_000, dtype=np.uint8).tobytes()
     assert of(large) == of(large)
-    assert len({of(large), of(large[3_000_000:] + large[:3_000_000]), of(large[:-2]), of(large + b'\0\0'), of(large[:-1] + b'?')}) == 5
+    assert (
+        len(
+            {
+                of(large),
+                of(large[3_000_000:] + large[:3_000_000]),
+                of(large[:-2]),
+                of(large + b'\0\0'),
+                of(large[:-1] + b'?'),
+            }
+        )
+        == 5
+    )
     assert of(b'') != of(b'\0') and of(bytes(3_000_000)) != of(bytes(3_000_002))

@@ -1,5 +1,7 @@
-"""Proves that every tokenizer gives the ids of its reference library, decodes to the same text, keeps special tokens out,
-and travels with its data set."""
+"""Proves that every tokenizer gives the ids of its reference library, decodes to the same text,
+keeps special tokens out, and travels with its data set.
+"""
+
 import io
 import json
 import pickle
@@ -15,19 +17,28 @@ from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
 from data.tokenizer import load_tokenizer, tokenizer_of  # noqa: E402
 
 EOT = '<|endoftext|>'
-TEXTS = ['hello there, hello world\n', '', ' ', f'a{EOT}b</s>[PAD]{EOT}',
-         'Grüße, 日本語 \N{GRINNING FACE} \u0301\n\n\tif x:\n        return "1234"\n']
-CORPUS = [text for text in TEXTS if text] * 4 + [f'the cat sat on mat number {i}, then the hat fell\n' for i in range(60)]
+TEXTS = [
+    'hello there, hello world\n',
+    '',
+    ' ',
+    f'a{EOT}b</s>[PAD]{EOT}',
+    'Grüße, 日本語 \N{GRINNING FACE} \u0301\n\n\tif x:\n        return "1234"\n',
+]
+CORPUS = [text for text in TEXTS if text] * 4 + [
+    f'the cat sat on mat number {i}, then the hat fell\n' for i in range(60)
+]
 
 # an encoding that tiktoken finds by itself, as it finds gpt2, but without the network; 300 is a gap
 PLUGIN = r"""
 def tiny(name='tiny', special={'<|endoftext|>': 301}):
-    ranks = {bytes([i]): i for i in range(256)} | {b'he': 256, b'll': 257, b'hell': 258, b'hello': 259, b' hello': 260, b' w': 261}
+    ranks = {bytes([i]): i for i in range(256)} | {
+        b'he': 256, b'll': 257, b'hell': 258, b'hello': 259, b' hello': 260, b' w': 261}
     pattern = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
     return {'name': name, 'pat_str': pattern, 'mergeable_ranks': ranks, 'special_tokens': special}
 def offline():
     raise __import__('requests').exceptions.ConnectionError('no route to host')
-ENCODING_CONSTRUCTORS = {'tiny': tiny, 'tiny_without_eot': lambda: tiny('tiny_without_eot', {}), 'offline': offline}
+without = lambda: tiny('tiny_without_eot', {})
+ENCODING_CONSTRUCTORS = {'tiny': tiny, 'tiny_without_eot': without, 'offline': offline}
 """
 
 
@@ -48,16 +59,22 @@ def tiktoken(tmp_path_factory):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A byte-level BPE with two added tokens, the last one far beyond the others, that would truncate and pad if let."""
+    """A byte-level BPE with two added tokens, the last one far beyond the others, that would
+    truncate and pad if let.
+    """
     tokenizers = pytest.importorskip('tokenizers')
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens([EOT, '[PAD]'])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f'{EOT} $A', special_tokens=[(EOT, tokenizer.token_to_id(EOT))])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f'{EOT} $A', special_tokens=[(EOT, tokenizer.token_to_id(EOT))]
+    )
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=64)
     folder = tmp_path / 'source'
@@ -66,7 +83,9 @@ def hf_folder(tmp_path):
     last = next(token for token in stored['added_tokens'] if token['content'] == '[PAD]')
     last['id'] = stored['model']['vocab']['[PAD]'] = 999
     (folder / 'tokenizer.json').write_text(json.dumps(stored))
-    (folder / 'tokenizer_config.json').write_text(json.dumps({'eos_token': EOT, 'tokenizer_class': 'PreTrainedTokenizerFast'}))
+    (folder / 'tokenizer_config.json').write_text(
+        json.dumps({'eos_token': EOT, 'tokenizer_class': 'PreTrainedTokenizerFast'})
+    )
     return folder
 
 
@@ -75,8 +94,17 @@ def sentencepiece_model(tmp_path):
     sentencepiece = pytest.importorskip('sentencepiece')
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, vocab_size=420, model_type='bpe', byte_fallback=True, character_coverage=0.98,
-        normalization_rule_name='identity', remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=420,
+        model_type='bpe',
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name='identity',
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
     path = tmp_path / 'tiny.model'
     path.write_bytes(model.getvalue())
     return path
@@ -85,15 +113,23 @@ def sentencepiece_model(tmp_path):
 def through_a_data_set(tokenizer, folder):
     """What a reader of a data set made with `tokenizer` gets."""
     extra = {'stoi': tokenizer.stoi, 'itos': tokenizer.itos} if hasattr(tokenizer, 'stoi') else None
-    with TokenFileWriter(str(folder), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer, split='x',
-                         extra=extra) as writer:
+    with TokenFileWriter(
+        str(folder),
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        tokenizer=tokenizer,
+        split='x',
+        extra=extra,
+    ) as writer:
         writer.write('train', tokenizer.encode('hello'))
         writer.write('val', tokenizer.encode('hello'))
     return tokenizer_of(str(folder), read_meta(folder))
 
 
 def check(tokenizer, reference):
-    """reference: str -> list of ids. Encoding equals it, is exact, and survives a pickle (worker processes get one)."""
+    """reference: str -> list of ids. Encoding equals it, is exact, and survives a pickle (worker
+    processes get one).
+    """
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert ids.dtype == np.uint32 and ids.ndim == 1
@@ -101,7 +137,8 @@ def check(tokenizer, reference):
         assert tokenizer.eot_id not in ids
         assert tokenizer.decode(ids) == text and tokenizer.decode(ids.tolist()) == text
         assert pickle.loads(pickle.dumps(tokenizer)).encode(text).tolist() == ids.tolist()
-    assert isinstance(tokenizer.decode(range(tokenizer.vocab_size + 50)), str)  # a padded vocabulary can sample these
+    # a padded vocabulary can sample these
+    assert isinstance(tokenizer.decode(range(tokenizer.vocab_size + 50)), str)
 
 
 def test_bytes(tmp_path):
@@ -138,7 +175,11 @@ def test_nanogpt_meta_and_no_meta(tmp_path, monkeypatch):
 def test_tiktoken(tmp_path, tiktoken):
     encoding = tiktoken.get_encoding('tiny')
     tokenizer = load_tokenizer('tiny')
-    assert (tokenizer.vocab_size, tokenizer.eot_id) == (302, 301) == (encoding.n_vocab, encoding.eot_token)
+    assert (
+        (tokenizer.vocab_size, tokenizer.eot_id)
+        == (302, 301)
+        == (encoding.n_vocab, encoding.eot_token)
+    )
     check(tokenizer, encoding.encode_ordinary)
     assert 260 in tokenizer.encode('oh hello')  # the merges are at work
     check(through_a_data_set(tokenizer, tmp_path), encoding.encode_ordinary)
@@ -155,7 +196,12 @@ def test_hugging_face(tmp_path, hf_folder):
         return theirs(text, add_special_tokens=False, split_special_tokens=True)['input_ids']
 
     tokenizer = load_tokenizer(str(hf_folder))
-    assert tokenizer.vocab_size == 1000 > tokenizer.tokenizer.get_vocab_size(with_added_tokens=True) > 401
+    assert (
+        tokenizer.vocab_size
+        == 1000
+        > tokenizer.tokenizer.get_vocab_size(with_added_tokens=True)
+        > 401
+    )
     assert tokenizer.eot_id == theirs.eos_token_id == tokenizer.tokenizer.token_to_id(EOT)
     check(tokenizer, reference)
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode('é'), 999]) == f'{EOT}é[PAD]'
@@ -181,19 +227,32 @@ def test_hugging_face_describe_replaces_and_survives_its_own_folder(tmp_path, hf
     assert (data_set / 'tokenizer' / 'special_tokens_map.json').exists()
     (hf_folder / 'special_tokens_map.json').unlink()
     first = through_a_data_set(load_tokenizer(str(hf_folder)), data_set)
-    assert not (data_set / 'tokenizer' / 'special_tokens_map.json').exists(), 'a file of the tokenizer before'
-    again = through_a_data_set(load_tokenizer(str(data_set / 'tokenizer')), data_set)  # from the folder it is written to
+    assert not (data_set / 'tokenizer' / 'special_tokens_map.json').exists(), (
+        'a file of the tokenizer before'
+    )
+    # from the folder it is written to
+    again = through_a_data_set(load_tokenizer(str(data_set / 'tokenizer')), data_set)
     assert again.encode('hello').tolist() == first.encode('hello').tolist()
 
 
-@pytest.mark.parametrize('files, eos', [
-    ({'tokenizer_config.json': {'eos_token': '[PAD]'}}, 999),
-    ({'tokenizer_config.json': {'eos_token': {'content': '[PAD]', 'lstrip': False}}}, 999),
-    ({'tokenizer_config.json': {'eos_token': None}, 'special_tokens_map.json': {'eos_token': '[PAD]'}}, 999),
-    ({'special_tokens_map.json': {'eos_token': {'content': '[PAD]'}}}, 999),
-    ({'tokenizer_config.json': {}, 'config.json': {'eos_token_id': 7}}, 7),
-    ({'config.json': {'eos_token_id': [8, 9]}}, 8),
-    ({}, None)])
+@pytest.mark.parametrize(
+    'files, eos',
+    [
+        ({'tokenizer_config.json': {'eos_token': '[PAD]'}}, 999),
+        ({'tokenizer_config.json': {'eos_token': {'content': '[PAD]', 'lstrip': False}}}, 999),
+        (
+            {
+                'tokenizer_config.json': {'eos_token': None},
+                'special_tokens_map.json': {'eos_token': '[PAD]'},
+            },
+            999,
+        ),
+        ({'special_tokens_map.json': {'eos_token': {'content': '[PAD]'}}}, 999),
+        ({'tokenizer_config.json': {}, 'config.json': {'eos_token_id': 7}}, 7),
+        ({'config.json': {'eos_token_id': [8, 9]}}, 8),
+        ({}, None),
+    ],
+)
 def test_where_hugging_face_folders_name_their_eos(hf_folder, files, eos):
     (hf_folder / 'tokenizer_config.json').unlink()
     for name, content in files.items():
@@ -203,15 +262,23 @@ def test_where_hugging_face_folders_name_their_eos(hf_folder, files, eos):
 
 def test_sentencepiece(tmp_path, sentencepiece_model):
     import sentencepiece
+
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     references = {text: processor.encode(text) for text in TEXTS}
     tokenizer = load_tokenizer(str(sentencepiece_model))
-    assert (tokenizer.vocab_size, tokenizer.eot_id) == (420, 2) == (processor.vocab_size(), processor.eos_id())
+    assert (
+        (tokenizer.vocab_size, tokenizer.eot_id)
+        == (420, 2)
+        == (processor.vocab_size(), processor.eos_id())
+    )
     check(tokenizer, references.__getitem__)
     kept = through_a_data_set(tokenizer, tmp_path / 'set')
     sentencepiece_model.unlink()
     check(kept, references.__getitem__)
-    assert read_meta(tmp_path / 'set')['tokenizer'] == {'kind': 'sentencepiece', 'path': 'tokenizer.model'}
+    assert read_meta(tmp_path / 'set')['tokenizer'] == {
+        'kind': 'sentencepiece',
+        'path': 'tokenizer.model',
+    }
 
 
 def refusal(*arguments):
@@ -221,7 +288,9 @@ def refusal(*arguments):
     return str(caught.value)
 
 
-def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path, tiktoken, hf_folder, monkeypatch):
+def test_what_cannot_be_loaded_is_refused_in_one_sentence(
+    tmp_path, tiktoken, hf_folder, monkeypatch
+):
     message = refusal('tinny')
     assert "'tinny'" in message and "did you mean 'tiny'" in message and 'cl100k_base' in message
     assert "could not download the encoding 'offline' (ConnectionError)" in refusal('offline')
@@ -235,7 +304,11 @@ def test_what_cannot_be_loaded_is_refused_in_one_sentence(tmp_path, tiktoken, hf
     assert "eos token '<absent>'" in refusal(str(hf_folder))
     (hf_folder / 'tokenizer.json').write_text('{}')
     assert 'cannot be read as a tokenizer' in refusal(str(hf_folder))
-    for name, spec in (('tiktoken', 'tiny'), ('tokenizers', str(hf_folder)), ('sentencepiece', str(tmp_path / 'bad.model'))):
+    for name, spec in (
+        ('tiktoken', 'tiny'),
+        ('tokenizers', str(hf_folder)),
+        ('sentencepiece', str(tmp_path / 'bad.model')),
+    ):
         monkeypatch.setitem(sys.modules, name, None)
         assert f'pip install {name}' in refusal(spec)
     for stated in ({'kind': 'hf', 'path': 'gone'}, {'kind': 'sentencepiece', 'path': 'gone.model'}):

@@ -3,11 +3,12 @@ C4, the English part, in StarCoder2's tokens (49152), with its own validation sp
 
     hf download bigcode/starcoder2-3b --include "tokenizer*" --local-dir starcoder2_tokenizer
     python data/c4_starcoder2/prepare.py                              # from the Hugging Face hub
-    python data/c4_starcoder2/prepare.py --input FOLDER               # from its files on this machine
+    python data/c4_starcoder2/prepare.py --input FOLDER  # from its files on this machine
     python train.py config/moe_60m.py --dataset=c4_starcoder2
 
 Each document is closed by the tokenizer's eos, <|endoftext|>.
 """
+
 import os
 import sys
 
@@ -18,9 +19,19 @@ from data import command
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
-    parser = command.corpus_parser(__doc__, FOLDER, source=['hf://datasets/allenai/c4/en'], tokenizer='starcoder2_tokenizer')
-    command.corpus(parser.parse_args(argv), FOLDER, published=True, tokenizer_from='bigcode/starcoder2-3b', eot='<|endoftext|>')
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
+    parser = command.corpus_parser(
+        __doc__, FOLDER, source=['hf://datasets/allenai/c4/en'], tokenizer='starcoder2_tokenizer'
+    )
+    command.corpus(
+        parser.parse_args(argv),
+        FOLDER,
+        published=True,
+        tokenizer_from='bigcode/starcoder2-3b',
+        eot='<|endoftext|>',
+    )
 
 
 if __name__ == '__main__':

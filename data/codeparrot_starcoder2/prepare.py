@@ -2,12 +2,13 @@
 CodeParrot-clean, Python files of GitHub, in StarCoder2's tokens (49152).
 
     hf download bigcode/starcoder2-3b --include "tokenizer*" --local-dir starcoder2_tokenizer
-    python data/codeparrot_starcoder2/prepare.py                      # from the Hugging Face hub, 54 .json.gz files
-    python data/codeparrot_starcoder2/prepare.py --input FOLDER       # from its files on this machine
+    python data/codeparrot_starcoder2/prepare.py  # from the Hugging Face hub, 54 .json.gz files
+    python data/codeparrot_starcoder2/prepare.py --input FOLDER  # from its files on this machine
     python train.py config/moe_60m.py
 
 Every 2000th document is val. Each is closed by the tokenizer's eos, <|endoftext|>.
 """
+
 import os
 import sys
 
@@ -18,9 +19,24 @@ from data import command
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
-    parser = command.corpus_parser(__doc__, FOLDER, source=['hf://datasets/codeparrot/codeparrot-clean'], tokenizer='starcoder2_tokenizer', text_field='content', val_fraction=0.0005)
-    command.corpus(parser.parse_args(argv), FOLDER, tokenizer_from='bigcode/starcoder2-3b', eot='<|endoftext|>', config='config/moe_60m.py')
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
+    parser = command.corpus_parser(
+        __doc__,
+        FOLDER,
+        source=['hf://datasets/codeparrot/codeparrot-clean'],
+        tokenizer='starcoder2_tokenizer',
+        text_field='content',
+        val_fraction=0.0005,
+    )
+    command.corpus(
+        parser.parse_args(argv),
+        FOLDER,
+        tokenizer_from='bigcode/starcoder2-3b',
+        eot='<|endoftext|>',
+        config='config/moe_60m.py',
+    )
 
 
 if __name__ == '__main__':

@@ -1,13 +1,17 @@
 """
-OpenWebText in GPT-2's tokens, as nanoGPT prepares it: about 9.04 B tokens for train (17 GB) and 4.4 M for val.
+OpenWebText in GPT-2's tokens, as nanoGPT prepares it: about 9.04 B tokens for train (17 GB) and 4.4
+M for val.
 
-    python data/openwebtext/prepare.py                          # from the Hugging Face hub: 54 GB in its cache, needs `datasets`
-    python data/openwebtext/prepare.py --input FOLDER           # from local .parquet, .jsonl or .txt files
+    # from the Hugging Face hub: 54 GB in its cache, needs `datasets`
+    python data/openwebtext/prepare.py
+    python data/openwebtext/prepare.py --input FOLDER  # from local .parquet, .jsonl or .txt files
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-From the hub, `train_test_split(test_size=0.0005, seed=2357, shuffle=True)` makes val, so train.bin and val.bin are nanoGPT's.
-From local files every 2000th document is val, and the order is that of the files. Each document is closed by <|endoftext|>.
+From the hub, `train_test_split(test_size=0.0005, seed=2357, shuffle=True)` makes val, so train.bin
+and val.bin are nanoGPT's. From local files every 2000th document is val, and the order is that of
+the files. Each document is closed by <|endoftext|>.
 """
+
 import os
 import sys
 
@@ -24,30 +28,49 @@ def write_hub(writer, tokenizer, revision, num_proc):
     try:
         import datasets
     except ImportError:
-        raise ValueError('the library datasets, which fetches OpenWebText, is not installed: type `pip install datasets`, '
-                         'or name local files with --input') from None
+        raise ValueError(
+            'the library datasets, which fetches OpenWebText, is not installed: type `pip install'
+            ' datasets`, or name local files with --input'
+        ) from None
     try:
         dataset = datasets.load_dataset('openwebtext', revision=revision, num_proc=num_proc)
     except RuntimeError as error:
-        raise ValueError(f'this version of datasets refused OpenWebText ({error}): type --revision=refs/convert/parquet, '
-                         f'or name local files with --input') from None
+        raise ValueError(
+            f'this version of datasets refused OpenWebText ({error}): type'
+            ' --revision=refs/convert/parquet, or name local files with --input'
+        ) from None
     splits = dataset['train'].train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     splits['val'] = splits.pop('test')
 
     def tokenize(row):
-        return {'ids': [*tokenizer.encode(row['text']).tolist(), *([] if tokenizer.eot_id is None else [tokenizer.eot_id])]}
+        return {
+            'ids': [
+                *tokenizer.encode(row['text']).tolist(),
+                *([] if tokenizer.eot_id is None else [tokenizer.eot_id]),
+            ]
+        }
 
     for split, rows in splits.items():
-        tokenized = rows.map(tokenize, remove_columns=['text'], num_proc=num_proc, desc=f'tokenizing {split}')
+        tokenized = rows.map(
+            tokenize, remove_columns=['text'], num_proc=num_proc, desc=f'tokenizing {split}'
+        )
         for batch in tokenized.iter(batch_size=1000):
             for ids in batch['ids']:
                 writer.write(split, ids)
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
     parser = command.corpus_parser(__doc__, FOLDER, source=[], val_fraction=0.0005)
-    parser.add_argument('--revision', help="of the hub's data set; refs/convert/parquet for versions of datasets that run no scripts")
+    parser.add_argument(
+        '--revision',
+        help=(
+            "of the hub's data set; refs/convert/parquet for versions of datasets that run no"
+            ' scripts'
+        ),
+    )
     args = parser.parse_args(argv)
     if args.input or args.merge:
         if args.revision:
@@ -57,8 +80,13 @@ def main(argv=None):
         if getattr(args, option) != parser.get_default(option):
             raise ValueError(f'--{option} has no meaning without --input: leave it out')
     tokenizer = load_tokenizer(args.tokenizer)
-    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
-                         split='train_test_split(test_size=0.0005, seed=2357, shuffle=True)') as writer:
+    with TokenFileWriter(
+        args.output,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        tokenizer=tokenizer,
+        split='train_test_split(test_size=0.0005, seed=2357, shuffle=True)',
+    ) as writer:
         write_hub(writer, tokenizer, args.revision, args.num_proc or 8)
     command.report(writer, FOLDER, 'config/train_gpt2.py')
 

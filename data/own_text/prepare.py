@@ -21,6 +21,7 @@ closed by the tokenizer's end of text where it has one. A .txt of up to 4 MB
 is tokenized whole; a larger one in pieces that end at line ends. Rows
 without a text are left out and counted; more than 1 % of them stop the run.
 """
+
 import os
 import sys
 
@@ -31,7 +32,9 @@ from data import command
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
     parser = command.corpus_parser(__doc__, FOLDER, val_fraction=0.05)
     command.corpus(parser.parse_args(argv), FOLDER, cut_txt=True, config='config/own_text.py')
 

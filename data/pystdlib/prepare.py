@@ -9,6 +9,7 @@ source are left.
     python data/pystdlib/prepare.py
     python train.py config/demo_pystdlib.py
 """
+
 import os
 import sys
 import sysconfig
@@ -22,9 +23,25 @@ from data.tokenfile import TokenFileWriter
 from data.train_tokenizer import train_bpe
 
 VAL_EVERY = 20
-# tests, data in the shape of source, other projects' code that is bundled, and what belongs to this installation
-LEFT_OUT_FOLDERS = {'__pycache__', 'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'idlelib', 'lib2to3', 'encodings',
-                    'ensurepip', '_bundled', 'pydoc_data', 'turtledemo', 'lib-dynload', '__phello__'}
+# tests, data in the shape of source, other projects' code that is bundled, and what belongs to this
+# installation
+LEFT_OUT_FOLDERS = {
+    '__pycache__',
+    'site-packages',
+    'dist-packages',
+    'test',
+    'tests',
+    'idle_test',
+    'idlelib',
+    'lib2to3',
+    'encodings',
+    'ensurepip',
+    '_bundled',
+    'pydoc_data',
+    'turtledemo',
+    'lib-dynload',
+    '__phello__',
+}
 LEFT_OUT_FILES = ('_sysconfigdata', '_sysconfig_vars', '__phello__')
 
 
@@ -32,9 +49,16 @@ def source_files(root):
     """Paths of the .py files below `root` that are read, relative to it, sorted."""
     paths = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT_FOLDERS and not name.startswith('config-')]
-        paths += [os.path.relpath(os.path.join(folder, name), root) for name in names
-                  if name.endswith('.py') and not name.startswith(LEFT_OUT_FILES)]
+        folders[:] = [
+            name
+            for name in folders
+            if name not in LEFT_OUT_FOLDERS and not name.startswith('config-')
+        ]
+        paths += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in names
+            if name.endswith('.py') and not name.startswith(LEFT_OUT_FILES)
+        ]
     return sorted(paths)
 
 
@@ -45,21 +69,36 @@ def read_documents(root):
         with tokenize.open(os.path.join(root, path)) as f:  # obeys the coding cookie
             text = f.read()
         if text:
-            documents.append(('val' if len(documents) % VAL_EVERY == VAL_EVERY - 1 else 'train', text))
+            documents.append(
+                ('val' if len(documents) % VAL_EVERY == VAL_EVERY - 1 else 'train', text)
+            )
     return documents
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
     parser = command.argument_parser(__doc__, FOLDER)
-    parser.add_argument('--vocab_size', type=int, default=2048, help='of the tokenizer that is trained, default: 2048')
+    parser.add_argument(
+        '--vocab_size',
+        type=int,
+        default=2048,
+        help='of the tokenizer that is trained, default: 2048',
+    )
     args = parser.parse_args(argv)
 
     documents = read_documents(sysconfig.get_paths()['stdlib'])
     tokenizer = train_bpe([text for split, text in documents if split == 'train'], args.vocab_size)
     version = '.'.join(map(str, sys.version_info[:3]))
-    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
-                         split=f'every {VAL_EVERY}th file is val', extra={'source': f'standard library of Python {version}'}) as writer:
+    with TokenFileWriter(
+        args.output,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        tokenizer=tokenizer,
+        split=f'every {VAL_EVERY}th file is val',
+        extra={'source': f'standard library of Python {version}'},
+    ) as writer:
         for split, text in documents:
             writer.write(split, [*tokenizer.encode(text).tolist(), tokenizer.eot_id])
     command.report(writer, FOLDER, 'config/demo_pystdlib.py')

@@ -1,9 +1,11 @@
 """
-Tiny Shakespeare in GPT-2's tokens: nanoGPT's data set for finetuning (301,966 and 36,059 tokens), one text without an end of text.
+Tiny Shakespeare in GPT-2's tokens: nanoGPT's data set for finetuning (301,966 and 36,059 tokens),
+one text without an end of text.
 
     python data/shakespeare/prepare.py
     python train.py config/finetune_shakespeare.py
 """
+
 import os
 import sys
 
@@ -16,16 +18,25 @@ from data.tokenizer import load_tokenizer
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
     parser = command.argument_parser(__doc__, FOLDER)
     tinyshakespeare.add_input(parser)
-    parser.add_argument('--tokenizer', default='gpt2', help='gpt2 unless given; see data/tokenizer.py')
+    parser.add_argument(
+        '--tokenizer', default='gpt2', help='gpt2 unless given; see data/tokenizer.py'
+    )
     args = parser.parse_args(argv)
 
     tokenizer = load_tokenizer(args.tokenizer)
     train, val = tinyshakespeare.read(args.input, args.output)
-    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, tokenizer=tokenizer,
-                         split=tinyshakespeare.SPLIT) as writer:
+    with TokenFileWriter(
+        args.output,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=tokenizer.eot_id,
+        tokenizer=tokenizer,
+        split=tinyshakespeare.SPLIT,
+    ) as writer:
         writer.write('train', tokenizer.encode(train))
         writer.write('val', tokenizer.encode(val))
     command.report(writer, FOLDER, 'config/finetune_shakespeare.py')

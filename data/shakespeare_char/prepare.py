@@ -1,9 +1,11 @@
 """
-Tiny Shakespeare as characters: nanoGPT's data set, with its vocabulary of 65 and its split (1,003,854 and 111,540 tokens).
+Tiny Shakespeare as characters: nanoGPT's data set, with its vocabulary of 65 and its split
+(1,003,854 and 111,540 tokens).
 
     python data/shakespeare_char/prepare.py
     python train.py config/train_shakespeare_char.py
 """
+
 import os
 import sys
 
@@ -16,15 +18,23 @@ from data.tokenizer import load_tokenizer
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    wrong.
+    """
     parser = command.argument_parser(__doc__, FOLDER)
     tinyshakespeare.add_input(parser)
     args = parser.parse_args(argv)
 
     train, val = tinyshakespeare.read(args.input, args.output)
     tokenizer = load_tokenizer('char', [train, val])
-    with TokenFileWriter(args.output, vocab_size=tokenizer.vocab_size, eot_id=None, tokenizer=tokenizer, split=tinyshakespeare.SPLIT,
-                         extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos}) as writer:
+    with TokenFileWriter(
+        args.output,
+        vocab_size=tokenizer.vocab_size,
+        eot_id=None,
+        tokenizer=tokenizer,
+        split=tinyshakespeare.SPLIT,
+        extra={'stoi': tokenizer.stoi, 'itos': tokenizer.itos},
+    ) as writer:
         writer.write('train', tokenizer.encode(train))
         writer.write('val', tokenizer.encode(val))
     command.report(writer, FOLDER, 'config/train_shakespeare_char.py')

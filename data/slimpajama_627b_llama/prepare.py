@@ -3,13 +3,15 @@ SlimPajama-627B in LLaMA-2's tokens: its .jsonl.zst files of train, and its own 
 
     hf download meta-llama/Llama-2-7b-hf --include "tokenizer*" --local-dir llama2_tokenizer
     python data/slimpajama_627b_llama/prepare.py --limit 100000                     # try it first
-    python data/slimpajama_627b_llama/prepare.py --input s3://BUCKET/SlimPajama-627B --shard 1/16 --output /big/slimpajama
+    python data/slimpajama_627b_llama/prepare.py --input s3://BUCKET/SlimPajama-627B \\
+        --shard 1/16 --output /big/slimpajama
     python data/slimpajama_627b_llama/prepare.py --merge /big/slimpajama* --output /big/slimpajama
     python train.py config/full_llama_1.36b.py --dataset=/big/slimpajama
 
-Each document is closed by </s>. The test split is left out. The ids take two bytes each and lie in some 2,000 files, train_000000.bin and so on,
-which are read as one.
+Each document is closed by </s>. The test split is left out. The ids take two bytes each and lie in
+some 2,000 files, train_000000.bin and so on, which are read as one.
 """
+
 import functools
 import os
 import sys

@@ -3,13 +3,15 @@ SlimPajama-627B in Qwen3's tokens: its .jsonl.zst files of train, and its own va
 
     hf download Qwen/Qwen3-1.7B-Base --include "tokenizer*" --local-dir qwen3_tokenizer
     python data/slimpajama_627b_qwen3/prepare.py --limit 100000                     # try it first
-    python data/slimpajama_627b_qwen3/prepare.py --input s3://BUCKET/SlimPajama-627B --shard 1/16 --output /big/slimpajama
+    python data/slimpajama_627b_qwen3/prepare.py --input s3://BUCKET/SlimPajama-627B \\
+        --shard 1/16 --output /big/slimpajama
     python data/slimpajama_627b_qwen3/prepare.py --merge /big/slimpajama* --output /big/slimpajama
     python train.py config/full_qwen3_1.8b_optimal.py --dataset=/big/slimpajama
 
-Each document is closed by the tokenizer's eos. The test split is left out. The ids take four bytes each and lie in some 2,000 files, train_000000.bin and so on,
-which are read as one.
+Each document is closed by the tokenizer's eos. The test split is left out. The ids take four bytes
+each and lie in some 2,000 files, train_000000.bin and so on, which are read as one.
 """
+
 import functools
 import os
 import sys

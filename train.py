@@ -20,14 +20,12 @@ from engine.command_line import check_arguments, explain, importing, resolve_ear
 # isort: split
 
 import dataclasses
+import functools
 import gc
 import math
 import os
-import platform
-import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -319,59 +317,44 @@ if __name__ == '__main__':
 
 import torch
 
-import huggingface
-from data.tokenizer import tokenizer_of
 from engine import (
     __version__,
-    checkpoint,
     checks,
     flops,
-    kernels,
     memory,
     optim,
     parallel,
     resume,
     stopping,
-    tasks,
-    tokenizer_match,
 )
+from engine.batch_plan import plan_batches, predict_memory
 from engine.copier import Copier, place_of
 from engine.copying_together import Machines
-from engine.dataset import check_fit, folder_of, open_dataset, shares_of
+from engine.dry_run import dry_run
+from engine.evaluator import Evaluator
 from engine.files import redact
-from engine.loader import (
-    TrainLoader,
-    evaluation_batches,
-    evaluation_identity,
-    evaluation_length,
-    inputs_and_targets,
-    mix,
-    order_of,
-    read_batch,
-)
+from engine.iteration_log import IterationLog
+from engine.keeper import CheckpointKeeper
+from engine.loader import TrainLoader, inputs_and_targets, mix, order_of, read_batch
 from engine.logger import RunLog, new_run_name, now, unsaved_run
-from engine.loss import IGNORE, choose_chunk, written_chunk
 from engine.micro_step import Graphs, MicroStep, compile_ahead
 from engine.report import (
     ending_lines,
     evaluation_line,
     memory_gb,
-    origins,
     readings,
     report,
     startup_info,
 )
+from engine.run_data import open_data, read_questions
 from engine.saver import Saver
-from engine.stragglers import Stragglers
-from engine.terminal import Terminal, progress_line
+from engine.start_point import StartPoint
+from engine.terminal import Terminal
 from engine.text_bytes import TextBytes
-from generation import generate, prompts_of
-from model import Model
-from presets import ROUTING, ModelConfig, resolve_shape
+from generation import generate
+from presets import ModelConfig
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
-# parameters, elements of activations, roughly: the memory of less is of no interest
-PREDICT_FROM = 10**6, 2**28
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
 
 
@@ -386,7 +369,10 @@ def main(argv=None, resolved=None):
             argv = sys.argv[1:] if argv is None else argv
             check_arguments(argv)
             resolved = resolve(Config, argv, ALIASES)
-        return dry_run(*resolved) if resolved[0].dry_run else run(*resolved, stop, terminal)
+        c, given = resolved
+        if c.dry_run:
+            return dry_run(c, given, SHAPE_KEYS, ROOT)
+        return train(c, given, stop, terminal)
     except BrokenPipeError:  # as `| head` does; nothing more can be shown
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
@@ -410,282 +396,364 @@ def main(argv=None, resolved=None):
         terminal.close()
 
 
-def run(c, given, stop, terminal):
-    # ---- configuration, processes, device
+def train(c, given, stop, terminal):
+    """Train as the Config `c` says; returns the exit code. given: {key: where it was given}; stop:
+    stopping.StopRequest.
+    """
     notes = []  # fallbacks and changes, told in the report
     checks.refuse_impossible(c)
     checks.note_schedule(c, notes)
     world = parallel.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
-    parallel.same(
-        {**resume.config_record(c), 'torch': torch.__version__}, 'the configuration', world
-    )
-    device = world.device
+    same = {**resume.config_record(c), 'torch': torch.__version__}
+    parallel.same(same, 'the configuration', world)
 
-    # ---- where to start from: settings now, weights when the model exists
     folder = resume.Folder(c.out_dir, world)
-    fetching = c.resume_from and not resume.is_step(c.resume_from)
-    if fetching or not c.eval_only:  # evaluating alone only reads
-        folder.hold(make=fetching or c.auto_resume)
-    c, verified = resume.automatic(c, world)
-    resumed = nanogpt = hf_folder = None
-    if c.init_from == 'resume':
-        c, resumed, nanogpt = resume.find(c, given, SHAPE_KEYS, world, notes, verified)
-        try:
-            checks.refuse_impossible(c)
-        except ConfigError as error:
-            raise ConfigError(
-                f'the checkpoint in {c.out_dir} has settings that no run can have: {error}'
-            ) from None
-    elif c.init_from != 'scratch':
-        c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
-    start_step = resumed['step'] if resumed else 0
-    if c.use_fsdp and c.fsdp_activation_checkpointing and 'activation_checkpointing' not in given:
-        c.activation_checkpointing = 'full'
-    parallel.arrange(world, c, notes)
-    # a URL that cannot work is known before any checkpoint is renamed
-    if c.upload_to and not c.eval_only:
-        parallel.from_main(lambda: resume.check_upload(c, resumed, notes), world)
+    start = StartPoint.find(c, given, SHAPE_KEYS, folder, world, notes)
+    data = open_data(start, given, ROOT, world, terminal, notes)
+    weights = start.weights(data.folder, world)
+    plan = plan_batches(start, data, world, terminal, notes)
+    c = plan.config
+    state = start.state(plan, data.new_stream, notes)
+    order = order_of(data.train, c.block_size, c.seed)
+    note_plan(start, data, plan, order, notes)
+    questions = read_questions(c, data, world)
 
-    # ---- data and the model's shape
-    with terminal.doing('opening the data'):
-        train_file, val_file, meta = parallel.once_per_machine(
-            lambda: open_dataset(c.dataset, ROOT, c.data_url), world
-        )
-    shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
-    for file in sorted((train_file, val_file), key=len):
-        check_fit(file, shape.vocab_size, shape.block_size)
-    document_end = checks.end_of_documents(c, meta) if c.document_mask else None
-    if world.ring:
-        checks.refuse_in_parts(c, shape)
-    checks.note_without_effect(c, given, shape, ROUTING, notes)
-    data = {
-        file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)}
-        for file in (train_file, val_file)
-    }
-    data_folder = folder_of(c.dataset, ROOT)
-    parallel.same(
-        {f'{split}.bin': what for split, what in data.items()} | {'folder': data_folder},
-        'the data',
-        world,
-    )
-    tokenizer_id = parallel.from_main(
-        lambda: tokenizer_match.tokenizer_identity(data_folder, meta), world
-    )
-    token_ids = parallel.from_main(lambda: tokenizer_match.digest_of_dataset(data_folder), world)
-    new_stream, new_validation = (
-        resume.check_data(resumed, data, c.allow_data_change, notes) if resumed else (False, False)
-    )
-    if resumed:
-        parallel.from_main(
-            lambda: tokenizer_match.check_resumed(resumed, data_folder, meta, c.dataset, notes),
-            world,
-        )
-    weights = (
-        f'checkpoint of {"nanoGPT" if nanogpt else "this run"}, continuing at iter {start_step}'
-        if resumed
-        else f'initialized with seed {c.seed}'
-    )
-    if hf_folder:
-        match = parallel.from_main(
-            lambda: tokenizer_match.check_weights(hf_folder, data_folder, c.dataset), world
-        )
-        weights = f'{c.init_from}, {huggingface.count_tensors(hf_folder):,} tensors; {match}'
-    torch_dtype = kernels.precision(c.dtype, device)
-    kernels.set_deterministic(c.deterministic)  # before a trial times them
-    dtype = str(torch_dtype).removeprefix('torch.')
-    with terminal.doing('trying attention kernels'):
-        chosen, told = parallel.from_main(
-            lambda: kernels.choose(c, shape, device, torch_dtype), world
-        )
-    notes += told
-    if (
-        c.compile
-        and device.type == 'cpu'
-        and not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX'))
-    ):
-        notes.append('compile=True needs a C++ compiler, and there is none: running without')
-        c.compile = False
+    model = plan.model(world)
+    check_model(c, model, world)
+    prediction = predict_memory(plan, model, terminal, notes)
+    place = open_place(start, plan, model, folder, world, notes)
+    before = memory_gb(world.device)['allocated_gb']
+    step_model, train_model = build_model(start, plan, model, world, terminal)
+    optimization = build_optimizer(c, model, world)
+    with terminal.doing('loading the checkpoint'):
+        start.load(model, optimization, world)
 
-    # ---- memory and batch arithmetic
-    autocast = kernels.autocast(device.type, torch_dtype)
-    tokens_of_rank = c.block_size // c.context_parallel
-    options = ModelOptions(c, shape, chosen, document_end, torch_dtype, world)
+    agreement = parallel.Agreement(world)
+    evaluator = Evaluator(
+        plan, data, questions, model, step_model, world, agreement, stop, terminal
+    )
+    evaluated = start.evaluation(evaluator.windows)  # beside the checkpoint, of the same windows
+    state.best_val_loss = best_loss(start, data, evaluator.windows, evaluated, notes)
+    utilisation = utilisation_of(plan, model, world)
+    startup = startup_info(
+        c, model, optimization.optimizer, world, gpu_name(world), model.flops(), prediction
+    )
+    log = open_log(c, start, place, startup, utilisation, evaluated, world, terminal)
+    workers = c.dataloader_num_workers if c.use_dataloader else 0
+    facts = startup, data.meta, order, world, plan.sequences, workers, place.run_name, weights
+    for line in report(c, *facts, notes, terminal.columns()):
+        log.say(line)
+    if c.eval_only:
+        if losses := evaluator():
+            log.say(evaluation_line(start.step, losses))
+        log.close()
+        return parallel.largest(stop.code(), world)
 
-    def predicted(batch_size, sequences):
-        return options.predict(batch_size, sequences // batch_size, autocast)
-
-    if c.find_batch_size:
-        sequences = (
-            checks.accumulation_steps(dataclasses.replace(c, batch_size=1), world.data_size)
-            if c.total_batch_size
-            else c.batch_size * c.gradient_accumulation_steps
+    text_bytes = count_text_bytes(plan, data, questions) if world.main else None
+    loader = open_loader(plan, data, order, state, workers, world)
+    keeper = open_keeper(start, plan, data, evaluator, place, model, optimization, state, log, stop)
+    stop.max_hours = c.max_time
+    # the sum over this rank's targets, over the targets of the whole step; ranks average, hence
+    # world.size
+    weight = world.size / plan.tokens
+    scaler, guard = optimization.scaler, optimization.guard
+    micro_step = MicroStep(
+        model, train_model, world, plan.autocast, scaler, weight, plan.accumulation
+    )
+    if state.step < c.max_iters and (c.compile or c.use_cuda_graphs):
+        micro_step = prepare(plan, data, order, state, micro_step, evaluator, log, terminal)
+    gc.freeze()  # what stays for good is not searched for garbage again
+    iterations = IterationLog(
+        plan, model, train_model, loader, guard, utilisation, log, world, terminal, start.step
+    )
+    terminal.start_bar(c.max_iters, state.step)
+    if state.step >= c.max_iters:
+        log.say(
+            f'nothing to train: already at iter {state.step} of max_iters={c.max_iters}; a larger'
+            ' --max_iters goes on'
         )
-        room = memory.available(device)
-        with terminal.doing('looking for the largest batch_size that fits'):
-            # what fits on every rank
-            size = -parallel.largest(
-                -memory.find_batch_size(lambda size: predicted(size, sequences), sequences, room),
-                world,
+
+    # ---- the loop: once in a while save, evaluate, sample; then one step; then log
+    stop_code = 0
+    while True:
+        step = state.step
+        ending = step >= c.max_iters or stop_code
+        evaluating = evaluates_at(c, step, start.step, evaluated) and not stop_code
+        sampling = samples_at(c, step, start.step) and not stop_code
+        with terminal.doing('saving the checkpoint'):
+            keeper.settle(wait=ending)
+        # alike on every rank: what a save that is not waited for says comes at its own time on each
+        saving = keeper.due(ending)
+        if saving or evaluating or sampling:
+            # a save waits for nothing
+            with iterations.paused(world.device if evaluating or sampling else None):
+                if saving:
+                    keeper.save()
+                losses = evaluator() if evaluating else None
+                if losses:
+                    note_losses(c, state, losses, text_bytes, keeper, evaluator.windows, log)
+                elif evaluating:
+                    stop_code = parallel.largest(stop.code(), world)
+                    continue
+                if sampling:
+                    write_samples(plan, step, questions, model, stop, log, world)
+        if ending:
+            with terminal.doing('saving the checkpoint'):
+                keeper.settle(wait=True)
+            break
+
+        with terminal.doing(
+            f'iter {step + 1}/{c.max_iters}: micro-step', plan.accumulation
+        ) as work:
+            result = train_step(
+                plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, work
             )
-        c = dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
-        notes.append(
-            f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest'
-            f' that fits: {room / 1e9:.1f} GB are free'
-        )
-    accumulation = checks.accumulation_steps(c, world.data_size)
-    note = dataclasses.replace(options, c=c).loss_chunk(c.batch_size)[1]
-    notes += [note] if note else []
-    sequences_per_step = c.batch_size * accumulation * world.data_size
-    tokens_per_step = sequences_per_step * c.block_size
-    position = (
-        start_step * sequences_per_step
-        if nanogpt
-        else resumed['position']
-        if resumed and not new_stream
-        else 0
+        stop_code = result.stop_code
+        if stop_code:
+            continue
+        stop.at_once = False
+        iterations.count(state.step, result.waited)
+        if iterations.due(state.step, bool(result.statistics)):
+            bad = iterations.record(state, result)
+            if bad['row'] >= c.max_bad_steps:
+                stop_code = give_up(c, plan, state, order, bad, keeper, guard, log)
+            iterations.begin_interval()
+
+    if stop_code == stopping.NOT_FINITE and world.main:
+        resume.supersede(c.out_dir, state.step)  # saved between the first bad step and now
+    loader.close()
+    terminal.end_bar()
+    return finish(c, start, state, stop_code, keeper, place, prediction, before, folder, log, stop)
+
+
+@dataclass
+class StepResult:
+    """What an optimizer step gave: tensors on the device, which nobody waits for until they are
+    logged. stop_code: not 0 if the step was given up; waited: seconds for a save.
+    """
+
+    stop_code: int
+    lr: float = 0.0
+    loss: torch.Tensor | None = None
+    grad_norm: torch.Tensor | None = None
+    statistics: dict = dataclasses.field(default_factory=dict)
+    routing: torch.Tensor | None = None
+    waited: float = 0.0
+
+
+def train_step(plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, work):
+    """Take one optimizer step, of plan.accumulation micro-steps; returns a StepResult.
+
+    A step during which the run is asked to stop is given up: the weights are those of the last one,
+    and its batches will come again.
+    """
+    c, world, guard = plan.config, plan.options.world, optimization.guard
+    lr = learning_rate(c, state.step)
+    optim.set_learning_rate(optimization.optimizer, lr)
+    loss = torch.zeros((), device=world.device)
+    for number in range(plan.accumulation):
+        batch = loader.next(stop.code)
+        # who is to stop says so before the micro-step, and all know after it: the answer comes
+        # while they compute
+        stop_code = agreement.begin(stop.code())
+        if not stop_code:
+            x, y, first_position = batch or loader.nothing()
+            if c.dropout:
+                # masks are a function of the data, not of the layout
+                torch.manual_seed(mix(c.seed, first_position) % 2**63)
+            loss += micro_step(x, y, number)
+            stop_code = agreement.end()
+        if stop_code:
+            micro_step.clear()
+            return StepResult(stop_code)
+        work.done += 1
+    loss = parallel.sum_over_ranks(loss, world) / world.size
+    guard.unscale()
+    measured = c.gradient_log_interval and (state.step + 1) % c.gradient_log_interval == 0
+    statistics = optim.gradient_statistics(optimization.parameters) if measured else {}
+    grad_norm = optim.clip_gradients(optimization.parameters, c.grad_clip)
+    waited = keeper.saver.wait_staged()  # until then the tensors of a save must not change
+    state.step += 1
+    guard.step(optimization.optimizer, state.step, loss, grad_norm)
+    routing = model.after_step(world, c.balance_rate, optimization.optimizer.found_inf)
+    micro_step.clear()
+    state.position += plan.sequences
+    state.tokens += plan.tokens
+    return StepResult(0, lr, loss, grad_norm, statistics, routing, waited)
+
+
+def evaluates_at(c, step, start_step, evaluated):
+    """Whether the losses are to be measured at `step`, which includes the final weights.
+
+    evaluated: losses that are known already of the weights that the run started from, or None.
+    """
+    last = step == c.max_iters and step > start_step
+    wanted = (last or step % c.eval_interval == 0) and (step > 0 or c.eval_at_start)
+    return wanted and not (step == start_step and evaluated)
+
+
+def samples_at(c, step, start_step):
+    return c.sample_interval and step % c.sample_interval == 0 and step > start_step
+
+
+def note_losses(c, state, losses, text_bytes, keeper, windows, log):
+    """Log the losses of an evaluation, and save the weights if they are the best.
+
+    windows: digest of the evaluation windows.
+    """
+    log.event(
+        'eval',
+        iter=state.step,
+        train_loss=losses['train'],
+        val_loss=losses['val'],
+        timestamp=now(),
+        lr=learning_rate(c, max(0, state.step - 1)),
+        tokens_seen=state.tokens,
+        **readings(losses['val'], text_bytes),
+        **({'val_loss_by_source': losses['sources']} if 'sources' in losses else {}),
+        **({'tasks': losses['tasks']} if 'tasks' in losses else {}),
     )
-    tokens = resumed.get('tokens', position * c.block_size) if resumed else 0
-    if resumed and not nanogpt and resumed['tokens_per_step'] != tokens_per_step:
-        notes.append(
-            f'{tokens_per_step} tokens per iteration from now on (it was'
-            f' {resumed["tokens_per_step"]}); --total_batch_size fixes them for any number of'
-            ' processes'
+    log.say(evaluation_line(state.step, losses, state.best_val_loss))
+    best = keeper.note(losses, windows)
+    if best and not c.always_save_checkpoint and state.step not in (keeper.saved_step, 0):
+        keeper.save()
+    keeper.note_evaluation()
+
+
+def write_samples(plan, step, questions, model, stop, log, world):
+    """Continue the prompts of sample_start and log the texts."""
+    # its own, so that training draws what it would without; and alike on every rank
+    generator = torch.Generator(world.device).manual_seed(plan.config.seed)
+    with parallel.forward_only(model), plan.autocast:
+        written = generate(
+            model,
+            questions.prompts,
+            128,
+            temperature=0.8,
+            top_k=50,
+            generator=generator,
+            device=world.device,
+            interrupted=lambda: parallel.largest(stop.code(), world),
         )
-    if resumed and resumed.get('threads', torch.get_num_threads()) != torch.get_num_threads():
-        notes.append(
-            f'{torch.get_num_threads()} CPU threads (it was {resumed["threads"]}): sums are rounded'
-            ' differently, so losses differ in the last bits'
-        )
-    c = dataclasses.replace(
-        c,
-        dtype=dtype,
-        attention_backend=chosen['backend'],
-        gradient_accumulation_steps=accumulation,
-        device=device.type,
-        backend=world.backend,
-        use_cuda_graphs=checks.cuda_graphs(c, device.type, chosen['dispatch'], notes),
-        **dataclasses.asdict(shape),
+    for prompt, ids in zip(questions.prompts, written):
+        log.sample(step, questions.tokenizer.decode(prompt + ids))
+
+
+def give_up(c, plan, state, order, bad, keeper, guard, log):
+    """Go back to the last good step after too many that were not finite; returns the exit code.
+
+    The weights are still those of that step: bad steps change none. bad: of guard.counts().
+    """
+    good = bad['first'] - 1
+    missed = state.step - good
+    first = state.position - missed * plan.sequences
+    last = first + c.max_bad_steps * plan.sequences - 1
+    log.say(
+        f'loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad["first"]} to'
+        f' {good + c.max_bad_steps}, sequences {first} to {last} of the stream: stopping with the'
+        f' weights of iter {good}. Resume with a lower --learning_rate, or look at the data: the'
+        ' first of these sequences begin at tokens'
+        f' {order.starts(first, plan.sequences)[:8].tolist()} of train.bin'
     )
-    windows = evaluation_identity(val_file, c)
-    best_val_loss = (
-        resume.best_loss_so_far(resumed, windows, new_validation, notes) if resumed else math.inf
-    )
+    keeper.rewind(good, first, state.tokens - missed * plan.tokens)
+    guard.state['counts'][:2] = 0  # the run that continues starts its row anew
+    return stopping.NOT_FINITE
+
+
+def note_plan(start, data, plan, order, notes):
+    """Note what of the schedule and the data a user may not expect."""
+    c = plan.config
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
         notes.append(
             f'the learning rate does not reach min_lr: lr_decay_iters={c.lr_decay_iters} lies'
             f' beyond max_iters={c.max_iters}'
         )
+    if start.from_own_checkpoint:
+        checks.note_jump(start.saved['config'], c, start.step, learning_rate, notes)
+    validation = (len(data.val) - 1) // c.block_size
+    checks.note_data(c, start.step, order, plan.sequences, validation, notes)
 
-    order = order_of(train_file, c.block_size, c.seed)
-    if resumed and not nanogpt:
-        checks.note_jump(resumed['config'], c, start_step, learning_rate, notes)
-    checks.note_data(
-        c, start_step, order, sequences_per_step, (len(val_file) - 1) // c.block_size, notes
-    )
-    tokenizer = text_tokenizer(c, meta) if c.sample_interval or c.eval_tasks else None
-    prompts = prompts_of(c.sample_start, tokenizer, c.block_size) if c.sample_interval else []
-    eval_tasks = tasks.encode(
-        tasks.load_tasks(c.eval_tasks or '', c.eval_tasks_limit), tokenizer, c.block_size
-    )
-    parallel.same(
-        {'prompts': prompts, 'eval_tasks': tasks.fingerprint(eval_tasks)},
-        'what is written or asked at evaluations',
-        world,
-    )
 
-    model = Model.on_meta(shape, ring=world.ring, **options.of(c.batch_size))
-    memory.refuse_too_large(model, device, world.mesh.size(-1) if world.fsdp else 1)
+def best_loss(start, data, windows, evaluated, notes):
+    """Return the best validation loss before this start. evaluated: losses of its weights."""
+    if not start.saved:
+        return math.inf
+    best = resume.best_loss_so_far(start.saved, windows, data.new_validation, notes)
+    return min(best, evaluated['val'] or math.inf) if evaluated else best
+
+
+def check_model(c, model, world):
+    """Raise ConfigError for a model that is too large, or fp8 that has no effect."""
+    memory.refuse_too_large(model, world.device, world.mesh.size(-1) if world.fsdp else 1)
     if c.fp8 and not model.float8_layers:
         raise ConfigError(
             'fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more'
             ' than 1024 outputs or 4096 inputs): type --fp8=False'
         )
 
-    prediction = None
-    elements = (
-        c.batch_size * tokens_of_rank * (16 * shape.n_layer * shape.n_embd + shape.vocab_size)
-    )
-    if (
-        not c.eval_only
-        and not c.fsdp_offload
-        and (
-            sum(p.numel() for p in model.parameters()) >= PREDICT_FROM[0]
-            or elements >= PREDICT_FROM[1]
-        )
-    ):
-        try:
-            with terminal.doing('predicting the memory'):
-                prediction = predicted(c.batch_size, c.batch_size * accumulation)
-                parallel.from_main(
-                    lambda: (
-                        c.ignore_memory
-                        or memory.refuse(
-                            prediction,
-                            device,
-                            c,
-                            accumulation,
-                            world.fsdp,
-                            options.predictor(autocast),
-                        )
-                    ),
-                    world,
-                )
-        except memory.NotPredicted as error:
-            notes.append(str(error))
 
-    # ---- the run's folder
-    run_name = copier = machines = None
-    if not c.eval_only:
-        folder.hold(make=True)
-        if resumed:
-            resume.set_aside(c, resumed, world, notes)
-        else:
-            resume.make_way(c, world, notes)
-        run_name = resumed.get('run_name') if resumed else None
+@dataclass
+class RunPlace:
+    """Where a run writes: name and lineage of it, copier and machines that upload; None where it
+    writes nothing or uploads nothing.
+    """
+
+    run_name: str | None = None
+    lineage: list | None = None
+    copier: Copier | None = None
+    machines: Machines | None = None
+
+
+def open_place(start, plan, model, folder, world, notes):
+    """Take out_dir for this run; returns a RunPlace. Raises ConfigError where others have it."""
+    c, saved = plan.config, start.saved
+    if c.eval_only:
+        return RunPlace()
+    folder.hold(make=True)
+    if saved:
+        resume.set_aside(c, saved, world, notes)
+    else:
+        resume.make_way(c, world, notes)
+
+    def name():
         # a run that died before its first checkpoint keeps its name and log
-        again = c.auto_resume and not resumed
-        run_name = run_name or parallel.from_main(
-            lambda: (
-                again and unsaved_run(c.out_dir, resume.config_record(c)) or new_run_name(c.out_dir)
-            ),
-            world,
-        )
-        parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
-        lineage = parallel.from_main(
-            lambda: resume.choose_lineage(
-                c, resumed, c.upload_to and place_of(c.upload_to, c.out_dir)
-            ),
-            world,
-        )
-        if c.upload_to:
-            machines = Machines(world, c.upload_to)
-            if world.main:
-                copier = Copier(c.upload_to, c.out_dir, run_name, c.upload_keep_local, machines)
-            elif world.local_rank == 0:
-                machines.serve()
+        again = c.auto_resume and not saved
+        unsaved = again and unsaved_run(c.out_dir, resume.config_record(c))
+        return unsaved or new_run_name(c.out_dir)
 
-    # ---- model
+    run_name = (saved and saved.get('run_name')) or parallel.from_main(name, world)
+    parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
+    there = c.upload_to and place_of(c.upload_to, c.out_dir)
+    lineage = parallel.from_main(lambda: resume.choose_lineage(c, saved, there), world)
+    place = RunPlace(run_name, lineage)
+    if c.upload_to:
+        place.machines = Machines(world, c.upload_to)
+        if world.main:
+            keep = c.upload_keep_local
+            place.copier = Copier(c.upload_to, c.out_dir, run_name, keep, place.machines)
+        elif world.local_rank == 0:
+            place.machines.serve()
+    return place
+
+
+def build_model(start, plan, model, world, terminal):
+    """Give `model` memory and values on this rank's layout; returns (what evaluation calls, what
+    training calls).
+    """
+    c = plan.config
     torch.manual_seed(c.seed)
-    before = memory_gb(device)['allocated_gb']
-    parallel.shard(model, world, torch_dtype, getattr(torch, c.fsdp_reduce_dtype), c.fsdp_offload)
-    model.allocate('cpu' if c.use_fsdp and c.fsdp_offload else device, buffers_on=device)
-    with terminal.doing(
-        'initializing the weights' if c.init_from == 'scratch' else 'loading the weights'
-    ):
-        if nanogpt:
-            model.fill(nanogpt['model'].items())
-        elif hf_folder and c.upcycle:
-            model.init_weights(c.seed, device)  # the routers
-            model.fill(huggingface.upcycled(hf_folder, shape), partly=True)
-        elif hf_folder:
-            model.fill(huggingface.weights(hf_folder, shape))
-        elif not resumed:
-            model.init_weights(c.seed, device)
-    step_model, train_model = parallel.wrap(
-        model, world, c.compile, accumulation, c.use_cuda_graphs
-    )
+    reduce_dtype = getattr(torch, c.fsdp_reduce_dtype)
+    parallel.shard(model, world, plan.options.dtype, reduce_dtype, c.fsdp_offload)
+    offloaded = c.use_fsdp and c.fsdp_offload
+    model.allocate('cpu' if offloaded else world.device, buffers_on=world.device)
+    new = c.init_from == 'scratch'
+    with terminal.doing('initializing the weights' if new else 'loading the weights'):
+        start.fill(model, world.device)
+    return parallel.wrap(model, world, c.compile, plan.accumulation, c.use_cuda_graphs)
 
-    # ---- optimizer
+
+def build_optimizer(c, model, world):
+    """Return the optim.Optimization of `model`, whose parameters have memory."""
     named = dict(model.named_parameters())
     parameters = list(named.values())
     updated = parallel.optimized(named, world)
@@ -700,77 +768,49 @@ def run(c, given, stop, terminal):
         ranks=world.size if world.layout == 'DDP' else 1,
     )
     parallel.bind(optimizer, named, updated, world)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == 'float16')
+    scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == 'float16')
     guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)
-    if resumed:
-        if nanogpt:
-            for name, tensor in (
-                optim.named_state(optimizer, updated).items() if nanogpt['optimizer'] else ()
-            ):
-                parallel.put(tensor, nanogpt['optimizer'][name])
-        else:
-            with terminal.doing('loading the checkpoint'):
-                checkpoint.load(
-                    resumed['path'],
-                    checkpoint_tensors(
-                        model, named, *(() if c.eval_only else (updated, optimizer, guard))
-                    ),
-                    world,
-                )
-            scaler.load_state_dict(resumed['scaler'])
+    return optim.Optimization(optimizer, scaler, guard, named, updated)
 
-    # ---- log and report
-    loader_workers = c.dataloader_num_workers if c.use_dataloader else 0
-    evaluation_count = sum(
-        evaluation_length(file, c.block_size, c.batch_size, c.eval_iters, world.data_size)
-        for file in (train_file, val_file)
+
+def gpu_name(world):
+    return torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
+
+
+def utilisation_of(plan, model, world):
+    """Return a function of tokens per second that gives the `mfu` object of the log."""
+    return functools.partial(
+        flops.utilisation,
+        model.flops(),
+        device_name=gpu_name(world),
+        dtype=plan.config.dtype,
+        num_devices=world.size,
+        architecture=plan.options.shape.describe(),
     )
-    token_flops = model.flops()
-    gpu_name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
-    startup = startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction)
-    mfu_constants = {
-        key: value
-        for key, value in flops.utilisation(
-            token_flops,
-            1.0,
-            device_name=gpu_name,
-            dtype=dtype,
-            num_devices=world.size,
-            architecture=shape.describe(),
-        ).items()
-        if key not in flops.VARIES
-    }
+
+
+def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
+    """Return the RunLog, with its header written, and what else it goes to opened."""
+    constants = utilisation(tokens_per_sec=1.0)
+    shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
     header = {
         'config': resume.config_record(c),
         'startup_info': startup,
-        'mfu_constants': mfu_constants,
-        'metadata': (
-            {
-                key: getattr(c, key)
-                for key in ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
-            }
-            | {'world_size': world.size, 'version': __version__}
-        ),
+        'mfu_constants': {key: constants[key] for key in constants if key not in flops.VARIES},
+        'metadata': {key: getattr(c, key) for key in shown}
+        | {'world_size': world.size, 'version': __version__},
     }
-    evaluated = (
-        checkpoint.read_evaluation(resumed['path'])
-        if resumed and not nanogpt and not new_validation
-        else None
-    )
-    evaluated = evaluated if evaluated and evaluated.get('data') == windows else None
-    if evaluated and (evaluated['val'] or math.inf) < best_val_loss:
-        best_val_loss = evaluated['val']
     log = RunLog(
         c.out_dir,
-        run_name,
+        place.run_name,
         header,
         active=world.main,
         write=not c.eval_only,
-        resume_step=start_step if resumed or c.auto_resume else None,
+        resume_step=start.step if start.saved or c.auto_resume else None,
         evaluated=evaluated is not None,
         save_json=c.save_log_to_json,
         save_interval=c.log_save_interval,
-        first=start_step,
+        first=start.step,
         terminal=terminal,
     )
     if world.main and not c.eval_only:
@@ -780,275 +820,48 @@ def run(c, given, stop, terminal):
             log.to_trackio(c.wandb_project, c.wandb_run_name)
         if c.tensorboard_log:
             log.to_tensorboard()
-    if resumed and not nanogpt and not log.has_checkpoint(start_step):
+    if start.from_own_checkpoint and not log.has_checkpoint(start.step):
         log.event(
             'checkpoint',
-            iter=start_step,
+            iter=start.step,
             val_loss=None,
-            path=resumed['path'],
+            path=start.saved['path'],
             timestamp=now(),
             stall_ms=None,
             total_ms=None,
         )
-    for line in report(
-        c,
-        startup,
-        meta,
-        order,
-        world,
-        sequences_per_step,
-        loader_workers,
-        run_name,
-        weights,
-        notes,
-        terminal.columns(),
-    ):
-        log.say(line)
+    return log
 
-    sources = [name for name, _ in shares_of(c.dataset)]
-    text_bytes = (
-        TextBytes(
-            val_file,
-            val_file.evaluation_starts(c.block_size, c.eval_iters * c.batch_size),
-            c.block_size,
-            lambda: tokenizer or tokenizer_of(data_folder, meta),
-        )
-        if world.main
-        else None
+
+def count_text_bytes(plan, data, questions):
+    """Return the TextBytes of the evaluation windows."""
+    c = plan.config
+    starts = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
+    return TextBytes(
+        data.val, starts, c.block_size, lambda: questions.tokenizer or data.tokenizer()
     )
-    agreement, stragglers = parallel.Agreement(world), Stragglers(world, log.say)
 
-    def evaluate():
-        """{'train': loss, 'val': loss, perhaps 'tasks': scores} over the fixed evaluation windows,
-        the same on every rank; None if the run is to stop.
-        """
-        with (
-            parallel.forward_only(step_model),
-            torch.no_grad(),
-            terminal.doing('evaluating', evaluation_count) as work,
-        ):
-            return measure(work)
 
-    def measure(work):
-        losses = {}
-        for split, file in (('train', train_file), ('val', val_file)):
-            # of each source the sum of losses, targets
-            total = torch.zeros(len(sources), 2, dtype=torch.float64, device=device)
-            for x, y, source in evaluation_batches(
-                file,
-                c.block_size,
-                c.batch_size,
-                c.eval_iters,
-                world.data_rank,
-                world.data_size,
-                world.ring,
-            ):
-                if agreement.begin(stop.code()):
-                    return None
-                x, y = x.to(device), y.to(device)
-                with autocast:
-                    loss = step_model(x, y, reduction='sum')
-                total[source] += torch.stack([loss.double(), (y != IGNORE).sum().double()])
-                if agreement.end():
-                    return None
-                work.done += 1
-            total = parallel.sum_over_ranks(total, world)
-            losses[split] = (total[:, 0].sum() / total[:, 1].sum()).item()
-        if len(sources) > 1:
-            # of 'val'
-            losses['sources'] = {
-                name: loss / targets
-                for name, (loss, targets) in zip(sources, total.tolist())
-                if targets
-            }
-        if eval_tasks:
-            with autocast:
-                losses['tasks'] = tasks.evaluate(
-                    eval_tasks,
-                    model,
-                    c.batch_size,
-                    device,
-                    lambda values: parallel.sum_over_ranks(values, world),
-                    world.rank,
-                    world.size,
-                    lambda: parallel.largest(stop.code(), world),
-                )
-        return None if eval_tasks and losses['tasks'] is None else losses
-
-    def save():
-        nonlocal saved_step
-        state = {
-            'run_name': run_name,
-            'branch': lineage,
-            'position': position,
-            'tokens': tokens,
-            'tokens_per_step': tokens_per_step,
-            'config': resume.config_record(c),
-            'threads': torch.get_num_threads(),
-            'best_val_loss': None if best_val_loss == math.inf else best_val_loss,
-            'scaler': scaler.state_dict(),
-            'data': data,
-            'windows': windows,
-            'tokenizer': tokenizer_id,
-            'token_ids': token_ids,
-            'optimizer': type(optimizer).__name__,
-            'time': now(),
-            'world_size': world.size,
-            'versions': {
-                'onetrain': __version__,
-                'torch': torch.__version__,
-                'python': platform.python_version(),
-            },
-        }
-        due = time.perf_counter()
-        settle(saver.wait())  # one save at a time
-        saver.start(step, checkpoint_tensors(model, named, updated, optimizer, guard), state, due)
-        saved_step = step
-
-    def settle(outcome):
-        """Tell what became of a save, and note the losses that were measured meanwhile."""
-        nonlocal saved_step, failed_save
-        if outcome is not None:
-            failed_save = outcome.error
-            if outcome.error:
-                log.event('save_failed', iter=outcome.step, error=outcome.error, timestamp=now())
-                log.say(
-                    f'CHECKPOINT NOT SAVED at iter {outcome.step}: {outcome.error}. '
-                    + (
-                        'It would be of no use; the older ones are as they were'
-                        if outcome.not_finite
-                        else 'The older ones are as they were; the next try is at the next interval'
-                    )
-                )
-                saved_step = -1 if saved_step == outcome.step else saved_step
-                if outcome.not_finite:
-                    stop.fault = stopping.NOT_FINITE
-            else:
-                log.event(
-                    'checkpoint',
-                    iter=outcome.step,
-                    val_loss=None,
-                    path=outcome.path,
-                    timestamp=now(),
-                    stall_ms=1000 * outcome.stall_s,
-                    total_ms=1000 * outcome.total_s,
-                    bytes=outcome.size,
-                )
-                log.say(
-                    f'saved {outcome.path}'
-                    + (
-                        f', training waited {outcome.stall_s:.1f} s'
-                        if outcome.stall_s >= 0.1
-                        else ''
-                    )
-                )
-                for note in outcome.notes:
-                    log.say(f'Note: {note}')
-                note_evaluation(outcome.step)
-        for line in copier.news() if copier else ():
-            log.say(line)
-
-    def note_evaluation(at):
-        if world.main and last_evaluation[0] == at:
-            try:
-                checkpoint.record_evaluation(checkpoint.path_of(c.out_dir, at), last_evaluation[1])
-            except OSError as error:
-                log.say(
-                    f'the losses at iter {at} could not be noted beside its checkpoint'
-                    f' ({error.strerror}): it will not count as the best'
-                )
-            if copier:
-                copier.add(at)
-
-    def prepare():
-        """Compile, and record the CUDA graphs, on the first tokens of the data: no weight
-        changes.
-        """
-        nonlocal micro_step
-        batches = [
-            inputs_and_targets(
-                read_batch(
-                    train_file,
-                    order.starts(position + i * c.batch_size, c.batch_size),
-                    c.block_size,
-                    world.ring,
-                ).to(device)
-            )
-            for i in range(2)
-        ]  # as the loader gives it out: strides count too
-
-        def evaluation():
-            if c.max_iters > start_step:
-                x, y = (
-                    part.to(device)
-                    for part in next(
-                        evaluation_batches(
-                            train_file, c.block_size, c.batch_size, 1, ring=world.ring
-                        )
-                    )[:2]
-                )
-                with parallel.forward_only(step_model), torch.no_grad(), autocast:
-                    step_model(x, y, reduction='sum')
-
-        def forget_routing():
-            model.after_step(world, 0.0, None)
-
-        if c.compile:
-            log.say('compiling')
-            with terminal.doing('compiling'):
-                seconds, error = compile_ahead(
-                    lambda: micro_step(*batches[0], accumulation - 1), evaluation
-                )
-            micro_step.clear()
-            forget_routing()
-            log.event('compile', seconds=seconds, error=error, timestamp=now())
-            log.say(
-                f'COMPILING FAILED, so everything runs without: {error}'
-                if error
-                else f'compiled in {seconds:.1f} s'
-            )
-        if c.use_cuda_graphs:
-            micro_step = Graphs(micro_step)
-            log.say(
-                f'CUDA graphs recorded in {micro_step.prepare(batches, forget_routing):.1f} s: two'
-                ' batches gave what they give without'
-            )
-
-    def sample():
-        # its own, so that training draws what it would without; and alike on every rank
-        generator = torch.Generator(device).manual_seed(c.seed)
-        with parallel.forward_only(model), autocast:
-            written = generate(
-                model,
-                prompts,
-                128,
-                temperature=0.8,
-                top_k=50,
-                generator=generator,
-                device=device,
-                interrupted=lambda: parallel.largest(stop.code(), world),
-            )
-        for prompt, ids in zip(prompts, written):
-            log.sample(step, tokenizer.decode(prompt + ids))
-
-    if c.eval_only:
-        losses = evaluate()
-        log.say(evaluation_line(start_step, losses))
-        log.close()
-        return 0
-
-    loader = TrainLoader(
-        train_file,
+def open_loader(plan, data, order, state, workers, world):
+    """Return the TrainLoader, which begins to read ahead."""
+    c = plan.config
+    return TrainLoader(
+        data.train,
         order,
         batch_size=c.batch_size,
         rank=world.data_rank,
         world_size=world.data_size,
-        position=position,
-        device=device,
+        position=state.position,
+        device=world.device,
         ring=world.ring,
-        num_workers=loader_workers,
+        num_workers=workers,
         prefetch_factor=c.dataloader_prefetch_factor,
     )
+
+
+def open_keeper(start, plan, data, evaluator, place, model, optimization, state, log, stop):
+    """Return the CheckpointKeeper, with the memory of its copies taken."""
+    c, world = plan.config, plan.options.world
     saver = Saver(
         c.out_dir,
         world,
@@ -1057,538 +870,114 @@ def run(c, given, stop, terminal):
         keep_all=c.keep_all_checkpoints,
         background=c.checkpoint_async,
         before_commit=log.sync,
-        copier=copier,
+        copier=place.copier,
     )
-    saver.reserve(checkpoint_tensors(model, named, updated, optimizer, guard))
-    stop.max_hours = c.max_time
-    step, saved_step, stop_code, failed_save = (
-        start_step,
-        start_step if resumed and not nanogpt else -1,
-        0,
-        None,
+    facts = {
+        'run_name': place.run_name,
+        'tokens_per_step': plan.tokens,
+        'data': data.splits,
+        'windows': evaluator.windows,
+        'tokenizer': data.tokenizer_id,
+        'token_ids': data.token_ids,
+        'optimizer': type(optimization.optimizer).__name__,
+    }
+    keeper = CheckpointKeeper(
+        c,
+        state,
+        model,
+        optimization,
+        saver,
+        facts,
+        place.lineage,
+        log,
+        place.copier,
+        stop,
+        world,
     )
-    last_evaluation, bad_before, timed = (-1, None), guard.counts(), None
-    # the sum over this rank's targets, over the targets of the whole step; ranks average, hence
-    # world.size
-    micro_step = MicroStep(
-        model, train_model, world, autocast, scaler, world.size / tokens_per_step, accumulation
-    )
-    if step < c.max_iters and (c.compile or c.use_cuda_graphs):
-        prepare()
-        gc.collect()
-    gc.freeze()  # what stays for good is not searched for garbage again
-    interval_start, interval_steps, warming_up = time.perf_counter(), 0, True
-    terminal.start_bar(c.max_iters, step)
-    if step >= c.max_iters:
-        log.say(
-            f'nothing to train: already at iter {step} of max_iters={c.max_iters}; a larger'
-            ' --max_iters goes on'
-        )
+    if start.from_own_checkpoint:
+        keeper.saved_step = start.step
+    return keeper
 
-    # ---- the loop: once in a while save, evaluate, sample; then one step; then log
-    while True:
-        ending = step >= c.max_iters or stop_code
-        last = step == c.max_iters and step > start_step  # the final weights are always evaluated
-        evaluating = (
-            (last or step % c.eval_interval == 0)
-            and (step > 0 or c.eval_at_start)
-            and not stop_code
-            and not (step == start_step and evaluated)
+
+def prepare(plan, data, order, state, micro_step, evaluator, log, terminal):
+    """Compile, and record the CUDA graphs, on the first tokens of the data, which changes no
+    weight; returns the micro-step to train with.
+    """
+    c, world = plan.config, plan.options.world
+    model = micro_step.model
+    # as the loader gives it out: strides count too
+    batches = [
+        inputs_and_targets(
+            read_batch(
+                data.train,
+                order.starts(state.position + i * c.batch_size, c.batch_size),
+                c.block_size,
+                world.ring,
+            ).to(world.device)
         )
-        sampling = (
-            c.sample_interval
-            and step % c.sample_interval == 0
-            and step > start_step
-            and not stop_code
-        )
-        with terminal.doing('saving the checkpoint'):
-            settle(saver.wait() if ending else saver.poll())
-        # alike on every rank: what poll() says comes at its own time on each, what wait() says does
-        # not
-        saving = (
-            (ending or c.save_interval and step % c.save_interval == 0)
-            and step not in (saved_step, 0)
-            and not (ending and stop.fault)
-        )
-        if saving or evaluating or sampling:
-            # a save waits for nothing
-            pause = (
-                kernels.time_when_done(device) if evaluating or sampling else time.perf_counter()
+        for i in range(2)
+    ]
+
+    def forget_routing():
+        model.after_step(world, 0.0, None)
+
+    if c.compile:
+        log.say('compiling')
+        with terminal.doing('compiling'):
+            seconds, error = compile_ahead(
+                lambda: micro_step(*batches[0], plan.accumulation - 1), evaluator.one_batch
             )
-            if saving:
-                save()
-            losses = evaluate() if evaluating else None
-            if evaluating and not losses:
-                stop_code = parallel.largest(stop.code(), world)
-                continue
-            if losses:
-                log.event(
-                    'eval',
-                    iter=step,
-                    train_loss=losses['train'],
-                    val_loss=losses['val'],
-                    timestamp=now(),
-                    lr=learning_rate(c, max(0, step - 1)),
-                    tokens_seen=tokens,
-                    **readings(losses['val'], text_bytes),
-                    **({'val_loss_by_source': losses['sources']} if len(sources) > 1 else {}),
-                    **({'tasks': losses['tasks']} if eval_tasks else {}),
-                )
-                log.say(evaluation_line(step, losses, best_val_loss))
-                last_evaluation = step, {**losses, 'data': windows}
-                if losses['val'] < best_val_loss:
-                    best_val_loss = losses['val']
-                    if not c.always_save_checkpoint and step not in (saved_step, 0):
-                        save()
-                note_evaluation(step)
-            if sampling:
-                sample()
-            interval_start += time.perf_counter() - pause
-        if ending:
-            with terminal.doing('saving the checkpoint'):
-                settle(saver.wait())
-            if stop_code == stopping.NOT_FINITE and world.main:
-                resume.supersede(c.out_dir, step)  # saved between the first bad step and now
-            break
-
-        lr = learning_rate(c, step)
-        optim.set_learning_rate(optimizer, lr)
-        step_loss = torch.zeros((), device=device)
-        with terminal.doing(f'iter {step + 1}/{c.max_iters}: micro-step', accumulation) as work:
-            for number in range(accumulation):
-                batch = loader.next(stop.code)
-                # who is to stop says so before the micro-step, and all know after it: the answer
-                # comes while they compute
-                stop_code = agreement.begin(stop.code())
-                if not stop_code:
-                    x, y, first_position = batch or loader.nothing()
-                    if c.dropout:
-                        # masks are a function of the data, not of the layout
-                        torch.manual_seed(mix(c.seed, first_position) % 2**63)
-                    step_loss += micro_step(x, y, number)
-                    stop_code = agreement.end()
-                if stop_code:
-                    break
-                work.done += 1
-        # the step is given up: the weights are those of the last one, and its batches will come
-        # again
-        if stop_code:
-            micro_step.clear()
-            continue
-        step_loss = parallel.sum_over_ranks(step_loss, world) / world.size
-        guard.unscale()
-        measuring = c.gradient_log_interval and (step + 1) % c.gradient_log_interval == 0
-        statistics = optim.gradient_statistics(parameters) if measuring else {}
-        grad_norm = optim.clip_gradients(parameters, c.grad_clip)
-        interval_start += saver.wait_staged()
-        step += 1
-        guard.step(optimizer, step, step_loss, grad_norm)
-        routing = model.after_step(world, c.balance_rate, optimizer.found_inf)
         micro_step.clear()
-        position += sequences_per_step
-        tokens += tokens_per_step
-        interval_steps += 1
-        stop.at_once = False
+        forget_routing()
+        log.event('compile', seconds=seconds, error=error, timestamp=now())
+        failed = f'COMPILING FAILED, so everything runs without: {error}'
+        log.say(failed if error else f'compiled in {seconds:.1f} s')
+    if c.use_cuda_graphs:
+        micro_step = Graphs(micro_step)
+        seconds = micro_step.prepare(batches, forget_routing)
+        log.say(f'CUDA graphs recorded in {seconds:.1f} s: two batches gave what they give without')
+    gc.collect()
+    return micro_step
 
-        terminal.advance(step)
-        # the first iteration, which warms up, tells nothing of the others
-        timed = timed or (step, time.monotonic())
-        if step % c.log_interval == 0 or measuring or step in (start_step + 1, c.max_iters):
-            loss_value = step_loss.item()  # the only wait for the device
-            used = memory_gb(device)
-            table = parallel.of_each_rank(
-                {
-                    **used,
-                    'data_wait_s': loader.wait_s / interval_steps,
-                    **({} if c.use_cuda_graphs else parallel.waited_for_gradients(train_model)),
-                },
-                world,
-            )
-            worst = {key: max(values) for key, values in table.items()}
-            seconds = (time.perf_counter() - interval_start) / interval_steps
-            rate = tokens_per_step / seconds
-            mfu = (
-                None
-                if warming_up
-                else flops.utilisation(
-                    token_flops,
-                    rate,
-                    device_name=gpu_name,
-                    dtype=dtype,
-                    num_devices=world.size,
-                    architecture=shape.describe(),
-                )
-            )
-            gradients = {
-                'global_norm': grad_norm.item(),
-                **{key: value.item() for key, value in statistics.items()},
-            }
-            bad = guard.counts()
-            k = c.expert_log_interval  # met or passed since the last logged iteration
-            shares = bool(k) and (
-                step in (start_step + 1, c.max_iters) or step // k > (step - interval_steps) // k
-            )
-            log.event(
-                'iter',
-                iter=step,
-                loss=loss_value,
-                lr=lr,
-                tokens_seen=tokens,
-                time_ms=1000 * seconds,
-                tokens_per_sec=rate,
-                data_wait_ms=1000 * worst['data_wait_s'],
-                comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None,
-                **stragglers.of(table, seconds),
-                wall_s=log.wall_s(),
-                mfu=mfu and {key: mfu[key] for key in flops.VARIES},
-                memory={key: worst[key] for key in used},
-                gradients=gradients,
-                skipped={'bad': bad['bad'], 'spikes': bad['spikes']},
-                **(
-                    {}
-                    if routing is None
-                    else {'moe': (moe := model.routing_report(routing, tokens_per_step, shares))}
-                ),
-            )
-            left = (
-                (time.monotonic() - timed[1]) / (step - timed[0]) * (c.max_iters - step)
-                if step > timed[0]
-                else None
-            )
-            log.say(
-                progress_line(
-                    step,
-                    c.max_iters,
-                    loss_value,
-                    lr,
-                    gradients['global_norm'],
-                    rate,
-                    mfu and mfu['mfu_percent'],
-                    left,
-                    [] if routing is None else [f'load {moe["load_score"]:.0f}'],
-                    terminal.width(),
-                )
-            )
-            for key, what in (
-                ('bad', 'loss or gradient not finite'),
-                ('spikes', f'gradient norm above {c.spike_factor:g} times its median'),
-            ):
-                if bad[key] > bad_before[key]:
-                    log.say(
-                        f'SKIPPED {bad[key] - bad_before[key]} updates since the last line'
-                        f' ({what}), {bad[key]} in all'
-                    )
-            bad_before = bad
-            if bad['row'] >= c.max_bad_steps:
-                good = bad['first'] - 1
-                first_bad = position - (step - good) * sequences_per_step
-                log.say(
-                    f'loss or gradient not finite at {c.max_bad_steps} iterations in a row,'
-                    f' {bad["first"]} to {good + c.max_bad_steps}, sequences {first_bad} to'
-                    f' {first_bad + c.max_bad_steps * sequences_per_step - 1} of the stream:'
-                    f' stopping with the weights of iter {good}. Resume with a lower'
-                    ' --learning_rate, or look at the data: the first of these sequences begin at'
-                    f' tokens {order.starts(first_bad, sequences_per_step)[:8].tolist()} of'
-                    ' train.bin'
-                )
-                # copies of what was saved since then come before it
-                lineage = checkpoint.new_lineage([lineage])
-                position, tokens, step, stop_code = (
-                    first_bad,
-                    tokens - (step - good) * tokens_per_step,
-                    good,
-                    stopping.NOT_FINITE,
-                )
-                guard.state['counts'][:2] = 0  # the run that continues starts its row anew
-            interval_start, interval_steps, warming_up, loader.wait_s = (
-                time.perf_counter(),
-                0,
-                False,
-                0.0,
-            )
 
-    loader.close()
-    terminal.end_bar()
+def finish(c, start, state, stop_code, keeper, place, prediction, before, folder, log, stop):
+    """Say how the run ended, wait for its copies and let go of its folder; returns the exit code.
+
+    before: GB that were allocated before there was a model.
+    """
+    world = keeper.world
     if stop_code not in (0, stopping.NOT_FINITE):
-        log.say(
-            f'stopped at iter {step}; python train.py --out_dir={c.out_dir} --init_from=resume'
-            ' continues it'
-            if step
-            else 'stopped before the first iteration, nothing was saved'
-        )
+        again = f'python train.py --out_dir={c.out_dir} --init_from=resume continues it'
+        at = f'stopped at iter {state.step}; {again}'
+        log.say(at if state.step else 'stopped before the first iteration, nothing was saved')
     if stop_code > 128 and 'TORCHELASTIC_RUN_ID' in os.environ:
         log.say(
             'torchrun now prints a traceback of its own, as after every signal: the run is saved'
         )
-    if failed_save:
+    if keeper.failed:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
-    if stop_code == 0 and step > start_step:
-        for line in ending_lines(
-            c,
-            run_name,
-            log.end(),
-            prediction,
-            memory_gb(device)['max_allocated_gb'],
-            before,
-            terminal.columns(),
-        ):
+    if stop_code == 0 and state.step > start.step:
+        peak, columns = memory_gb(world.device)['max_allocated_gb'], log.terminal.columns()
+        for line in ending_lines(c, place.run_name, log.end(), prediction, peak, before, columns):
             log.say(line)
     log.end()
     copied = True
     if c.upload_to:
-        log.say(
-            f'copying to {redact(c.upload_to)}'
-            + ('' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)')
-        )
-        how = (5,) if stop_code else (600, stop.code)
-        with terminal.doing('copying'):
-            # in rounds: no rank waits for another for longer
-            while (copied := parallel.from_main(lambda: copier.finish(*how), world)) is None:
-                settle(None)
-        settle(None)
+        patience = '' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'
+        log.say(f'copying to {redact(c.upload_to)}{patience}')
+        with log.terminal.doing('copying'):
+            copied = keeper.finish_copying(stop_code)
         if not copied:
             log.say(
                 f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir}'
                 f' --copy_to={redact(c.upload_to)}` does it'
             )
-        machines.close()
+        place.machines.close()
     log.close()
     folder.release()
+    unsaved = stopping.SAVE_FAILED if keeper.failed or not copied else 0
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return parallel.largest(
-        stop.fault or stop_code or (stopping.SAVE_FAILED if failed_save or not copied else 0), world
-    )
-
-
-@dataclass
-class ModelOptions:
-    """What Model needs beside its shape, and what a step of it takes."""
-
-    c: Config
-    shape: ModelConfig
-    chosen: dict  # of kernels.choose()
-    document_end: int | None
-    dtype: torch.dtype
-    world: parallel.World
-
-    @property
-    def fuses(self):
-        """Whether the loss is compiled together with what comes before it, not unit by unit."""
-        return self.c.compile and self.world.layout == 'single'
-
-    def loss_chunk(self, batch_size):
-        """Return what choose_chunk() does for micro-steps of batch_size sequences."""
-        c, tokens = self.c, batch_size * (self.c.block_size // self.c.context_parallel)
-        return choose_chunk(
-            c.loss_chunk,
-            tokens,
-            self.shape.vocab_size,
-            self.world.device.type,
-            self.dtype,
-            self.fuses,
-        )
-
-    def of(self, batch_size):
-        """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
-        c = self.c
-        return dict(
-            **self.chosen,
-            dropout=c.dropout,
-            activation_checkpointing=c.activation_checkpointing,
-            aux_loss=c.aux_loss_weight,
-            z_loss=c.z_loss_weight,
-            document_end=self.document_end,
-            head_z_loss=c.head_z_loss_weight,
-            loss_chunk=self.loss_chunk(batch_size)[0],
-        )
-
-    def predict(self, batch_size, accumulation, autocast):
-        """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
-        c, world = self.c, self.world
-        length = c.block_size // c.context_parallel
-        settings = {
-            **self.of(batch_size),
-            'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
-            'loss_chunk': written_chunk(
-                self.loss_chunk(batch_size)[0],
-                batch_size * length,
-                self.shape.vocab_size,
-                world.device.type,
-                self.fuses,
-            ),
-        }
-        return memory.predict(
-            lambda: Model(self.shape, **settings),
-            batch_size,
-            length,
-            world.device,
-            autocast,
-            accumulation=accumulation,
-            muon=c.optimizer == 'muon',
-            layout=world.layout,
-            ranks=world.size // c.fsdp_replicas,
-        )
-
-    def predictor(self, autocast):
-        """Return a function of ({key: other value}, batch_size, accumulation) that predicts such a
-        step.
-        """
-
-        def predicted(changes, batch_size, accumulation):
-            changed = dataclasses.replace(self, c=dataclasses.replace(self.c, **changes))
-            return changed.predict(batch_size, accumulation, autocast)
-
-        return predicted
-
-
-def dry_run(c, given):
-    """Print what a run would be, without weights, data or files; returns the exit code."""
-    notes, before = [], dataclasses.replace(c)
-    checks.refuse_impossible(c)
-    checks.note_schedule(c, notes)
-    assumed = (c.device or '').startswith('cuda') and not torch.cuda.is_available()
-    if assumed:
-        notes.append(
-            f'there is no GPU here: --device={c.device} is assumed, and the memory is estimated'
-            " with the CPU's kernels"
-        )
-        c = dataclasses.replace(c, device='cpu', backend=None, dtype=c.dtype or 'bfloat16')
-    world = parallel.start(c.device, c.backend, c.timeout_minutes)
-    resumed = hf_folder = None
-    if c.init_from == 'resume':
-        c, resumed, _ = resume.find(c, given, SHAPE_KEYS, world, notes, None)
-        c = dataclasses.replace(c, device=world.device.type)
-    elif c.init_from != 'scratch':
-        c, hf_folder = huggingface.find(c, given, SHAPE_KEYS)
-    parallel.arrange(world, c, notes)
-    try:
-        train_file, _, meta = open_dataset(c.dataset, ROOT, c.data_url)
-        tokens, vocabulary = len(train_file), f'data set {c.dataset}'
-    except ConfigError as error:
-        meta, tokens, vocabulary = {}, None, f'arch_preset={c.arch_preset}'
-        notes.append(f'vocab_size is that of the recipe or the preset: {error}')
-    shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
-    torch_dtype = kernels.precision(c.dtype, world.device)
-    trial = c.attention_backend == 'auto'
-    if trial:
-        notes.append('attention_backend=auto is not tried: sdpa is assumed')
-    chosen, told = kernels.choose(
-        dataclasses.replace(c, attention_backend='sdpa') if trial or assumed else c,
-        shape,
-        world.device,
-        torch_dtype,
-    )
-    options = ModelOptions(
-        c, shape, chosen, meta.get('eot_id') if c.document_mask else None, torch_dtype, world
-    )
-    accumulation = checks.accumulation_steps(c, world.data_size)
-    autocast = kernels.autocast(world.device.type, torch_dtype)
-    prediction, problem = None, None
-    try:
-        prediction = options.predict(c.batch_size, accumulation, autocast)
-        if not assumed:
-            memory.refuse(
-                prediction, world.device, c, accumulation, world.fsdp, options.predictor(autocast)
-            )
-    except ConfigError as error:  # not predicted, or too much
-        problem = str(error)
-    model = Model.on_meta(shape, ring=world.ring, **options.of(c.batch_size))
-    optimizer = optim.build_optimizer(
-        model.named_parameters(),
-        matrices=model.matrices() if c.optimizer == 'muon' else (),
-        learning_rate=c.learning_rate,
-        betas=(c.beta1, c.beta2),
-        weight_decay=c.weight_decay,
-        device_type='meta',
-    )
-    resolved = dataclasses.replace(
-        c,
-        dtype=str(torch_dtype).removeprefix('torch.'),
-        attention_backend=c.attention_backend if assumed else chosen['backend'],
-        gradient_accumulation_steps=accumulation,
-        backend=before.backend if assumed else world.backend,
-        device=before.device if assumed else c.device,
-        **dataclasses.asdict(shape),
-    )
-    gpu_name = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
-    startup = startup_info(resolved, model, optimizer, world, gpu_name, model.flops(), prediction)
-    if assumed:
-        startup['hardware']['assumed'] = (
-            f'{world.size} GPU{"s" if world.size > 1 else ""} (assumed)'
-        )
-    sequences = c.batch_size * accumulation * world.data_size
-    weights = (
-        f'checkpoint of iteration {resumed["step"]}'
-        if resumed
-        else c.init_from
-        if hf_folder
-        else f'initialized with seed {c.seed}'
-    )
-    order = order_of(train_file, c.block_size, c.seed) if tokens else None
-    if world.main:
-        loaders = c.dataloader_num_workers if c.use_dataloader else 0
-        columns = Terminal().columns()
-        print(
-            '\n'.join(
-                report(
-                    resolved,
-                    startup,
-                    meta,
-                    order,
-                    world,
-                    sequences,
-                    loaders,
-                    'dry run',
-                    weights,
-                    notes + told,
-                    columns,
-                )
-            )
-        )
-        if problem:
-            print(f'WARNING: {problem}')
-        print(
-            '\n'.join(
-                origins(
-                    before,
-                    resolved,
-                    given,
-                    'checkpoint' if resumed else c.init_from,
-                    vocabulary,
-                    columns,
-                )
-            )
-        )
-    return 0
-
-
-def text_tokenizer(c, meta):
-    try:
-        return tokenizer_of(folder_of(c.dataset, ROOT), meta)
-    except ValueError as error:
-        raise ConfigError(
-            f'sample_interval and eval_tasks need the tokenizer of {c.dataset}: {error}'
-        ) from None
-
-
-def checkpoint_tensors(model, named, updated=None, optimizer=None, guard=None):
-    """What a checkpoint holds, {name: tensor}: the model's, the state of the optimizer over
-    `updated` and of the guard; the first alone to evaluate.
-
-    named: the model's parameters as they were when it was wrapped. Under FSDP these stay the parts
-    of this rank, while what the model itself names may be gathered.
-    """
-    tensors = {f'model.{name}': tensor for name, tensor in model.tensors().items()}
-    tensors.update({f'model.{name}': parameter.detach() for name, parameter in named.items()})
-    if optimizer is not None:
-        tensors.update(
-            {
-                f'optimizer.{name}': tensor
-                for name, tensor in optim.named_state(optimizer, updated).items()
-            }
-        )
-        tensors.update({f'guard.{name}': tensor for name, tensor in guard.state.items()})
-    return tensors
+    return parallel.largest(stop.fault or stop_code or unsaved, world)
 
 
 def checkpoint_bytes(model, c):

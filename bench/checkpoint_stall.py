@@ -29,7 +29,6 @@ from engine.kernels import time_when_done  # noqa: E402
 from engine.saver import Saver  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
-from train import checkpoint_tensors  # noqa: E402
 
 
 def main():
@@ -67,7 +66,9 @@ def main():
     optimizer = optim.build_adamw(
         named, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, device_type=device.type
     )
-    guard = optim.Guard(named.values(), torch.amp.GradScaler(device.type, enabled=False), 3)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    guard = optim.Guard(named.values(), scaler, 3)
+    optimization = optim.Optimization(optimizer, scaler, guard, named, named)
     x = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=device)
     step = 0
 
@@ -90,11 +91,11 @@ def main():
             for name in ('background', 'foreground')
         }
         for saver in savers.values():
-            saver.reserve(checkpoint_tensors(model, named, optimizer, guard))
+            saver.reserve(optimization.tensors(model))
         for _ in range(3):
             train_step(savers['background'])
         usual = statistics.median(train_step(savers['background']) for _ in range(8))
-        size = sum(t.nbytes for t in checkpoint_tensors(model, named, optimizer, guard).values())
+        size = sum(t.nbytes for t in optimization.tensors(model).values())
         print(
             f'{sum(p.numel() for p in named.values()):,} parameters, a state of {size / 1e9:.2f}'
             f' GB, {device}, a step takes {usual:.3f} s; torch {torch.__version__},'
@@ -106,9 +107,7 @@ def main():
                 ('background', 'foreground') if turn % 2 == 0 else ('foreground', 'background')
             ):
                 saver = savers[name]
-                saver.start(
-                    step, checkpoint_tensors(model, named, optimizer, guard), {'config': {}}
-                )
+                saver.start(step, optimization.tensors(model), {'config': {}})
                 times = [train_step(saver) for _ in range(args.steps)]
                 outcome = saver.wait()
                 assert outcome.error is None, outcome

@@ -4,6 +4,7 @@ and the optimizer's state by parameter name.
 
 import inspect
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -171,6 +172,38 @@ def named_state(optimizer, named_parameters):
         for key, tensor in optimizer.state[p].items():
             tensors[f'{key}.{name}'] = tensor
     return tensors
+
+
+@dataclass
+class Optimization:
+    """The optimizer and what stands around it.
+
+    named: {name: parameter}, as the model was wrapped; under FSDP these stay the parts of this
+    rank, while what the model itself names may be gathered. updated: the same as the optimizer has
+    them, under ZeRO-1 the rows of this rank.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: object
+    named: dict
+    updated: dict
+
+    @property
+    def parameters(self):
+        return list(self.named.values())
+
+    def tensors(self, model, weights_only=False):
+        """Return what a checkpoint holds, {name: tensor}: the tensors of the model, and unless
+        weights_only the state of optimizer and guard.
+        """
+        tensors = {f'model.{name}': tensor for name, tensor in model.tensors().items()}
+        tensors.update({f'model.{name}': p.detach() for name, p in self.named.items()})
+        if not weights_only:
+            state = named_state(self.optimizer, self.updated)
+            tensors.update({f'optimizer.{name}': tensor for name, tensor in state.items()})
+            tensors.update({f'guard.{name}': tensor for name, tensor in self.guard.state.items()})
+        return tensors
 
 
 class Guard:

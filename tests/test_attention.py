@@ -123,7 +123,7 @@ def test_flash_attention_4_is_switched_on_for_the_process_and_off_again(monkeypa
 
 def test_where_flash_attention_4_runs(monkeypatch):
     def reasons(capability=(10, 0), **options):
-        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
         return choose_backend(
             'flash_attn_4', 'cuda', **{'dtype': torch.bfloat16, 'head_dim': 64, **options}
         )

@@ -210,7 +210,7 @@ def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
     'capability, refused', [((8, 0), True), ((8, 9), True), ((9, 0), False), ((10, 0), False)]
 )
 def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     if refused:
         with pytest.raises(ConfigError, match='grouped matmul waits for the host'):
             checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])

@@ -172,7 +172,7 @@ def test_what_is_stated_is_not_read_and_every_batch_is_held_to_it(tmp_path, monk
 def counted_run(arguments):
     """train.py on this rank: its exit code and what it did, by name."""
     import train
-    from engine import parallel
+    from engine import parallel, run_data
     from engine.descriptors import FILES
 
     counts = dict.fromkeys(('host', 'opened', 'hashed', 'read_from_checkpoint'), 0)
@@ -196,7 +196,7 @@ def counted_run(arguments):
         lambda tensor, *_, op=None, **more: add('host', int(op == dist.ReduceOp.MAX)),
     )
     counting(dist, 'all_gather', lambda *_, **more: add('host'))
-    counting(train, 'open_dataset', lambda *_: add('opened'))
+    counting(run_data, 'open_dataset', lambda *_: add('opened'))
     counting(
         checkpoint,
         'sha256',

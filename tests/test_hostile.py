@@ -476,7 +476,9 @@ def test_what_is_redacted():
 
 def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(resume.copier, 'probe', lambda url, out_dir: None)
-    monkeypatch.setattr('train.open_dataset', lambda name, root, url: open_dataset(name, root))
+    monkeypatch.setattr(
+        'engine.run_data.open_dataset', lambda name, root, url: open_dataset(name, root)
+    )
     monkeypatch.setattr('train.Copier', lambda *args: None)
     monkeypatch.setattr(resume.copier, 'lineages', lambda place: set())
     monkeypatch.setattr(

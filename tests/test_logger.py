@@ -220,15 +220,15 @@ def test_logged_numbers_are_what_they_say(run, train, tmp_path):
 def test_time_leaves_out_evaluation_and_saving(train, tmp_path, monkeypatch):
     import time
 
-    import train as trainer
+    from engine import evaluator
 
-    real = trainer.evaluation_batches
+    real = evaluator.evaluation_batches
 
     def slow(*args):
         time.sleep(0.5)
         return real(*args)
 
-    monkeypatch.setattr(trainer, 'evaluation_batches', slow)
+    monkeypatch.setattr(evaluator, 'evaluation_batches', slow)
     assert train(tmp_path, '--max_iters=12', '--eval_interval=4') == 0
     assert (
         max(r['time_ms'] for r in records(tmp_path)[1:]) < 500

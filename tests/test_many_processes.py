@@ -51,8 +51,10 @@ if __name__ == '__main__':
         elif what == 'key':
             argv.append('--learning_rate=5e-3')
         elif what == 'missing':
-            real = train.open_dataset
-            train.open_dataset = lambda name, root, url: real('openwebtext2', root, url)
+            from engine import run_data
+
+            real = run_data.open_dataset
+            run_data.open_dataset = lambda name, root, url: real('openwebtext2', root, url)
     parallel.leave(train.main(argv))
 '''
 
@@ -97,15 +99,16 @@ def test_ranks_that_differ_stop_at_the_start_with_both_values(
 
 def train_with_more_memory_on_rank_1(args):
     import train as trainer
+    from engine import iteration_log
 
-    real = trainer.memory_gb
-    trainer.memory_gb = lambda device: {
+    real = iteration_log.memory_gb
+    iteration_log.memory_gb = lambda device: {
         key: value + 1000 * int(os.environ['RANK']) for key, value in real(device).items()
     }
     try:
         return trainer.main(args)
     finally:
-        trainer.memory_gb = real
+        iteration_log.memory_gb = real
 
 
 def test_the_log_has_the_memory_of_the_worst_rank_and_the_wait_for_gradients(dataset, tmp_path):

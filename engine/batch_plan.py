@@ -1,0 +1,215 @@
+"""How a step is computed: kernels, micro-steps, and the memory that they will take."""
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+from engine import checks, kernels, memory, parallel
+from engine.loss import choose_chunk, written_chunk
+from model import Model
+from presets import ModelConfig
+
+# parameters, elements of activations, roughly: the memory of less is of no interest
+PREDICT_FROM = 10**6, 2**28
+
+
+@dataclass
+class ModelOptions:
+    """What Model needs beside its shape, and what a step of it takes.
+
+    config: train.Config; chosen: of kernels.choose(); document_end: as of RunData; dtype: of the
+    matmuls.
+    """
+
+    config: object
+    shape: ModelConfig
+    chosen: dict
+    document_end: int | None
+    dtype: torch.dtype
+    world: parallel.World
+
+    @property
+    def autocast(self):
+        """The context of a forward pass."""
+        return kernels.autocast(self.world.device.type, self.dtype)
+
+    @property
+    def fuses(self):
+        """Whether the loss is compiled together with what comes before it, not unit by unit."""
+        return self.config.compile and self.world.layout == 'single'
+
+    @property
+    def length(self):
+        """Tokens of a sequence on this rank."""
+        return self.config.block_size // self.config.context_parallel
+
+    def loss_chunk(self, batch_size):
+        """Return what choose_chunk() does for micro-steps of batch_size sequences."""
+        return choose_chunk(
+            self.config.loss_chunk,
+            batch_size * self.length,
+            self.shape.vocab_size,
+            self.world.device.type,
+            self.dtype,
+            self.fuses,
+        )
+
+    def of(self, batch_size):
+        """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
+        c = self.config
+        return dict(
+            **self.chosen,
+            dropout=c.dropout,
+            activation_checkpointing=c.activation_checkpointing,
+            aux_loss=c.aux_loss_weight,
+            z_loss=c.z_loss_weight,
+            document_end=self.document_end,
+            head_z_loss=c.head_z_loss_weight,
+            loss_chunk=self.loss_chunk(batch_size)[0],
+        )
+
+    def predict(self, batch_size, accumulation):
+        """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
+        c, world = self.config, self.world
+        settings = {
+            **self.of(batch_size),
+            'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
+            'loss_chunk': written_chunk(
+                self.loss_chunk(batch_size)[0],
+                batch_size * self.length,
+                self.shape.vocab_size,
+                world.device.type,
+                self.fuses,
+            ),
+        }
+        return memory.predict(
+            lambda: Model(self.shape, **settings),
+            batch_size,
+            self.length,
+            world.device,
+            self.autocast,
+            accumulation=accumulation,
+            muon=c.optimizer == 'muon',
+            layout=world.layout,
+            ranks=world.size // c.fsdp_replicas,
+        )
+
+    def refuse(self, prediction, accumulation):
+        """Raise ConfigError for a step that does not fit into memory, with what would fit."""
+
+        def predicted(changes, batch_size, accumulation):
+            changed = dataclasses.replace(self.config, **changes)
+            return dataclasses.replace(self, config=changed).predict(batch_size, accumulation)
+
+        world = self.world
+        memory.refuse(prediction, world.device, self.config, accumulation, world.fsdp, predicted)
+
+
+@dataclass
+class BatchPlan:
+    """config: train.Config with all that was left open resolved; accumulation: micro-steps of an
+    optimizer step; sequences, tokens: of an optimizer step, over all ranks.
+    """
+
+    config: object
+    options: ModelOptions
+    accumulation: int
+    sequences: int
+    tokens: int
+
+    @property
+    def autocast(self):
+        return self.options.autocast
+
+    def model(self, world):
+        """Return the model, which has shapes and no memory yet."""
+        config, options = self.config, self.options
+        return Model.on_meta(options.shape, ring=world.ring, **options.of(config.batch_size))
+
+
+def plan_batches(start, data, world, terminal, notes):
+    """Return the BatchPlan of start.config. data: RunData."""
+    c = start.config
+    dtype = kernels.precision(c.dtype, world.device)
+    kernels.set_deterministic(c.deterministic)  # before a trial times them
+    with terminal.doing('trying attention kernels'):
+        chosen, told = parallel.from_main(
+            lambda: kernels.choose(c, data.shape, world.device, dtype), world
+        )
+    notes += told
+    if c.compile and world.device.type == 'cpu' and not has_compiler():
+        notes.append('compile=True needs a C++ compiler, and there is none: running without')
+        c.compile = False
+    options = ModelOptions(c, data.shape, chosen, data.document_end, dtype, world)
+    if c.find_batch_size:
+        c = with_largest_batch(options, terminal, notes)
+    accumulation = checks.accumulation_steps(c, world.data_size)
+    if note := options.loss_chunk(c.batch_size)[1]:
+        notes.append(note)
+    c = dataclasses.replace(
+        c,
+        dtype=str(dtype).removeprefix('torch.'),
+        attention_backend=chosen['backend'],
+        gradient_accumulation_steps=accumulation,
+        device=world.device.type,
+        backend=world.backend,
+        use_cuda_graphs=checks.cuda_graphs(c, world.device.type, chosen['dispatch'], notes),
+        **dataclasses.asdict(data.shape),
+    )
+    sequences = c.batch_size * accumulation * world.data_size
+    options = dataclasses.replace(options, config=c)
+    return BatchPlan(c, options, accumulation, sequences, sequences * c.block_size)
+
+
+def has_compiler():
+    return bool(shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX'))
+
+
+def with_largest_batch(options, terminal, notes):
+    """Return options.config with the largest batch_size that is predicted to fit, and as many
+    micro-steps as keep the tokens of an optimizer step.
+    """
+    c, world = options.config, options.world
+    sequences = c.batch_size * c.gradient_accumulation_steps
+    if c.total_batch_size:
+        one = dataclasses.replace(c, batch_size=1)
+        sequences = checks.accumulation_steps(one, world.data_size)
+    room = memory.available(world.device)
+    with terminal.doing('looking for the largest batch_size that fits'):
+        size = memory.find_batch_size(
+            lambda size: options.predict(size, sequences // size), sequences, room
+        )
+        size = -parallel.largest(-size, world)  # what fits on every rank
+    notes.append(
+        f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest'
+        f' that fits: {room / 1e9:.1f} GB are free'
+    )
+    return dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
+
+
+def predict_memory(plan, model, terminal, notes):
+    """Return the memory.Prediction of a step, None where it is small or cannot be told. Raises
+    ConfigError for a step that does not fit, unless ignore_memory is set.
+    """
+    c, options = plan.config, plan.options
+    world, shape = options.world, options.shape
+    widths = 16 * shape.n_layer * shape.n_embd + shape.vocab_size
+    parameters = sum(p.numel() for p in model.parameters())
+    small = (
+        parameters < PREDICT_FROM[0] and c.batch_size * options.length * widths < PREDICT_FROM[1]
+    )
+    if c.eval_only or c.fsdp_offload or small:
+        return None
+    prediction = None
+    try:
+        with terminal.doing('predicting the memory'):
+            prediction = options.predict(c.batch_size, plan.accumulation)
+            parallel.from_main(
+                lambda: c.ignore_memory or options.refuse(prediction, plan.accumulation), world
+            )
+    except memory.NotPredicted as error:
+        notes.append(str(error))
+    return prediction

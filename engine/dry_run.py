@@ -1,0 +1,139 @@
+"""What a run would be, told without weights, data or files."""
+
+import dataclasses
+
+import torch
+
+import huggingface
+from engine import checks, kernels, optim, parallel, resume
+from engine.batch_plan import BatchPlan, ModelOptions
+from engine.configurator import ConfigError
+from engine.dataset import open_dataset
+from engine.loader import order_of
+from engine.report import origins, report, startup_info
+from engine.start_point import StartPoint
+from engine.terminal import Terminal
+from presets import resolve_shape
+
+
+def dry_run(c, given, shape_keys, root):
+    """Print the report of the Config `c`, the memory that a step would take, and where each value
+    comes from; returns the exit code.
+
+    given: {key: where it was given}; shape_keys: keys that come from a checkpoint; root: folder of
+    data/. Raises ConfigError for what no run can have.
+    """
+    notes, before = [], dataclasses.replace(c)
+    checks.refuse_impossible(c)
+    checks.note_schedule(c, notes)
+    assumed = (c.device or '').startswith('cuda') and not torch.cuda.is_available()
+    if assumed:
+        notes.append(
+            f'there is no GPU here: --device={c.device} is assumed, and the memory is estimated'
+            " with the CPU's kernels"
+        )
+        c = dataclasses.replace(c, device='cpu', backend=None, dtype=c.dtype or 'bfloat16')
+    world = parallel.start(c.device, c.backend, c.timeout_minutes)
+    start = _find(c, given, shape_keys, world, notes)
+    c = start.config
+    parallel.arrange(world, c, notes)
+    train, meta, vocabulary = _data(c, root, notes)
+    plan, told = _plan(c, meta, world, assumed, notes)
+    prediction, problem = None, None
+    try:
+        prediction = plan.options.predict(c.batch_size, plan.accumulation)
+        if not assumed:
+            plan.options.refuse(prediction, plan.accumulation)
+    except ConfigError as error:  # not predicted, or too much
+        problem = str(error)
+    model = plan.model(world)
+    shown = plan.config
+    if assumed:
+        shown = dataclasses.replace(
+            shown,
+            device=before.device,
+            backend=before.backend,
+            attention_backend=c.attention_backend or shown.attention_backend,
+        )
+    startup = _startup(shown, model, world, prediction, assumed)
+    if world.main:
+        order = order_of(train, c.block_size, c.seed) if train else None
+        loaders = c.dataloader_num_workers if c.use_dataloader else 0
+        columns = Terminal().columns()
+        facts = startup, meta, order, world, plan.sequences, loaders, 'dry run', _weights(start)
+        print('\n'.join(report(shown, *facts, notes + told, columns)))
+        if problem:
+            print(f'WARNING: {problem}')
+        source = 'checkpoint' if start.saved else c.init_from
+        print('\n'.join(origins(before, shown, given, source, vocabulary, columns)))
+    return 0
+
+
+def _find(c, given, shape_keys, world, notes):
+    """Return the StartPoint, for which nothing is held or fetched."""
+    if c.init_from == 'resume':
+        c, saved, _ = resume.find(c, given, shape_keys, world, notes, None)
+        return StartPoint(dataclasses.replace(c, device=world.device.type), saved)
+    if c.init_from != 'scratch':
+        c, hf_folder = huggingface.find(c, given, shape_keys)
+        return StartPoint(c, hf_folder=hf_folder)
+    return StartPoint(c)
+
+
+def _weights(start):
+    if start.saved:
+        return f'checkpoint of iteration {start.step}'
+    c = start.config
+    return c.init_from if start.hf_folder else f'initialized with seed {c.seed}'
+
+
+def _data(c, root, notes):
+    """Return (training split or None, meta.pkl, what the vocabulary is taken from)."""
+    try:
+        train, _, meta = open_dataset(c.dataset, root, c.data_url)
+        return train, meta, f'data set {c.dataset}'
+    except ConfigError as error:
+        notes.append(f'vocab_size is that of the recipe or the preset: {error}')
+        return None, {}, f'arch_preset={c.arch_preset}'
+
+
+def _plan(c, meta, world, assumed, notes):
+    """Return (BatchPlan, sentences about its kernels), for which nothing is timed."""
+    shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
+    dtype = kernels.precision(c.dtype, world.device)
+    trial = c.attention_backend == 'auto'
+    if trial:
+        notes.append('attention_backend=auto is not tried: sdpa is assumed')
+    with_sdpa = dataclasses.replace(c, attention_backend='sdpa') if trial or assumed else c
+    chosen, told = kernels.choose(with_sdpa, shape, world.device, dtype)
+    accumulation = checks.accumulation_steps(c, world.data_size)
+    resolved = dataclasses.replace(
+        c,
+        dtype=str(dtype).removeprefix('torch.'),
+        attention_backend=chosen['backend'],
+        gradient_accumulation_steps=accumulation,
+        backend=world.backend,
+        **dataclasses.asdict(shape),
+    )
+    document_end = meta.get('eot_id') if c.document_mask else None
+    options = ModelOptions(c, shape, chosen, document_end, dtype, world)
+    sequences = c.batch_size * accumulation * world.data_size
+    return BatchPlan(resolved, options, accumulation, sequences, sequences * c.block_size), told
+
+
+def _startup(c, model, world, prediction, assumed):
+    """Return startup_info() of a model that has shapes alone."""
+    optimizer = optim.build_optimizer(
+        model.named_parameters(),
+        matrices=model.matrices() if c.optimizer == 'muon' else (),
+        learning_rate=c.learning_rate,
+        betas=(c.beta1, c.beta2),
+        weight_decay=c.weight_decay,
+        device_type='meta',
+    )
+    gpu_name = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
+    startup = startup_info(c, model, optimizer, world, gpu_name, model.flops(), prediction)
+    if assumed:
+        number = f'{world.size} GPU{"s" if world.size > 1 else ""}'
+        startup['hardware']['assumed'] = f'{number} (assumed)'
+    return startup

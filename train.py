@@ -20,7 +20,6 @@ from engine.command_line import check_arguments, explain, importing, resolve_ear
 # isort: split
 
 import dataclasses
-import functools
 import gc
 import math
 import os
@@ -318,9 +317,7 @@ if __name__ == '__main__':
 import torch
 
 from engine import (
-    __version__,
     checks,
-    flops,
     memory,
     optim,
     parallel,
@@ -328,16 +325,14 @@ from engine import (
     stopping,
 )
 from engine.batch_plan import plan_batches, predict_memory
-from engine.copier import Copier, place_of
-from engine.copying_together import Machines
 from engine.dry_run import dry_run
 from engine.evaluator import Evaluator
 from engine.files import redact
-from engine.iteration_log import IterationLog
-from engine.keeper import CheckpointKeeper
-from engine.loader import TrainLoader, inputs_and_targets, mix, order_of, read_batch
-from engine.logger import RunLog, new_run_name, now, unsaved_run
-from engine.micro_step import Graphs, MicroStep, compile_ahead
+from engine.iteration_log import IterationLog, utilisation_of
+from engine.loader import TrainLoader, mix, order_of
+from engine.logger import now
+from engine.micro_step import MicroStep, prepare
+from engine.outputs import open_keeper, open_log, open_place
 from engine.report import (
     ending_lines,
     evaluation_line,
@@ -347,7 +342,6 @@ from engine.report import (
     startup_info,
 )
 from engine.run_data import open_data, read_questions
-from engine.saver import Saver
 from engine.start_point import StartPoint
 from engine.terminal import Terminal
 from engine.text_bytes import TextBytes
@@ -435,9 +429,7 @@ def train(c, given, stop, terminal):
     evaluated = start.evaluation(evaluator.windows)  # beside the checkpoint, of the same windows
     state.best_val_loss = best_loss(start, data, evaluator.windows, evaluated, notes)
     utilisation = utilisation_of(plan, model, world)
-    startup = startup_info(
-        c, model, optimization.optimizer, world, gpu_name(world), model.flops(), prediction
-    )
+    startup = startup_info(c, model, optimization.optimizer, world, prediction)
     log = open_log(c, start, place, startup, utilisation, evaluated, world, terminal)
     workers = c.dataloader_num_workers if c.use_dataloader else 0
     facts = startup, data.meta, order, world, plan.sequences, workers, place.run_name, weights
@@ -692,50 +684,6 @@ def check_model(c, model, world):
         )
 
 
-@dataclass
-class RunPlace:
-    """Where a run writes: name and lineage of it, copier and machines that upload; None where it
-    writes nothing or uploads nothing.
-    """
-
-    run_name: str | None = None
-    lineage: list | None = None
-    copier: Copier | None = None
-    machines: Machines | None = None
-
-
-def open_place(start, plan, model, folder, world, notes):
-    """Take out_dir for this run; returns a RunPlace. Raises ConfigError where others have it."""
-    c, saved = plan.config, start.saved
-    if c.eval_only:
-        return RunPlace()
-    folder.hold(make=True)
-    if saved:
-        resume.set_aside(c, saved, world, notes)
-    else:
-        resume.make_way(c, world, notes)
-
-    def name():
-        # a run that died before its first checkpoint keeps its name and log
-        again = c.auto_resume and not saved
-        unsaved = again and unsaved_run(c.out_dir, resume.config_record(c))
-        return unsaved or new_run_name(c.out_dir)
-
-    run_name = (saved and saved.get('run_name')) or parallel.from_main(name, world)
-    parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
-    there = c.upload_to and place_of(c.upload_to, c.out_dir)
-    lineage = parallel.from_main(lambda: resume.choose_lineage(c, saved, there), world)
-    place = RunPlace(run_name, lineage)
-    if c.upload_to:
-        place.machines = Machines(world, c.upload_to)
-        if world.main:
-            keep = c.upload_keep_local
-            place.copier = Copier(c.upload_to, c.out_dir, run_name, keep, place.machines)
-        elif world.local_rank == 0:
-            place.machines.serve()
-    return place
-
-
 def build_model(start, plan, model, world, terminal):
     """Give `model` memory and values on this rank's layout; returns (what evaluation calls, what
     training calls).
@@ -773,66 +721,6 @@ def build_optimizer(c, model, world):
     return optim.Optimization(optimizer, scaler, guard, named, updated)
 
 
-def gpu_name(world):
-    return torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
-
-
-def utilisation_of(plan, model, world):
-    """Return a function of tokens per second that gives the `mfu` object of the log."""
-    return functools.partial(
-        flops.utilisation,
-        model.flops(),
-        device_name=gpu_name(world),
-        dtype=plan.config.dtype,
-        num_devices=world.size,
-        architecture=plan.options.shape.describe(),
-    )
-
-
-def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
-    """Return the RunLog, with its header written, and what else it goes to opened."""
-    constants = utilisation(tokens_per_sec=1.0)
-    shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
-    header = {
-        'config': resume.config_record(c),
-        'startup_info': startup,
-        'mfu_constants': {key: constants[key] for key in constants if key not in flops.VARIES},
-        'metadata': {key: getattr(c, key) for key in shown}
-        | {'world_size': world.size, 'version': __version__},
-    }
-    log = RunLog(
-        c.out_dir,
-        place.run_name,
-        header,
-        active=world.main,
-        write=not c.eval_only,
-        resume_step=start.step if start.saved or c.auto_resume else None,
-        evaluated=evaluated is not None,
-        save_json=c.save_log_to_json,
-        save_interval=c.log_save_interval,
-        first=start.step,
-        terminal=terminal,
-    )
-    if world.main and not c.eval_only:
-        if c.wandb_log:
-            log.to_wandb(c.wandb_project, c.wandb_run_name)
-        if c.trackio_log:
-            log.to_trackio(c.wandb_project, c.wandb_run_name)
-        if c.tensorboard_log:
-            log.to_tensorboard()
-    if start.from_own_checkpoint and not log.has_checkpoint(start.step):
-        log.event(
-            'checkpoint',
-            iter=start.step,
-            val_loss=None,
-            path=start.saved['path'],
-            timestamp=now(),
-            stall_ms=None,
-            total_ms=None,
-        )
-    return log
-
-
 def count_text_bytes(plan, data, questions):
     """Return the TextBytes of the evaluation windows."""
     c = plan.config
@@ -857,87 +745,6 @@ def open_loader(plan, data, order, state, workers, world):
         num_workers=workers,
         prefetch_factor=c.dataloader_prefetch_factor,
     )
-
-
-def open_keeper(start, plan, data, evaluator, place, model, optimization, state, log, stop):
-    """Return the CheckpointKeeper, with the memory of its copies taken."""
-    c, world = plan.config, plan.options.world
-    saver = Saver(
-        c.out_dir,
-        world,
-        keep=c.keep_checkpoints,
-        keep_every=c.keep_every,
-        keep_all=c.keep_all_checkpoints,
-        background=c.checkpoint_async,
-        before_commit=log.sync,
-        copier=place.copier,
-    )
-    facts = {
-        'run_name': place.run_name,
-        'tokens_per_step': plan.tokens,
-        'data': data.splits,
-        'windows': evaluator.windows,
-        'tokenizer': data.tokenizer_id,
-        'token_ids': data.token_ids,
-        'optimizer': type(optimization.optimizer).__name__,
-    }
-    keeper = CheckpointKeeper(
-        c,
-        state,
-        model,
-        optimization,
-        saver,
-        facts,
-        place.lineage,
-        log,
-        place.copier,
-        stop,
-        world,
-    )
-    if start.from_own_checkpoint:
-        keeper.saved_step = start.step
-    return keeper
-
-
-def prepare(plan, data, order, state, micro_step, evaluator, log, terminal):
-    """Compile, and record the CUDA graphs, on the first tokens of the data, which changes no
-    weight; returns the micro-step to train with.
-    """
-    c, world = plan.config, plan.options.world
-    model = micro_step.model
-    # as the loader gives it out: strides count too
-    batches = [
-        inputs_and_targets(
-            read_batch(
-                data.train,
-                order.starts(state.position + i * c.batch_size, c.batch_size),
-                c.block_size,
-                world.ring,
-            ).to(world.device)
-        )
-        for i in range(2)
-    ]
-
-    def forget_routing():
-        model.after_step(world, 0.0, None)
-
-    if c.compile:
-        log.say('compiling')
-        with terminal.doing('compiling'):
-            seconds, error = compile_ahead(
-                lambda: micro_step(*batches[0], plan.accumulation - 1), evaluator.one_batch
-            )
-        micro_step.clear()
-        forget_routing()
-        log.event('compile', seconds=seconds, error=error, timestamp=now())
-        failed = f'COMPILING FAILED, so everything runs without: {error}'
-        log.say(failed if error else f'compiled in {seconds:.1f} s')
-    if c.use_cuda_graphs:
-        micro_step = Graphs(micro_step)
-        seconds = micro_step.prepare(batches, forget_routing)
-        log.say(f'CUDA graphs recorded in {seconds:.1f} s: two batches gave what they give without')
-    gc.collect()
-    return micro_step
 
 
 def finish(c, start, state, stop_code, keeper, place, prediction, before, folder, log, stop):
@@ -978,16 +785,6 @@ def finish(c, start, state, stop_code, keeper, place, prediction, before, folder
     unsaved = stopping.SAVE_FAILED if keeper.failed or not copied else 0
     # also the barrier before the end: torchrun ends all when one leaves with an error
     return parallel.largest(stop.fault or stop_code or unsaved, world)
-
-
-def checkpoint_bytes(model, c):
-    """Bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's matrices,
-    two for AdamW.
-    """
-    matrices = set(model.matrices()) if c.optimizer == 'muon' else ()
-    return sum(
-        4 * p.numel() * (2 if name in matrices else 3) for name, p in model.named_parameters()
-    )
 
 
 def learning_rate(c, step):

@@ -113,12 +113,12 @@ def count(plan, made, max_broken):
     if broken:
         part = next(part for part in made if part.record['broken'])
         number, line, problem = part.record['first']
-        unit, lines = plan.parts[part.index][number], 0
+        unit, lines = plan.parts[part.number][number], 0
         for other in made:
             lines += sum(
                 n
-                for u, n in zip(plan.parts[other.index], other.record['lines'])
-                if u.path == unit.path and (other.index, u.begin) < (part.index, unit.begin)
+                for u, n in zip(plan.parts[other.number], other.record['lines'])
+                if u.path == unit.path and (other.number, u.begin) < (part.number, unit.begin)
             )
         kind = 'row' if unit.path.lower().endswith('.parquet') else 'line'
         first = f'{unit.path} {kind} {lines + line:,} ({problem})'
@@ -162,7 +162,7 @@ def _before(ends):
 def _own_splits(plan, part):
     """The splits that the source says, '' where it does not, of the pieces of a part."""
     return np.repeat(
-        [unit.split or '' for unit in plan.parts[part.index]], part.record['unit_pieces']
+        [unit.split or '' for unit in plan.parts[part.number]], part.record['unit_pieces']
     )
 
 

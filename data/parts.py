@@ -30,12 +30,12 @@ EVERY_S = 0.2
 class Part(NamedTuple):
     """A finished part: its number, the folder where it is, and its record, see make()."""
 
-    index: int
+    number: int
     folder: str
     record: dict
 
     def path(self, kind):
-        return path(self.folder, self.index, kind)
+        return path(self.folder, self.number, kind)
 
 
 def path(folder, index, kind):

@@ -187,7 +187,7 @@ def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
     with _checked(
         sorted(there), lambda index: parts.read(folder, index, plan.parts[index])
     ) as checked:
-        made = {part.index: part for part in checked if part}
+        made = {part.number: part for part in checked if part}
     if made:
         print(f'{len(made)} of {len(mine)} parts are there already')
     sizes = {index: sum(unit.size for unit in plan.parts[index]) for index in mine}

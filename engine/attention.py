@@ -314,7 +314,7 @@ class _WithSinks(torch.autograd.Function):
         return _as(q, dq), _as(k, dk), _as(v, dv), _as(sinks, ds), None, None
 
 
-_compiled = []  # flex_attention: as it is written it would write the scores out
+_compiled: list = []  # flex_attention: as it is written it would write the scores out
 # operators of these kernels, whose outputs are dear to compute and small to keep
 # (activation_checkpointing='selective')
 DEAR = (

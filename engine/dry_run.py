@@ -131,8 +131,7 @@ def _startup(c, model, world, prediction, assumed):
         weight_decay=c.weight_decay,
         device_type='meta',
     )
-    gpu_name = torch.cuda.get_device_name(world.device) if world.device.type == 'cuda' else None
-    startup = startup_info(c, model, optimizer, world, gpu_name, model.flops(), prediction)
+    startup = startup_info(c, model, optimizer, world, prediction)
     if assumed:
         number = f'{world.size} GPU{"s" if world.size > 1 else ""}'
         startup['hardware']['assumed'] = f'{number} (assumed)'

@@ -12,10 +12,13 @@ call, on H100, H200 and B200 without a word to the host; `loop` takes one expert
 is what the former is compared with.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-_grouped_mm = getattr(F, 'grouped_mm', None) or getattr(torch, '_grouped_mm', None)
+# torch 2.11 has it under another name
+_grouped_mm: Any = getattr(F, 'grouped_mm', None) or getattr(torch, '_grouped_mm', None)
 # columns behind the counts in what Router gives for a layer: entropy, auxiliary loss, z-loss
 STATISTICS = 3
 
@@ -122,10 +125,8 @@ def run_experts(x, experts, gates, fc, proj, activate, dispatch):
     """
     if torch.is_autocast_enabled(x.device.type):  # which does not know the grouped matmul
         low = torch.get_autocast_dtype(x.device.type)
-        x, fc, proj = (
-            x.to(low),
-            *(tuple(p if p is None else p.to(low) for p in pair) for pair in (fc, proj)),
-        )
+        x = x.to(low)
+        fc, proj = (tuple(p if p is None else p.to(low) for p in pair) for pair in (fc, proj))
     return _DISPATCH[dispatch](x, experts, gates.to(x.dtype), fc, proj, activate)
 
 

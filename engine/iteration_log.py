@@ -1,6 +1,7 @@
 """What the log and the terminal say of the iterations."""
 
 import contextlib
+import functools
 import time
 
 from engine import flops, kernels, parallel
@@ -137,3 +138,15 @@ class IterationLog:
                     f' {bad[key]} in all'
                 )
         self.told = bad
+
+
+def utilisation_of(plan, model, world):
+    """Return a function of tokens per second that gives the `mfu` object of the log."""
+    return functools.partial(
+        flops.utilisation,
+        model.flops(),
+        device_name=world.gpu_name,
+        dtype=plan.config.dtype,
+        num_devices=world.size,
+        architecture=plan.options.shape.describe(),
+    )

@@ -10,6 +10,8 @@ import torch
 
 from engine import parallel
 from engine.configurator import ConfigError
+from engine.loader import inputs_and_targets, read_batch
+from engine.logger import now
 
 
 class MicroStep:
@@ -217,3 +219,44 @@ class Graphs:
         clear()
         forget()
         return bits, torch.stack(values)
+
+
+def prepare(plan, data, order, state, micro_step, evaluator, log, terminal):
+    """Compile, and record the CUDA graphs, on the first tokens of the data, which changes no
+    weight; returns the micro-step to train with.
+    """
+    c, world = plan.config, plan.options.world
+    model = micro_step.model
+    # as the loader gives it out: strides count too
+    batches = [
+        inputs_and_targets(
+            read_batch(
+                data.train,
+                order.starts(state.position + i * c.batch_size, c.batch_size),
+                c.block_size,
+                world.ring,
+            ).to(world.device)
+        )
+        for i in range(2)
+    ]
+
+    def forget_routing():
+        model.after_step(world, 0.0, None)
+
+    if c.compile:
+        log.say('compiling')
+        with terminal.doing('compiling'):
+            seconds, error = compile_ahead(
+                lambda: micro_step(*batches[0], plan.accumulation - 1), evaluator.one_batch
+            )
+        micro_step.clear()
+        forget_routing()
+        log.event('compile', seconds=seconds, error=error, timestamp=now())
+        failed = f'COMPILING FAILED, so everything runs without: {error}'
+        log.say(failed if error else f'compiled in {seconds:.1f} s')
+    if c.use_cuda_graphs:
+        micro_step = Graphs(micro_step)
+        seconds = micro_step.prepare(batches, forget_routing)
+        log.say(f'CUDA graphs recorded in {seconds:.1f} s: two batches gave what they give without')
+    gc.collect()
+    return micro_step

@@ -101,6 +101,11 @@ class World:
         return self.rank == 0
 
     @property
+    def gpu_name(self):
+        """Return the name of the GPU of this rank, None on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else None
+
+    @property
     def ddp(self):
         return self.layout in ('DDP', 'ZeRO-1')
 

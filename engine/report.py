@@ -28,9 +28,9 @@ VOCABULARIES = {
 }
 
 
-def startup_info(c, model, optimizer, world, gpu_name, token_flops, prediction):
+def startup_info(c, model, optimizer, world, prediction):
     """The `startup_info` of the log. prediction: engine.memory.Prediction or None."""
-    counts = model.parameter_counts()
+    counts, token_flops, gpu_name = model.parameter_counts(), model.flops(), world.gpu_name
     gpu = torch.cuda.get_device_properties(world.device) if gpu_name else None
     return {
         'timestamp': now(),

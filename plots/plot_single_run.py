@@ -413,10 +413,8 @@ PANELS = [
 
 def describe(run):
     """What was run, in up to two lines, from as much as config and startup_info know."""
-    config, hardware, model = (
-        run.config,
-        *(cleaned(run.startup_info.get(key)) for key in ('hardware', 'model')),
-    )
+    config = run.config
+    hardware, model = (cleaned(run.startup_info.get(key)) for key in ('hardware', 'model'))
     sizes = '-'.join(
         f'{config[key]}{letter}'
         for key, letter in (('n_layer', 'L'), ('n_head', 'H'), ('n_embd', 'D'), ('d_ff', 'ff'))

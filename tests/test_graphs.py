@@ -323,7 +323,8 @@ def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
     assert run_train(dataset, tmp_path / 'plain', *common) == 0
     if not on_gpu:
         monkeypatch.setattr(checks, 'cuda_graphs', lambda c, *_: c.use_cuda_graphs)
-        monkeypatch.setattr('train.Graphs', lambda step: micro_step.Graphs(step, record=Again))
+        real = micro_step.Graphs
+        monkeypatch.setattr(micro_step, 'Graphs', lambda step: real(step, record=Again))
     assert run_train(dataset, tmp_path / 'graphs', *common, '--use_cuda_graphs=True') == 0
     said = capsys.readouterr().out
     assert 'CUDA Graphs: on' in said and 'CUDA graphs recorded in' in said

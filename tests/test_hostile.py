@@ -479,7 +479,7 @@ def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         'engine.run_data.open_dataset', lambda name, root, url: open_dataset(name, root)
     )
-    monkeypatch.setattr('train.Copier', lambda *args: None)
+    monkeypatch.setattr('engine.outputs.Copier', lambda *args: None)
     monkeypatch.setattr(resume.copier, 'lineages', lambda place: set())
     monkeypatch.setattr(
         'train.parallel.from_main',

@@ -1,5 +1,7 @@
 """Proves what a reader may expect of the sources: one format, no lint, lines that fit."""
 
+import ast
+import os
 import subprocess
 import sys
 
@@ -20,3 +22,26 @@ def test_ruff(command):
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types():
+    """What has annotations agrees with them."""
+    pytest.importorskip('mypy')
+    done = subprocess.run(
+        [sys.executable, '-m', 'mypy', '--cache-dir', os.devnull],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_functions_of_train_are_short_and_change_no_names_of_others():
+    """train() has at most 130 lines, the others 60."""
+    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as f:
+        tree = ast.parse(f.read())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert sizes.pop('train') <= 130 and max(sizes.values()) <= 60
+    assert not any(isinstance(node, (ast.Nonlocal, ast.Global)) for node in ast.walk(tree))

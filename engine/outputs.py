@@ -1,0 +1,148 @@
+"""What a run writes to, opened: its folder, its copy elsewhere, its log, its checkpoints."""
+
+from dataclasses import dataclass
+
+from engine import __version__, flops, parallel, resume
+from engine.copier import Copier, place_of
+from engine.copying_together import Machines
+from engine.keeper import CheckpointKeeper
+from engine.logger import RunLog, new_run_name, now, unsaved_run
+from engine.saver import Saver
+
+
+@dataclass
+class RunPlace:
+    """Where a run writes: name and lineage of it, copier and machines that upload; None where it
+    writes nothing or uploads nothing.
+    """
+
+    run_name: str | None = None
+    lineage: list | None = None
+    copier: Copier | None = None
+    machines: Machines | None = None
+
+
+def open_place(start, plan, model, folder, world, notes):
+    """Take out_dir for this run; returns a RunPlace. Raises ConfigError where others have it."""
+    c, saved = plan.config, start.saved
+    if c.eval_only:
+        return RunPlace()
+    folder.hold(make=True)
+    if saved:
+        resume.set_aside(c, saved, world, notes)
+    else:
+        resume.make_way(c, world, notes)
+
+    def name():
+        # a run that died before its first checkpoint keeps its name and log
+        again = c.auto_resume and not saved
+        unsaved = again and unsaved_run(c.out_dir, resume.config_record(c))
+        return unsaved or new_run_name(c.out_dir)
+
+    run_name = (saved and saved.get('run_name')) or parallel.from_main(name, world)
+    parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
+    there = c.upload_to and place_of(c.upload_to, c.out_dir)
+    lineage = parallel.from_main(lambda: resume.choose_lineage(c, saved, there), world)
+    place = RunPlace(run_name, lineage)
+    if c.upload_to:
+        place.machines = Machines(world, c.upload_to)
+        if world.main:
+            keep = c.upload_keep_local
+            place.copier = Copier(c.upload_to, c.out_dir, run_name, keep, place.machines)
+        elif world.local_rank == 0:
+            place.machines.serve()
+    return place
+
+
+def checkpoint_bytes(model, c):
+    """Bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's matrices,
+    two for AdamW.
+    """
+    matrices = set(model.matrices()) if c.optimizer == 'muon' else ()
+    return sum(
+        4 * p.numel() * (2 if name in matrices else 3) for name, p in model.named_parameters()
+    )
+
+
+def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
+    """Return the RunLog, with its header written, and what else it goes to opened."""
+    constants = utilisation(tokens_per_sec=1.0)
+    shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
+    header = {
+        'config': resume.config_record(c),
+        'startup_info': startup,
+        'mfu_constants': {key: constants[key] for key in constants if key not in flops.VARIES},
+        'metadata': {key: getattr(c, key) for key in shown}
+        | {'world_size': world.size, 'version': __version__},
+    }
+    log = RunLog(
+        c.out_dir,
+        place.run_name,
+        header,
+        active=world.main,
+        write=not c.eval_only,
+        resume_step=start.step if start.saved or c.auto_resume else None,
+        evaluated=evaluated is not None,
+        save_json=c.save_log_to_json,
+        save_interval=c.log_save_interval,
+        first=start.step,
+        terminal=terminal,
+    )
+    if world.main and not c.eval_only:
+        if c.wandb_log:
+            log.to_wandb(c.wandb_project, c.wandb_run_name)
+        if c.trackio_log:
+            log.to_trackio(c.wandb_project, c.wandb_run_name)
+        if c.tensorboard_log:
+            log.to_tensorboard()
+    if start.from_own_checkpoint and not log.has_checkpoint(start.step):
+        log.event(
+            'checkpoint',
+            iter=start.step,
+            val_loss=None,
+            path=start.saved['path'],
+            timestamp=now(),
+            stall_ms=None,
+            total_ms=None,
+        )
+    return log
+
+
+def open_keeper(start, plan, data, evaluator, place, model, optimization, state, log, stop):
+    """Return the CheckpointKeeper, with the memory of its copies taken."""
+    c, world = plan.config, plan.options.world
+    saver = Saver(
+        c.out_dir,
+        world,
+        keep=c.keep_checkpoints,
+        keep_every=c.keep_every,
+        keep_all=c.keep_all_checkpoints,
+        background=c.checkpoint_async,
+        before_commit=log.sync,
+        copier=place.copier,
+    )
+    facts = {
+        'run_name': place.run_name,
+        'tokens_per_step': plan.tokens,
+        'data': data.splits,
+        'windows': evaluator.windows,
+        'tokenizer': data.tokenizer_id,
+        'token_ids': data.token_ids,
+        'optimizer': type(optimization.optimizer).__name__,
+    }
+    keeper = CheckpointKeeper(
+        c,
+        state,
+        model,
+        optimization,
+        saver,
+        facts,
+        place.lineage,
+        log,
+        place.copier,
+        stop,
+        world,
+    )
+    if start.from_own_checkpoint:
+        keeper.saved_step = start.step
+    return keeper

@@ -11,6 +11,14 @@ from conftest import ROOT
 ruff = pytest.importorskip('ruff')
 
 
+def markdown():
+    folders = '.', 'docs', 'bench'
+    found = [
+        (folder, name) for folder in folders for name in os.listdir(os.path.join(ROOT, folder))
+    ]
+    return sorted(os.path.join(*path) for path in found if path[1].endswith('.md'))
+
+
 @pytest.mark.parametrize('command', [['check'], ['format', '--check']], ids=['lint', 'format'])
 def test_ruff(command):
     """The rules are in pyproject.toml."""
@@ -45,3 +53,11 @@ def test_functions_of_train_are_short_and_change_no_names_of_others():
     sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert sizes.pop('train') <= 130 and max(sizes.values()) <= 60
     assert not any(isinstance(node, (ast.Nonlocal, ast.Global)) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize('path', markdown())
+def test_lines_of_documents_fit(path):
+    """120 columns, but for wide tables."""
+    with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+        lines = f.read().split('\n')
+    assert not [line for line in lines if len(line) > 120 and not line.startswith('|')]

@@ -149,7 +149,7 @@ def show(args):
         best = checkpoint.best_step(run, fs)
         for step in steps_of(run, fs, args):
             path = checkpoint.path_of(run, step)
-            reason = checkpoint.why_broken(path, args.verify, fs)
+            reason = checkpoint.corruption_reason(path, args.verify, fs)
             entry = {'step': step, 'path': redact(path), 'broken': reason, 'best': step == best}
             if reason is None:
                 losses = checkpoint.read_evaluation(path, fs) or {}
@@ -219,7 +219,7 @@ def here(args, *steps):
         )
     paths = [checkpoint.path_of(runs[0], step) for step in steps]
     for path in paths:
-        if reason := checkpoint.why_broken(path, args.verify):
+        if reason := checkpoint.corruption_reason(path, args.verify):
             raise ConfigError(f'{path} is not whole: {reason}')
     return paths
 
@@ -383,10 +383,10 @@ def status(args):
         for step in sorted(states.keys() | copies):
             if args.step not in (None, step):
                 continue
-            local = step in states and checkpoint.why_broken(
+            local = step in states and checkpoint.corruption_reason(
                 checkpoint.path_of(run, step), args.verify, fs
             )
-            remote = step in copies and checkpoint.why_broken(
+            remote = step in copies and checkpoint.corruption_reason(
                 checkpoint.path_of(target, step), args.verify, to_fs
             )
             found.append(
@@ -439,7 +439,7 @@ def copy(args):
             path = checkpoint.path_of(run, step)
             started, reason = (
                 time.monotonic(),
-                tried(lambda: checkpoint.why_broken(path, 'size', fs), args.place),
+                tried(lambda: checkpoint.corruption_reason(path, 'size', fs), args.place),
             )
             if (
                 reason is None

@@ -33,7 +33,7 @@ from data.tokenfile import read_meta
 from data.tokenizer import decode_after, same_tokenizer, tokenizer_of
 from engine import checkpoint, kernels, parallel, tasks
 from engine.configurator import ConfigError
-from engine.dataset import check_fit, folder_of, open_dataset, shares_of
+from engine.dataset import check_vocab_and_length, folder_of, open_dataset, parse_mixture
 from engine.files import parse_json
 from engine.logger import now
 from engine.loss import IGNORE
@@ -76,7 +76,7 @@ def main(argv=None):
             ' evaluation.json in a Hugging Face folder'
         ),
     )
-    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.tell)
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.report_error)
 
 
 def run(args):
@@ -119,7 +119,7 @@ def run(args):
         'rope_factor': model.config.rope_factor,
         'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.'),
     }
-    parallel.from_main(lambda: check_results(path, results['weights'], conditions), world)
+    parallel.broadcast_from_main(lambda: check_results(path, results['weights'], conditions), world)
 
     def keep():
         if world.main:
@@ -239,15 +239,15 @@ def losses(model, dataset, args, tokenizer, world, state):
     """Loss per token over windows of the context's length, one behind the other; the last one may
     be shorter.
     """
-    if len(shares_of(dataset)) > 1:
+    if len(parse_mixture(dataset)) > 1:
         raise ConfigError(
             f'{dataset} is a mixture: evaluate one data set at a time, with'
-            f' --dataset={shares_of(dataset)[0][0]}'
+            f' --dataset={parse_mixture(dataset)[0][0]}'
         )
     url = args.data_url or (state['config'].get('data_url') if state and not args.dataset else None)
     train, val, meta = parallel.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
     file, block = train if args.split == 'train' else val, model.config.block_size
-    check_fit(file, model.config.vocab_size, 1)
+    check_vocab_and_length(file, model.config.vocab_size, 1)
     n = min(args.tokens or len(file), len(file)) - 1  # tokens that have one before them
     if n < 1:
         raise ConfigError(f'{args.split}.bin of {dataset} has too few tokens to predict one')
@@ -264,7 +264,7 @@ def losses(model, dataset, args, tokenizer, world, state):
             x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
         total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
     nats = parallel.sum_over_ranks(total, world).item()
-    text_bytes = parallel.from_main(lambda: bytes_of(file, n, tokenizer), world)
+    text_bytes = parallel.broadcast_from_main(lambda: bytes_of(file, n, tokenizer), world)
     return {
         'dataset': dataset,
         'split': args.split,

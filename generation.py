@@ -175,7 +175,7 @@ def generate(
     begins = [0] * len(rows)  # what lies before is forgotten
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # FSDP keeps what it gathers
     with (
-        contextlib.nullcontext() if compiled else kernels.as_written(),
+        contextlib.nullcontext() if compiled else kernels.eager_mode(),
         torch.no_grad() if sharded else torch.inference_mode(),
     ):
         seen = None

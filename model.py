@@ -24,9 +24,9 @@ from torch.utils.checkpoint import (
 )
 
 from engine import experts, flops, fp8, parallel, rope
-from engine.attention import DEAR, attention, switch, visible
+from engine.attention import OPS_TO_SAVE, activate_backend, attention, make_attention_mask
 from engine.configurator import ConfigError
-from engine.loader import mix
+from engine.counter_rng import hash_ints
 from engine.loss import next_token_loss
 
 ACTIVATIONS = {
@@ -263,7 +263,7 @@ def _keep_matmuls():
     """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention
     are kept, and all else is computed again.
     """
-    kept = {'aten::mm', 'aten::addmm', 'onetrain::grouped_mm', *DEAR}
+    kept = {'aten::mm', 'aten::addmm', 'onetrain::grouped_mm', *OPS_TO_SAVE}
     return create_selective_checkpoint_contexts(
         lambda ctx, operator, *args, **kwargs: (
             CheckpointPolicy.MUST_SAVE
@@ -371,7 +371,7 @@ class Model(nn.Module):
 
         buffers_on: device of what is no parameter where it is another.
         """
-        switch(self.backend)
+        activate_backend(self.backend)
         self.to_empty(device=device)
         if self.config.weight_tying:  # to_empty gives every module a tensor of its own
             self.lm_head.weight = self.transformer.wte.weight
@@ -472,7 +472,7 @@ class Model(nn.Module):
             cache.masks
             if cache is not None
             else {
-                window: visible(self.backend, T, idx.device, window, documents)
+                window: make_attention_mask(self.backend, T, idx.device, window, documents)
                 for window in set(self.config.windows)
             }
         )
@@ -579,8 +579,8 @@ class Model(nn.Module):
                 )
             )
             generator = torch.Generator(device or parameter.device)
-            generator.manual_seed(mix(seed, *name.encode()) % 2**63)
-            parallel.put(
+            generator.manual_seed(hash_ints(seed, *name.encode()) % 2**63)
+            parallel.copy_into_shard(
                 parameter,
                 torch.empty(parameter.shape, device=generator.device).normal_(
                     0.0, std, generator=generator
@@ -603,7 +603,7 @@ class Model(nn.Module):
                     f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has'
                     f' {tuple(parameter.shape)}'
                 )
-            parallel.put(parameter, tensor)
+            parallel.copy_into_shard(parameter, tensor)
         missing = [name for name in missing if not name.endswith('.balance')]
         if missing and not partly:
             raise ConfigError(f'there are no weights for {", ".join(missing[:3])}')

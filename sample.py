@@ -29,7 +29,7 @@ from data.tokenizer import decode_after, ids_digest, load_tokenizer, tokenizer_o
 from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
 from engine.configurator import ConfigError, nearest, shortened
-from engine.dataset import folder_of, shares_of
+from engine.dataset import folder_of, parse_mixture
 from engine.tokenizer_match import same_digest, tokenizer_identity
 from generation import check_prompts, default_start, generate, text_of
 from model import Model
@@ -44,7 +44,7 @@ def find_checkpoint(out_dir, step):
     """
     if step is None:
         step = checkpoint.best_step(out_dir)
-        if step is None or checkpoint.why_broken(checkpoint.path_of(out_dir, step)):
+        if step is None or checkpoint.corruption_reason(checkpoint.path_of(out_dir, step)):
             step, _ = checkpoint.newest_whole(out_dir)
     path = checkpoint.path_of(out_dir, step or 0)
     if step is None or step not in checkpoint.steps(out_dir):
@@ -67,7 +67,7 @@ def find_checkpoint(out_dir, step):
                 else ''
             )
         )
-    if reason := checkpoint.why_broken(path):
+    if reason := checkpoint.corruption_reason(path):
         raise ConfigError(f'{path} cannot be used: {reason}')
     state = checkpoint.read_state(path)
     if missing := [key for key in ('config', 'run_name') if key not in state]:
@@ -103,7 +103,7 @@ def tokenizer_of_run(state):
     """
     folder, meta = data_of(state['config'])
     trained_with = state.get('data', {}).get('train', {}).get('fingerprint')
-    same = len(shares_of(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get(
+    same = len(parse_mixture(state['config']['dataset'])) > 1 or meta.get('fingerprint', {}).get(
         'train'
     ) in (None, trained_with)
     tokenizer, gave = tokenizer_of(folder, meta), state.get('token_ids')
@@ -306,7 +306,7 @@ def main(argv=None):
         action='store_true',
         help='compile decoding (with CUDA graphs on a GPU): a slower start, faster tokens',
     )
-    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.tell)
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.report_error)
 
 
 def run(args):

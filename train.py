@@ -325,14 +325,15 @@ from engine import (
     stopping,
 )
 from engine.batch_plan import plan_batches, predict_memory
+from engine.counter_rng import hash_ints
 from engine.dry_run import dry_run
 from engine.evaluator import Evaluator
 from engine.files import redact
-from engine.iteration_log import IterationLog, utilisation_of
-from engine.loader import TrainLoader, mix, order_of
+from engine.iteration_log import IterationLog, mfu_function
+from engine.loader import TrainLoader, order_of
 from engine.logger import now
-from engine.micro_step import MicroStep, prepare
-from engine.outputs import open_keeper, open_log, open_place
+from engine.micro_step import ForwardBackward, compile_and_capture
+from engine.outputs import open_keeper, open_log, open_outputs
 from engine.report import (
     ending_lines,
     evaluation_line,
@@ -341,7 +342,7 @@ from engine.report import (
     report,
     startup_info,
 )
-from engine.run_data import open_data, read_questions
+from engine.run_data import load_prompts_and_tasks, open_data
 from engine.start_point import StartPoint
 from engine.terminal import Terminal
 from engine.text_bytes import TextBytes
@@ -377,12 +378,12 @@ def main(argv=None, resolved=None):
                 f' {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type'
                 ' --deterministic=False'
             )
-        elif isinstance(error, RuntimeError) and parallel.was_told():
+        elif isinstance(error, RuntimeError) and parallel.was_reported():
             return 2
         sentence = explain(error)
         if sentence is None or isinstance(error, ValueError) and not isinstance(error, ConfigError):
             raise
-        parallel.tell(sentence)
+        parallel.report_error(sentence)
         return 2
     finally:
         gc.unfreeze()
@@ -391,72 +392,76 @@ def main(argv=None, resolved=None):
 
 
 def train(c, given, stop, terminal):
-    """Train as the Config `c` says; returns the exit code. given: {key: where it was given}; stop:
-    stopping.StopRequest.
+    """Run training with the Config `c`; returns the exit code.
+
+    given: {key: where it was given}; stop: stopping.StopRequest.
     """
-    notes = []  # fallbacks and changes, told in the report
-    checks.refuse_impossible(c)
-    checks.note_schedule(c, notes)
+    notes = []  # fallbacks and changes, for the report
+    checks.validate(c)
+    checks.warn_about_schedule(c, notes)
     world = parallel.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
     same = {**resume.config_record(c), 'torch': torch.__version__}
-    parallel.same(same, 'the configuration', world)
+    parallel.assert_same_on_all_ranks(same, 'the configuration', world)
 
-    folder = resume.Folder(c.out_dir, world)
-    start = StartPoint.find(c, given, SHAPE_KEYS, folder, world, notes)
+    # ---- where to start from, the data, how a step is computed
+    lock = resume.OutDirLock(c.out_dir, world)
+    start = StartPoint.find(c, given, SHAPE_KEYS, lock, world, notes)
     data = open_data(start, given, ROOT, world, terminal, notes)
-    weights = start.weights(data.folder, world)
+    origin = start.describe_weights(data.folder, world)
     plan = plan_batches(start, data, world, terminal, notes)
     c = plan.config
-    state = start.state(plan, data.new_stream, notes)
+    state = start.initial_state(plan, data.train_data_changed, notes)
     order = order_of(data.train, c.block_size, c.seed)
-    note_plan(start, data, plan, order, notes)
-    questions = read_questions(c, data, world)
+    warn_about_plan(start, data, plan, order, notes)
+    prompts = load_prompts_and_tasks(c, data, world)
 
+    # ---- model and optimizer
     model = plan.model(world)
     check_model(c, model, world)
     prediction = predict_memory(plan, model, terminal, notes)
-    place = open_place(start, plan, model, folder, world, notes)
-    before = memory_gb(world.device)['allocated_gb']
-    step_model, train_model = build_model(start, plan, model, world, terminal)
+    outputs = open_outputs(start, plan, model, lock, world, notes)
+    memory_use = prediction, memory_gb(world.device)['allocated_gb']
+    eval_model, train_model = build_model(start, plan, model, world, terminal)
     optimization = build_optimizer(c, model, world)
-    with terminal.doing('loading the checkpoint'):
-        start.load(model, optimization, world)
+    start.load_checkpoint(model, optimization, world, terminal)
 
+    # ---- evaluation, log and report
     agreement = parallel.Agreement(world)
-    evaluator = Evaluator(
-        plan, data, questions, model, step_model, world, agreement, stop, terminal
-    )
-    evaluated = start.evaluation(evaluator.windows)  # beside the checkpoint, of the same windows
-    state.best_val_loss = best_loss(start, data, evaluator.windows, evaluated, notes)
-    utilisation = utilisation_of(plan, model, world)
+    evaluator = Evaluator(plan, data, prompts, model, eval_model, world, agreement, stop, terminal)
+    cached_losses = start.cached_losses(evaluator.windows_hash, data.val_data_changed)
+    state.best_val_loss = best_loss(start, data, evaluator.windows_hash, cached_losses, notes)
+    mfu = mfu_function(plan, model, world)
     startup = startup_info(c, model, optimization.optimizer, world, prediction)
-    log = open_log(c, start, place, startup, utilisation, evaluated, world, terminal)
-    workers = c.dataloader_num_workers if c.use_dataloader else 0
-    facts = startup, data.meta, order, world, plan.sequences, workers, place.run_name, weights
+    log = open_log(c, start, outputs, startup, mfu, cached_losses, world, terminal)
+    facts = startup, data.meta, order, world, outputs.run_name, origin
     for line in report(c, *facts, notes, terminal.columns()):
         log.say(line)
     if c.eval_only:
         if losses := evaluator():
             log.say(evaluation_line(start.step, losses))
         log.close()
-        return parallel.largest(stop.code(), world)
+        return parallel.all_reduce_max(stop.code(), world)
 
-    text_bytes = count_text_bytes(plan, data, questions) if world.main else None
-    loader = open_loader(plan, data, order, state, workers, world)
-    keeper = open_keeper(start, plan, data, evaluator, place, model, optimization, state, log, stop)
+    # ---- what the loop works with
+    text_bytes = count_text_bytes(plan, data, prompts) if world.main else None
+    loader = open_loader(plan, data, order, state, world)
+    keeper = open_keeper(
+        start, plan, data, evaluator, outputs, model, optimization, state, log, stop
+    )
     stop.max_hours = c.max_time
-    # the sum over this rank's targets, over the targets of the whole step; ranks average, hence
-    # world.size
-    weight = world.size / plan.tokens
     scaler, guard = optimization.scaler, optimization.guard
-    micro_step = MicroStep(
+    # DDP averages gradients over ranks: this makes it the mean over the tokens of a step
+    weight = world.size / plan.tokens_per_step
+    micro_step = ForwardBackward(
         model, train_model, world, plan.autocast, scaler, weight, plan.accumulation
     )
     if state.step < c.max_iters and (c.compile or c.use_cuda_graphs):
-        micro_step = prepare(plan, data, order, state, micro_step, evaluator, log, terminal)
+        micro_step = compile_and_capture(
+            plan, data, order, state, micro_step, evaluator, log, terminal
+        )
     gc.freeze()  # what stays for good is not searched for garbage again
     iterations = IterationLog(
-        plan, model, train_model, loader, guard, utilisation, log, world, terminal, start.step
+        plan, model, train_model, loader, guard, mfu, log, world, terminal, start.step
     )
     terminal.start_bar(c.max_iters, state.step)
     if state.step >= c.max_iters:
@@ -470,36 +475,34 @@ def train(c, given, stop, terminal):
     while True:
         step = state.step
         ending = step >= c.max_iters or stop_code
-        evaluating = evaluates_at(c, step, start.step, evaluated) and not stop_code
+        evaluating = evaluates_at(c, step, start.step, cached_losses) and not stop_code
         sampling = samples_at(c, step, start.step) and not stop_code
         with terminal.doing('saving the checkpoint'):
-            keeper.settle(wait=ending)
-        # alike on every rank: what a save that is not waited for says comes at its own time on each
+            keeper.report_save(wait=ending)
+        # whether a save is done may differ between ranks, so nothing here depends on it
         saving = keeper.due(ending)
         if saving or evaluating or sampling:
-            # a save waits for nothing
-            with iterations.paused(world.device if evaluating or sampling else None):
+            # saving is asynchronous: it does not synchronize the GPU
+            with iterations.excluded(world.device if evaluating or sampling else None):
                 if saving:
                     keeper.save()
                 losses = evaluator() if evaluating else None
                 if losses:
-                    note_losses(c, state, losses, text_bytes, keeper, evaluator.windows, log)
+                    hashed = evaluator.windows_hash
+                    log_evaluation(c, state, losses, text_bytes, keeper, hashed, log)
                 elif evaluating:
-                    stop_code = parallel.largest(stop.code(), world)
+                    stop_code = parallel.all_reduce_max(stop.code(), world)
                     continue
                 if sampling:
-                    write_samples(plan, step, questions, model, stop, log, world)
+                    log_samples(plan, step, prompts, model, stop, log, world)
         if ending:
             with terminal.doing('saving the checkpoint'):
-                keeper.settle(wait=True)
+                keeper.report_save(wait=True)
             break
 
-        with terminal.doing(
-            f'iter {step + 1}/{c.max_iters}: micro-step', plan.accumulation
-        ) as work:
-            result = train_step(
-                plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, work
-            )
+        result = train_step(
+            plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, terminal
+        )
         stop_code = result.stop_code
         if stop_code:
             continue
@@ -508,20 +511,21 @@ def train(c, given, stop, terminal):
         if iterations.due(state.step, bool(result.statistics)):
             bad = iterations.record(state, result)
             if bad['row'] >= c.max_bad_steps:
-                stop_code = give_up(c, plan, state, order, bad, keeper, guard, log)
-            iterations.begin_interval()
+                stop_code = rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log)
+            iterations.reset_interval()
 
     if stop_code == stopping.NOT_FINITE and world.main:
-        resume.supersede(c.out_dir, state.step)  # saved between the first bad step and now
+        resume.archive_newer(c.out_dir, state.step)  # saved between the first bad step and now
     loader.close()
     terminal.end_bar()
-    return finish(c, start, state, stop_code, keeper, place, prediction, before, folder, log, stop)
+    return finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, stop)
 
 
 @dataclass
 class StepResult:
-    """What an optimizer step gave: tensors on the device, which nobody waits for until they are
-    logged. stop_code: not 0 if the step was given up; waited: seconds for a save.
+    """What an optimizer step gave. Tensors stay on the GPU; they are only synced when logged.
+
+    stop_code: not 0 if the step was given up; waited: seconds blocked on a checkpoint.
     """
 
     stop_code: int
@@ -533,7 +537,9 @@ class StepResult:
     waited: float = 0.0
 
 
-def train_step(plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, work):
+def train_step(
+    plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, terminal
+):
     """Take one optimizer step, of plan.accumulation micro-steps; returns a StepResult.
 
     A step during which the run is asked to stop is given up: the weights are those of the last one,
@@ -543,22 +549,23 @@ def train_step(plan, state, model, optimization, micro_step, loader, keeper, agr
     lr = learning_rate(c, state.step)
     optim.set_learning_rate(optimization.optimizer, lr)
     loss = torch.zeros((), device=world.device)
-    for number in range(plan.accumulation):
-        batch = loader.next(stop.code)
-        # who is to stop says so before the micro-step, and all know after it: the answer comes
-        # while they compute
-        stop_code = agreement.begin(stop.code())
-        if not stop_code:
-            x, y, first_position = batch or loader.nothing()
-            if c.dropout:
-                # masks are a function of the data, not of the layout
-                torch.manual_seed(mix(c.seed, first_position) % 2**63)
-            loss += micro_step(x, y, number)
-            stop_code = agreement.end()
-        if stop_code:
-            micro_step.clear()
-            return StepResult(stop_code)
-        work.done += 1
+    title = f'iter {state.step + 1}/{c.max_iters}: micro-step'
+    with terminal.doing(title, plan.accumulation) as work:
+        for number in range(plan.accumulation):
+            batch = loader.next(stop.code)
+            # the all-reduce about stopping starts before the micro-step, so that they overlap
+            stop_code = agreement.begin(stop.code())
+            if not stop_code:
+                x, y, first_position = batch or loader.dummy_batch()
+                if c.dropout:
+                    # masks are a function of the data, not of the layout
+                    torch.manual_seed(hash_ints(c.seed, first_position) % 2**63)
+                loss += micro_step(x, y, number)
+                stop_code = agreement.end()
+            if stop_code:
+                micro_step.zero_grad()
+                return StepResult(stop_code)
+            work.done += 1
     loss = parallel.sum_over_ranks(loss, world) / world.size
     guard.unscale()
     measured = c.gradient_log_interval and (state.step + 1) % c.gradient_log_interval == 0
@@ -568,30 +575,30 @@ def train_step(plan, state, model, optimization, micro_step, loader, keeper, agr
     state.step += 1
     guard.step(optimization.optimizer, state.step, loss, grad_norm)
     routing = model.after_step(world, c.balance_rate, optimization.optimizer.found_inf)
-    micro_step.clear()
-    state.position += plan.sequences
-    state.tokens += plan.tokens
+    micro_step.zero_grad()
+    state.position += plan.sequences_per_step
+    state.tokens += plan.tokens_per_step
     return StepResult(0, lr, loss, grad_norm, statistics, routing, waited)
 
 
-def evaluates_at(c, step, start_step, evaluated):
+def evaluates_at(c, step, start_step, cached_losses):
     """Whether the losses are to be measured at `step`, which includes the final weights.
 
-    evaluated: losses that are known already of the weights that the run started from, or None.
+    cached_losses: of the weights that the run started from, or None.
     """
     last = step == c.max_iters and step > start_step
     wanted = (last or step % c.eval_interval == 0) and (step > 0 or c.eval_at_start)
-    return wanted and not (step == start_step and evaluated)
+    return wanted and not (step == start_step and cached_losses)
 
 
 def samples_at(c, step, start_step):
     return c.sample_interval and step % c.sample_interval == 0 and step > start_step
 
 
-def note_losses(c, state, losses, text_bytes, keeper, windows, log):
+def log_evaluation(c, state, losses, text_bytes, keeper, windows_hash, log):
     """Log the losses of an evaluation, and save the weights if they are the best.
 
-    windows: digest of the evaluation windows.
+    windows_hash: of the evaluation windows.
     """
     log.event(
         'eval',
@@ -606,53 +613,53 @@ def note_losses(c, state, losses, text_bytes, keeper, windows, log):
         **({'tasks': losses['tasks']} if 'tasks' in losses else {}),
     )
     log.say(evaluation_line(state.step, losses, state.best_val_loss))
-    best = keeper.note(losses, windows)
+    best = keeper.update_best(losses, windows_hash)
     if best and not c.always_save_checkpoint and state.step not in (keeper.saved_step, 0):
         keeper.save()
-    keeper.note_evaluation()
+    keeper.attach_losses()
 
 
-def write_samples(plan, step, questions, model, stop, log, world):
+def log_samples(plan, step, prompts, model, stop, log, world):
     """Continue the prompts of sample_start and log the texts."""
-    # its own, so that training draws what it would without; and alike on every rank
+    # a generator of its own: sampling must not change what training draws; alike on every rank
     generator = torch.Generator(world.device).manual_seed(plan.config.seed)
     with parallel.forward_only(model), plan.autocast:
         written = generate(
             model,
-            questions.prompts,
+            prompts.ids,
             128,
             temperature=0.8,
             top_k=50,
             generator=generator,
             device=world.device,
-            interrupted=lambda: parallel.largest(stop.code(), world),
+            interrupted=lambda: parallel.all_reduce_max(stop.code(), world),
         )
-    for prompt, ids in zip(questions.prompts, written):
-        log.sample(step, questions.tokenizer.decode(prompt + ids))
+    for prompt, ids in zip(prompts.ids, written):
+        log.sample(step, prompts.tokenizer.decode(prompt + ids))
 
 
-def give_up(c, plan, state, order, bad, keeper, guard, log):
+def rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log):
     """Go back to the last good step after too many that were not finite; returns the exit code.
 
     The weights are still those of that step: bad steps change none. bad: of guard.counts().
     """
     good = bad['first'] - 1
     missed = state.step - good
-    first = state.position - missed * plan.sequences
-    last = first + c.max_bad_steps * plan.sequences - 1
+    first = state.position - missed * plan.sequences_per_step
+    last = first + c.max_bad_steps * plan.sequences_per_step - 1
     log.say(
         f'loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad["first"]} to'
         f' {good + c.max_bad_steps}, sequences {first} to {last} of the stream: stopping with the'
         f' weights of iter {good}. Resume with a lower --learning_rate, or look at the data: the'
         ' first of these sequences begin at tokens'
-        f' {order.starts(first, plan.sequences)[:8].tolist()} of train.bin'
+        f' {order.starts(first, plan.sequences_per_step)[:8].tolist()} of train.bin'
     )
-    keeper.rewind(good, first, state.tokens - missed * plan.tokens)
+    keeper.rewind(good, first, state.tokens - missed * plan.tokens_per_step)
     guard.state['counts'][:2] = 0  # the run that continues starts its row anew
     return stopping.NOT_FINITE
 
 
-def note_plan(start, data, plan, order, notes):
+def warn_about_plan(start, data, plan, order, notes):
     """Note what of the schedule and the data a user may not expect."""
     c = plan.config
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
@@ -661,17 +668,21 @@ def note_plan(start, data, plan, order, notes):
             f' beyond max_iters={c.max_iters}'
         )
     if start.from_own_checkpoint:
-        checks.note_jump(start.saved['config'], c, start.step, learning_rate, notes)
+        checks.warn_about_learning_rate(
+            start.checkpoint_state['config'], c, start.step, learning_rate, notes
+        )
     validation = (len(data.val) - 1) // c.block_size
-    checks.note_data(c, start.step, order, plan.sequences, validation, notes)
+    checks.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
 
 
-def best_loss(start, data, windows, evaluated, notes):
-    """Return the best validation loss before this start. evaluated: losses of its weights."""
-    if not start.saved:
+def best_loss(start, data, windows_hash, cached_losses, notes):
+    """Return the best validation loss before this start. cached_losses: of its weights."""
+    if not start.checkpoint_state:
         return math.inf
-    best = resume.best_loss_so_far(start.saved, windows, data.new_validation, notes)
-    return min(best, evaluated['val'] or math.inf) if evaluated else best
+    best = resume.best_loss_so_far(
+        start.checkpoint_state, windows_hash, data.val_data_changed, notes
+    )
+    return min(best, cached_losses['val'] or math.inf) if cached_losses else best
 
 
 def check_model(c, model, world):
@@ -696,7 +707,7 @@ def build_model(start, plan, model, world, terminal):
     model.allocate('cpu' if offloaded else world.device, buffers_on=world.device)
     new = c.init_from == 'scratch'
     with terminal.doing('initializing the weights' if new else 'loading the weights'):
-        start.fill(model, world.device)
+        start.initialize(model, world.device)
     return parallel.wrap(model, world, c.compile, plan.accumulation, c.use_cuda_graphs)
 
 
@@ -704,7 +715,7 @@ def build_optimizer(c, model, world):
     """Return the optim.Optimization of `model`, whose parameters have memory."""
     named = dict(model.named_parameters())
     parameters = list(named.values())
-    updated = parallel.optimized(named, world)
+    updated = parallel.zero1_parameters(named, world)
     optimizer = optim.build_optimizer(
         updated,
         matrices=model.matrices() if c.optimizer == 'muon' else (),
@@ -715,22 +726,20 @@ def build_optimizer(c, model, world):
         device_type=parameters[0].device.type,
         ranks=world.size if world.layout == 'DDP' else 1,
     )
-    parallel.bind(optimizer, named, updated, world)
+    parallel.attach_zero1(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == 'float16')
-    guard = optim.Guard(parameters, scaler, c.max_bad_steps, c.spike_factor)
+    guard = optim.NonFiniteGuard(parameters, scaler, c.max_bad_steps, c.spike_factor)
     return optim.Optimization(optimizer, scaler, guard, named, updated)
 
 
-def count_text_bytes(plan, data, questions):
+def count_text_bytes(plan, data, prompts):
     """Return the TextBytes of the evaluation windows."""
     c = plan.config
     starts = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
-    return TextBytes(
-        data.val, starts, c.block_size, lambda: questions.tokenizer or data.tokenizer()
-    )
+    return TextBytes(data.val, starts, c.block_size, lambda: prompts.tokenizer or data.tokenizer())
 
 
-def open_loader(plan, data, order, state, workers, world):
+def open_loader(plan, data, order, state, world):
     """Return the TrainLoader, which begins to read ahead."""
     c = plan.config
     return TrainLoader(
@@ -742,15 +751,15 @@ def open_loader(plan, data, order, state, workers, world):
         position=state.position,
         device=world.device,
         ring=world.ring,
-        num_workers=workers,
+        num_workers=c.dataloader_num_workers if c.use_dataloader else 0,
         prefetch_factor=c.dataloader_prefetch_factor,
     )
 
 
-def finish(c, start, state, stop_code, keeper, place, prediction, before, folder, log, stop):
-    """Say how the run ended, wait for its copies and let go of its folder; returns the exit code.
+def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, stop):
+    """Report how the run ended, wait for its copies and release its folder; returns the exit code.
 
-    before: GB that were allocated before there was a model.
+    memory_use: (memory.Prediction or None, GB that were allocated before there was a model).
     """
     world = keeper.world
     if stop_code not in (0, stopping.NOT_FINITE):
@@ -764,8 +773,9 @@ def finish(c, start, state, stop_code, keeper, place, prediction, before, folder
     if keeper.failed:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and state.step > start.step:
-        peak, columns = memory_gb(world.device)['max_allocated_gb'], log.terminal.columns()
-        for line in ending_lines(c, place.run_name, log.end(), prediction, peak, before, columns):
+        (prediction, before), columns = memory_use, log.terminal.columns()
+        peak = memory_gb(world.device)['max_allocated_gb']
+        for line in ending_lines(c, outputs.run_name, log.end(), prediction, peak, before, columns):
             log.say(line)
     log.end()
     copied = True
@@ -776,15 +786,15 @@ def finish(c, start, state, stop_code, keeper, place, prediction, before, folder
             copied = keeper.finish_copying(stop_code)
         if not copied:
             log.say(
-                f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir}'
+                f'NOT FULL_ATTENTION IS COPIED: `python checkpoints.py {c.out_dir}'
                 f' --copy_to={redact(c.upload_to)}` does it'
             )
-        place.machines.close()
+        outputs.machines.close()
     log.close()
-    folder.release()
+    lock.release()
     unsaved = stopping.SAVE_FAILED if keeper.failed or not copied else 0
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return parallel.largest(stop.fault or stop_code or unsaved, world)
+    return parallel.all_reduce_max(stop.fault or stop_code or unsaved, world)
 
 
 def learning_rate(c, step):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from engine import parallel, topology  # noqa: E402
 from engine.command_line import run_command, whole  # noqa: E402
-from engine.kernels import time_when_done  # noqa: E402
+from engine.kernels import synchronized_time  # noqa: E402
 
 
 def main():
@@ -66,11 +66,11 @@ def main():
             for _k in range(args.calls + 5):
                 full.fill_(1.0)
                 dist.barrier()
-                started = time_when_done(world.device)
+                started = synchronized_time(world.device)
                 call()
-                times.append(time_when_done(world.device) - started)
+                times.append(synchronized_time(world.device) - started)
             seconds = max(
-                parallel.of_each_rank({'median': sorted(times[5:])[args.calls // 2]}, world)[
+                parallel.gather_numbers({'median': sorted(times[5:])[args.calls // 2]}, world)[
                     'median'
                 ]
             )
@@ -84,4 +84,4 @@ def main():
 
 
 if __name__ == '__main__':
-    parallel.leave(run_command(lambda _: main(), tell=parallel.tell))
+    parallel.leave(run_command(lambda _: main(), tell=parallel.report_error))

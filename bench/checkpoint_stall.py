@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from engine import optim, parallel  # noqa: E402
 from engine.command_line import run_command, whole  # noqa: E402
-from engine.kernels import time_when_done  # noqa: E402
+from engine.kernels import synchronized_time  # noqa: E402
 from engine.saver import Saver  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
@@ -67,14 +67,14 @@ def main():
         named, learning_rate=1e-4, betas=(0.9, 0.95), weight_decay=0.1, device_type=device.type
     )
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    guard = optim.Guard(named.values(), scaler, 3)
+    guard = optim.NonFiniteGuard(named.values(), scaler, 3)
     optimization = optim.Optimization(optimizer, scaler, guard, named, named)
     x = torch.randint(args.vocab_size, (args.batch_size, args.block_size + 1), device=device)
     step = 0
 
     def train_step(saver):
         nonlocal step
-        started = time_when_done(device)
+        started = synchronized_time(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == 'cuda'):
             loss = model(x[:, :-1], x[:, 1:])
         loss.backward()
@@ -83,7 +83,7 @@ def main():
         step += 1
         guard.step(optimizer, step, loss.detach(), norm)
         optimizer.zero_grad(set_to_none=True)
-        return time_when_done(device) - started
+        return synchronized_time(device) - started
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         savers = {

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 
 from engine import parallel  # noqa: E402
 from engine.command_line import run_command, whole  # noqa: E402
-from engine.kernels import time_when_done  # noqa: E402
+from engine.kernels import synchronized_time  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
@@ -72,9 +72,11 @@ def main():
         steps[name] = step
     for turn in range(args.steps + 3):
         for name in [*models][:: 1 if turn % 2 else -1]:
-            started = time_when_done(device)
+            started = synchronized_time(device)
             steps[name]()
-            times[name] += [time_when_done(device) - started] * (turn >= 3)  # the first are warm-up
+            times[name] += [synchronized_time(device) - started] * (
+                turn >= 3
+            )  # the first are warm-up
     for name, model in models.items():
         counts = model.parameter_counts()
         print(

@@ -83,9 +83,9 @@ def main():
             seconds = [[], []]
             for turn in range(args.rounds + 3):
                 for way in (0, 1) if turn % 2 else (1, 0):
-                    started = kernels.time_when_done(args.device)
+                    started = kernels.synchronized_time(args.device)
                     calls[way](x).backward(gradient)
-                    seconds[way].append(kernels.time_when_done(args.device) - started)
+                    seconds[way].append(kernels.synchronized_time(args.device) - started)
                     ways[way].zero_grad()
             one, more = (1000 * statistics.median(took[3:]) for took in seconds)
             print(

@@ -251,7 +251,7 @@ def agree(world):
             time.sleep(0.05)
             beside.end()
         else:
-            parallel.largest(0, world)
+            parallel.all_reduce_max(0, world)
             time.sleep(0.05)
         waited.append(time.perf_counter() - begun - 0.05)
     return sorted(waited)[30]
@@ -280,10 +280,12 @@ def save(world, folder, megabytes, and_verify):
     if not and_verify:
         return time.perf_counter() - begun
     begun, path = time.perf_counter(), checkpoint.path_of(folder, 1)
-    if hasattr(checkpoint, 'why_broken_together'):
-        assert checkpoint.why_broken_together(path, world) is None
+    if hasattr(checkpoint, 'corruption_reasons'):
+        assert checkpoint.corruption_reasons(path, world) is None
     else:
-        assert parallel.from_main(lambda: checkpoint.why_broken(path), world) is None
+        assert (
+            parallel.broadcast_from_main(lambda: checkpoint.corruption_reason(path), world) is None
+        )
     return time.perf_counter() - begun
 
 

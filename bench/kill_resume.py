@@ -89,7 +89,7 @@ def result(out_dir, max_iters):
     """What must be equal: losses by iteration, evaluations, bytes of the last checkpoint's
     tensors.
     """
-    reason = checkpoint.why_broken(checkpoint.path_of(out_dir, max_iters))
+    reason = checkpoint.corruption_reason(checkpoint.path_of(out_dir, max_iters))
     assert reason is None, reason
     steps = [r['iter'] for r in records(out_dir)]
     assert steps == list(range(1, max_iters + 1)), (

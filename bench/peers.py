@@ -260,7 +260,7 @@ def serve(args):
         waiting['steps'] -= 1
         if waiting['steps'] > 0:
             return
-        now = kernels.time_when_done(args.device)
+        now = kernels.synchronized_time(args.device)
         if 'since' in waiting:
             print(now - waiting['since'], flush=True)
         line = sys.stdin.readline()

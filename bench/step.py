@@ -24,7 +24,7 @@ from engine import checks, kernels, optim, parallel  # noqa: E402
 from engine.dataset import open_dataset  # noqa: E402
 from engine.loader import TrainLoader, order_of  # noqa: E402
 from engine.loss import choose_chunk  # noqa: E402
-from engine.micro_step import Graphs, MicroStep  # noqa: E402
+from engine.micro_step import CudaGraphStep, ForwardBackward  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
 
@@ -48,7 +48,7 @@ def model_settings(c, device):
         resolve_shape(dataclasses.asdict(c), c.vocab_size),
     )
     return dict(
-        **kernels.choose(c, shape, device, dtype)[0],
+        **kernels.select_kernels(c, shape, device, dtype)[0],
         config=shape,
         dropout=c.dropout,
         activation_checkpointing=c.activation_checkpointing,
@@ -92,7 +92,7 @@ class Step:
             device_type=device.type,
         )
         scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.guard = optim.Guard(self.parameters, scaler, 3)
+        self.guard = optim.NonFiniteGuard(self.parameters, scaler, 3)
         self.autocast = kernels.autocast(device.type, self.dtype)
         file = open_dataset(folder, ROOT)[0]
         self.loader = TrainLoader(
@@ -105,7 +105,7 @@ class Step:
             device=device,
         )
         self.steps, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
-        self.micro_step = MicroStep(
+        self.micro_step = ForwardBackward(
             self.model,
             self.train_model,
             self.world,
@@ -115,7 +115,7 @@ class Step:
             self.accumulation,
         )
         if c.use_cuda_graphs:
-            self.micro_step = Graphs(self.micro_step)
+            self.micro_step = CudaGraphStep(self.micro_step)
             self.micro_step.prepare(
                 [self.loader.next()[:2] for _ in range(2)],
                 lambda: self.model.after_step(self.world, 0.0, None),
@@ -136,7 +136,7 @@ class Step:
         self.guard.step(
             self.optimizer, self.steps, loss, optim.clip_gradients(self.parameters, self.grad_clip)
         )
-        self.micro_step.clear()
+        self.micro_step.zero_grad()
         self.last_loss = loss
 
     def run(self):
@@ -150,7 +150,7 @@ class Step:
         """{'data', 'forward', 'backward', 'optimizer'}: seconds of one iteration, waiting for the
         device after each piece; forward and backward are one, 'graphs', where they are recorded.
         """
-        if isinstance(self.micro_step, Graphs):
+        if isinstance(self.micro_step, CudaGraphStep):
             parts = [
                 part
                 for number in range(self.accumulation)
@@ -168,9 +168,9 @@ class Step:
         parts.append(('optimizer', lambda: self.update(torch.zeros((), device=self.device))))
         seconds = {piece: 0.0 for piece, _ in parts}
         for piece, part in parts:
-            started = kernels.time_when_done(self.device)
+            started = kernels.synchronized_time(self.device)
             part()
-            seconds[piece] += kernels.time_when_done(self.device) - started
+            seconds[piece] += kernels.synchronized_time(self.device) - started
         return seconds
 
 
@@ -191,10 +191,10 @@ def matmuls(shape, tokens, dtype, device):
             # so many that waiting for a GPU is no part of it
             found, calls = [], 1 if torch.device(device).type == 'cpu' else 10
             for _ in range(4):
-                started = kernels.time_when_done(device)
+                started = kernels.synchronized_time(device)
                 for _ in range(calls):
                     work()
-                found.append((kernels.time_when_done(device) - started) / calls)
+                found.append((kernels.synchronized_time(device) - started) / calls)
             seconds += times * statistics.median(found[1:])
             flops += times * 2 * tokens * inputs * outputs
     return seconds, flops

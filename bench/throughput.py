@@ -1,5 +1,5 @@
 """
-Speed of a recipe on this machine, one process: tokens per second, model FLOPs utilisation, memory,
+Speed of a recipe on this machine, one process: tokens per second, model FLOPs utilization, memory,
 and where the time of an iteration goes.
 
     python bench/throughput.py config/demo_pystdlib.py
@@ -28,7 +28,7 @@ import torch
 from step import Step, config_of, device_of, matmuls, model_settings, vocabulary_of, write_noise
 
 from engine import flops, memory
-from engine.kernels import autocast, precision, time_when_done
+from engine.kernels import autocast, precision, synchronized_time
 from engine.loss import written_chunk
 from engine.report import memory_gb
 from model import Model
@@ -108,22 +108,22 @@ def measure(c, folder, largest, iterations, warmup):
         prediction = error
     step = Step(c, folder)
     device = step.device
-    started = time_when_done(device)
+    started = synchronized_time(device)
     step.run()
-    first = time_when_done(device) - started
+    first = synchronized_time(device) - started
     for _ in range(warmup - 1):
         step.run()
     seconds = []
     for _ in range(iterations):
-        started = time_when_done(device)
+        started = synchronized_time(device)
         step.run()
-        seconds.append(time_when_done(device) - started)
+        seconds.append(synchronized_time(device) - started)
     pieces = [step.timed() for _ in range(max(3, iterations // 3))]
     middle = statistics.median(seconds)
     rate = step.tokens / middle
     dtype = str(step.dtype).removeprefix('torch.')
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
-    found = flops.utilisation(
+    found = flops.utilization(
         step.model.flops(),
         rate,
         device_name=name,

@@ -20,7 +20,7 @@ import numpy as np
 
 from data import documents
 from data.tokenfile import check_ids, token_dtype
-from engine.files import is_whole, replacing, seal, unseal
+from engine.files import add_checksum, is_whole, replacing, verify_checksum
 
 # a document, or a piece of one; last: it ends here; hash 0: not to be compared
 DOCUMENT = np.dtype([('tokens', '<u8'), ('last', '?'), ('hash', '<u8', 2)])
@@ -109,7 +109,7 @@ def make(
         'modified': modified,
     }
     with replacing(path(folder, index, 'json'), tidy=False) as f:
-        f.write(seal(record))
+        f.write(add_checksum(record))
     return record
 
 
@@ -119,7 +119,7 @@ def read(folder, index, units=None):
     """
     try:
         with open(path(folder, index, 'json'), 'rb') as f:
-            record = unseal(f.read())
+            record = verify_checksum(f.read())
         sizes = [os.path.getsize(path(folder, index, kind)) for kind in ('bin', 'docs')]
     except (OSError, ValueError):
         return None

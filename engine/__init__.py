@@ -1,3 +1,3 @@
-"""What the commands stand on, one subject per file. Nothing here imports train.py or model.py."""
+"""The trainer, one subject per file (docs/architecture.md)."""
 
 __version__ = '0.9.0'

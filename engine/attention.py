@@ -4,7 +4,7 @@
 which torch takes in place of its own flash kernels, `sdpa` is torch's scaled_dot_product_attention
 (which picks its own flash, cuDNN or memory-efficient kernel), `cudnn` the same with cuDNN's kernel
 only, `flex` is torch's flex_attention, `manual` is the formula softmax(q k^T / sqrt(d)) v written
-out. `auto` is what engine.kernels.fastest() finds.
+out. `auto` is what engine.kernels.fastest_backend() finds.
 
 Beyond causality there are three switches. A window lets a query see that many tokens back, itself
 included. Documents keep it within its own text. A sink is one learned logit per head that joins the
@@ -29,7 +29,7 @@ from engine.ring import ring_attention
 
 BACKENDS = ('flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
 # a mask for queries that see all keys: a single token after those before it
-EVERYTHING = 'everything'
+FULL_ATTENTION = 'everything'
 _MODULES = {
     'flash_attn_4': 'flash_attn.cute',
     'flash_attn_3': 'flash_attn_interface',
@@ -62,7 +62,7 @@ def choose_backend(
     for backend in BACKENDS[BACKENDS.index(requested) :]:
         if backend == 'cudnn' != requested:
             continue
-        reason = why_not(
+        reason = unsupported_reason(
             backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic
         )
         if reason is None:
@@ -71,7 +71,7 @@ def choose_backend(
     raise AssertionError('manual attention runs everywhere')
 
 
-def why_not(
+def unsupported_reason(
     backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic
 ):
     """Why `backend` cannot run, or None. The arguments are those of choose_backend()."""
@@ -123,7 +123,7 @@ def _installed(module):
         return False
 
 
-def switch(backend):
+def activate_backend(backend):
     """Before attention() with this backend: make FlashAttention 4's kernels torch's for the whole
     process, or torch's own again; compile flex_attention, outside of what may be compiled itself.
     """
@@ -137,7 +137,7 @@ def switch(backend):
         restore_flash_attention_impl()
 
 
-def visible(backend, T, device, window=None, documents=None):
+def make_attention_mask(backend, T, device, window=None, documents=None):
     """The `mask` of attention() for T queries and as many keys, made once for all layers of a kind;
     None where causality is all (but for flex).
 
@@ -179,9 +179,9 @@ def attention(q, k, v, backend, dropout=0.0, ring=None, window=None, mask=None, 
     (grouped queries: head h reads key/value head h // (n_head / n_kv)). Returns (B, n_head, T,
     head_dim) in q's dtype. dropout: probability for the attention weights, 0 outside training.
     ring: the ranks that share the sequence, each with its part of T (engine/ring.py); then the
-    backend is theirs. window: tokens seen, or None. mask: what visible() made for this backend (it
-    holds the window too); for sdpa and manual also any bool (B or 1, 1, queries, keys), True where
-    a query sees a key, or EVERYTHING. sinks: (n_head,) logits, or None.
+    backend is theirs. window: tokens seen, or None. mask: what make_attention_mask() made for this
+    backend (it holds the window too); for sdpa and manual also any bool (B or 1, 1, queries, keys),
+    True where a query sees a key, or FULL_ATTENTION. sinks: (n_head,) logits, or None.
     """
     if ring is not None:
         return ring_attention(q, k, v, ring)
@@ -236,12 +236,14 @@ def _sdpa(q, k, v, dropout, window, mask, sinks):
         k, v = (
             x.repeat_interleave(q.size(1) // k.size(1), dim=1) if grouped else x for x in (k, v)
         )
-        return _WithSinks.apply(q, k, v, sinks, mask is None, None if mask is EVERYTHING else mask)
+        return _WithSinks.apply(
+            q, k, v, sinks, mask is None, None if mask is FULL_ATTENTION else mask
+        )
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=None if mask is EVERYTHING else mask,
+        attn_mask=None if mask is FULL_ATTENTION else mask,
         dropout_p=dropout,
         is_causal=mask is None,
         enable_gqa=grouped,
@@ -265,7 +267,7 @@ def _manual(q, k, v, dropout, window, mask, sinks):
     # (B, n_kv, n_head/n_kv, T, keys)
     scores = (q @ k.unsqueeze(2).transpose(-2, -1)) / math.sqrt(head_dim)
     scores = scores.float()
-    if mask is not EVERYTHING:
+    if mask is not FULL_ATTENTION:
         seen = (
             torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril()
             if mask is None
@@ -317,7 +319,7 @@ class _WithSinks(torch.autograd.Function):
 _compiled: list = []  # flex_attention: as it is written it would write the scores out
 # operators of these kernels, whose outputs are dear to compute and small to keep
 # (activation_checkpointing='selective')
-DEAR = (
+OPS_TO_SAVE = (
     'aten::_scaled_dot_product_flash_attention',
     'aten::_scaled_dot_product_flash_attention_for_cpu',
     'aten::_scaled_dot_product_efficient_attention',

@@ -12,16 +12,16 @@ from engine.loss import choose_chunk, written_chunk
 from model import Model
 from presets import ModelConfig
 
-# parameters, elements of activations, roughly: the memory of less is of no interest
-PREDICT_FROM = 10**6, 2**28
+# parameters, elements of activations: no prediction is made for smaller models
+MIN_SIZE_TO_PREDICT = 10**6, 2**28
 
 
 @dataclass
 class ModelOptions:
     """What Model needs beside its shape, and what a step of it takes.
 
-    config: train.Config; chosen: of kernels.choose(); document_end: as of RunData; dtype: of the
-    matmuls.
+    config: train.Config; chosen: of kernels.select_kernels(); document_end: as of RunData; dtype:
+    of the matmuls.
     """
 
     config: object
@@ -37,12 +37,12 @@ class ModelOptions:
         return kernels.autocast(self.world.device.type, self.dtype)
 
     @property
-    def fuses(self):
+    def compiles_whole_model(self):
         """Whether the loss is compiled together with what comes before it, not unit by unit."""
         return self.config.compile and self.world.layout == 'single'
 
     @property
-    def length(self):
+    def local_length(self):
         """Tokens of a sequence on this rank."""
         return self.config.block_size // self.config.context_parallel
 
@@ -50,14 +50,14 @@ class ModelOptions:
         """Return what choose_chunk() does for micro-steps of batch_size sequences."""
         return choose_chunk(
             self.config.loss_chunk,
-            batch_size * self.length,
+            batch_size * self.local_length,
             self.shape.vocab_size,
             self.world.device.type,
             self.dtype,
-            self.fuses,
+            self.compiles_whole_model,
         )
 
-    def of(self, batch_size):
+    def model_kwargs(self, batch_size):
         """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
         c = self.config
         return dict(
@@ -75,20 +75,20 @@ class ModelOptions:
         """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
         c, world = self.config, self.world
         settings = {
-            **self.of(batch_size),
+            **self.model_kwargs(batch_size),
             'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
             'loss_chunk': written_chunk(
                 self.loss_chunk(batch_size)[0],
-                batch_size * self.length,
+                batch_size * self.local_length,
                 self.shape.vocab_size,
                 world.device.type,
-                self.fuses,
+                self.compiles_whole_model,
             ),
         }
         return memory.predict(
             lambda: Model(self.shape, **settings),
             batch_size,
-            self.length,
+            self.local_length,
             world.device,
             self.autocast,
             accumulation=accumulation,
@@ -97,7 +97,7 @@ class ModelOptions:
             ranks=world.size // c.fsdp_replicas,
         )
 
-    def refuse(self, prediction, accumulation):
+    def check_memory(self, prediction, accumulation):
         """Raise ConfigError for a step that does not fit into memory, with what would fit."""
 
         def predicted(changes, batch_size, accumulation):
@@ -111,14 +111,14 @@ class ModelOptions:
 @dataclass
 class BatchPlan:
     """config: train.Config with all that was left open resolved; accumulation: micro-steps of an
-    optimizer step; sequences, tokens: of an optimizer step, over all ranks.
+    optimizer step; sequences_per_step, tokens_per_step: over all ranks.
     """
 
     config: object
     options: ModelOptions
     accumulation: int
-    sequences: int
-    tokens: int
+    sequences_per_step: int
+    tokens_per_step: int
 
     @property
     def autocast(self):
@@ -127,7 +127,9 @@ class BatchPlan:
     def model(self, world):
         """Return the model, which has shapes and no memory yet."""
         config, options = self.config, self.options
-        return Model.on_meta(options.shape, ring=world.ring, **options.of(config.batch_size))
+        return Model.on_meta(
+            options.shape, ring=world.ring, **options.model_kwargs(config.batch_size)
+        )
 
 
 def plan_batches(start, data, world, terminal, notes):
@@ -136,13 +138,13 @@ def plan_batches(start, data, world, terminal, notes):
     dtype = kernels.precision(c.dtype, world.device)
     kernels.set_deterministic(c.deterministic)  # before a trial times them
     with terminal.doing('trying attention kernels'):
-        chosen, told = parallel.from_main(
-            lambda: kernels.choose(c, data.shape, world.device, dtype), world
+        chosen, told = parallel.broadcast_from_main(
+            lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
         )
     notes += told
     if c.compile and world.device.type == 'cpu' and not has_compiler():
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
-        c.compile = False
+        c = dataclasses.replace(c, compile=False)
     options = ModelOptions(c, data.shape, chosen, data.document_end, dtype, world)
     if c.find_batch_size:
         c = with_largest_batch(options, terminal, notes)
@@ -156,7 +158,9 @@ def plan_batches(start, data, world, terminal, notes):
         gradient_accumulation_steps=accumulation,
         device=world.device.type,
         backend=world.backend,
-        use_cuda_graphs=checks.cuda_graphs(c, world.device.type, chosen['dispatch'], notes),
+        use_cuda_graphs=checks.validate_cuda_graphs(
+            c, world.device.type, chosen['dispatch'], notes
+        ),
         **dataclasses.asdict(data.shape),
     )
     sequences = c.batch_size * accumulation * world.data_size
@@ -182,7 +186,7 @@ def with_largest_batch(options, terminal, notes):
         size = memory.find_batch_size(
             lambda size: options.predict(size, sequences // size), sequences, room
         )
-        size = -parallel.largest(-size, world)  # what fits on every rank
+        size = -parallel.all_reduce_max(-size, world)  # what fits on every rank
     notes.append(
         f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest'
         f' that fits: {room / 1e9:.1f} GB are free'
@@ -199,7 +203,8 @@ def predict_memory(plan, model, terminal, notes):
     widths = 16 * shape.n_layer * shape.n_embd + shape.vocab_size
     parameters = sum(p.numel() for p in model.parameters())
     small = (
-        parameters < PREDICT_FROM[0] and c.batch_size * options.length * widths < PREDICT_FROM[1]
+        parameters < MIN_SIZE_TO_PREDICT[0]
+        and c.batch_size * options.local_length * widths < MIN_SIZE_TO_PREDICT[1]
     )
     if c.eval_only or c.fsdp_offload or small:
         return None
@@ -207,8 +212,9 @@ def predict_memory(plan, model, terminal, notes):
     try:
         with terminal.doing('predicting the memory'):
             prediction = options.predict(c.batch_size, plan.accumulation)
-            parallel.from_main(
-                lambda: c.ignore_memory or options.refuse(prediction, plan.accumulation), world
+            parallel.broadcast_from_main(
+                lambda: c.ignore_memory or options.check_memory(prediction, plan.accumulation),
+                world,
             )
     except memory.NotPredicted as error:
         notes.append(str(error))

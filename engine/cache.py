@@ -4,7 +4,7 @@ work.
 
 import torch
 
-from engine.attention import EVERYTHING
+from engine.attention import FULL_ATTENTION
 
 
 class Cache:
@@ -53,7 +53,7 @@ class Cache:
         self.new = T
         if T == 1 and self.padding is None and not self.static:
             # a layer keeps no more than its window
-            self.masks = dict.fromkeys(self.windows, EVERYTHING)
+            self.masks = dict.fromkeys(self.windows, FULL_ATTENTION)
             return slice(self.length, self.length + 1)
         if self.static:
             queries, seen = (

@@ -37,14 +37,14 @@ from torch.distributed.tensor import DTensor
 from engine import dcp_metadata, faults, parallel
 from engine.configurator import ConfigError
 from engine.files import (
+    add_checksum,
     check_regular,
     is_whole,
     parse_json,
     plain_name,
     replacing,
-    seal,
     sentence,
-    unseal,
+    verify_checksum,
 )
 
 FORMAT = 2
@@ -79,7 +79,7 @@ def steps(out_dir, fs=LOCAL):
 # ---- is it whole?
 
 
-def why_broken(path, level='full', fs=LOCAL):
+def corruption_reason(path, level='full', fs=LOCAL):
     """None if the checkpoint folder `path` is what its manifest says, else one sentence naming the
     file that is not.
 
@@ -142,16 +142,16 @@ def wrong_checksum(path, files, fs=LOCAL):
     return None
 
 
-def why_broken_together(path, world, level='full'):
-    """why_broken() of a local checkpoint by all ranks together, with the same answer on each: every
-    rank hashes its share of the bytes.
+def corruption_reasons(path, world, level='full'):
+    """corruption_reason() of a local checkpoint by all ranks together, with the same answer on
+    each: every rank hashes its share of the bytes.
     """
 
     def small():
-        reason = why_broken(path, 'size')
+        reason = corruption_reason(path, 'size')
         return reason, {} if reason else read_manifest(path)['files']
 
-    reason, files = parallel.from_main(small, world)
+    reason, files = parallel.broadcast_from_main(small, world)
     if reason or level != 'full':
         return reason
     owners = deal(
@@ -168,7 +168,7 @@ def why_broken_together(path, world, level='full'):
         )
     except OSError as error:
         reason = f'{error.filename or path} cannot be read ({error.strerror or error})'
-    return next(filter(None, parallel.from_all(reason, world)), None)
+    return next(filter(None, parallel.all_gather_objects(reason, world)), None)
 
 
 def deal(sizes, hands):
@@ -188,7 +188,7 @@ def read_manifest(path, fs=LOCAL):
 
     Raises ValueError for a file that is none, or of a later format; OSError if it cannot be read.
     """
-    manifest = unseal(_read(fs, f'{path}/manifest.json'))
+    manifest = verify_checksum(_read(fs, f'{path}/manifest.json'))
     _check_fields(
         manifest, {'format': _FORMAT, 'step': _WHOLE, 'files': _DICT, 'config_sha256': _TEXT}
     )
@@ -212,7 +212,7 @@ def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
     and [(path, reason)] of the newer ones.
     """
     candidates = newest_first(out_dir, fs) if wanted is None else [wanted]
-    return first_whole(out_dir, candidates, lambda path: why_broken(path, level, fs))
+    return first_whole(out_dir, candidates, lambda path: corruption_reason(path, level, fs))
 
 
 def first_whole(out_dir, candidates, why):
@@ -495,7 +495,7 @@ def load(path, tensors, world=None):
         return
     split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     whole = {name: tensor for name, tensor in tensors.items() if name not in split}
-    parallel.from_main(lambda: _load(path, whole), world)
+    parallel.broadcast_from_main(lambda: _load(path, whole), world)
     parallel.send_from_main(whole.values(), world)
     if split:
         _load(path, split, world)
@@ -558,7 +558,7 @@ def record_evaluation(path, losses):
     in checkpoint `path`, if there is one.
     """
     if os.path.isdir(path):
-        replace_file(os.path.join(path, 'evaluation.json'), seal(losses))
+        replace_file(os.path.join(path, 'evaluation.json'), add_checksum(losses))
 
 
 def read_evaluation(path, fs=LOCAL):
@@ -571,7 +571,7 @@ def read_evaluation(path, fs=LOCAL):
 
 def parse_evaluation(data):
     """Return the losses in the bytes of an evaluation.json. Raises ValueError for a damaged one."""
-    losses = unseal(data)
+    losses = verify_checksum(data)
     _check_fields(
         losses, {'train': _LOSS, 'val': _LOSS, 'data': _TEXT, 'tasks': _DICT, 'sources': _DICT}
     )
@@ -641,11 +641,11 @@ def remove(path, step):
     for number, name in enumerate(sorted(os.listdir(going))):
         os.remove(os.path.join(going, name))
         if number == 0:
-            faults.reach('retention', step)
+            faults.maybe_crash('retention', step)
     os.rmdir(going)
 
 
-def tidy(out_dir):
+def clean_partial(out_dir):
     """Remove what an interrupted save or removal left behind, and put back what it was about to
     replace.
     """
@@ -707,7 +707,7 @@ def sync_folder(path):
 
 def _each(paths, name, parse, fs):
     """Return {path: parse(bytes of the file `name` in it)} of the checkpoints `paths` where that
-    can be read; why_broken() tells of the others.
+    can be read; corruption_reason() tells of the others.
 
     A server is asked for all of them together: a run may keep a thousand checkpoints.
     """

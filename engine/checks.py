@@ -28,7 +28,7 @@ _MOST = {
 }
 
 
-def refuse_impossible(c):
+def validate(c):
     """Raise ConfigError for values that no run can have."""
     faults.check()
     for key in (
@@ -130,7 +130,7 @@ def refuse_impossible(c):
             )
 
 
-def note_data(c, start_step, order, sequences_per_step, validation, notes):
+def warn_about_data(c, start_step, order, sequences_per_step, validation, notes):
     """Warn of a run that reads its data too often, evaluates on too little, or has no learning rate
     left.
 
@@ -157,7 +157,7 @@ def note_data(c, start_step, order, sequences_per_step, validation, notes):
         )
 
 
-def note_jump(before, c, step, learning_rate, notes):
+def warn_about_learning_rate(before, c, step, learning_rate, notes):
     """Warn where the learning rate of a resumed run jumps. before: the config of its checkpoint, a
     dict; learning_rate: function of a config and an iteration.
     """
@@ -173,7 +173,7 @@ def note_jump(before, c, step, learning_rate, notes):
         )
 
 
-def note_schedule(c, notes):
+def warn_about_schedule(c, notes):
     """Note a learning rate that hardly does what its keys are for."""
     if c.decay_lr and c.warmup_iters >= c.max_iters and c.init_from != 'resume':
         notes.append(
@@ -187,7 +187,7 @@ def note_schedule(c, notes):
         )
 
 
-def cuda_graphs(c, device_type, dispatch, notes):
+def validate_cuda_graphs(c, device_type, dispatch, notes):
     """Whether micro-steps are recorded as CUDA graphs. Raises ConfigError for steps that cannot be;
     where there is no GPU, notes that it does without. dispatch: of experts, or None.
     """
@@ -240,7 +240,7 @@ def end_of_documents(c, meta):
     return meta['eot_id']
 
 
-def refuse_in_parts(c, shape):
+def validate_context_parallel(c, shape):
     """Raise ConfigError for what attention and experts cannot do when a sequence is spread over
     ranks.
     """
@@ -262,7 +262,7 @@ def refuse_in_parts(c, shape):
         )
 
 
-def note_without_effect(c, given, shape, routing, notes):
+def warn_ignored_keys(c, given, shape, routing, notes):
     """Note the keys that were given and that other keys make void. shape: the resolved one;
     routing: the keys of a mixture of experts.
     """

@@ -108,7 +108,7 @@ def copy_files(fs, here, to_fs, there, files):
             if not _arrived(fs, f'{here}/{name}', to_fs, f'{there}/{name}', entry):
                 raise ValueError(f'{name} reads back differently')
         if number == 0:
-            faults.reach('upload', int(here.rsplit('_', 1)[1]))
+            faults.maybe_crash('upload', int(here.rsplit('_', 1)[1]))
 
 
 def copy_logs(fs, here, to_fs, there, run_name, sent=None):
@@ -346,11 +346,11 @@ class Copier:
             try:
                 started = time.monotonic()
                 path = None if step is None else checkpoint.path_of(self.out_dir, step)
-                if path and checkpoint.why_broken(path, 'size'):
+                if path and checkpoint.corruption_reason(path, 'size'):
                     if not os.path.isdir(path):
                         continue  # it was removed since, or is being saved, and then comes again
                     # once more: it may have got its name meanwhile
-                    if reason := checkpoint.why_broken(path, 'size'):
+                    if reason := checkpoint.corruption_reason(path, 'size'):
                         self.broken.add(step)
                         self.messages.append(f'NOT COPIED, as it is not whole: {path}: {reason}')
                         continue
@@ -462,7 +462,7 @@ def _unreadable(source, error):
     )
 
 
-def find(source, level='size'):
+def find_run(source, level='size'):
     """(fs, folder of the run, step, rejected) of the checkpoint to continue at `source`, or of the
     one that it names.
 
@@ -505,8 +505,8 @@ def find(source, level='size'):
         raise _unreadable(source, error) from None
 
 
-def fetch(source, out_dir):
-    """Copy the newest whole checkpoint at `source` (see find()), its run's logs with it, into
+def fetch_run(source, out_dir):
+    """Copy the newest whole checkpoint at `source` (see find_run()), its run's logs with it, into
     out_dir; returns (step, rejected).
 
     Every byte is verified after the copy; a checkpoint that fails gives way to the one before. What
@@ -514,7 +514,7 @@ def fetch(source, out_dir):
     *.before_fetch. The copy is marked as fetched. Raises ConfigError if there is none, or if
     out_dir holds another run.
     """
-    fs, root, step, rejected = find(source)
+    fs, root, step, rejected = find_run(source)
     try:
         while step is not None:
             there = checkpoint.path_of(root, step)
@@ -533,7 +533,7 @@ def fetch(source, out_dir):
                 (
                     s
                     for s in older
-                    if checkpoint.why_broken(checkpoint.path_of(root, s), 'size', fs) is None
+                    if checkpoint.corruption_reason(checkpoint.path_of(root, s), 'size', fs) is None
                 ),
                 None,
             )
@@ -557,7 +557,7 @@ def _fetch_one(fs, root, step, source, out_dir, run_name):
     for local in reversed(checkpoint.steps(out_dir)):
         path = checkpoint.path_of(out_dir, local)
         if (
-            not checkpoint.why_broken(path, 'size')
+            not checkpoint.corruption_reason(path, 'size')
             and (name := checkpoint.read_state(path).get('run_name')) != run_name
         ):
             raise ConfigError(
@@ -566,7 +566,7 @@ def _fetch_one(fs, root, step, source, out_dir, run_name):
             )
     if (
         os.path.isdir(here)
-        and not checkpoint.why_broken(here)
+        and not checkpoint.corruption_reason(here)
         and checkpoint.age(here) == checkpoint.age(there, fs)
     ):
         _fetch_logs(fs, root, run_name, out_dir, only_missing=True)
@@ -577,7 +577,7 @@ def _fetch_one(fs, root, step, source, out_dir, run_name):
     for name in (*checkpoint.read_manifest(there, fs)['files'], 'manifest.json', 'evaluation.json'):
         if name != 'evaluation.json' or fs.isfile(f'{there}/{name}'):
             fs.get_file(f'{there}/{name}', f'{temporary}/{name}')
-    reason = checkpoint.why_broken(temporary)
+    reason = checkpoint.corruption_reason(temporary)
     if reason is not None:
         shutil.rmtree(temporary)
         return reason

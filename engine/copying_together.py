@@ -32,12 +32,12 @@ class Machines:
     """
 
     def __init__(self, world, url):
-        local_ranks = parallel.from_all(world.local_rank, world)
+        local_ranks = parallel.all_gather_objects(world.local_rank, world)
         self.firsts = [rank for rank, local in enumerate(local_ranks) if local == 0]
         self.mine = bisect.bisect(self.firsts, world.rank) - 1
         self.url, self.to_fs = url, None
         self.asked, self.closed = 0, threading.Event()
-        name = parallel.from_main(lambda: f'copies {secrets.token_hex(4)}', world)
+        name = parallel.broadcast_from_main(lambda: f'copies {secrets.token_hex(4)}', world)
         # a connection of its own: a thread uses it
         self.store = dist.PrefixStore(name, parallel.store().clone()) if self.firsts[1:] else None
 

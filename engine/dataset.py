@@ -266,7 +266,7 @@ class Mixture:
         )
 
 
-def shares_of(dataset):
+def parse_mixture(dataset):
     """[(name, share)] of a `dataset`: one with the share 1, or those of a mixture such as
     a:0.7,b:0.3. Raises ConfigError.
     """
@@ -282,15 +282,15 @@ def shares_of(dataset):
     if min(weights) <= 0 or len({name for name, _, _ in pairs}) < len(pairs):
         raise ConfigError(f'dataset={dataset!r}: weights must be above 0 and names different')
     shares = [weight / sum(weights) for weight in weights]
-    if cycle_of(shares) > MAX_CYCLE:
+    if mixture_period(shares) > MAX_CYCLE:
         raise ConfigError(
-            f'dataset={dataset!r}: these weights repeat after {cycle_of(shares):,} sequences only:'
-            ' round them'
+            f'dataset={dataset!r}: these weights repeat after {mixture_period(shares):,} sequences'
+            ' only: round them'
         )
     return [(name, share) for (name, _, _), share in zip(pairs, shares)]
 
 
-def cycle_of(shares):
+def mixture_period(shares):
     """The number of sequences after which the shares are met exactly."""
     return math.lcm(*(share.denominator for share in shares))
 
@@ -307,14 +307,14 @@ def folder_of(dataset, root):
     """The folder of a data set under `root`/data, of a mixture that of its first: where its
     tokenizer lies.
     """
-    return os.path.join(root, 'data', shares_of(dataset)[0][0])
+    return os.path.join(root, 'data', parse_mixture(dataset)[0][0])
 
 
 def open_dataset(dataset, root, url=None):
     """(train, val, meta) of `dataset` under `root`/data; url: where its files are instead. Raises
     ConfigError, naming the command that prepares it.
     """
-    named = shares_of(dataset)
+    named = parse_mixture(dataset)
     if url and len(named) > 1:
         raise ConfigError(
             f'data_url={redact(url)} holds one data set, not the mixture {dataset}: leave one of'
@@ -571,7 +571,7 @@ def _copy(storage, folder, names, source):
             f.write(storage.read(name))
 
 
-def check_fit(file, vocab_size, block_size):
+def check_vocab_and_length(file, vocab_size, block_size):
     """Raise ConfigError unless `file` has ids for this vocabulary and tokens for one block."""
     for source in file.sources:
         if source.max_id >= vocab_size:

@@ -24,8 +24,8 @@ def dry_run(c, given, shape_keys, root):
     data/. Raises ConfigError for what no run can have.
     """
     notes, before = [], dataclasses.replace(c)
-    checks.refuse_impossible(c)
-    checks.note_schedule(c, notes)
+    checks.validate(c)
+    checks.warn_about_schedule(c, notes)
     assumed = (c.device or '').startswith('cuda') and not torch.cuda.is_available()
     if assumed:
         notes.append(
@@ -36,14 +36,14 @@ def dry_run(c, given, shape_keys, root):
     world = parallel.start(c.device, c.backend, c.timeout_minutes)
     start = _find(c, given, shape_keys, world, notes)
     c = start.config
-    parallel.arrange(world, c, notes)
+    parallel.choose_layout(world, c, notes)
     train, meta, vocabulary = _data(c, root, notes)
     plan, told = _plan(c, meta, world, assumed, notes)
     prediction, problem = None, None
     try:
         prediction = plan.options.predict(c.batch_size, plan.accumulation)
         if not assumed:
-            plan.options.refuse(prediction, plan.accumulation)
+            plan.options.check_memory(prediction, plan.accumulation)
     except ConfigError as error:  # not predicted, or too much
         problem = str(error)
     model = plan.model(world)
@@ -53,18 +53,17 @@ def dry_run(c, given, shape_keys, root):
             shown,
             device=before.device,
             backend=before.backend,
-            attention_backend=c.attention_backend or shown.attention_backend,
+            attention_backend=c.attention_backend,
         )
     startup = _startup(shown, model, world, prediction, assumed)
     if world.main:
         order = order_of(train, c.block_size, c.seed) if train else None
-        loaders = c.dataloader_num_workers if c.use_dataloader else 0
         columns = Terminal().columns()
-        facts = startup, meta, order, world, plan.sequences, loaders, 'dry run', _weights(start)
+        facts = startup, meta, order, world, 'dry run', _weights(start)
         print('\n'.join(report(shown, *facts, notes + told, columns)))
         if problem:
             print(f'WARNING: {problem}')
-        source = 'checkpoint' if start.saved else c.init_from
+        source = 'checkpoint' if start.checkpoint_state else c.init_from
         print('\n'.join(origins(before, shown, given, source, vocabulary, columns)))
     return 0
 
@@ -72,8 +71,8 @@ def dry_run(c, given, shape_keys, root):
 def _find(c, given, shape_keys, world, notes):
     """Return the StartPoint, for which nothing is held or fetched."""
     if c.init_from == 'resume':
-        c, saved, _ = resume.find(c, given, shape_keys, world, notes, None)
-        return StartPoint(dataclasses.replace(c, device=world.device.type), saved)
+        c, saved, nanogpt = resume.find_checkpoint(c, given, shape_keys, world, notes, None)
+        return StartPoint(dataclasses.replace(c, device=world.device.type), saved, nanogpt)
     if c.init_from != 'scratch':
         c, hf_folder = huggingface.find(c, given, shape_keys)
         return StartPoint(c, hf_folder=hf_folder)
@@ -81,7 +80,7 @@ def _find(c, given, shape_keys, world, notes):
 
 
 def _weights(start):
-    if start.saved:
+    if start.checkpoint_state:
         return f'checkpoint of iteration {start.step}'
     c = start.config
     return c.init_from if start.hf_folder else f'initialized with seed {c.seed}'
@@ -105,7 +104,7 @@ def _plan(c, meta, world, assumed, notes):
     if trial:
         notes.append('attention_backend=auto is not tried: sdpa is assumed')
     with_sdpa = dataclasses.replace(c, attention_backend='sdpa') if trial or assumed else c
-    chosen, told = kernels.choose(with_sdpa, shape, world.device, dtype)
+    chosen, told = kernels.select_kernels(with_sdpa, shape, world.device, dtype)
     accumulation = checks.accumulation_steps(c, world.data_size)
     resolved = dataclasses.replace(
         c,

@@ -8,19 +8,22 @@ from engine.loss import IGNORE
 
 
 class Evaluator:
-    """evaluate() measures `model` on both splits of `data` (RunData), the same on every rank.
+    """Measures `model` on both splits of `data` (RunData) when it is called, the same on every
+    rank.
 
-    step_model: what evaluation calls, from parallel.wrap(); plan: BatchPlan; questions: of
+    eval_model: what evaluation calls, from parallel.wrap(); plan: BatchPlan; questions: of
     engine.run_data; agreement: parallel.Agreement; stop: stopping.StopRequest.
     """
 
-    def __init__(self, plan, data, questions, model, step_model, world, agreement, stop, terminal):
+    def __init__(
+        self, plan, data, prompts_and_tasks, model, eval_model, world, agreement, stop, terminal
+    ):
         self.config, self.autocast = plan.config, plan.autocast
-        self.data, self.questions = data, questions
-        self.model, self.step_model, self.world = model, step_model, world
+        self.data, self.prompts_and_tasks = data, prompts_and_tasks
+        self.model, self.eval_model, self.world = model, eval_model, world
         self.agreement, self.stop, self.terminal = agreement, stop, terminal
         c = self.config
-        self.windows = evaluation_identity(data.val, c)  # losses under others are no rivals
+        self.windows_hash = evaluation_identity(data.val, c)  # losses on others are not comparable
         self.batches = sum(
             evaluation_length(file, c.block_size, c.batch_size, c.eval_iters, world.data_size)
             for file in (data.train, data.val)
@@ -32,7 +35,7 @@ class Evaluator:
         A mixture adds 'sources': {name: loss of val}, and tasks 'tasks': their scores.
         """
         with (
-            parallel.forward_only(self.step_model),
+            parallel.forward_only(self.eval_model),
             torch.no_grad(),
             self.terminal.doing('evaluating', self.batches) as work,
         ):
@@ -45,7 +48,7 @@ class Evaluator:
             if len(total) > 1:
                 sums = zip(self.data.sources, total.tolist())
                 losses['sources'] = {name: loss / count for name, (loss, count) in sums if count}
-            if self.questions.tasks:
+            if self.prompts_and_tasks.tasks:
                 losses['tasks'] = self._scores()
                 if losses['tasks'] is None:
                     return None
@@ -71,7 +74,7 @@ class Evaluator:
                 return None
             x, y = x.to(world.device), y.to(world.device)
             with self.autocast:
-                loss = self.step_model(x, y, reduction='sum')
+                loss = self.eval_model(x, y, reduction='sum')
             total[source] += torch.stack([loss.double(), (y != IGNORE).sum().double()])
             if self.agreement.end():
                 return None
@@ -82,14 +85,14 @@ class Evaluator:
         world = self.world
         with self.autocast:
             return tasks.evaluate(
-                self.questions.tasks,
+                self.prompts_and_tasks.tasks,
                 self.model,
                 self.config.batch_size,
                 world.device,
                 lambda values: parallel.sum_over_ranks(values, world),
                 world.rank,
                 world.size,
-                lambda: parallel.largest(self.stop.code(), world),
+                lambda: parallel.all_reduce_max(self.stop.code(), world),
             )
 
     def one_batch(self):
@@ -99,5 +102,5 @@ class Evaluator:
             self.data.train, c.block_size, c.batch_size, 1, ring=world.ring
         )
         x, y = (part.to(world.device) for part in next(batches)[:2])
-        with parallel.forward_only(self.step_model), torch.no_grad(), self.autocast:
-            self.step_model(x, y, reduction='sum')
+        with parallel.forward_only(self.eval_model), torch.no_grad(), self.autocast:
+            self.eval_model(x, y, reduction='sum')

@@ -269,7 +269,7 @@ def report(routing, layers, biases, tokens, top_k, shares=True):
         rows.append(
             {
                 'layer': layer,
-                **({'utilisation': _rounded(share)} if shares else {}),
+                **({'utilization': _rounded(share)} if shares else {}),
                 'least': _rounded(share.min()),
                 'most': _rounded(share.max()),
                 'load_score': _rounded(load_score(row)),

@@ -41,7 +41,7 @@ def check():
         )
 
 
-def reach(point, step):
+def maybe_crash(point, step):
     """Die here if ONETRAIN_FAULT says so."""
     if _POINT == point and _STEP in ('', str(step)):
         os._exit(EXIT_CODE)

@@ -4,8 +4,8 @@ used.
 A name that a manifest, a listing, a meta.pkl or an index gives is joined to a folder only by
 inside(), and what somebody else's folder holds is opened after check_own(), and written by
 replacing(), which follow no link out of it. A URL is opened by open_url(), and recorded or shown as
-redact() leaves it. JSON is read by parse_json(), and by unseal() where it carries a checksum; a
-pickle goes through refuse_deep_pickle() before an unpickler that admits few names.
+redact() leaves it. JSON is read by parse_json(), and by verify_checksum() where it carries a
+checksum; a pickle goes through refuse_deep_pickle() before an unpickler that admits few names.
 """
 
 import contextlib
@@ -250,19 +250,21 @@ def parse_json(data):
         raise ValueError(f'it is not JSON: {error}') from None
 
 
-def seal(value):
+def add_checksum(value):
     """Return a dict as the bytes of a JSON file that carries the SHA-256 of its other content."""
     digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
     return json.dumps({**value, 'sha256': digest}, indent=1).encode() + b'\n'
 
 
-def unseal(data):
-    """Return the dict in bytes made by seal(). Raises ValueError if a single byte is another."""
+def verify_checksum(data):
+    """Return the dict in bytes made by add_checksum(). Raises ValueError if a single byte is
+    another.
+    """
     value = parse_json(data)
     if not isinstance(value, dict):
         raise ValueError('it holds no object')
     value.pop('sha256', None)
-    if seal(value) != data:
+    if add_checksum(value) != data:
         raise ValueError('it does not have the checksum that it carries')
     return value
 

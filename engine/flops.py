@@ -1,4 +1,4 @@
-"""FLOPs from the structure, peaks of devices, and what follows: model FLOPs utilisation (MFU).
+"""FLOPs from the structure, peaks of devices, and what follows: model FLOPs utilization (MFU).
 
 Convention: every matmul that runs, forward and backward, per token of training. A linear layer
 costs 6 per weight (2 forward, 4 backward; a tied head counts, an embedding lookup does not; of
@@ -73,7 +73,7 @@ def per_token(weights, *, n_layer, width, seen):
 VARIES = ('mfu', 'mfu_percent', 'mfu_causal', 'flops_achieved', 'tokens_per_sec', 'achieved_tflops')
 
 
-def utilisation(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
+def utilization(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
     """The `mfu` object of the log: achieved FLOP/s of all devices over their summed peak; null
     where no peak is known.
     """

@@ -14,36 +14,38 @@ class IterationLog:
     """Times the iterations between two lines of the log, and writes them.
 
     record() is called on every rank; of a step that it is not called for, count() alone keeps the
-    time. What runs between iterations is left out of their time within paused().
+    time. What runs between iterations is left out of their time within excluded().
 
-    utilisation(tokens per second): the `mfu` object of the log.
+    utilization(tokens per second): the `mfu` object of the log.
     """
 
     def __init__(
-        self, plan, model, train_model, loader, guard, utilisation, log, world, terminal, start_step
+        self, plan, model, train_model, loader, guard, utilization, log, world, terminal, start_step
     ):
         self.config, self.plan, self.model, self.loader = plan.config, plan, model, loader
         self.train_model, self.log, self.world, self.terminal = train_model, log, world, terminal
         self.start_step = start_step
         self.stragglers = Stragglers(world, log.say)
-        self.guard, self.utilisation = guard, utilisation
-        self.told = guard.counts()
-        self.since, self.steps, self.warming_up = time.perf_counter(), 0, True
-        self.first = None  # (step, time) of the first iteration
+        self.guard, self.utilization = guard, utilization
+        self.last_counts = guard.counts()
+        self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, True
+        self.first_step = None  # (step, time) of the first iteration
 
     @contextlib.contextmanager
-    def paused(self, device=None):
-        """Context of what is no iteration; device: to be waited for before."""
-        began = kernels.time_when_done(device) if device is not None else time.perf_counter()
+    def excluded(self, device=None):
+        """Exclude the enclosed time from the iterations' timing; device: to synchronize first."""
+        began = kernels.synchronized_time(device) if device is not None else time.perf_counter()
         yield
-        self.since += time.perf_counter() - began
+        self.interval_start += time.perf_counter() - began
 
     def count(self, step, waited):
-        """Count the iteration `step`; waited: seconds of it that were another's."""
-        self.steps += 1
-        self.since += waited
-        # the first iteration, which warms up, tells nothing of the others
-        self.first = self.first or (step, time.monotonic())
+        """Count the iteration `step`; waited: seconds blocked on a checkpoint, excluded from
+        timing.
+        """
+        self.interval_steps += 1
+        self.interval_start += waited
+        # the time that is left is estimated without the first iteration, which warms up
+        self.first_step = self.first_step or (step, time.monotonic())
         self.terminal.advance(step)
 
     def due(self, step, measured):
@@ -57,16 +59,16 @@ class IterationLog:
         result: StepResult.
         """
         c, step = self.config, state.step
-        loss = result.loss.item()  # the only wait for the device
+        loss = result.loss.item()  # waits for the device
         used = memory_gb(self.world.device)
-        waited = {} if c.use_cuda_graphs else parallel.waited_for_gradients(self.train_model)
-        table = parallel.of_each_rank(
-            {**used, 'data_wait_s': self.loader.wait_s / self.steps, **waited}, self.world
+        waited = {} if c.use_cuda_graphs else parallel.gradient_wait(self.train_model)
+        table = parallel.gather_numbers(
+            {**used, 'data_wait_s': self.loader.wait_s / self.interval_steps, **waited}, self.world
         )
         worst = {key: max(values) for key, values in table.items()}
-        seconds = (time.perf_counter() - self.since) / self.steps
-        rate = self.plan.tokens / seconds
-        mfu = None if self.warming_up else self.utilisation(rate)
+        seconds = (time.perf_counter() - self.interval_start) / self.interval_steps
+        rate = self.plan.tokens_per_step / seconds
+        mfu = None if self.warming_up else self.utilization(rate)
         norm = result.grad_norm.item()
         statistics = {key: value.item() for key, value in result.statistics.items()}
         bad, moe = self.guard.counts(), self._routing(step, result.routing)
@@ -105,9 +107,9 @@ class IterationLog:
         self._tell_skipped(bad)
         return bad
 
-    def begin_interval(self):
+    def reset_interval(self):
         """Begin the interval of the next line."""
-        self.since, self.steps, self.warming_up = time.perf_counter(), 0, False
+        self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, False
         self.loader.wait_s = 0.0
 
     def _routing(self, step, routing):
@@ -117,11 +119,11 @@ class IterationLog:
         if routing is None:
             return None
         every, ends = self.config.expert_log_interval, (self.start_step + 1, self.config.max_iters)
-        shares = every and (step in ends or step // every > (step - self.steps) // every)
-        return self.model.routing_report(routing, self.plan.tokens, bool(shares))
+        shares = every and (step in ends or step // every > (step - self.interval_steps) // every)
+        return self.model.routing_report(routing, self.plan.tokens_per_step, bool(shares))
 
     def _seconds_left(self, step):
-        first, at = self.first
+        first, at = self.first_step
         if step == first:
             return None
         return (time.monotonic() - at) / (step - first) * (self.config.max_iters - step)
@@ -132,18 +134,18 @@ class IterationLog:
             ('bad', 'loss or gradient not finite'),
             ('spikes', f'gradient norm above {c.spike_factor:g} times its median'),
         ):
-            if bad[key] > self.told[key]:
+            skipped = bad[key] - self.last_counts[key]
+            if skipped > 0:
                 self.log.say(
-                    f'SKIPPED {bad[key] - self.told[key]} updates since the last line ({what}),'
-                    f' {bad[key]} in all'
+                    f'SKIPPED {skipped} updates since the last line ({what}), {bad[key]} in all'
                 )
-        self.told = bad
+        self.last_counts = bad
 
 
-def utilisation_of(plan, model, world):
+def mfu_function(plan, model, world):
     """Return a function of tokens per second that gives the `mfu` object of the log."""
     return functools.partial(
-        flops.utilisation,
+        flops.utilization,
         model.flops(),
         device_name=world.gpu_name,
         dtype=plan.config.dtype,

@@ -35,7 +35,7 @@ class CheckpointKeeper:
         return wanted and step not in (self.saved_step, 0) and not (ending and self.stop.fault)
 
     def save(self):
-        """Begin to save; what is saved already must be settled first, for which this waits."""
+        """Wait for the previous save, then start this one."""
         state, best = self.state, self.state.best_val_loss
         record = {
             **self.facts,
@@ -55,29 +55,27 @@ class CheckpointKeeper:
             },
         }
         due = time.perf_counter()
-        self.settle(wait=True)  # one save at a time
+        self.report_save(wait=True)  # one save at a time
         self.saver.start(state.step, self.optimization.tensors(self.model), record, due)
         self.saved_step = state.step
 
-    def settle(self, wait=False):
-        """Tell what became of a save, if it is done or after it is with `wait`, and what the copier
-        has to say.
-        """
+    def report_save(self, wait=False):
+        """Report the save in flight if it is done, or with `wait` once it is, and the uploads."""
         outcome = self.saver.wait() if wait else self.saver.poll()
         if outcome is not None:
             self.failed = outcome.error
             if outcome.error:
-                self._tell_failed(outcome)
+                self._report_failure(outcome)
             else:
-                self._tell_saved(outcome)
-                self._note_evaluation(outcome.step)
-        self.tell_copies()
+                self._report_success(outcome)
+                self._attach_losses(outcome.step)
+        self.report_uploads()
 
-    def tell_copies(self):
+    def report_uploads(self):
         for line in self.copier.news() if self.copier else ():
             self.log.say(line)
 
-    def _tell_failed(self, outcome):
+    def _report_failure(self, outcome):
         self.log.event('save_failed', iter=outcome.step, error=outcome.error, timestamp=now())
         rest = 'The older ones are as they were; the next try is at the next interval'
         if outcome.not_finite:
@@ -86,7 +84,7 @@ class CheckpointKeeper:
         self.log.say(f'CHECKPOINT NOT SAVED at iter {outcome.step}: {outcome.error}. {rest}')
         self.saved_step = -1 if self.saved_step == outcome.step else self.saved_step
 
-    def _tell_saved(self, outcome):
+    def _report_success(self, outcome):
         self.log.event(
             'checkpoint',
             iter=outcome.step,
@@ -103,21 +101,18 @@ class CheckpointKeeper:
         for note in outcome.notes:
             self.log.say(f'Note: {note}')
 
-    def note(self, losses, windows):
-        """Note the losses of this step: returns whether they are the best so far.
-
-        windows: digest of the evaluation windows.
-        """
-        self.evaluated = self.state.step, {**losses, 'data': windows}
+    def update_best(self, losses, windows_hash):
+        """Remember the losses of this step; returns whether they are the best so far."""
+        self.evaluated = self.state.step, {**losses, 'data': windows_hash}
         best = losses['val'] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = losses['val']
         return best
 
-    def note_evaluation(self):
-        self._note_evaluation(self.state.step)
+    def attach_losses(self):
+        self._attach_losses(self.state.step)
 
-    def _note_evaluation(self, step):
+    def _attach_losses(self, step):
         """Write the losses of `step` beside its checkpoint, once both are there."""
         if self.world.main and self.evaluated[0] == step:
             path = checkpoint.path_of(self.config.out_dir, step)
@@ -142,7 +137,9 @@ class CheckpointKeeper:
         """Wait until all is copied, or for as long as may be; returns whether it is."""
         how = (5,) if stop_code else (600, self.stop.code)
         # in rounds: no rank waits for another for longer
-        while (done := parallel.from_main(lambda: self.copier.finish(*how), self.world)) is None:
-            self.tell_copies()
-        self.tell_copies()
+        while (
+            done := parallel.broadcast_from_main(lambda: self.copier.finish(*how), self.world)
+        ) is None:
+            self.report_uploads()
+        self.report_uploads()
         return done

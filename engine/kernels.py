@@ -10,7 +10,14 @@ import time
 import torch
 
 from engine import cpu, experts, fp8
-from engine.attention import BACKENDS, attention, choose_backend, switch, visible, why_not
+from engine.attention import (
+    BACKENDS,
+    activate_backend,
+    attention,
+    choose_backend,
+    make_attention_mask,
+    unsupported_reason,
+)
 from engine.configurator import ConfigError
 
 
@@ -35,7 +42,7 @@ def autocast(device_type, dtype):
     )
 
 
-def as_written():
+def eager_mode():
     """Context in which what was compiled runs without: for inputs of ever new lengths, each of
     which would be compiled anew, and training then go on with code for any length.
     """
@@ -70,7 +77,7 @@ def set_deterministic(wanted):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def time_when_done(device):
+def synchronized_time(device):
     """time.perf_counter(), once all work so far on `device`, a torch.device or its name, is
     done.
     """
@@ -79,7 +86,7 @@ def time_when_done(device):
     return time.perf_counter()
 
 
-def choose(c, shape, device, dtype):
+def select_kernels(c, shape, device, dtype):
     """({'backend', 'dispatch', 'float8'} of Model, sentences about them for the report).
 
     c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises ConfigError for
@@ -98,9 +105,9 @@ def choose(c, shape, device, dtype):
             deterministic=c.deterministic,
         ),
     )
-    asked = c.attention_backend or usual_backend(c, shape, device, dtype)
+    asked = c.attention_backend or default_backend(c, shape, device, dtype)
     if asked == 'auto':
-        backend, told = fastest(
+        backend, told = fastest_backend(
             device,
             dtype,
             batch_size=c.batch_size,
@@ -152,7 +159,7 @@ def choose(c, shape, device, dtype):
     return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
 
 
-def usual_backend(c, shape, device, dtype):
+def default_backend(c, shape, device, dtype):
     """Return the backend where attention_backend is None, by rule: a run that continues takes the
     same again.
 
@@ -172,7 +179,7 @@ def usual_backend(c, shape, device, dtype):
     return 'flex' if faster else 'sdpa'
 
 
-def fastest(
+def fastest_backend(
     device,
     dtype,
     *,
@@ -215,7 +222,7 @@ def fastest(
             if name != 'sdpa' and (name != 'manual' or device.type == 'cpu')
         ),
     ):
-        reason = why_not(
+        reason = unsupported_reason(
             backend,
             device.type,
             dtype,
@@ -228,8 +235,8 @@ def fastest(
         )
         if reason is None:
             try:
-                switch(backend)
-                mask = visible(backend, T, device, window, texts)
+                activate_backend(backend)
+                mask = make_attention_mask(backend, T, device, window, texts)
                 found, seconds[backend] = _trial(
                     lambda: attention(q, k, v, backend, 0.0, None, window, mask, logits),
                     (q, k, v),
@@ -262,8 +269,8 @@ def _trial(call, inputs, grad):
     """(output and gradients in float32, median seconds of 5 calls after 2)."""
     took = []
     for _ in range(7):
-        started = time_when_done(grad.device)
+        started = synchronized_time(grad.device)
         out = call()
         gradients = torch.autograd.grad(out, inputs, grad)
-        took.append(time_when_done(grad.device) - started)
+        took.append(synchronized_time(grad.device) - started)
     return [tensor.detach().float() for tensor in (out, *gradients)], statistics.median(took[2:])

@@ -19,59 +19,11 @@ import torch
 
 from engine import stopping
 from engine.configurator import ConfigError
-from engine.dataset import Mixture, cycle_of
+from engine.counter_rng import hash_ints, permute
+from engine.dataset import Mixture, mixture_period
 from engine.loss import IGNORE
 
-_MASK = 2**64 - 1
 STARTS_AHEAD = 64  # micro-steps
-
-
-def mix(*numbers):
-    """A 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in, Python int
-    out.
-    """
-    h = 0
-    for number in numbers:
-        h = (h + number + 0x9E3779B97F4A7C15) & _MASK
-        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & _MASK
-        h ^= h >> 31
-    return h
-
-
-def _mix_array(x, key):
-    """The same hash for a uint64 array `x` under one key."""
-    x = x + np.uint64(key)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(index, n, key):
-    """Keyed permutation of 0..n-1, elementwise and in O(1) memory.
-
-    index: (k,) int64 array of values in [0, n). Returns a (k,) int64 array; over all of 0..n-1 it
-    is a bijection. A Feistel network over a grid of a x b >= n cells (a, b close to sqrt(n)); what
-    lands on one of the few cells beyond n walks on along its cycle (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002).
-    """
-    a = int(np.ceil(np.sqrt(n)))
-    b = -(-n // a)
-    keys = [mix(key, r) for r in range(8)]
-
-    def feistel(x):
-        left, right = x // np.uint64(b), x % np.uint64(b)
-        for r, round_key in enumerate(keys):
-            if r % 2 == 0:
-                left = (left + _mix_array(right, round_key) % np.uint64(a)) % np.uint64(a)
-            else:
-                right = (right + _mix_array(left, round_key) % np.uint64(b)) % np.uint64(b)
-        return left * np.uint64(b) + right
-
-    x = feistel(np.asarray(index).astype(np.uint64))
-    while (beyond := x >= n).any():
-        x[beyond] = feistel(x[beyond])
-    return x.astype(np.int64)
 
 
 class _Order:
@@ -100,9 +52,11 @@ class WindowOrder(_Order):
         starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            key = mix(self.seed, int(epoch))
+            key = hash_ints(self.seed, int(epoch))
             order = permute(positions[here] % self.per_epoch, self.per_epoch, key)
-            starts[here] = order * self.block_size + mix(key, 0x0FF5E7) % (self.max_offset + 1)
+            starts[here] = order * self.block_size + hash_ints(key, 0x0FF5E7) % (
+                self.max_offset + 1
+            )
         return starts
 
 
@@ -116,7 +70,7 @@ class MixedOrder(_Order):
         self.block_size = block_size
         self.orders = [WindowOrder(len(source), block_size, seed) for source in mixture.sources]
         self.shares, self.firsts = mixture.shares, mixture.firsts
-        cycle = cycle_of(self.shares)
+        cycle = mixture_period(self.shares)
         self.counts = np.array([int(share * cycle) for share in self.shares])
         # whose turn a position of a cycle is, and how many it had
         self.source, self.before = np.empty(cycle, np.int64), np.empty(cycle, np.int64)
@@ -301,7 +255,7 @@ class TrainLoader:
         self.micro += 1
         return *inputs_and_targets(window.to(self.device, non_blocking=self.pin)), position
 
-    def nothing(self):
+    def dummy_batch(self):
         """Return what next() would, with zeros: for a rank that has to take part in a step that
         will be given up.
         """

@@ -14,7 +14,7 @@ from engine.loader import inputs_and_targets, read_batch
 from engine.logger import now
 
 
-class MicroStep:
+class ForwardBackward:
     """micro_step(x, y, number) adds the gradients of micro-step `number` (from 0) of an optimizer
     step to those of `model`.
 
@@ -37,7 +37,7 @@ class MicroStep:
         """x, y: (B, T) int64 on the device. Returns the weighted loss, a scalar fp32 tensor on the
         device that is good until the next call.
         """
-        with parallel.last_micro_step(
+        with parallel.gradient_sync_context(
             self.train_model, number == self.accumulation - 1, self.world
         ):
             with self.autocast:
@@ -45,7 +45,7 @@ class MicroStep:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def clear(self):
+    def zero_grad(self):
         """Forget the gradients, after an optimizer step or instead of one."""
         self.model.zero_grad(set_to_none=True)
 
@@ -90,9 +90,9 @@ def record(work, pool, stream):
     return graph
 
 
-class Graphs:
-    """A MicroStep as CUDA graphs: launched at once, without Python's time between the kernels. It
-    is called as that is, and computes the same bits.
+class CudaGraphStep:
+    """A ForwardBackward as CUDA graphs: launched at once, without Python's time between the
+    kernels. It is called as that is, and computes the same bits.
 
     A graph reads and writes the same memory at every replay: x and y are copied to where it looks
     for them, and the gradients stay where they are. The first micro-step of an optimizer step has a
@@ -125,7 +125,7 @@ class Graphs:
         self._take(x, y)
         return self.plain(self.x, self.y, number)
 
-    def clear(self):
+    def zero_grad(self):
         """Nothing: the first micro-step of the next optimizer step overwrites the gradients."""
 
     def prepare(self, batches, forget):
@@ -149,26 +149,26 @@ class Graphs:
         # as torch's documentation asks: libraries make their plans, DDP its buckets
         with parallel.on_graph_stream(world):
             for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
-                expected = self._trial(self._plainly, self.plain.clear, batches, forget)
-            again = self._trial(self._plainly, self.plain.clear, batches, forget)
+                expected = self._trial(self._plainly, self.plain.zero_grad, batches, forget)
+            again = self._trial(self._plainly, self.plain.zero_grad, batches, forget)
         if batches[0][0].is_cuda:
             torch.cuda.synchronize()
-        self.plain.clear()
+        self.plain.zero_grad()
         error = self._record_all()
         forget()
-        if parallel.largest(int(error is not None), self.plain.world):
+        if parallel.all_reduce_max(int(error is not None), self.plain.world):
             raise ConfigError(
                 'use_cuda_graphs=True: the step cannot be recorded'
                 f' ({error or "on another process"}): type --use_cuda_graphs=False'
             )
-        found = self._trial(self, self.clear, batches, forget)
+        found = self._trial(self, self.zero_grad, batches, forget)
         repeats = all(torch.equal(a, b) for a, b in zip(expected[0], again[0]))
         alike = (
             all(torch.equal(a, b) for a, b in zip(expected[0], found[0]))
             if repeats
             else torch.allclose(expected[1], found[1], rtol=0.01)
         )
-        if parallel.largest(int(not alike), self.plain.world):
+        if parallel.all_reduce_max(int(not alike), self.plain.world):
             raise ConfigError(
                 'use_cuda_graphs=True: the recorded step does not compute what the plain one does'
                 f' (losses and norms of gradients {found[1].tolist()[:6]}, expected'
@@ -198,16 +198,16 @@ class Graphs:
 
     def _work(self, kind, number):
         if kind[0]:
-            self.plain.clear()
+            self.plain.zero_grad()
         self.losses[kind] = self.plain(self.x, self.y, number)
 
-    def _trial(self, call, clear, batches, forget):
+    def _trial(self, call, zero_grad, batches, forget):
         """Two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the losses
         and gradients, summed up], their float64 losses and norms).
         """
         bits, values = [], []
         for start in range(2):
-            clear()
+            zero_grad()
             torch.manual_seed(start)  # dropout
             for number in range(len(self.kinds)):
                 loss = call(*batches[(start + number) % 2], number)
@@ -216,12 +216,12 @@ class Graphs:
             gradients = [p.grad for p in self.plain.model.parameters()]
             bits += [g.contiguous().view(torch.int32).sum() for g in gradients]
             values += [g.double().norm() for g in gradients]
-        clear()
+        zero_grad()
         forget()
         return bits, torch.stack(values)
 
 
-def prepare(plan, data, order, state, micro_step, evaluator, log, terminal):
+def compile_and_capture(plan, data, order, state, micro_step, evaluator, log, terminal):
     """Compile, and record the CUDA graphs, on the first tokens of the data, which changes no
     weight; returns the micro-step to train with.
     """
@@ -249,13 +249,13 @@ def prepare(plan, data, order, state, micro_step, evaluator, log, terminal):
             seconds, error = compile_ahead(
                 lambda: micro_step(*batches[0], plan.accumulation - 1), evaluator.one_batch
             )
-        micro_step.clear()
+        micro_step.zero_grad()
         forget_routing()
         log.event('compile', seconds=seconds, error=error, timestamp=now())
         failed = f'COMPILING FAILED, so everything runs without: {error}'
         log.say(failed if error else f'compiled in {seconds:.1f} s')
     if c.use_cuda_graphs:
-        micro_step = Graphs(micro_step)
+        micro_step = CudaGraphStep(micro_step)
         seconds = micro_step.prepare(batches, forget_routing)
         log.say(f'CUDA graphs recorded in {seconds:.1f} s: two batches gave what they give without')
     gc.collect()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from engine import cpu
-from engine.parallel import rows_of_rank
+from engine.parallel import rank_rows
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 # elements up to which matrices of one shape are made orthogonal in one go: small ones take most of
@@ -79,13 +79,13 @@ class Muon(torch.optim.Optimizer):
         mesh = matrices[0].device_mesh if isinstance(matrices[0], DTensor) else None
         ranks = mesh.size(-1) if mesh is not None else self.ranks
         # in a round each rank has as much to do as the others
-        together = sorted(alike(matrices), key=cost, reverse=True)
+        together = sorted(group_by_shape(matrices), key=cost, reverse=True)
         for first in range(0, len(together), ranks):
             turn = together[first : first + ranks]
             averaged = [self._average(same, group) for same in turn]
             updates = [updates for _, _, updates in averaged]
             if ranks == 1:
-                directions = [orthogonal(torch.stack(updates[0]))]
+                directions = [newton_schulz(torch.stack(updates[0]))]
             elif mesh is None:
                 directions = _each_by_one(updates)
             else:
@@ -117,7 +117,7 @@ class Muon(torch.optim.Optimizer):
     def _apply(self, matrices, local, averages, directions, group):
         for p, (buffer, old, _), average, direction in zip(matrices, local, averages, directions):
             new = (old * (1 - group['lr'] * group['weight_decay'])).add_(
-                direction, alpha=-group['lr'] * scale(p.shape)
+                direction, alpha=-group['lr'] * update_scale(p.shape)
             )
             for was, now in ((buffer, average), (old, new)):
                 was.copy_(
@@ -134,7 +134,7 @@ def _each_by_one(updates):
     found, sent = [], []
     for owner, of_owner in enumerate(updates):
         if owner == dist.get_rank():
-            found.append(orthogonal(torch.stack(of_owner)).contiguous())
+            found.append(newton_schulz(torch.stack(of_owner)).contiguous())
         else:
             found.append(
                 torch.empty(
@@ -158,7 +158,7 @@ def _each_by_one_of_rows(updates, shapes, mesh):
     ranks, rank, device = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1), updates[0][0].device
     group = mesh.get_group(mesh.ndim - 1)
     # of a matrix of each owner, by rank
-    rows = [[rows_of_rank(shape[0], ranks, r) for r in range(ranks)] for shape in shapes]
+    rows = [[rank_rows(shape[0], ranks, r) for r in range(ranks)] for shape in shapes]
 
     def exchange(parts, sizes):
         """Send the i-th of `parts` (lists of bf16 matrices) to rank i; return from rank i as many
@@ -204,7 +204,7 @@ def _each_by_one_of_rows(updates, shapes, mesh):
             ],
             dim=1,
         )
-        found = orthogonal(whole)
+        found = newton_schulz(whole)
         back = [[found[:, rows[rank][r]]] for r in range(ranks)]
     returned = exchange(back, [elements(owner, rank) for owner in range(ranks)])
     here = [of_owner[rank] for of_owner in rows]
@@ -220,7 +220,7 @@ def cost(matrices):
     return len(matrices) * min(shape) ** 2 * max(shape)
 
 
-def alike(parameters):
+def group_by_shape(parameters):
     """Lists of those that have one shape, TOGETHER elements at most or one parameter."""
     shapes = {}
     for p in parameters:
@@ -245,14 +245,14 @@ def state_of(p, muon, step_device=None):
     }
 
 
-def scale(shape):
+def update_scale(shape):
     """What an orthogonal matrix of `shape` is multiplied with to be as large as an update of
     AdamW.
     """
     return 0.2 * math.sqrt(max(shape))
 
 
-def orthogonal(matrices, steps=5):
+def newton_schulz(matrices, steps=5):
     """About U V^T of each of the `matrices` U S V^T, (k, m, n): singular values between 0.7 and
     1.2, in bf16.
 

@@ -206,7 +206,7 @@ class Optimization:
         return tensors
 
 
-class Guard:
+class NonFiniteGuard:
     """Makes the update of a bad step a no-op, on the device, without a wait of the host.
 
     A step is bad if its loss or the norm of its gradient is not finite. After max_bad bad steps in

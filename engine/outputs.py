@@ -11,27 +11,27 @@ from engine.saver import Saver
 
 
 @dataclass
-class RunPlace:
+class RunOutputs:
     """Where a run writes: name and lineage of it, copier and machines that upload; None where it
     writes nothing or uploads nothing.
     """
 
     run_name: str | None = None
-    lineage: list | None = None
+    lineage: str | None = None
     copier: Copier | None = None
     machines: Machines | None = None
 
 
-def open_place(start, plan, model, folder, world, notes):
-    """Take out_dir for this run; returns a RunPlace. Raises ConfigError where others have it."""
-    c, saved = plan.config, start.saved
+def open_outputs(start, plan, model, folder, world, notes):
+    """Take out_dir for this run; returns a RunOutputs. Raises ConfigError where others have it."""
+    c, saved = plan.config, start.checkpoint_state
     if c.eval_only:
-        return RunPlace()
-    folder.hold(make=True)
+        return RunOutputs()
+    folder.acquire(make=True)
     if saved:
-        resume.set_aside(c, saved, world, notes)
+        resume.archive_rejected(c, saved, world, notes)
     else:
-        resume.make_way(c, world, notes)
+        resume.prepare_out_dir(c, world, notes)
 
     def name():
         # a run that died before its first checkpoint keeps its name and log
@@ -39,19 +39,21 @@ def open_place(start, plan, model, folder, world, notes):
         unsaved = again and unsaved_run(c.out_dir, resume.config_record(c))
         return unsaved or new_run_name(c.out_dir)
 
-    run_name = (saved and saved.get('run_name')) or parallel.from_main(name, world)
-    parallel.from_main(lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world)
+    run_name = (saved and saved.get('run_name')) or parallel.broadcast_from_main(name, world)
+    parallel.broadcast_from_main(
+        lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world
+    )
     there = c.upload_to and place_of(c.upload_to, c.out_dir)
-    lineage = parallel.from_main(lambda: resume.choose_lineage(c, saved, there), world)
-    place = RunPlace(run_name, lineage)
+    lineage = parallel.broadcast_from_main(lambda: resume.choose_lineage(c, saved, there), world)
+    outputs = RunOutputs(run_name, lineage)
     if c.upload_to:
-        place.machines = Machines(world, c.upload_to)
+        outputs.machines = Machines(world, c.upload_to)
         if world.main:
             keep = c.upload_keep_local
-            place.copier = Copier(c.upload_to, c.out_dir, run_name, keep, place.machines)
+            outputs.copier = Copier(c.upload_to, c.out_dir, run_name, keep, outputs.machines)
         elif world.local_rank == 0:
-            place.machines.serve()
-    return place
+            outputs.machines.serve()
+    return outputs
 
 
 def checkpoint_bytes(model, c):
@@ -64,9 +66,9 @@ def checkpoint_bytes(model, c):
     )
 
 
-def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
+def open_log(c, start, outputs, startup, utilization, evaluated, world, terminal):
     """Return the RunLog, with its header written, and what else it goes to opened."""
-    constants = utilisation(tokens_per_sec=1.0)
+    constants = utilization(tokens_per_sec=1.0)
     shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
     header = {
         'config': resume.config_record(c),
@@ -77,11 +79,11 @@ def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
     }
     log = RunLog(
         c.out_dir,
-        place.run_name,
+        outputs.run_name,
         header,
         active=world.main,
         write=not c.eval_only,
-        resume_step=start.step if start.saved or c.auto_resume else None,
+        resume_step=start.step if start.checkpoint_state or c.auto_resume else None,
         evaluated=evaluated is not None,
         save_json=c.save_log_to_json,
         save_interval=c.log_save_interval,
@@ -100,7 +102,7 @@ def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
             'checkpoint',
             iter=start.step,
             val_loss=None,
-            path=start.saved['path'],
+            path=start.checkpoint_state['path'],
             timestamp=now(),
             stall_ms=None,
             total_ms=None,
@@ -108,7 +110,7 @@ def open_log(c, start, place, startup, utilisation, evaluated, world, terminal):
     return log
 
 
-def open_keeper(start, plan, data, evaluator, place, model, optimization, state, log, stop):
+def open_keeper(start, plan, data, evaluator, outputs, model, optimization, state, log, stop):
     """Return the CheckpointKeeper, with the memory of its copies taken."""
     c, world = plan.config, plan.options.world
     saver = Saver(
@@ -119,13 +121,13 @@ def open_keeper(start, plan, data, evaluator, place, model, optimization, state,
         keep_all=c.keep_all_checkpoints,
         background=c.checkpoint_async,
         before_commit=log.sync,
-        copier=place.copier,
+        copier=outputs.copier,
     )
     facts = {
-        'run_name': place.run_name,
-        'tokens_per_step': plan.tokens,
+        'run_name': outputs.run_name,
+        'tokens_per_step': plan.tokens_per_step,
         'data': data.splits,
-        'windows': evaluator.windows,
+        'windows': evaluator.windows_hash,
         'tokenizer': data.tokenizer_id,
         'token_ids': data.token_ids,
         'optimizer': type(optimization.optimizer).__name__,
@@ -137,9 +139,9 @@ def open_keeper(start, plan, data, evaluator, place, model, optimization, state,
         optimization,
         saver,
         facts,
-        place.lineage,
+        outputs.lineage,
         log,
-        place.copier,
+        outputs.copier,
         stop,
         world,
     )

@@ -242,7 +242,7 @@ def shares_torchruns_store():
     return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
 
-def meet(store, rank, size, timeout):
+def rendezvous(store, rank, size, timeout):
     """Return a store for the processes that start together, within `store`, which holds what those
     of earlier starts wrote.
 
@@ -300,7 +300,9 @@ def _join(world, backend, timeout):
                 world.size,
                 is_master=world.main and not torchruns,
             )
-            store = _store = meet(store, world.rank, world.size, timeout) if torchruns else store
+            store = _store = (
+                rendezvous(store, world.rank, world.size, timeout) if torchruns else store
+            )
             _heartbeat = Heartbeat(store, world.rank, world.size, timeout.total_seconds())
         # tensors of the CPU go through gloo in any case: parameters that fsdp_offload keeps there
         dist.init_process_group(
@@ -328,7 +330,7 @@ def _keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def tell(error):
+def report_error(error):
     """Print what is wrong with the input, once for all ranks: from the main rank, or from one that
     meets it alone.
     """
@@ -343,7 +345,7 @@ def tell(error):
         rank = int(os.environ.get('RANK', 0))
         if rank != 0:
             for _ in range(30):
-                if was_told():
+                if was_reported():
                     return
                 time.sleep(0.1)
             where = f' (rank {rank} on {os.uname().nodename})'
@@ -356,7 +358,7 @@ def store():
     return _store
 
 
-def was_told():
+def was_reported():
     """Whether some rank told() what is wrong with the input and left: then the errors of others,
     which miss it, say nothing.
     """
@@ -418,7 +420,7 @@ def leave(code):
 # ---- the layout
 
 
-def arrange(world, c, notes):
+def choose_layout(world, c, notes):
     """Decide which layout the keys of `c` ask for and set it in `world`. Raises ConfigError for
     what these ranks cannot be split into.
     """
@@ -627,7 +629,7 @@ def forward_only(model):
                 module.reshard()
 
 
-def waited_for_gradients(train_model):
+def gradient_wait(train_model):
     """{'comm_wait_s': seconds} from the end of a rank's own backward pass until the gradients of
     the others were there, as torch's DDP last measured it (in the steps up to the 10th, then in
     every 100th); {} under a layout that is not measured, or before.
@@ -644,7 +646,7 @@ def waited_for_gradients(train_model):
     }
 
 
-def last_micro_step(model, last, world):
+def gradient_sync_context(model, last, world):
     """Context of one micro-step. Under DDP, backward() sums gradients over ranks only if it is the
     `last` of an optimizer step; under ZeRO-2 parameters stay gathered until then. FSDP sums at each
     over the ranks that share the model, so that a rank never holds more gradients than its own, and
@@ -659,33 +661,33 @@ def last_micro_step(model, last, world):
     return contextlib.nullcontext()
 
 
-def rows_of(tensor, mesh):
+def shard_rows(tensor, mesh):
     """Slice of the rows of `tensor` that this rank has in the sharding dimension of `mesh`, as
     torch.chunk splits: the last may have fewer, or none.
     """
-    return rows_of_rank(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+    return rank_rows(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
 
 
-def rows_of_rank(length, ranks, rank):
+def rank_rows(length, ranks, rank):
     """Slice of the rows that one of `ranks` has of a tensor of `length` rows."""
     size = -(-length // ranks)
     return slice(min(rank * size, length), min((rank + 1) * size, length))
 
 
-def put(parameter, tensor):
+def copy_into_shard(parameter, tensor):
     """Copy the full `tensor` into a parameter, or into the part of it that this rank holds."""
     if isinstance(parameter, DTensor):
         mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
-        mine = rows_of_rank(tensor.size(dim), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
+        mine = rank_rows(tensor.size(dim), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
         parameter.detach().to_local().copy_(tensor[(slice(None),) * dim + (mine,)])
     else:
         parameter.detach().copy_(tensor)
 
 
-def part_of(tensor, mesh):
+def local_shard(tensor, mesh):
     """This rank's rows of a tensor that every rank holds, as a DTensor that shares its memory."""
     return DTensor.from_local(
-        tensor.detach()[rows_of(tensor, mesh)],
+        tensor.detach()[shard_rows(tensor, mesh)],
         mesh,
         [Shard(0)],
         run_check=False,
@@ -694,16 +696,16 @@ def part_of(tensor, mesh):
     )
 
 
-def optimized(named, world):
+def zero1_parameters(named, world):
     """{name: what this rank's optimizer updates} of the parameters `named`: under ZeRO-1 its rows
     of each, else themselves.
     """
     if world.layout != 'ZeRO-1':
         return dict(named)
-    return {name: torch.nn.Parameter(part_of(p, world.mesh)) for name, p in named.items()}
+    return {name: torch.nn.Parameter(local_shard(p, world.mesh)) for name, p in named.items()}
 
 
-def bind(optimizer, named, updated, world):
+def attach_zero1(optimizer, named, updated, world):
     """Make a step of the optimizer over `updated` = optimized(named) one of the whole model: under
     ZeRO-1, hand it its rows of the gradients before, gather the parameters after.
     """
@@ -713,7 +715,7 @@ def bind(optimizer, named, updated, world):
 
     def before(*_):
         for p, mine in pairs:
-            mine.grad = part_of(p.grad, world.mesh)
+            mine.grad = local_shard(p.grad, world.mesh)
 
     @torch.no_grad()
     def after(*_):
@@ -749,7 +751,7 @@ def sum_over_ranks(tensor, world):
     return tensor
 
 
-def largest(number, world):
+def all_reduce_max(number, world):
     """The largest of the ranks' small ints, on every rank; agreed on the host, so no GPU waits."""
     if world.size == 1:
         return number
@@ -759,8 +761,8 @@ def largest(number, world):
 
 
 class Agreement:
-    """Finds the largest of the ranks' small ints while they work: largest() in two halves, of which
-    only the second waits.
+    """Finds the largest of the ranks' small ints while they work: all_reduce_max() in two halves,
+    of which only the second waits.
     """
 
     def __init__(self, world):
@@ -786,7 +788,7 @@ class Agreement:
         return self.answer.item()
 
 
-def of_each_rank(values, world):
+def gather_numbers(values, world):
     """Return {name: list of the ranks' values} of a dict of floats that has the same names on every
     rank; agreed on the host.
     """
@@ -797,7 +799,7 @@ def of_each_rank(values, world):
     return dict(zip(values, torch.stack(table, dim=1).tolist()))
 
 
-def from_main(work, world):
+def broadcast_from_main(work, world):
     """What work() returns on the main rank (any small builtin), on every rank; a ConfigError that
     it raises, too. It may take long.
     """
@@ -825,11 +827,11 @@ def once_per_machine(work, world):
     machine does the work too and returns its own, to be compared, so that a hundred processes do
     not all ask for the same ten thousand files. Raises a ConfigError of the main rank on all.
     """
-    result = from_main(work, world)
+    result = broadcast_from_main(work, world)
     return work() if world.local_rank == 0 and not world.main else result
 
 
-def from_all(value, world):
+def all_gather_objects(value, world):
     """Every rank's `value` (any small builtin), in their order, on every rank; over slow_group,
     which a thread may have for itself.
     """
@@ -840,11 +842,11 @@ def from_all(value, world):
     return values
 
 
-def same(values, what, world):
+def assert_same_on_all_ranks(values, what, world):
     """Raise ConfigError on every rank unless the dict `values` is the same on all, naming the first
     difference.
     """
-    everyone = from_all(values, world)
+    everyone = all_gather_objects(values, world)
     for rank, theirs in enumerate(everyone):
         for key in everyone[0]:
             if theirs.get(key) != everyone[0][key]:

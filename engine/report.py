@@ -12,7 +12,7 @@ import torch
 
 from engine import __version__, checkpoint, flops, topology
 from engine.cpu import cpu_name
-from engine.dataset import shares_of
+from engine.dataset import parse_mixture
 from engine.loader import WindowOrder
 from engine.logger import now
 from engine.memory import available
@@ -159,7 +159,7 @@ def _model(c, counts):
     return found
 
 
-def _data(c, meta, order, sequences_per_step, loader_workers, device):
+def _data(c, meta, order, sequences_per_step, device):
     if order is None:
         return [
             f'{c.data_url or c.dataset}, not prepared',
@@ -177,12 +177,12 @@ def _data(c, meta, order, sequences_per_step, loader_workers, device):
             f'{c.max_iters:,} iterations = '
             + ', '.join(
                 f'{float(share * sequences) / source.per_epoch:.2f} epochs of {name}'
-                for (name, share), source in zip(shares_of(c.dataset), order.orders)
+                for (name, share), source in zip(parse_mixture(c.dataset), order.orders)
             )
         ]
     loader = (
-        f'{loader_workers} worker processes'
-        if loader_workers
+        f'{c.dataloader_num_workers} worker processes'
+        if c.use_dataloader and c.dataloader_num_workers
         else ('a thread with pinned memory' if device.type == 'cuda' else 'in process')
     )
     return [
@@ -255,7 +255,7 @@ def _system(c, startup, world):
         ),
         precision,
         f'Compile: {"on" if c.compile else "off"}',
-        f'Attention backend: {c.attention_backend}',
+        f'Attention backend: {c.attention_backend or "chosen on the GPU"}',
         f'CUDA Graphs: {"on" if c.use_cuda_graphs else "off"}',
         *again,
         *([] if c.deterministic else ['not deterministic']),
@@ -280,8 +280,6 @@ def report(
     meta,
     order,
     world,
-    sequences_per_step,
-    loader_workers,
     run_name,
     weights,
     notes,
@@ -293,6 +291,7 @@ def report(
     those of the terminal, None where there is none.
     """
     width = min(100, columns or 100)
+    sequences_per_step = c.batch_size * c.gradient_accumulation_steps * world.data_size
     paths, slow_path = None, None
     if startup['hardware']['gpu_name'] and world.here > 1 and world.main:
         paths, slow_path = topology.describe(topology.read(world.here))
@@ -308,7 +307,7 @@ def report(
     groups = {
         'Model': _model(c, startup['model']),
         'Weights': [weights],
-        'Data': _data(c, meta, order, sequences_per_step, loader_workers, world.device),
+        'Data': _data(c, meta, order, sequences_per_step, world.device),
         'Batch': batch,
         'Optimizer': _optimizer(c, startup),
         'System': _system(c, startup, world) + ([paths] if paths else []),

@@ -47,14 +47,14 @@ def automatic(c, world):
     if not c.auto_resume:
         return c, None
     if not c.eval_only:
-        parallel.from_main(lambda: checkpoint.tidy(c.out_dir), world)
+        parallel.broadcast_from_main(lambda: checkpoint.clean_partial(c.out_dir), world)
     step, _ = _newest_whole(c.out_dir, c.verify_checkpoint, world)
 
     def look():
         if c.upload_to:
             place = copier.place_of(c.upload_to, c.out_dir)
             try:
-                fs, root, there, rejected = copier.find(place)
+                fs, root, there, rejected = copier.find_run(place)
             except ConfigError:
                 if step is None:
                     raise  # starting anew while the run may be there would fork it
@@ -83,7 +83,7 @@ def automatic(c, world):
             else (c.init_from, None)
         )
 
-    init_from, resume_from = parallel.from_main(look, world)
+    init_from, resume_from = parallel.broadcast_from_main(look, world)
     return dataclasses.replace(
         c, init_from=init_from, resume_from=resume_from
     ), step and checkpoint.path_of(c.out_dir, step)
@@ -93,25 +93,25 @@ def _newest_whole(out_dir, level, world, wanted=None, verified=None):
     """checkpoint.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes
     need not be read once more.
     """
-    candidates = parallel.from_main(
+    candidates = parallel.broadcast_from_main(
         lambda: checkpoint.newest_first(out_dir) if wanted is None else [wanted], world
     )
     return checkpoint.first_whole(
         out_dir,
         candidates,
-        lambda path: checkpoint.why_broken_together(
+        lambda path: checkpoint.corruption_reasons(
             path, world, 'size' if path == verified else level
         ),
     )
 
 
-def find(c, given, shape_keys, world, notes, verified=None):
+def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
     """(config, state, nanoGPT's content or None): what c.init_from='resume' means here. verified:
     path of a checkpoint that automatic() verified.
 
     state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for
-    set_aside(); 'chosen' if the user went back. Keys that the user did not set now are taken from
-    the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
+    archive_rejected(); 'chosen' if the user went back. Keys that the user did not set now are taken
+    from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
     """
     step, rejected, certain, chosen = _choose(c, world, verified)
     if certain and not is_step(c.resume_from):
@@ -177,19 +177,21 @@ def _choose(c, world, verified):
     chose it).
     """
     if not c.eval_only:
-        parallel.from_main(lambda: checkpoint.tidy(c.out_dir), world)
+        parallel.broadcast_from_main(lambda: checkpoint.clean_partial(c.out_dir), world)
     wanted, rejected, chosen = None, [], False
     if is_step(c.resume_from):
         wanted, chosen = int(c.resume_from), True
     elif c.resume_from:
-        wanted, rejected = parallel.from_main(lambda: copier.fetch(c.resume_from, c.out_dir), world)
+        wanted, rejected = parallel.broadcast_from_main(
+            lambda: copier.fetch_run(c.resume_from, c.out_dir), world
+        )
         verified = checkpoint.path_of(c.out_dir, wanted)  # after it was copied
         chosen = not c.auto_resume  # which takes the newest there is
     step, more = _newest_whole(c.out_dir, c.verify_checkpoint, world, wanted, verified)
     if (
         step is None
         and wanted is not None
-        and (steps := parallel.from_main(lambda: checkpoint.steps(c.out_dir), world))
+        and (steps := parallel.broadcast_from_main(lambda: checkpoint.steps(c.out_dir), world))
     ):
         raise ConfigError(
             f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps'
@@ -338,14 +340,14 @@ def check_data(state, data, allowed, notes):
     return 'train' in changed, 'val' in changed
 
 
-def best_loss_so_far(state, windows, new_validation, notes):
+def best_loss_so_far(state, windows, val_data_changed, notes):
     """Return the best validation loss of a checkpoint, infinity where it was measured under other
     conditions than those to come.
 
-    windows: loader.evaluation_identity() of now; new_validation: whether the validation data is
+    windows: loader.evaluation_identity() of now; val_data_changed: whether the validation data is
     another, which was noted.
     """
-    if state['best_val_loss'] is None or new_validation:
+    if state['best_val_loss'] is None or val_data_changed:
         return math.inf
     if state.get('windows') != windows:
         notes.append(
@@ -356,7 +358,7 @@ def best_loss_so_far(state, windows, new_validation, notes):
     return state['best_val_loss']
 
 
-def set_aside(c, state, world, notes):
+def archive_rejected(c, state, world, notes):
     """Rename the checkpoints that were rejected, and those after the one that resume_from chose:
     what continues must stay the newest.
     """
@@ -366,12 +368,12 @@ def set_aside(c, state, world, notes):
                 checkpoint.rename_aside(path, 'rejected')
         if state['certain']:
             notes += [
-                f'{path} is now {moved}' for path, moved in supersede(c.out_dir, state['step'])
+                f'{path} is now {moved}' for path, moved in archive_newer(c.out_dir, state['step'])
             ]
     parallel.barrier(world)
 
 
-def supersede(out_dir, step):
+def archive_newer(out_dir, step):
     """Rename the checkpoints after `step`, so that it is the newest; returns [(old path, new
     path)].
     """
@@ -379,18 +381,18 @@ def supersede(out_dir, step):
     return [(path, checkpoint.rename_aside(path, 'superseded')) for path in newer]
 
 
-def make_way(c, world, notes):
+def prepare_out_dir(c, world, notes):
     """Before a new run in a folder with checkpoints: set those of a finished run aside; raise
     ConfigError if the run could go on.
     """
 
     def look():
-        checkpoint.tidy(c.out_dir)
+        checkpoint.clean_partial(c.out_dir)
         found = checkpoint.steps(c.out_dir)
         if not found:
             return None
         path = checkpoint.path_of(c.out_dir, found[-1])
-        if checkpoint.why_broken(path, 'size') is None:
+        if checkpoint.corruption_reason(path, 'size') is None:
             state = checkpoint.read_state(path)
             if state['step'] >= state.get('config', {}).get('max_iters', float('inf')):
                 return state.get('run_name', 'before')
@@ -400,8 +402,10 @@ def make_way(c, world, notes):
             f' one in another --out_dir, or move {checkpoint.folder_of(c.out_dir)} away'
         )
 
-    if name := parallel.from_main(look, world):
-        moved = parallel.from_main(lambda: checkpoint.set_aside_all(c.out_dir, name), world)
+    if name := parallel.broadcast_from_main(look, world):
+        moved = parallel.broadcast_from_main(
+            lambda: checkpoint.set_aside_all(c.out_dir, name), world
+        )
         notes.append(
             f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}'
         )
@@ -418,13 +422,13 @@ def _largest_file():
         return math.inf
 
 
-class Folder:
+class OutDirLock:
     """The folder of a run, held by its main rank so that no second process writes there."""
 
     def __init__(self, path, world):
         self.path, self.world, self.held, self.file = path, world, False, None
 
-    def hold(self, make=False):
+    def acquire(self, make=False):
         """Hold it until this process ends or release() is called; where there is no folder, make it
         or leave it at that.
 
@@ -432,7 +436,7 @@ class Folder:
         system without locks is trusted.
         """
         if not self.held:
-            self.held = parallel.from_main(lambda: self._lock(make), self.world)
+            self.held = parallel.broadcast_from_main(lambda: self._lock(make), self.world)
 
     def _lock(self, make):
         if not make and not os.path.isdir(self.path):

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from data.tokenizer import tokenizer_of
 from engine import checks, parallel, resume, tasks, tokenizer_match
 from engine.configurator import ConfigError
-from engine.dataset import Mixture, Tokens, check_fit, folder_of, open_dataset, shares_of
+from engine.dataset import (
+    Mixture,
+    Tokens,
+    check_vocab_and_length,
+    folder_of,
+    open_dataset,
+    parse_mixture,
+)
 from generation import prompts_of
 from presets import ROUTING, ModelConfig, resolve_shape
 
@@ -16,8 +23,8 @@ class RunData:
     """train, val: the splits; meta: meta.pkl; folder: where the tokenizer lies; shape: the model's,
     which may take its vocabulary from the data; document_end: id after which attention starts anew,
     or None; splits: {'train': {'fingerprint', 'tokens'}, 'val': ...}; tokenizer_id, token_ids: of
-    the tokenizer, as checkpoints record it; new_stream, new_validation: whether the split is
-    another than that of the checkpoint; sources: names, more than one of a mixture.
+    the tokenizer, as checkpoints record it; train_data_changed, val_data_changed: whether the split
+    is another than that of the checkpoint; sources: names, more than one of a mixture.
     """
 
     train: Tokens | Mixture
@@ -29,8 +36,8 @@ class RunData:
     splits: dict
     tokenizer_id: str | None
     token_ids: str | None
-    new_stream: bool
-    new_validation: bool
+    train_data_changed: bool
+    val_data_changed: bool
     sources: list
 
     def tokenizer(self):
@@ -44,32 +51,36 @@ def open_data(start, given, root, world, terminal, notes):
 
     start: StartPoint; given: {key: where it was given}.
     """
-    c, saved = start.config, start.saved
+    c, saved = start.config, start.checkpoint_state
     with terminal.doing('opening the data'):
         train, val, meta = parallel.once_per_machine(
             lambda: open_dataset(c.dataset, root, c.data_url), world
         )
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train, val), key=len):
-        check_fit(file, shape.vocab_size, shape.block_size)
+        check_vocab_and_length(file, shape.vocab_size, shape.block_size)
     document_end = checks.end_of_documents(c, meta) if c.document_mask else None
     if world.ring:
-        checks.refuse_in_parts(c, shape)
-    checks.note_without_effect(c, given, shape, ROUTING, notes)
+        checks.validate_context_parallel(c, shape)
+    checks.warn_ignored_keys(c, given, shape, ROUTING, notes)
     splits = {
         file.split: {'fingerprint': file.fingerprint, 'tokens': len(file)} for file in (train, val)
     }
     folder = folder_of(c.dataset, root)
     same = {f'{split}.bin': what for split, what in splits.items()} | {'folder': folder}
-    parallel.same(same, 'the data', world)
-    tokenizer_id = parallel.from_main(
+    parallel.assert_same_on_all_ranks(same, 'the data', world)
+    tokenizer_id = parallel.broadcast_from_main(
         lambda: tokenizer_match.tokenizer_identity(folder, meta), world
     )
-    token_ids = parallel.from_main(lambda: tokenizer_match.digest_of_dataset(folder), world)
-    new_stream = new_validation = False
+    token_ids = parallel.broadcast_from_main(
+        lambda: tokenizer_match.digest_of_dataset(folder), world
+    )
+    train_data_changed = val_data_changed = False
     if saved:
-        new_stream, new_validation = resume.check_data(saved, splits, c.allow_data_change, notes)
-        parallel.from_main(
+        train_data_changed, val_data_changed = resume.check_data(
+            saved, splits, c.allow_data_change, notes
+        )
+        parallel.broadcast_from_main(
             lambda: tokenizer_match.check_resumed(saved, folder, meta, c.dataset, notes), world
         )
     return RunData(
@@ -82,25 +93,27 @@ def open_data(start, given, root, world, terminal, notes):
         splits=splits,
         tokenizer_id=tokenizer_id,
         token_ids=token_ids,
-        new_stream=new_stream,
-        new_validation=new_validation,
-        sources=[name for name, _ in shares_of(c.dataset)],
+        train_data_changed=train_data_changed,
+        val_data_changed=val_data_changed,
+        sources=[name for name, _ in parse_mixture(c.dataset)],
     )
 
 
 @dataclass
-class Questions:
-    """What a run asks its model: prompts, lists of ids from which it writes samples, and
-    multiple-choice tasks, of engine.tasks; tokenizer: None where there are neither.
+class PromptsAndTasks:
+    """What a run asks its model. ids: the prompts of its samples, lists of token ids; tasks: of
+    engine.tasks; tokenizer: None where there are neither.
     """
 
     tokenizer: object
-    prompts: list
+    ids: list
     tasks: dict
 
 
-def read_questions(c, data, world):
-    """Return the Questions that sample_interval and eval_tasks ask for. Raises ConfigError."""
+def load_prompts_and_tasks(c, data, world):
+    """Return the PromptsAndTasks that sample_interval and eval_tasks ask for. Raises
+    ConfigError.
+    """
     tokenizer = None
     if c.sample_interval or c.eval_tasks:
         try:
@@ -113,5 +126,5 @@ def read_questions(c, data, world):
     loaded = tasks.load_tasks(c.eval_tasks or '', c.eval_tasks_limit)
     encoded = tasks.encode(loaded, tokenizer, c.block_size)
     same = {'prompts': prompts, 'eval_tasks': tasks.fingerprint(encoded)}
-    parallel.same(same, 'what is written or asked at evaluations', world)
-    return Questions(tokenizer, prompts, encoded)
+    parallel.assert_same_on_all_ranks(same, 'what is written or asked at evaluations', world)
+    return PromptsAndTasks(tokenizer, prompts, encoded)

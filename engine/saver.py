@@ -33,7 +33,7 @@ from engine import checkpoint, faults, parallel
 
 
 @dataclass
-class Outcome:
+class SaveResult:
     """What became of one save: `error` is None, or a sentence; stall_s of training's time, total_s
     from start to end.
     """
@@ -126,7 +126,7 @@ class Saver:
         assert self.thread is None, 'one save at a time'
         self.started, self.outcome = (
             due or time.perf_counter(),
-            Outcome(step, checkpoint.path_of(self.out_dir, step)),
+            SaveResult(step, checkpoint.path_of(self.out_dir, step)),
         )
         self.staged.clear()
         if self.background and not self.copies:
@@ -236,7 +236,7 @@ class Saver:
         else:
             for name, tensor in tensors.items():
                 _copy(name, _local(self.copies[name]), _local(tensor))
-        faults.reach('staging', step)
+        faults.maybe_crash('staging', step)
         return self.copies
 
     def _check_finite(self, tensors):
@@ -263,7 +263,7 @@ class Saver:
             self._together(lambda: self._read_back(temporary, files.entries))
             written = {
                 name: entry
-                for entries in parallel.from_all(files.entries, self.world)
+                for entries in parallel.all_gather_objects(files.entries, self.world)
                 for name, entry in entries.items()
             }
             self._together(
@@ -283,7 +283,7 @@ class Saver:
             self.outcome.notes = tuple(notes)
 
     def _make_room(self, temporary, size):
-        checkpoint.tidy(self.out_dir)
+        checkpoint.clean_partial(self.out_dir)
         os.makedirs(temporary)
         free, needed = shutil.disk_usage(temporary).free, int(1.01 * size) + 2**20
         if free < needed:
@@ -320,7 +320,7 @@ class Saver:
         text = json.dumps({'format': checkpoint.FORMAT, 'step': step, **state}, indent=1).encode()
         checkpoint.replace_file(os.path.join(temporary, 'state.json'), text)
         written['state.json'] = {'size': len(text), 'sha256': hashlib.sha256(text).hexdigest()}
-        faults.reach('before_manifest', step)
+        faults.maybe_crash('before_manifest', step)
         config_hash = hashlib.sha256(
             json.dumps(state.get('config'), sort_keys=True).encode()
         ).hexdigest()
@@ -330,20 +330,22 @@ class Saver:
             'config_sha256': config_hash,
             'files': dict(sorted(written.items())),
         }
-        checkpoint.replace_file(os.path.join(temporary, 'manifest.json'), checkpoint.seal(manifest))
+        checkpoint.replace_file(
+            os.path.join(temporary, 'manifest.json'), checkpoint.add_checksum(manifest)
+        )
         checkpoint.sync_folder(temporary)
         # each rank has read back its own files
-        if reason := checkpoint.why_broken(temporary, 'size'):
+        if reason := checkpoint.corruption_reason(temporary, 'size'):
             raise _Failed(f'what was written does not read back: {reason}')
         self.before_commit()
-        faults.reach('before_rename', step)
+        faults.maybe_crash('before_rename', step)
         replaced = os.path.join(os.path.dirname(final), f'.replaced_{os.path.basename(final)}')
         if os.path.exists(final):
             os.rename(final, replaced)
         os.rename(temporary, final)
         checkpoint.sync_folder(os.path.dirname(final))
         checkpoint.sync_folder(self.out_dir)
-        faults.reach('after_rename', step)
+        faults.maybe_crash('after_rename', step)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _retain(self, step):
@@ -365,7 +367,7 @@ class Saver:
             isinstance(error, _NotFinite),
             _sentence(error),
         )
-        failed = [e for e in parallel.from_all(mine, self.world) if e]
+        failed = [e for e in parallel.all_gather_objects(mine, self.world) if e]
         if failed:
             # the rank that failed knows the reason better than those it let down
             _, not_finite, sentence = min(failed)
@@ -454,7 +456,7 @@ class _Stream:
             'sha256': self.digest.hexdigest(),
         }
         if str(self.path).endswith('.distcp'):
-            faults.reach('after_shard', self.files.step)
+            faults.maybe_crash('after_shard', self.files.step)
 
 
 def _local(tensor):

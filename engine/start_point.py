@@ -2,6 +2,7 @@
 folder; and what of it changes with every step.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,13 +29,13 @@ class TrainState:
 
 @dataclass
 class StartPoint:
-    """config: train.Config, merged with that of a checkpoint; saved: the state of a checkpoint;
-    nanogpt: contents of nanoGPT's ckpt.pt, with `saved` made of it; hf_folder: of weights. Each is
-    None where the run does not start from it.
+    """config: train.Config, merged with that of a checkpoint; checkpoint_state: its state.json, or
+    the same made of nanoGPT's ckpt.pt, whose contents are `nanogpt`; hf_folder: of Hugging Face
+    weights. Each is None where the run does not start from it.
     """
 
     config: object
-    saved: dict | None = None
+    checkpoint_state: dict | None = None
     nanogpt: dict | None = None
     hf_folder: str | None = None
 
@@ -43,17 +44,17 @@ class StartPoint:
         """Find what `c` asks for: settings now, weights once there is a model.
 
         given: {key: where it was given}; shape_keys: keys that come from the checkpoint; folder:
-        resume.Folder. Raises ConfigError.
+        resume.OutDirLock. Raises ConfigError.
         """
         fetching = c.resume_from and not resume.is_step(c.resume_from)
         if fetching or not c.eval_only:  # evaluating alone only reads
-            folder.hold(make=fetching or c.auto_resume)
+            folder.acquire(make=fetching or c.auto_resume)
         c, verified = resume.automatic(c, world)
         start = cls(c)
         if c.init_from == 'resume':
-            start = cls(*resume.find(c, given, shape_keys, world, notes, verified))
+            start = cls(*resume.find_checkpoint(c, given, shape_keys, world, notes, verified))
             try:
-                checks.refuse_impossible(start.config)
+                checks.validate(start.config)
             except ConfigError as error:
                 raise ConfigError(
                     f'the checkpoint in {c.out_dir} has settings that no run can have: {error}'
@@ -64,49 +65,52 @@ class StartPoint:
         c = start.config
         chosen = 'activation_checkpointing' in given
         if c.use_fsdp and c.fsdp_activation_checkpointing and not chosen:
-            c.activation_checkpointing = 'full'
-        parallel.arrange(world, c, notes)
+            start.config = c = dataclasses.replace(c, activation_checkpointing='full')
+        parallel.choose_layout(world, c, notes)
         # a URL that cannot work is known before any checkpoint is renamed
         if c.upload_to and not c.eval_only:
-            parallel.from_main(lambda: resume.check_upload(c, start.saved, notes), world)
+            parallel.broadcast_from_main(
+                lambda: resume.check_upload(c, start.checkpoint_state, notes), world
+            )
         return start
 
     @property
     def step(self):
-        return self.saved['step'] if self.saved else 0
+        return self.checkpoint_state['step'] if self.checkpoint_state else 0
 
     @property
     def from_own_checkpoint(self):
-        return self.saved is not None and self.nanogpt is None
+        return self.checkpoint_state is not None and self.nanogpt is None
 
-    def weights(self, data_folder, world):
+    def describe_weights(self, data_folder, world):
         """Return the sentence of the report about where the weights come from. Raises ConfigError
         for those of another tokenizer than the data set's.
         """
         c = self.config
-        if self.saved:
+        if self.checkpoint_state:
             whose = 'nanoGPT' if self.nanogpt else 'this run'
             return f'checkpoint of {whose}, continuing at iter {self.step}'
         if not self.hf_folder:
             return f'initialized with seed {c.seed}'
-        match = parallel.from_main(
+        match = parallel.broadcast_from_main(
             lambda: tokenizer_match.check_weights(self.hf_folder, data_folder, c.dataset), world
         )
         return f'{c.init_from}, {huggingface.count_tensors(self.hf_folder):,} tensors; {match}'
 
-    def state(self, plan, new_stream, notes):
-        """Return the TrainState to begin with. plan: BatchPlan; new_stream: whether the training
-        data are others than those of the checkpoint.
+    def initial_state(self, plan, train_data_changed, notes):
+        """Return the TrainState to begin with. plan: BatchPlan; train_data_changed: whether the
+        training data are others than those of the checkpoint.
         """
-        saved = self.saved
+        saved = self.checkpoint_state
         if not saved:
             return TrainState(0, 0, 0)
-        position = 0 if new_stream else saved.get('position', 0)
         if self.nanogpt:
-            position = self.step * plan.sequences
-        elif saved['tokens_per_step'] != plan.tokens:
+            position = self.step * plan.sequences_per_step
+        else:
+            position = 0 if train_data_changed else saved['position']
+        if not self.nanogpt and saved['tokens_per_step'] != plan.tokens_per_step:
             notes.append(
-                f'{plan.tokens} tokens per iteration from now on (it was'
+                f'{plan.tokens_per_step} tokens per iteration from now on (it was'
                 f' {saved["tokens_per_step"]}); --total_batch_size fixes them for any number of'
                 ' processes'
             )
@@ -119,8 +123,10 @@ class StartPoint:
         tokens = saved.get('tokens', position * plan.config.block_size)
         return TrainState(self.step, position, tokens)
 
-    def fill(self, model, device):
-        """Give the parameters of `model` their values, but for those that load() reads."""
+    def initialize(self, model, device):
+        """Give the parameters of `model` their values, but for those that load_checkpoint()
+        reads.
+        """
         c = self.config
         if self.nanogpt:
             model.fill(self.nanogpt['model'].items())
@@ -129,28 +135,29 @@ class StartPoint:
             model.fill(huggingface.upcycled(self.hf_folder, model.config), partly=True)
         elif self.hf_folder:
             model.fill(huggingface.weights(self.hf_folder, model.config))
-        elif not self.saved:
+        elif not self.checkpoint_state:
             model.init_weights(c.seed, device)
 
-    def load(self, model, optimization, world):
-        """Read the checkpoint, if this starts from one: weights, and unless the run only evaluates
-        the state of optimizer, guard and scaler.
+    def load_checkpoint(self, model, optimization, world, terminal):
+        """Read the checkpoint, if this starts from one: weights and the state of the scaler, and
+        unless the run only evaluates that of optimizer and guard.
         """
         o = optimization
         if self.nanogpt:
             if self.nanogpt['optimizer']:
                 for name, tensor in optim.named_state(o.optimizer, o.updated).items():
-                    parallel.put(tensor, self.nanogpt['optimizer'][name])
-        elif self.saved:
+                    parallel.copy_into_shard(tensor, self.nanogpt['optimizer'][name])
+        elif self.checkpoint_state:
             tensors = o.tensors(model, weights_only=self.config.eval_only)
-            checkpoint.load(self.saved['path'], tensors, world)
-            o.scaler.load_state_dict(self.saved['scaler'])
+            with terminal.doing('loading the checkpoint'):
+                checkpoint.load(self.checkpoint_state['path'], tensors, world)
+            o.scaler.load_state_dict(self.checkpoint_state['scaler'])
 
-    def evaluation(self, windows):
+    def cached_losses(self, windows, val_data_changed):
         """Return the losses noted beside the checkpoint if they are of the evaluation windows
         `windows` (a digest), else None.
         """
-        if not self.from_own_checkpoint:
+        if val_data_changed or not self.from_own_checkpoint:
             return None
-        found = checkpoint.read_evaluation(self.saved['path'])
+        found = checkpoint.read_evaluation(self.checkpoint_state['path'])
         return found if found and found.get('data') == windows else None

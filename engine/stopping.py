@@ -1,7 +1,7 @@
 """When a run is asked to stop: signals and the clock.
 
-A signal only sets a flag, which the ranks agree on where it is safe to stop (train.py asks before
-every micro-step and every evaluation batch). Until there is something to save, and while only
+A signal only sets a flag, which the ranks agree on where it is safe to stop (before every
+micro-step and every evaluation batch). Until there is something to save, and while only
 evaluating, a signal ends the process at once instead.
 """
 

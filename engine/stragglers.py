@@ -19,7 +19,7 @@ class Stragglers:
 
     def __init__(self, world, say):
         self.world, self.say = world, say
-        self.hosts = parallel.from_all(socket.gethostname(), world)
+        self.hosts = parallel.all_gather_objects(socket.gethostname(), world)
         self.lately, self.named = collections.deque(maxlen=LATELY), set()
 
     def of(self, table, seconds):

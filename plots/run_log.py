@@ -401,9 +401,9 @@ class Thinned:
         self.kept.append(record)
         self._summarise()
         # the shares of many experts are most of a record: only the newest are drawn
-        if any(layer.get('utilisation') for layer in layers_of(record)):
+        if any(layer.get('utilization') for layer in layers_of(record)):
             for layer in layers_of(self.shares) if self.shares else ():
-                layer.pop('utilisation', None)
+                layer.pop('utilization', None)
             self.shares = record
 
     def _summarise(self):
@@ -503,9 +503,9 @@ def build_run(log, notes):
     columns, shares, shares_at = {}, np.empty((0, 0)), 0
     for row, record in enumerate(records):
         found = [
-            layer.pop('utilisation')
+            layer.pop('utilization')
             for layer in layers_of(record)
-            if isinstance(layer.get('utilisation'), list)
+            if isinstance(layer.get('utilization'), list)
         ]
         if found and len({len(of_layer) for of_layer in found}) == 1:
             shares, shares_at = (

@@ -10,8 +10,8 @@ import torch
 from torch.nn.attention import current_flash_attention_impl
 
 from engine import kernels, memory
-from engine.attention import _KERNELS, BACKENDS, attention, choose_backend, switch
-from engine.kernels import fastest
+from engine.attention import _KERNELS, BACKENDS, activate_backend, attention, choose_backend
+from engine.kernels import fastest_backend
 from model import Model
 from presets import resolve_shape
 from train import Config
@@ -58,7 +58,7 @@ def test_values_and_gradients(shape, backend):
 def test_kernels_on_a_gpu(backend):
     q, k, v = inputs(2, 8, 2, 256, 64, device='cuda', dtype=torch.bfloat16)
     chosen, _ = choose_backend(backend, 'cuda', torch.bfloat16, 64)
-    switch(chosen)
+    activate_backend(chosen)
     reference = attention(q.float(), k.float(), v.float(), 'manual')
     assert (attention(q, k, v, chosen).float() - reference).abs().max() < 0.02
 
@@ -149,7 +149,7 @@ def test_what_a_gpu_is_told():
     def notes(dtype=torch.bfloat16, **changes):
         c = Config(attention_backend='sdpa', **changes)
         shape = resolve_shape(dataclasses.asdict(c), 50257)
-        return ' '.join(kernels.choose(c, shape, torch.device('cuda'), dtype)[1])
+        return ' '.join(kernels.select_kernels(c, shape, torch.device('cuda'), dtype)[1])
 
     assert '--vocab_size=50304 adds ids that no text has' in notes()
     assert (
@@ -240,7 +240,7 @@ LAYER = dict(batch_size=2, n_head=4, n_kv=2, head_dim=16, T=64)
     ],
 )
 def test_the_fastest_by_a_trial(special):
-    backend, told = fastest(torch.device('cpu'), torch.float32, **LAYER, **special)
+    backend, told = fastest_backend(torch.device('cpu'), torch.float32, **LAYER, **special)
     assert (
         backend in ('sdpa', 'manual')
         and all(f'ms with {name}' in told for name in ('sdpa', 'manual'))
@@ -262,7 +262,7 @@ def test_the_fastest_is_fast_and_right(monkeypatch):
     monkeypatch.setattr(kernels, '_trial', timed)
 
     def found():
-        return fastest(torch.device('cpu'), torch.float32, **LAYER)
+        return fastest_backend(torch.device('cpu'), torch.float32, **LAYER)
 
     assert (
         found()[0] == 'manual'
@@ -314,19 +314,19 @@ def test_the_usual_backend_on_an_h100(options, expected, monkeypatch):
         }
     )
     shape, device = resolve_shape(dataclasses.asdict(c)), torch.device('cuda')
-    assert kernels.choose(c, shape, device, torch.bfloat16)[0]['backend'] == expected
-    assert kernels.choose(c, shape, torch.device('cpu'), torch.float32)[0]['backend'] == (
+    assert kernels.select_kernels(c, shape, device, torch.bfloat16)[0]['backend'] == expected
+    assert kernels.select_kernels(c, shape, torch.device('cpu'), torch.float32)[0]['backend'] == (
         expected if expected == 'manual' else 'sdpa'
     )
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (8, 0))
-    assert kernels.usual_backend(c, shape, device, torch.bfloat16) == 'sdpa'
+    assert kernels.default_backend(c, shape, device, torch.bfloat16) == 'sdpa'
 
 
 def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
     """What it takes is what the run has from then on: a resumed one does not measure again."""
     timed = []  # what torch may take while the trial runs
     monkeypatch.setattr(
-        'engine.kernels.fastest',
+        'engine.kernels.fastest_backend',
         lambda *args, **kwargs: (
             timed.append(
                 (
@@ -345,7 +345,7 @@ def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
         'Attention backend: manual' in said
         and 'Note: attention_backend=auto takes manual: a trial' in said
     )
-    monkeypatch.setattr('engine.kernels.fastest', None)
+    monkeypatch.setattr('engine.kernels.fastest_backend', None)
     assert train(tmp_path, '--init_from=resume', '--max_iters=4') == 0
     assert 'Attention backend: manual' in capsys.readouterr().out
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # deterministic=True

@@ -21,7 +21,7 @@ def refused(dataset, tmp_path, monkeypatch, capsys):
         raise AssertionError('a model was built')
 
     def call(*args):
-        monkeypatch.setattr(trainer.Model, '__init__', no_model)
+        monkeypatch.setattr('model.Model.__init__', no_model)
         out = tmp_path / 'out'
         code = trainer.main([f'--dataset={dataset}', f'--out_dir={out}', *TINY, *args])
         error = capsys.readouterr().err

@@ -97,22 +97,22 @@ def test_every_single_bit_of_the_manifest_counts(tmp_path):
     path = save(tmp_path, 1)
     with open(os.path.join(path, 'manifest.json'), 'rb') as f:
         good = f.read()
-    assert checkpoint.unseal(good)['step'] == 1
+    assert checkpoint.verify_checksum(good)['step'] == 1
     for at in range(len(good)):
         with pytest.raises(ValueError):
-            checkpoint.unseal(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            checkpoint.verify_checksum(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
 
 
 def test_level_size_reads_no_tensors_but_sees_sizes(tmp_path):
     path = save(tmp_path, 1)
     with open(os.path.join(path, '__0_0.distcp'), 'r+b') as f:
         f.write(b'?')
-    assert checkpoint.why_broken(path, 'size') is None and '__0_0.distcp' in checkpoint.why_broken(
-        path, 'full'
-    )
+    assert checkpoint.corruption_reason(
+        path, 'size'
+    ) is None and '__0_0.distcp' in checkpoint.corruption_reason(path, 'full')
     with open(os.path.join(path, '__0_0.distcp'), 'ab') as f:
         f.write(b'?')
-    assert 'bytes, expected' in checkpoint.why_broken(path, 'size')
+    assert 'bytes, expected' in checkpoint.corruption_reason(path, 'size')
 
 
 def test_a_renamed_checkpoint_is_not_another_step(tmp_path):
@@ -148,7 +148,7 @@ def test_newest_and_best_stay(tmp_path):
             )
     assert checkpoint.steps(out) == [2, 4, 5] and checkpoint.best_step(out) == 2
     # the recorded evaluation does not break the manifest
-    assert checkpoint.why_broken(checkpoint.path_of(out, 2)) is None
+    assert checkpoint.corruption_reason(checkpoint.path_of(out, 2)) is None
     save(tmp_path, 6, keep_all=True)
     assert checkpoint.steps(out) == [2, 4, 5, 6]
     # a loss on other validation data is no rival
@@ -201,10 +201,10 @@ def test_what_interrupted_saves_left_is_tidied(tmp_path):
     # killed between the two renames
     os.rename(path, tmp_path / 'checkpoints' / '.replaced_step_00000001')
     os.makedirs(tmp_path / 'checkpoints' / '.writing_step_00000002')
-    checkpoint.tidy(str(tmp_path))
+    checkpoint.clean_partial(str(tmp_path))
     assert (
         os.listdir(tmp_path / 'checkpoints') == ['step_00000001']
-        and checkpoint.why_broken(path) is None
+        and checkpoint.corruption_reason(path) is None
     )
 
 

@@ -45,7 +45,7 @@ def test_checkpoints_and_logs_are_copied_while_training_and_complete_in_the_end(
     )
     output = capsys.readouterr().out
     assert all(f'copied step {step} to' in output for step in (10, 20, 30)), output
-    fs, root, step, rejected = copier.find(url, 'full')
+    fs, root, step, rejected = copier.find_run(url, 'full')
     assert (step, rejected) == (30, []) and checkpoint.steps(root, fs) == [10, 20, 30]
     for step in (10, 20, 30):
         local, there = checkpoint.path_of(str(out), step), checkpoint.path_of(root, step)
@@ -108,7 +108,7 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
     assert 'continuing at iter 40' in capsys.readouterr().out
     assert len(records(b)) == 50 and len(glob.glob(f'{b}/*.jsonl.before_fetch')) == 1
     # a certain step
-    run = copier.find(url)[1]
+    run = copier.find_run(url)[1]
     place = run if url.startswith('file') else f's3://{run}'
     assert (
         train(
@@ -124,7 +124,7 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
 
 def test_a_copy_that_is_damaged_gives_way_to_the_one_before(train, tmp_path, url, capsys):
     assert train(tmp_path / 'a', '--max_iters=20', '--eval_interval=10', f'--upload_to={url}') == 0
-    fs, root, step, _ = copier.find(url)
+    fs, root, step, _ = copier.find_run(url)
     path = f'{root}/checkpoints/step_00000020/__0_0.distcp'
     data = bytearray(fs.cat_file(path))
     data[1000] ^= 1
@@ -157,12 +157,12 @@ def test_a_kill_during_the_copy_leaves_no_half_checkpoint(dataset, tmp_path, url
         env={'ONETRAIN_FAULT': 'upload:20'},
     )
     assert code == faults.EXIT_CODE, output
-    fs, root, step, rejected = copier.find(url)
+    fs, root, step, rejected = copier.find_run(url)
     assert rejected and 'manifest.json is missing' in rejected[0][1]  # files, but no checkpoint
     assert step in (None, 10)
     assert train(out, '--auto_resume=True', '--max_iters=30', '--eval_interval=10') == 0
-    fs, root, step, rejected = copier.find(url, 'full')
-    assert (step, rejected) == (30, []) and checkpoint.why_broken(
+    fs, root, step, rejected = copier.find_run(url, 'full')
+    assert (step, rejected) == (30, []) and checkpoint.corruption_reason(
         f'{root}/checkpoints/step_00000020', 'full', fs
     ) is None
 
@@ -199,7 +199,7 @@ def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(
         if stopped and not started:
             s3.start()
     assert 'works again' in output and 'copied step 600' in output
-    fs, root, step, rejected = copier.find(url, 'full')
+    fs, root, step, rejected = copier.find_run(url, 'full')
     assert (step, rejected) == (600, []) and fs.size(
         f'{root}/{os.path.basename(root)}.jsonl'
     ) > 5000
@@ -237,7 +237,7 @@ def test_killed_while_the_server_is_down_then_resumed_from_the_bucket_on_an_empt
         s3.start()
     stopped = checkpoint.newest_whole(str(out))[0]
     code, output = run_process('train.py', *common, f'--max_iters={stopped}', env=s3.environment)
-    assert code == 0 and copier.find(url, 'full')[2:] == (stopped, []), output
+    assert code == 0 and copier.find_run(url, 'full')[2:] == (stopped, []), output
     shutil.rmtree(out)
     assert (
         train(
@@ -265,7 +265,7 @@ def test_local_ones_go_only_when_asked_and_only_when_copied(train, tmp_path, url
         == 0
     )
     assert checkpoint.steps(str(tmp_path / 'a')) == [40, 50]
-    fs, root, step, rejected = copier.find(url, 'full')
+    fs, root, step, rejected = copier.find_run(url, 'full')
     assert checkpoint.steps(root, fs) == [10, 20, 30, 40, 50]
 
 
@@ -352,7 +352,10 @@ def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatc
         and any('__0_0.distcp reads back differently' in line for line in news)
         and any('copied step 10' in line for line in news)
     ), news
-    assert checkpoint.why_broken(f'{tmp_path / "there"}/a/run_x/checkpoints/step_00000010') is None
+    assert (
+        checkpoint.corruption_reason(f'{tmp_path / "there"}/a/run_x/checkpoints/step_00000010')
+        is None
+    )
 
 
 def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
@@ -434,7 +437,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
     """
     a, b, fork, copies = tmp_path / 'a', tmp_path / 'b', tmp_path / 'fork', f'--upload_to={url}'
     assert train(a, '--max_iters=20', '--eval_interval=10', copies) == 0
-    fs, root, *_ = copier.find(url)
+    fs, root, *_ = copier.find_run(url)
     before = {path: fs.cat_file(path) for path in fs.find(root)}
     assert (
         train(
@@ -461,7 +464,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
         == 0
     )
     assert {path: fs.cat_file(path) for path in fs.find(root)} == before
-    assert copier.find(f'{url}/fork')[2] == 20
+    assert copier.find_run(f'{url}/fork')[2] == 20
     assert (
         train(tmp_path / 'c', '--init_from=resume', f'--resume_from={url}', '--max_iters=20') == 2
     )
@@ -526,13 +529,13 @@ def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(
     train, tmp_path, monkeypatch
 ):
     assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
-    real, asked = checkpoint.why_broken, []
+    real, asked = checkpoint.corruption_reason, []
 
-    def why_broken(path, *args):
+    def corruption_reason(path, *args):
         asked.append(path)
         return 'there is no such checkpoint' if len(asked) == 1 else real(path, *args)
 
-    monkeypatch.setattr(checkpoint, 'why_broken', why_broken)
+    monkeypatch.setattr(checkpoint, 'corruption_reason', corruption_reason)
     copies = copier.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert (
         copies.finish(30)
@@ -645,8 +648,8 @@ def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
                 f.write('x')
 
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(parallel, 'from_all', lambda value, world: [0, 1, 0, 1])
-    monkeypatch.setattr(parallel, 'from_main', lambda work, world: 'copies of this run')
+    monkeypatch.setattr(parallel, 'all_gather_objects', lambda value, world: [0, 1, 0, 1])
+    monkeypatch.setattr(parallel, 'broadcast_from_main', lambda work, world: 'copies of this run')
     monkeypatch.setattr(parallel, 'store', lambda: store)
     monkeypatch.setattr(copying_together, 'copy_files', copy_files)
     first, second = (

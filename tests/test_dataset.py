@@ -16,7 +16,7 @@ from ranks import train as ranks_train
 from data.tokenfile import TokenFileWriter
 from engine import loader, remote
 from engine.configurator import ConfigError
-from engine.dataset import check_fit, open_dataset, shares_of
+from engine.dataset import check_vocab_and_length, open_dataset, parse_mixture
 from engine.descriptors import FILES
 from engine.loader import MixedOrder, WindowOrder, evaluation_batches, order_of
 from engine.loss import IGNORE
@@ -170,20 +170,20 @@ def test_what_is_not_a_data_set_is_told_with_what_to_type(tmp_path):
         with pytest.raises(ConfigError, match=message):
             open_dataset(name, str(tmp_path))
     train, val, _ = open_dataset('mybooks', str(tmp_path))
-    check_fit(val, 2, 199)
+    check_vocab_and_length(val, 2, 199)
     with pytest.raises(ConfigError, match='type --block_size=199 or less'):
-        check_fit(val, 2, 200)
+        check_vocab_and_length(val, 2, 200)
     small = write_dataset(str(tmp_path / 'small'), np.arange(9) % 2, [1], vocab_size=2)
     with pytest.raises(ConfigError, match='has 1 token, and nothing to predict: prepare more text'):
-        check_fit(open_dataset(small, '/')[1], 2, 1)
+        check_vocab_and_length(open_dataset(small, '/')[1], 2, 1)
 
 
 def test_names_and_weights():
-    assert shares_of('a') == [('a', 1)] and shares_of('/x/y:z') == [('/x/y:z', 1)]
+    assert parse_mixture('a') == [('a', 1)] and parse_mixture('/x/y:z') == [('/x/y:z', 1)]
     assert (
-        shares_of('a:0.7,b:0.3')
+        parse_mixture('a:0.7,b:0.3')
         == [('a', fractions.Fraction(7, 10)), ('b', fractions.Fraction(3, 10))]
-        == shares_of('a:7, b:3')
+        == parse_mixture('a:7, b:3')
     )
     for bad, message in (
         ('a,b', 'is no mixture'),
@@ -193,7 +193,7 @@ def test_names_and_weights():
         ('a:0.123457,b:0.654321', 'round them'),
     ):
         with pytest.raises(ConfigError, match=message):
-            shares_of(bad)
+            parse_mixture(bad)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from conftest import TEXT, losses, write_dataset
 from test_attention import inputs
 
-from engine.attention import attention, choose_backend, visible
+from engine.attention import attention, choose_backend, make_attention_mask
 from model import Model, documents_of
 from presets import resolve_shape
 
@@ -100,7 +100,7 @@ def test_every_combination_is_its_definition(backend, with_sinks, window, with_d
         v,
         backend,
         window=window,
-        mask=visible(backend, 19, 'cpu', window, documents),
+        mask=make_attention_mask(backend, 19, 'cpu', window, documents),
         sinks=sinks,
     )
     assert torch.allclose(expected, got, atol=1e-6)

@@ -293,7 +293,7 @@ def test_every_layout_trains_alike(dataset, tmp_path, single, layout, work):
 
     def shares(out):
         return [
-            [layer.get(key) for key in ('utilisation', 'least', 'most')]
+            [layer.get(key) for key in ('utilization', 'least', 'most')]
             for record in records(out)
             for layer in record['moe']['layers']
         ]
@@ -361,11 +361,11 @@ def test_log_tells_of_every_expert(single):
             and first['dropped'] == 0
         )
         # that of each expert every expert_log_interval iterations, and in the first and the last
-        assert ('utilisation' in first) == (record['iter'] in (1, 7, 14, 20))
-        if 'utilisation' in first:
+        assert ('utilization' in first) == (record['iter'] in (1, 7, 14, 20))
+        if 'utilization' in first:
             assert (
-                abs(sum(first['utilisation']) - 1) < 1e-3
-                and max(first['utilisation']) == first['most']
+                abs(sum(first['utilization']) - 1) < 1e-3
+                and max(first['utilization']) == first['most']
             )
         assert (
             0 <= first['load_score'] <= 100
@@ -395,7 +395,7 @@ def test_shares_are_left_out_or_logged_when_their_interval_was_passed(train, tmp
         assert [
             r['iter']
             for r in records(tmp_path / str(interval))
-            if 'utilisation' in r['moe']['layers'][0]
+            if 'utilization' in r['moe']['layers'][0]
         ] == logged
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.flops import peak_flops, utilisation
+from engine.flops import peak_flops, utilization
 from model import Experts, Model
 from presets import resolve_shape
 
@@ -108,15 +108,15 @@ def test_utilisation_divides_all_work_by_all_peaks():
         )
     flops = model.flops()
     common = dict(dtype='bfloat16', architecture='x')
-    one = utilisation(flops, 50000, device_name='NVIDIA H200', num_devices=1, **common)
+    one = utilization(flops, 50000, device_name='NVIDIA H200', num_devices=1, **common)
     assert (
         one['mfu'] == pytest.approx(flops.total * 50000 / 989e12)
         and one['mfu_percent'] == 100 * one['mfu']
     )
-    eight = utilisation(flops, 400000, device_name='NVIDIA H200', num_devices=8, **common)
+    eight = utilization(flops, 400000, device_name='NVIDIA H200', num_devices=8, **common)
     assert eight['mfu'] == pytest.approx(one['mfu']) and eight['hardware_peak_tflops'] == 8 * 989
     assert one['mfu_causal'] < one['mfu']
-    unknown = utilisation(flops, 100, device_name=None, num_devices=2, **common)
+    unknown = utilization(flops, 100, device_name=None, num_devices=2, **common)
     assert (
         unknown['mfu'] is None
         and unknown['mfu_percent'] is None

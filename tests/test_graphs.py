@@ -45,7 +45,7 @@ def plain(family='gpt2', accumulation=1, dropout=0.0):
     model = Model.on_meta(shape, dropout=dropout).allocate('cpu')
     model.init_weights(0)
     world = parallel.start('cpu')
-    return micro_step.MicroStep(
+    return micro_step.ForwardBackward(
         model,
         model,
         world,
@@ -69,7 +69,7 @@ def forget(step):
 
 
 def gradients_after(step, data, model):
-    step.clear()
+    step.zero_grad()
     total = [step(x, y, number).clone() for number, (x, y) in enumerate(data)]
     return total, [p.grad.clone() for p in model.parameters()]
 
@@ -82,7 +82,7 @@ def test_each_micro_step_has_its_own_data(family, accumulation):
         gradients_after(step, data[at : at + accumulation], step.model) for at in (0, accumulation)
     ]
     step.model.after_step(step.world, 0.0, None)
-    graphs = micro_step.Graphs(step, record=Again)
+    graphs = micro_step.CudaGraphStep(step, record=Again)
     graphs.prepare(data[:2], forget(step))
     assert len(graphs.graphs) == min(accumulation, 2)
     if family == 'moe':
@@ -101,7 +101,7 @@ def test_what_is_recorded_has_the_strides_of_a_batch():
     )
     # as the loader gives them out
     windows = [torch.cat([x, y[:, -1:]], dim=1) for x, y in batches(2)]
-    graphs = micro_step.Graphs(step, record=Again)
+    graphs = micro_step.CudaGraphStep(step, record=Again)
     graphs.prepare([(window[:, :-1], window[:, 1:]) for window in windows], forget(step))
     assert {(x, y) for x, y, _ in seen} == {((17, 1), (17, 1))} and len(
         {address for _, _, address in seen}
@@ -110,7 +110,7 @@ def test_what_is_recorded_has_the_strides_of_a_batch():
 
 def test_dropout_is_drawn_anew():
     step, data = plain(dropout=0.3), batches(2)
-    graphs = micro_step.Graphs(step, record=Again)
+    graphs = micro_step.CudaGraphStep(step, record=Again)
     graphs.prepare(data, forget(step))
     found = []
     for seed in (5, 6, 5):
@@ -126,10 +126,10 @@ def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
     asked = []
     monkeypatch.setattr(
         parallel,
-        'last_micro_step',
+        'gradient_sync_context',
         lambda model, last, world: asked.append(last) or torch.enable_grad(),
     )
-    graphs = micro_step.Graphs(step, record=Again)
+    graphs = micro_step.CudaGraphStep(step, record=Again)
     assert graphs.kinds == [(True, False), (False, False), (False, False), (False, True)]
     graphs.prepare(batches(2), forget(step))
     first, *others = graphs.graphs.values()
@@ -185,7 +185,9 @@ def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
     step = plain()
     world = step.world
     world.layout, world.device = 'DDP', torch.device('cuda', 0)
-    monkeypatch.setattr(parallel, 'last_micro_step', lambda model, last, world: torch.enable_grad())
+    monkeypatch.setattr(
+        parallel, 'gradient_sync_context', lambda model, last, world: torch.enable_grad()
+    )
     step.train_model = parallel.wrap(step.model, world, compile=False, accumulation=1, graphs=True)[
         1
     ]
@@ -193,7 +195,7 @@ def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
     step.train_model = lambda *args, **kwargs: (
         where.append(('warmed up', Stream.current)) or call(*args, **kwargs)
     )
-    micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
+    micro_step.CudaGraphStep(step, record=Again).prepare(batches(2), forget(step))
     warm = list(where)
     assert micro_step.record(lambda: None, None, world.graph_stream) == 'a graph'
     assert (
@@ -213,9 +215,9 @@ def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refuse
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     if refused:
         with pytest.raises(ConfigError, match='grouped matmul waits for the host'):
-            checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
+            checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
     else:
-        assert checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
+        assert checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
     c = Config(
         arch_preset='moe',
         num_experts=4,
@@ -226,7 +228,7 @@ def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refuse
         vocab_size=64,
     )
     notes = ' '.join(
-        kernels.choose(
+        kernels.select_kernels(
             c, resolve_shape(dataclasses.asdict(c)), torch.device('cuda'), torch.bfloat16
         )[1]
     )
@@ -263,7 +265,7 @@ class Impossible:
 def test_what_is_not_repeated_is_refused(record, told, accumulation):
     step = plain(accumulation=accumulation)
     with pytest.raises(ConfigError, match='use_cuda_graphs=True: ') as error:
-        micro_step.Graphs(step, record=record).prepare(batches(2), forget(step))
+        micro_step.CudaGraphStep(step, record=record).prepare(batches(2), forget(step))
     assert told in str(error.value) and '--use_cuda_graphs=False' in str(error.value)
 
 
@@ -272,10 +274,10 @@ def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
     step, noise = plain(), iter(range(10**6))
     call = step.train_model
     step.train_model = lambda *args, **kwargs: call(*args, **kwargs) * (1 + 1e-5 * next(noise))
-    micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
+    micro_step.CudaGraphStep(step, record=Again).prepare(batches(2), forget(step))
     step.train_model = lambda *args, **kwargs: call(*args, **kwargs) * (1 + next(noise))
     with pytest.raises(ConfigError, match='does not compute'):
-        micro_step.Graphs(step, record=Again).prepare(batches(2), forget(step))
+        micro_step.CudaGraphStep(step, record=Again).prepare(batches(2), forget(step))
 
 
 @pytest.mark.parametrize(
@@ -288,18 +290,22 @@ def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
 )
 def test_what_cannot_be_recorded(options, told):
     with pytest.raises(ConfigError, match='use_cuda_graphs=True cannot record') as error:
-        checks.cuda_graphs(
+        checks.validate_cuda_graphs(
             Config(use_cuda_graphs=True, **options), 'cuda', options.get('expert_dispatch'), []
         )
     assert told in str(error.value)
     notes = []
-    assert checks.cuda_graphs(Config(use_cuda_graphs=True), 'cuda', None, notes) and not notes
     assert (
-        not checks.cuda_graphs(Config(**options), 'cuda', options.get('expert_dispatch'), notes)
+        checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', None, notes) and not notes
+    )
+    assert (
+        not checks.validate_cuda_graphs(
+            Config(**options), 'cuda', options.get('expert_dispatch'), notes
+        )
         and not notes
     )
     assert (
-        not checks.cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes)
+        not checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes)
         and 'needs an NVIDIA GPU' in notes[0]
     )
 
@@ -322,9 +328,9 @@ def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
     )
     assert run_train(dataset, tmp_path / 'plain', *common) == 0
     if not on_gpu:
-        monkeypatch.setattr(checks, 'cuda_graphs', lambda c, *_: c.use_cuda_graphs)
-        real = micro_step.Graphs
-        monkeypatch.setattr(micro_step, 'Graphs', lambda step: real(step, record=Again))
+        monkeypatch.setattr(checks, 'validate_cuda_graphs', lambda c, *_: c.use_cuda_graphs)
+        real = micro_step.CudaGraphStep
+        monkeypatch.setattr(micro_step, 'CudaGraphStep', lambda step: real(step, record=Again))
     assert run_train(dataset, tmp_path / 'graphs', *common, '--use_cuda_graphs=True') == 0
     said = capsys.readouterr().out
     assert 'CUDA Graphs: on' in said and 'CUDA graphs recorded in' in said
@@ -363,7 +369,7 @@ def test_on_a_gpu(family, compiled, strict):
     model = Model.on_meta(shape, dropout=0.1).allocate('cuda')
     model.init_weights(0)
     train_model = torch.compile(model) if compiled else model
-    step = micro_step.MicroStep(
+    step = micro_step.ForwardBackward(
         model,
         train_model,
         parallel.start('cuda'),
@@ -372,7 +378,7 @@ def test_on_a_gpu(family, compiled, strict):
         1 / 64,
         3,
     )
-    graphs = micro_step.Graphs(step)
+    graphs = micro_step.CudaGraphStep(step)
     graphs.prepare(batches(2, 'cuda'), forget(step))
     data = batches(3, 'cuda')
     torch.manual_seed(7)

@@ -338,7 +338,7 @@ def reductions_over_replicas(arguments):
     import train
     from engine import parallel
 
-    worlds, found, real, arrange = [], [], dist.all_reduce, parallel.arrange
+    worlds, found, real, arrange = [], [], dist.all_reduce, parallel.choose_layout
 
     def note(tensor, *args, **kwargs):
         group = kwargs.get('group')
@@ -350,14 +350,14 @@ def reductions_over_replicas(arguments):
         )
         return real(tensor, *args, **kwargs)
 
-    dist.all_reduce, parallel.arrange = (
+    dist.all_reduce, parallel.choose_layout = (
         note,
         lambda world, *args: (arrange(world, *args), worlds.append(world))[0],
     )
     try:
         return train.main(arguments), sum(found)
     finally:
-        dist.all_reduce, parallel.arrange = real, arrange
+        dist.all_reduce, parallel.choose_layout = real, arrange
 
 
 def test_hybrid_sharding_sums_over_replicas_once_a_step(dataset, tmp_path):

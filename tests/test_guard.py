@@ -129,7 +129,7 @@ def run_guard(norms, losses=None, **options):
         {'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu'
     )
     guard, values = (
-        optim.Guard(
+        optim.NonFiniteGuard(
             [p], torch.amp.GradScaler('cpu', enabled=False), options.pop('max_bad', 3), **options
         ),
         [],
@@ -184,7 +184,7 @@ def test_overflows_under_fp16_are_the_scalers_and_no_fault():
     optimizer = optim.build_adamw(
         {'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.0, device_type='cpu'
     )
-    guard, values, scales = optim.Guard([p], scaler, 3), [], []
+    guard, values, scales = optim.NonFiniteGuard([p], scaler, 3), [], []
     for step, (gradient, loss) in enumerate(
         [(4.0, 1.0), (math.inf, 1.0), (4.0, 1.0), (4.0, math.nan), (4.0, 1.0)], 1
     ):

@@ -62,7 +62,7 @@ def newest(run):
 def seal(path, change=lambda manifest: None):
     """Make the manifest fit the files of the checkpoint `path` again, then change it."""
     with open(f'{path}/manifest.json', 'rb') as f:
-        manifest = checkpoint.unseal(f.read())
+        manifest = checkpoint.verify_checksum(f.read())
     for name in manifest['files']:
         if os.path.isfile(f'{path}/{name}'):
             manifest['files'][name] = {
@@ -71,7 +71,7 @@ def seal(path, change=lambda manifest: None):
             }
     change(manifest)
     with open(f'{path}/manifest.json', 'wb') as f:
-        f.write(checkpoint.seal(manifest))
+        f.write(checkpoint.add_checksum(manifest))
 
 
 def edit_state(path, **changes):
@@ -196,9 +196,9 @@ def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch,
     monkeypatch.setenv('HOSTILE_MARK', mark)
     path = newest(run)
     forge(path, kind)
-    assert 'metadata is damaged' in checkpoint.why_broken(
+    assert 'metadata is damaged' in checkpoint.corruption_reason(
         path
-    ) and '.metadata is damaged' in checkpoint.why_broken(path, 'size')
+    ) and '.metadata is damaged' in checkpoint.corruption_reason(path, 'size')
     with pytest.raises(ConfigError, match='nothing was read from it'):
         checkpoint.load(path, {'model.transformer.wte.weight': torch.zeros(44, 32)})
     for command, args in (
@@ -235,9 +235,9 @@ def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch,
 @pytest.mark.parametrize('kind', LIES)
 def test_metadata_that_lie_are_damaged(kind, run):
     path = newest(run)
-    assert checkpoint.why_broken(path, 'size') is None
+    assert checkpoint.corruption_reason(path, 'size') is None
     forge(path, kind)
-    assert '.metadata is damaged' in checkpoint.why_broken(path, 'size')
+    assert '.metadata is damaged' in checkpoint.corruption_reason(path, 'size')
 
 
 def test_tensors_of_another_shape_than_the_metadata_say_are_an_error(run):
@@ -335,7 +335,7 @@ def test_names_of_a_manifest_stay_in_its_folder(name, run, train, tmp_path, caps
 def test_a_run_has_a_plain_name(name, run, train, tmp_path, capsys):
     path = newest(run)
     edit_state(path, run_name=name)
-    assert 'state.json is damaged' in checkpoint.why_broken(path)
+    assert 'state.json is damaged' in checkpoint.corruption_reason(path)
     assert train(run, '--init_from=resume', '--max_iters=3') == 0
     assert not glob.glob(f'{tmp_path}/*evil*') and not glob.glob('/tmp/evil.*')
 
@@ -365,7 +365,7 @@ def test_fields_of_a_state_have_types(key, odd, run):
     if (key, odd) in (('best_val_loss', -1), ('best_val_loss', 1.5)):
         return
     edit_state(newest(run), **{key: odd})
-    reason = checkpoint.why_broken(newest(run))
+    reason = checkpoint.corruption_reason(newest(run))
     assert (
         reason
         and reason.startswith('state.json is')
@@ -382,7 +382,7 @@ def test_damaged_files_are_named(file, content, run):
         f.write(content)
     if file == 'state.json':
         seal(newest(run))
-    reason = checkpoint.why_broken(newest(run))
+    reason = checkpoint.corruption_reason(newest(run))
     assert reason and reason.startswith(f'{file} is damaged'), reason
 
 
@@ -482,7 +482,7 @@ def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('engine.outputs.Copier', lambda *args: None)
     monkeypatch.setattr(resume.copier, 'lineages', lambda place: set())
     monkeypatch.setattr(
-        'train.parallel.from_main',
+        'train.parallel.broadcast_from_main',
         lambda work, world: (
             True
             if 'copier.finish' in str(work.__code__.co_names) or 'finish' in work.__code__.co_names
@@ -714,7 +714,7 @@ def test_copies_go_both_ways(run, tmp_path, capsys):
     ]
     path = checkpoint.path_of(f'{back}/run/{name}', 4)
     assert (
-        checkpoint.why_broken(path) is None
+        checkpoint.corruption_reason(path) is None
         and os.path.isfile(f'{path}/fetched.json')
         and os.path.isfile(f'{back}/run/{name}/{name}.json')
     )
@@ -1021,9 +1021,9 @@ def test_what_has_no_end_is_not_read(name, run, dataset, train, tmp_path, capsys
         os.remove(path)
         os.mkfifo(path)
         if file != 'run.jsonl':
-            assert 'damaged' in checkpoint.why_broken(
+            assert 'damaged' in checkpoint.corruption_reason(
                 newest(run)
-            ) or 'missing' in checkpoint.why_broken(newest(run))
+            ) or 'missing' in checkpoint.corruption_reason(newest(run))
             assert checkpoints.main([run]) == 1
             return
         code = train(run, '--init_from=resume', '--max_iters=6')
@@ -1135,7 +1135,7 @@ def test_settings_of_a_checkpoint_that_no_run_can_have(key, run, train, capsys):
     settings = ['--init_from=resume', f'--out_dir={run}', '--device=cpu', '--max_iters=6']
     import train as trainer
 
-    assert checkpoint.why_broken(newest(run)) is None and trainer.main(settings) == 2
+    assert checkpoint.corruption_reason(newest(run)) is None and trainer.main(settings) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and (
         key in error or 'it is not the checkpoint of such a run' in error

@@ -211,7 +211,7 @@ def traffic(options, micro_steps):
     from model import Model
 
     world = parallel.start('cpu')
-    parallel.arrange(world, trainer.Config(block_size=16, **options), [])
+    parallel.choose_layout(world, trainer.Config(block_size=16, **options), [])
     model = Model.on_meta(
         resolve_shape(
             dict(arch_preset='llama', n_layer=3, n_head=2, n_embd=16, block_size=16, vocab_size=32)
@@ -234,7 +234,7 @@ def traffic(options, micro_steps):
     for micro_step in range(micro_steps):
         with (
             CommDebugMode() as seen,
-            parallel.last_micro_step(train_model, micro_step == micro_steps - 1, world),
+            parallel.gradient_sync_context(train_model, micro_step == micro_steps - 1, world),
         ):
             train_model(x, y).backward()
         by_name = {str(operator): number for operator, number in seen.get_comm_counts().items()}
@@ -513,7 +513,7 @@ def start_of(settings, options, folder=None):
     from presets import resolve_shape
 
     world = parallel.start('cpu')
-    parallel.arrange(world, trainer.Config(**options), [])
+    parallel.choose_layout(world, trainer.Config(**options), [])
     model = Model.on_meta(resolve_shape(settings), ring=world.ring)
     parallel.shard(model, world, torch.float32, torch.float32, False)
     model.allocate('cpu')
@@ -568,7 +568,7 @@ def gathered(family):
     from model import Model
 
     world = parallel.start('cpu')
-    parallel.arrange(world, trainer.Config(block_size=16, use_fsdp=True), [])
+    parallel.choose_layout(world, trainer.Config(block_size=16, use_fsdp=True), [])
     model = Model.on_meta(
         resolve_shape(
             dict(arch_preset=family, n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=32)

@@ -12,7 +12,7 @@ import torch
 from conftest import write_dataset
 
 from engine.configurator import ConfigError
-from engine.dataset import check_fit, open_dataset
+from engine.dataset import check_vocab_and_length, open_dataset
 from engine.loader import TrainLoader, WindowOrder, evaluation_batches, permute
 from engine.loss import IGNORE
 
@@ -208,11 +208,11 @@ def test_damaged_files_are_refused(counting):
 
 def test_ids_and_sizes_are_checked(counting):
     file = open_split(counting)
-    check_fit(file, 5000, 4999)
+    check_vocab_and_length(file, 5000, 4999)
     with pytest.raises(ConfigError, match='token id 4999, beyond vocab_size=4000'):
-        check_fit(file, 4000, 32)
+        check_vocab_and_length(file, 4000, 32)
     with pytest.raises(ConfigError, match='--block_size=4999 or less'):
-        check_fit(file, 5000, 5000)
+        check_vocab_and_length(file, 5000, 5000)
 
 
 def test_missing_data_names_the_command():

@@ -155,8 +155,8 @@ if os.environ['RANK'] == '2':
         slow = lambda self, micro: (time.sleep(0.05), self.windows_of(micro))[1]
         loader.TrainLoader.windows = slow
     else:
-        real = train.MicroStep.__call__
-        train.MicroStep.__call__ = lambda *args: (time.sleep(0.05), real(*args))[1]
+        real = train.ForwardBackward.__call__
+        train.ForwardBackward.__call__ = lambda *args: (time.sleep(0.05), real(*args))[1]
 if __name__ == '__main__':
     train.parallel.run_and_leave(lambda: train.main(argv))
 """
@@ -402,7 +402,7 @@ def rendezvous(address, ranks, size, seconds=20.0):
 
     def of(rank):
         try:
-            found = parallel.meet(client(), rank, size, datetime.timedelta(seconds=seconds))
+            found = parallel.rendezvous(client(), rank, size, datetime.timedelta(seconds=seconds))
             found.add('here', 1)
             return found
         except ConfigError as error:

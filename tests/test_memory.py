@@ -25,7 +25,7 @@ def bytes_of_a_rank(options):
 
     config = train.Config(**{'block_size': 32, **options})
     world = parallel.start('cpu')
-    parallel.arrange(world, config, [])
+    parallel.choose_layout(world, config, [])
     # an odd vocabulary and one block that holds little of the whole
     shape = resolve_shape(
         dict(
@@ -44,15 +44,15 @@ def bytes_of_a_rank(options):
     parallel.shard(model, world, torch.float32, torch.float32, False)
     model.allocate('cpu').init_weights(0)
     named = dict(model.named_parameters())
-    updated = parallel.optimized(named, world)
+    updated = parallel.zero1_parameters(named, world)
     optimizer = optim.build_adamw(
         updated, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu'
     )
-    parallel.bind(optimizer, named, updated, world)
+    parallel.attach_zero1(optimizer, named, updated, world)
     step_model, train_model = parallel.wrap(model, world, False, 1)
     x = y = torch.zeros(1, len(world.ring.positions) if world.ring else 32, dtype=torch.int64)
     for step in range(3):
-        with parallel.last_micro_step(train_model, True, world):
+        with parallel.gradient_sync_context(train_model, True, world):
             train_model(x, y).backward()
         if step < 2:
             optimizer.step()

@@ -13,7 +13,7 @@ from ranks import ranks
 from test_layouts import arguments, run
 
 from engine import cpu, muon, optim
-from engine.muon import Muon, orthogonal
+from engine.muon import Muon, newton_schulz
 from model import Model
 from presets import resolve_shape
 
@@ -52,7 +52,7 @@ def in_bfloat16(monkeypatch):
 
 def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch, in_bfloat16):
     matrices = torch.randn(3, 48, 96, generator=torch.Generator().manual_seed(0))
-    expected, dtypes, baddbmm = orthogonal(matrices), set(), torch.baddbmm
+    expected, dtypes, baddbmm = newton_schulz(matrices), set(), torch.baddbmm
     monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
     monkeypatch.setattr(
         torch,
@@ -62,7 +62,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch, in_bfloat16):
             baddbmm(*tensors, **options),
         )[1],
     )
-    found = orthogonal(matrices)
+    found = newton_schulz(matrices)
     assert dtypes == {torch.float32} and found.dtype == expected.dtype == torch.bfloat16
     assert ((found.float() - expected.float()).norm() / expected.float().norm()) < 0.03
     values = torch.linalg.svdvals(found.float())
@@ -139,7 +139,10 @@ def test_small_matrices_go_together(monkeypatch, in_bfloat16):
         model = Model(resolve_shape(SHAPE))
         assert sorted(
             map(
-                len, muon.alike([dict(model.named_parameters())[name] for name in model.matrices()])
+                len,
+                muon.group_by_shape(
+                    [dict(model.named_parameters())[name] for name in model.matrices()]
+                ),
             )
         ) == sorted(expected)
         found.append(
@@ -188,7 +191,7 @@ def test_which_parameters_it_takes():
 @pytest.mark.parametrize('shape', [(32, 32), (16, 64), (96, 24)])
 def test_singular_values_become_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
-    found = orthogonal(matrix[None])[0].float()
+    found = newton_schulz(matrix[None])[0].float()
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     assert (
         found.shape == shape
@@ -209,7 +212,7 @@ def test_a_bad_step_leaves_matrices_and_momentum():
             0.1,
             (0.9, 0.95),
         )
-        guard = optim.Guard([p, q], torch.amp.GradScaler('cpu', enabled=False), 3)
+        guard = optim.NonFiniteGuard([p, q], torch.amp.GradScaler('cpu', enabled=False), 3)
         for step, norm in enumerate(norms, 1):
             p.grad, q.grad = torch.full((3, 3), float(norm)), torch.full((3,), float(norm))
             guard.step(optimizer, step, torch.tensor(1.0), torch.tensor(float(norm)))
@@ -352,8 +355,8 @@ def shared_steps(layout, bad_step):
         (0.9, 0.95),
         ranks=size if mesh is None else 1,
     )
-    real, muon.TOGETHER = muon.orthogonal, 2 * 96
-    muon.orthogonal = lambda matrices: (made.append(len(matrices)), real(matrices))[1]
+    real, muon.TOGETHER = muon.newton_schulz, 2 * 96
+    muon.newton_schulz = lambda matrices: (made.append(len(matrices)), real(matrices))[1]
     try:
         for step in range(3):
             for p, shape in zip(parameters, shapes):
@@ -362,7 +365,7 @@ def shared_steps(layout, bad_step):
             optimizer.found_inf = torch.tensor(float(step == bad_step))
             optimizer.step()
     finally:
-        muon.orthogonal, muon.TOGETHER = real, 2**22
+        muon.newton_schulz, muon.TOGETHER = real, 2**22
     found = []
     for p in parameters:
         for tensor in (p, optimizer.state[p]['momentum']):
@@ -373,10 +376,10 @@ def shared_steps(layout, bad_step):
 def of_mesh(tensor, mesh):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    from engine.parallel import rows_of
+    from engine.parallel import shard_rows
 
     return DTensor.from_local(
-        tensor[rows_of(tensor, mesh)].clone(),
+        tensor[shard_rows(tensor, mesh)].clone(),
         mesh,
         [Replicate()] * (mesh.ndim - 1) + [Shard(0)],
         run_check=False,

@@ -594,7 +594,7 @@ def routed(it):
     layers = [
         {
             'layer': layer,
-            'utilisation': [0.5, 0.25, 0.25, 0.0],
+            'utilization': [0.5, 0.25, 0.25, 0.0],
             'load_score': 10.0 * layer + it,
             'bias_min': -0.01 * it,
             'bias_max': 0.02 * it,
@@ -776,15 +776,15 @@ def test_reading_holds_a_bounded_number_of_records(tmp_path, monkeypatch):
 def test_shares_of_experts_are_those_logged_last(tmp_path):
     entries = [routed(it) for it in (1, 2, 3)]
     for layer in entries[2]['moe']['layers']:
-        del layer['utilisation']
-    entries[1]['moe']['layers'][0]['utilisation'] = [0.25, 0.25, 0.25, 0.25]
+        del layer['utilization']
+    entries[1]['moe']['layers'][0]['utilization'] = [0.25, 0.25, 0.25, 0.25]
     run = load_run([write_jsonl(tmp_path, entries)])
     assert run.shares_at == 2 and run.expert_shares.tolist() == [[0.25] * 4, [0.5, 0.25, 0.25, 0.0]]
-    assert not run.each(r'.*utilisation.*')
+    assert not run.each(r'.*utilization.*')
     axes_named(plot_single_run.draw_run(run), 'Experts: share of the tokens at iteration 2')
     for entry in entries:
         for layer in entry['moe']['layers']:
-            layer.pop('utilisation', None)
+            layer.pop('utilization', None)
     figure = plot_single_run.draw_run(load_run([write_jsonl(tmp_path, entries)]))
     assert axes_named(figure, 'Experts: load score') and not any(
         'share of the tokens' in axes.get_title(loc='left') for axes in figure.axes

@@ -513,7 +513,7 @@ def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
     output = capsys.readouterr().out
     aside = [name for name in os.listdir(tmp_path) if name.startswith('checkpoints_run_')]
     assert len(aside) == 1 and f'its checkpoints are now in {tmp_path}/{aside[0]}' in output
-    assert checkpoint.why_broken(str(tmp_path / aside[0] / 'step_00000025')) is None
+    assert checkpoint.corruption_reason(str(tmp_path / aside[0] / 'step_00000025')) is None
     assert checkpoint.steps(str(tmp_path)) == [3]
 
 

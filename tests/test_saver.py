@@ -284,7 +284,7 @@ def test_after_death_at_any_point_the_run_continues_to_the_same_bits(
     assert (step, rejected) == ({'after_rename': 20, 'retention': 30}.get(point, 10), [])
     # none half removed
     assert all(
-        checkpoint.why_broken(checkpoint.path_of(str(tmp_path), s)) is None
+        checkpoint.corruption_reason(checkpoint.path_of(str(tmp_path), s)) is None
         for s in checkpoint.steps(str(tmp_path))
     )
     assert (

@@ -2,11 +2,17 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 from conftest import ROOT
+
+import train
+from engine.attention import BACKENDS
+from presets import PRESETS
 
 ruff = pytest.importorskip('ruff')
 
@@ -61,3 +67,40 @@ def test_lines_of_documents_fit(path):
     with open(os.path.join(ROOT, path), encoding='utf-8') as f:
         lines = f.read().split('\n')
     assert not [line for line in lines if len(line) > 120 and not line.startswith('|')]
+
+
+def test_the_model_stands_without_the_data():
+    """`import model` loads no module about data sets."""
+    found = subprocess.run(
+        [sys.executable, '-c', 'import model, sys; print(*sys.modules)'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert 'engine.attention' in found
+    assert not [name for name in found if name.split('.')[0] == 'data' or name == 'engine.dataset']
+
+
+def test_choices_of_the_keys_are_all_that_there_is():
+    assert set(typing.get_args(train.Family)) == set(PRESETS)
+    assert set(typing.get_args(train.Backend)) == {'auto', *BACKENDS}
+
+
+# the project's own words, for which the field has better ones
+PRIVATE = re.compile(
+    r'\b(why_not|why_broken|as_written|time_when_done|from_main|from_all|of_each_rank|was_told'
+    r'|refuse_impossible|refuse_in_parts|note_without_effect|rows_of|part_of|make_way|set_aside'
+    r'|shares_of|cycle_of|last_micro_step)\b'
+)
+
+
+def test_public_names_are_the_fields():
+    """Of functions and classes at the top of a module; those that were renamed do not come back."""
+    for folder in ('.', 'engine', 'data', 'plots'):
+        for name in os.listdir(os.path.join(ROOT, folder)):
+            if name.endswith('.py'):
+                with open(os.path.join(ROOT, folder, name), encoding='utf-8') as f:
+                    tree = ast.parse(f.read())
+                public = [node.name for node in tree.body if hasattr(node, 'name')]
+                assert not [word for word in public if PRIVATE.search(word)], name

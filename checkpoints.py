@@ -26,9 +26,12 @@ Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used,
 """
 
 # first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command
+from engine.command_line import ArgumentParser, importing, run_command
 
 # isort: split
+
+if __name__ == '__main__':
+    imported = importing('torch')
 
 import json
 import os
@@ -39,7 +42,7 @@ import time
 from fsspec.implementations.local import LocalFileSystem
 
 from engine import checkpoint, copier
-from engine.configurator import ConfigError
+from engine.configurator import ConfigError, nearest_path
 from engine.files import open_url, redact, sentence
 from engine.report import settings
 from engine.run_json import finite, read_records
@@ -122,8 +125,8 @@ def runs_of(args):
         ) from None
     if not found and '://' not in args.place and not os.path.isdir(args.place):
         raise ConfigError(
-            f"{args.place}: no such folder; expected a run's folder (with checkpoints/ in it), a"
-            ' folder of runs, or a URL'
+            f'{args.place}: no such folder{nearest_path(args.place)}; expected the folder of a run'
+            ' (with checkpoints/ in it), a folder of runs, or a URL'
         )
     if not found:
         which = 'checkpoints' if args.step is None else f'checkpoint of step {args.step}'
@@ -536,4 +539,5 @@ def tried(work, place):
 
 
 if __name__ == '__main__':
+    imported()
     sys.exit(main())

@@ -16,9 +16,12 @@ plots/compare_evaluations.py draws. What is not here, lm-eval measures:
 """
 
 # first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command
+from engine.command_line import ArgumentParser, importing, run_command
 
 # isort: split
+
+if __name__ == '__main__':
+    imported = importing('torch')
 
 import json
 import math
@@ -390,4 +393,5 @@ def record(path, results):
 
 
 if __name__ == '__main__':
+    imported()
     parallel.run_and_leave(main)

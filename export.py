@@ -12,9 +12,12 @@ same logits from them as this project does.
 """
 
 # first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command
+from engine.command_line import ArgumentParser, importing, run_command
 
 # isort: split
+
+if __name__ == '__main__':
+    imported = importing('torch')
 
 import contextlib
 import json
@@ -398,4 +401,5 @@ def upload(name, folder):
 
 
 if __name__ == '__main__':
+    imported()
     sys.exit(main())

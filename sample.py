@@ -14,9 +14,12 @@ while it grows.
 """
 
 # first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command
+from engine.command_line import ArgumentParser, importing, run_command
 
 # isort: split
+
+if __name__ == '__main__':
+    imported = importing('torch')
 
 import os
 import sys
@@ -28,7 +31,7 @@ from data.tokenfile import read_meta
 from data.tokenizer import decode_after, ids_digest, load_tokenizer, tokenizer_of
 from engine import checkpoint, experts, kernels, memory, parallel, rope
 from engine.attention import choose_backend
-from engine.configurator import ConfigError, nearest, shortened
+from engine.configurator import ConfigError, nearest_path, shortened
 from engine.dataset import folder_of, parse_mixture
 from engine.tokenizer_match import same_digest, tokenizer_identity
 from generation import check_prompts, default_start, generate, text_of
@@ -49,14 +52,8 @@ def find_checkpoint(out_dir, step):
     path = checkpoint.path_of(out_dir, step or 0)
     if step is None or step not in checkpoint.steps(out_dir):
         if not os.path.isdir(out_dir):
-            above = os.path.dirname(out_dir) or '.'
-            there = (
-                [os.path.join(os.path.dirname(out_dir), name) for name in os.listdir(above)]
-                if os.path.isdir(above)
-                else []
-            )
             raise ConfigError(
-                f'no checkpoint to load: there is no folder {out_dir}{nearest(out_dir, there)}'
+                f'no checkpoint to load: there is no folder {out_dir}{nearest_path(out_dir)}'
             )
         raise ConfigError(
             f'no checkpoint to load: {path if step is not None else checkpoint.folder_of(out_dir)}'
@@ -490,4 +487,5 @@ def talk(write, tokenizer, context, max_new_tokens, history):
 
 
 if __name__ == '__main__':
+    imported()
     sys.exit(main())

@@ -14,6 +14,7 @@ made in .venv; an interrupted demo goes on where it stopped.
 import difflib
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ def call(title, *command):
     """Run a command of the project in .venv, shown as a user would type it; leave with its exit
     code if it fails.
     """
-    print(f'\n==> {title}\n    python {" ".join(command)}\n', flush=True)
+    print(f'\n==> {title}\n    python {shlex.join(command)}\n', flush=True)
     # threads that wait without spinning: a little slower on an idle machine, twice as fast beside
     # other programs (bench/RESULTS.md)
     environment = {'OMP_WAIT_POLICY': 'passive', **os.environ}
@@ -155,8 +156,15 @@ def main():
             file=sys.stderr,
         )
         sys.exit(2)
+    if sys.argv[2:] and sys.argv[1] not in ('doctor', 'test'):
+        more = ' '.join(sys.argv[2:])
+        print(f'error: python3 start.py {sys.argv[1]} takes no options: {more}', file=sys.stderr)
+        sys.exit(2)
     try:
         commands[sys.argv[1]]()
+    except BrokenPipeError:  # as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
     except KeyboardInterrupt:
         print('\ninterrupted: type the same command again to go on', file=sys.stderr)
         sys.exit(130)

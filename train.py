@@ -337,6 +337,7 @@ from engine.outputs import open_keeper, open_log, open_outputs
 from engine.report import (
     ending_lines,
     evaluation_line,
+    interpreter,
     memory_gb,
     readings,
     report,
@@ -763,7 +764,8 @@ def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, s
     """
     world = keeper.world
     if stop_code not in (0, stopping.NOT_FINITE):
-        again = f'python train.py --out_dir={c.out_dir} --init_from=resume continues it'
+        command = f'{interpreter()} train.py --out_dir={c.out_dir} --init_from=resume'
+        again = f'{command} continues it'
         at = f'stopped at iter {state.step}; {again}'
         log.say(at if state.step else 'stopped before the first iteration, nothing was saved')
     if stop_code > 128 and 'TORCHELASTIC_RUN_ID' in os.environ:

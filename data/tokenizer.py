@@ -92,6 +92,8 @@ def load_tokenizer(spec, texts=None):
             f'the folder {spec} has no tokenizer.json: write one with '
             f"`transformers.AutoTokenizer.from_pretrained('{spec}').save_pretrained('{spec}')`"
         )
+    if near := difflib.get_close_matches(spec, ['char', 'bytes'], 1, 0.75):
+        raise ValueError(f'unknown tokenizer {spec!r}, did you mean {near[0]!r}')
     return TiktokenTokenizer(spec)
 
 

@@ -96,7 +96,7 @@ def validate(c):
         and (meant := difflib.get_close_matches(c.init_from, ['scratch', 'resume'], 1, 0.75))
         and c.init_from not in meant
     ):
-        raise ConfigError(f'init_from={c.init_from!r} is no folder, did you mean {meant[0]!r}?')
+        raise ConfigError(f'init_from={c.init_from!r} is no folder, did you mean {meant[0]!r}')
     if c.upcycle and c.init_from == 'scratch':
         raise ConfigError(
             'upcycle=True needs --init_from with the Hugging Face folder or id of a dense model'

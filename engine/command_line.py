@@ -119,6 +119,9 @@ class ArgumentParser(argparse.ArgumentParser):
         ]
         if unknown and message.startswith(('unrecognized', 'the following arguments are required')):
             message = f'unknown option {unknown[0]}{nearest(unknown[0], known)}; `--help` lists all'
+        elif '--out_dir' in known and message.startswith('unrecognized arguments: '):
+            word = message.removeprefix('unrecognized arguments: ').split()[0]
+            message = f'{word} is no option, did you mean --out_dir={word}'
         print(f'error: {redact(message)}', file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -149,7 +152,7 @@ def importing(what, after=5.0):
     """Say so when `what` is still being imported after some seconds; returns a function to call
     when that has ended.
     """
-    timer = threading.Timer(after, lambda: print(f'importing {what}', flush=True))
+    timer = threading.Timer(after, lambda: print(f'importing {what}', file=sys.stderr, flush=True))
     timer.daemon = True
     if os.environ.get('RANK', '0') in ('0', ''):
         timer.start()

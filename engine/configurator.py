@@ -78,7 +78,7 @@ def resolve(schema, argv, aliases=None):
         if not match:
             key, _, value = word.removeprefix('--').replace('-', '_').partition('=')
             meant = (
-                f', did you mean --{key}={value or True}?'
+                f', did you mean --{key}={value or True}'
                 if hints.get(key) is bool or key in hints and value
                 else ''
             )
@@ -231,9 +231,19 @@ def a_type(value):
 
 
 def nearest(word, known):
-    """', did you mean X?' for the known word that is closest to `word`, or ''."""
+    """Return ', did you mean X' for the known word that is closest to `word`, or ''."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f', did you mean {close[0]!r}?' if close else ''
+    return f', did you mean {close[0]!r}' if close else ''
+
+
+def nearest_path(path):
+    """Return the same for a file or folder, among those beside it."""
+    above = os.path.dirname(path.rstrip('/'))
+    try:
+        beside = [os.path.join(above, name) for name in os.listdir(above or '.')]
+    except OSError:
+        beside = []
+    return nearest(path.rstrip('/'), beside)
 
 
 def help_text(schema, values, everything=False, width=None):

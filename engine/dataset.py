@@ -29,6 +29,10 @@ from engine.tokenizer_match import same_ids
 MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to the last one
 
 
+class NotPrepared(ConfigError):
+    """The data set is not there yet; the message says which command makes it."""
+
+
 class LocalFile:
     """Tokens of a file on this machine: len() and slices as of an array. size: in bytes.
 
@@ -380,7 +384,7 @@ def _open(name, root):
     if missing:
         if os.path.isfile(os.path.join(folder, 'prepare.py')):
             options = ' --input YOUR.txt --tokenizer char' if name == 'own_text' else ''
-            raise ConfigError(
+            raise NotPrepared(
                 f'data set {name!r} is not prepared ({folder} has no'
                 f' {" and no ".join(missing[:3])}): run'
                 f' `python data/{name}/prepare.py{options}` first'
@@ -390,25 +394,37 @@ def _open(name, root):
                 f'{folder} has no {missing[0]}, which its meta.pkl names: copy it there, or prepare'
                 ' the data set again'
             )
-        known = sorted(
-            d
-            for d in os.listdir(os.path.join(root, 'data'))
-            if any(
-                os.path.isfile(os.path.join(root, 'data', d, file))
-                for file in ('prepare.py', 'meta.pkl', 'train.bin')
-            )
-        )
-        raise ConfigError(
-            f'no data set {name!r} in {os.path.join(root, "data")}{nearest(name, known)}; known are'
-            f' {", ".join(known)}; for text of your own run `python data/own_text/prepare.py'
-            f' --input FILE --output data/{name}`'
-        )
+        raise NotPrepared(_unknown(name, root))
     try:
         return *(_open_split(folder, split, files[split], meta) for split in SPLITS), meta
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _unknown(name, root):
+    """Return the sentence about a data set that there is not."""
+    base = os.path.join(root, 'data')
+    inner = name.strip('/').removeprefix('./').removeprefix('data/')
+    if inner != name and os.path.isdir(os.path.join(base, inner)):
+        return f'dataset={name!r} is taken within data/: type --dataset={inner}'
+
+    def holding(*files):
+        return sorted(
+            d
+            for d in os.listdir(base)
+            if any(os.path.isfile(os.path.join(base, d, file)) for file in files)
+        )
+
+    prepared = holding('meta.pkl', 'train.bin')
+    begin = f'no data set {name!r} in {base}'
+    if near := nearest(name, holding('prepare.py', 'meta.pkl', 'train.bin')):
+        return f'{begin}{near}'
+    return (
+        f'{begin}; prepared are {", ".join(prepared) or "none"}; for text of your own run `python'
+        f' data/own_text/prepare.py --input FILE --output data/{inner}`'
+    )
 
 
 def _open_split(folder, split, files, meta):

@@ -8,7 +8,7 @@ import huggingface
 from engine import checks, kernels, optim, parallel, resume
 from engine.batch_plan import BatchPlan, ModelOptions
 from engine.configurator import ConfigError
-from engine.dataset import open_dataset
+from engine.dataset import NotPrepared, open_dataset
 from engine.loader import order_of
 from engine.report import origins, report, startup_info
 from engine.start_point import StartPoint
@@ -91,7 +91,7 @@ def _data(c, root, notes):
     try:
         train, _, meta = open_dataset(c.dataset, root, c.data_url)
         return train, meta, f'data set {c.dataset}'
-    except ConfigError as error:
+    except NotPrepared as error:
         notes.append(f'vocab_size is that of the recipe or the preset: {error}')
         return None, {}, f'arch_preset={c.arch_preset}'
 

@@ -6,8 +6,8 @@ were freed and fit nothing (on a CPU, where big ones are kept for speed, a tenth
 torch.compile it is the prediction for the same step without it.
 """
 
+import functools
 import os
-import time
 import weakref
 from dataclasses import dataclass
 
@@ -181,42 +181,36 @@ def refuse(prediction, device, c, accumulation, sharded, predicted):
     room = available(device)
     if prediction.total <= room:
         return
-    ways, started, sequences, size = [], time.monotonic(), c.batch_size * accumulation, c.batch_size
-    tries = [
-        ({'activation_checkpointing': how}, size)
-        for how in ('selective', 'full')
-        if how != c.activation_checkpointing
-    ]
-    while size > 1:
-        size = next(smaller for smaller in range(size // 2, 0, -1) if sequences % smaller == 0)
-        tries.append(({}, size))
-    for changes, size in tries:
-        if time.monotonic() - started > 8:  # predicting takes a while itself
-            break
-        found = predicted(changes, size, sequences // size)
-        if found.total <= room:
-            words = [f'--{key}={value}' for key, value in changes.items()] or [
-                f'--batch_size={size}',
-                f'--gradient_accumulation_steps={sequences // size}',
-            ]
-            ways.append(f'{" ".join(words)} takes {found.total / 1e9:.2f} GB')
-            if not changes:
-                break
-    ways = ways or [f'neither activation_checkpointing nor a batch_size of {size} makes it fit']
-    ways += ['--use_fsdp=True on several GPUs shards it'] if not sharded else []
+    ways, sequences = [], c.batch_size * accumulation
+    for how in ('selective', 'full'):
+        if how != c.activation_checkpointing:
+            found = predicted({'activation_checkpointing': how}, c.batch_size, accumulation)
+            if found.total <= room:
+                gigabytes = found.total / 1e9
+                ways.append(f'--activation_checkpointing={how} takes {gigabytes:.2f} GB')
+    at = functools.cache(lambda size: predicted({}, size, sequences // size))
+    try:
+        size = find_batch_size(at, sequences, room, c.batch_size)
+        total = at(size).total
+        words = f'--batch_size={size} --gradient_accumulation_steps={sequences // size}'
+        ways.append(f'{words} takes {total / 1e9:.2f} GB')
+    except ConfigError:
+        ways = ways or ['neither activation_checkpointing nor a batch_size of 1 makes it fit']
+    if not sharded and device.type == 'cuda':
+        ways.append('--use_fsdp=True on several GPUs shards it')
     raise ConfigError(
         f'{prediction.describe()}, and {room / 1e9:.1f} GB are free: {"; ".join(ways)};'
         ' --ignore_memory=True starts all the same'
     )
 
 
-def find_batch_size(predicted, sequences, room):
-    """The largest batch_size that divides `sequences`, those of an iteration on a rank, for which
-    predicted(batch_size).total is at most SHARE of `room` bytes.
+def find_batch_size(predicted, sequences, room, most=None):
+    """Return the largest batch_size up to `most` that divides `sequences`, those of an iteration on
+    a rank, for which predicted(batch_size).total is at most SHARE of `room` bytes.
 
     Raises ConfigError where not even one sequence fits.
     """
-    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+    sizes = [size for size in range(1, (most or sequences) + 1) if sequences % size == 0]
     low, high = -1, len(sizes) - 1  # the largest that fits is in between
     while low < high:
         middle = (low + high + 1) // 2

@@ -484,7 +484,7 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
         ]
     groups['Memory'] = [
         f'peak {peak_gb:.2f} GB, {peak_gb - before_gb:.2f} GB of it since the model was made',
-        *([f'{prediction.total / 1e9:.2f} GB predicted for a step'] if prediction else []),
+        *([f'{prediction.total / 1e9:.2f} GB predicted for its tensors'] if prediction else []),
     ]
     groups['Run folder'] = [c.out_dir, f'log {run_name}.jsonl']
     lines = [

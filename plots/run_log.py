@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from engine.configurator import ConfigError  # noqa: E402
+from engine.configurator import ConfigError, nearest_path  # noqa: E402
 from engine.files import check_regular, is_whole, parse_json  # noqa: E402
 
 # what tells models apart
@@ -201,7 +201,7 @@ def find_logs(paths):
                     ' out_dir of a training run'
                 )
         elif not path.exists():
-            raise LogError(f'no such file or folder: {path}')
+            raise LogError(f'no such file or folder: {path}{nearest_path(str(path))}')
         elif path.suffix not in ('.json', '.jsonl'):
             raise LogError(
                 f'{path} is not a log: give a run_*.jsonl, a run_*.json or the folder that holds'

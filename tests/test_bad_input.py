@@ -182,7 +182,7 @@ def test_as_a_command():
     assert (
         code == 2
         and output
-        == "error: command line: unknown key 'n_layrs', did you mean 'n_layer'?; `--help=all` lists"
+        == "error: command line: unknown key 'n_layrs', did you mean 'n_layer'; `--help=all` lists"
         ' all keys\n'
     )
     code, output = run_process('train.py', '--help')
@@ -309,18 +309,27 @@ def test_a_layout_that_one_process_has_no_use_for_is_announced(dataset, tmp_path
         (
             'sample.py',
             ['--num_sample=3'],
-            "unknown option --num_sample, did you mean '--num_samples'?",
+            "unknown option --num_sample, did you mean '--num_samples'",
         ),
         # no abbreviations: what is added later must not change their meaning
         ('sample.py', ['--temp', '0'], 'unknown option --temp'),
-        ('export.py', ['--to=x', '--stpe=3'], "unknown option --stpe, did you mean '--step'?"),
+        ('export.py', ['--to=x', '--stpe=3'], "unknown option --stpe, did you mean '--step'"),
         (
             'checkpoints.py',
             ['out', '--copyto=s3://KEY:SECRET@bucket/x'],
-            "unknown option --copyto, did you mean '--copy_to'?",
+            "unknown option --copyto, did you mean '--copy_to'",
         ),
         ('checkpoints.py', ['out', '--verify=s3://KEY:SECRET@bucket/x'], 'invalid choice'),
-        ('plots/compare_runs.py', ['a', '--lables=x'], "did you mean '--labels'?"),
+        ('plots/compare_runs.py', ['a', '--lables=x'], "did you mean '--labels'"),
+        ('plots/compare_runs.py', ['conifg'], "conifg, did you mean 'config'"),
+        ('checkpoints.py', ['conifg'], "conifg: no such folder, did you mean 'config'"),
+        ('evaluate.py', ['out-x'], 'out-x is no option, did you mean --out_dir=out-x'),
+        ('start.py', ['demo', '--foo'], 'start.py demo takes no options: --foo'),
+        (
+            'data/own_text/prepare.py',
+            ['--input', 'README.md', '--tokenizer', 'chars', '--output', '/tmp/x'],
+            "unknown tokenizer 'chars', did you mean 'char'",
+        ),
     ],
 )
 def test_options_of_the_other_commands(script, words, message):

@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, run_process, run_train
 import train as trainer
 from engine import memory
 from engine.configurator import choices_of, described, help_text, resolve
+from engine.dataset import NotPrepared, open_dataset
 
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
 
@@ -134,9 +135,12 @@ def test_a_step_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch, cap
     assert found and not os.path.exists(tmp_path / 'a'), error
     assert (
         '--batch_size=2 --gradient_accumulation_steps=4 takes 0.0' in found[2]
-        and '--use_fsdp=True' in found[2]
+        and '--use_fsdp=True' not in found[2]  # on a CPU
         and 'activation_checkpointing' not in found[2]
     ), error
+    # far too large: the largest that fits is found all the same
+    assert run_train(dataset, tmp_path / 'b', *large, '--batch_size=65536') == 2
+    assert '--batch_size=2 --gradient_accumulation_steps=32768' in capsys.readouterr().err
     assert run_train(dataset, tmp_path / 'b', *large, '--ignore_memory=True') == 0
     capsys.readouterr()
     assert run_train(dataset, tmp_path / 'c', *large, '--dry_run=True') == 0
@@ -273,16 +277,16 @@ def without_torch(*words):
 @pytest.mark.parametrize(
     'words, message',
     [
-        (['--max_iters', '20'], "--max_iters '20' are two words, did you mean --max_iters=20?"),
+        (['--max_iters', '20'], "--max_iters '20' are two words, did you mean --max_iters=20"),
         (
             ['config/train_shakespeare.py'],
-            "no such file, did you mean 'config/train_shakespeare_char.py'?",
+            "no such file, did you mean 'config/train_shakespeare_char.py'",
         ),
-        (['--eval_only'], 'did you mean --eval_only=True?'),
-        (['--batch-size=4'], 'did you mean --batch_size=4?'),
+        (['--eval_only'], 'did you mean --eval_only=True'),
+        (['--batch-size=4'], 'did you mean --batch_size=4'),
         (['--compile=yes'], 'expected True | False'),
-        (['--compile', 'config/demo_pystdlib.py'], 'did you mean --compile=True?'),
-        (['--optimizer=muno'], "not one of 'adamw' | 'muon', did you mean 'muon'?"),
+        (['--compile', 'config/demo_pystdlib.py'], 'did you mean --compile=True'),
+        (['--optimizer=muno'], "not one of 'adamw' | 'muon', did you mean 'muon'"),
     ],
 )
 def test_typing_errors_are_told_before_torch_is_imported(words, message):
@@ -341,3 +345,20 @@ def test_a_run_into_a_pipe(dataset, tmp_path):
         and 'iter 2/2:' in done.stdout
         and '\r' not in done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    'name, told', [('a:0.5,b', 'is no mixture'), ('data/books', 'is taken within data/')]
+)
+def test_a_dry_run_tells_a_wrong_data_set_from_one_that_is_not_prepared(
+    name, told, tmp_path, capsys
+):
+    """The latter is assumed; the former is an error, as it is without --dry_run."""
+    if told == 'is no mixture':
+        assert trainer.main([f'--dataset={name}', '--dry_run=True', '--device=cpu']) == 2
+        assert told in capsys.readouterr().err
+    else:
+        os.makedirs(tmp_path / 'data' / 'books')
+        with pytest.raises(NotPrepared, match=f'{told}: type --dataset=books'):
+            open_dataset(name, str(tmp_path))
+    assert trainer.main(['--dataset=openwebtext', '--dry_run=True', '--device=cpu']) == 0

@@ -268,7 +268,7 @@ def test_speed_prompts_and_what_was_found_before(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['--tasks=hellaswg'], "unknown task 'hellaswg', did you mean 'hellaswag'?"),
+        (['--tasks=hellaswg'], "unknown task 'hellaswg', did you mean 'hellaswag'"),
         (
             ['--tasks=piqa:nowhere.jsonl'],
             'nowhere.jsonl cannot be read (No such file or directory)',

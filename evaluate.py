@@ -131,20 +131,19 @@ def run(args):
     keep()
     with torch.no_grad(), autocast:
         if not args.no_loss:
-            found = results['loss'] = losses(model, dataset, args, tokenizer, world, state)
-            found['conditions'] = conditions
-            results['losses'] = {f'{found["dataset"]} {found["split"]}': found}
-            say(
-                f'{found["dataset"]} {found["split"]}, {found["tokens"]:,} tokens: loss'
-                f' {found["loss"]:.4f}, perplexity {found["perplexity"]:.2f}'
-                + (
-                    f', {found["bits_per_byte"]:.4f} bits per byte'
-                    if found['bits_per_byte']
-                    else ''
-                )
-                + f' ({found["seconds"]:.1f} s)'
-            )
-            keep()
+            results['losses'], sources = {}, parse_mixture(dataset)
+            for name, _ in sources:
+                found = losses(model, name, args, tokenizer, world, state)
+                found['conditions'] = conditions
+                results['losses'][f'{name} {found["split"]}'] = found
+                say(describe_losses(found))
+                if len(sources) == 1:
+                    results['loss'] = found
+                keep()
+            if len(sources) > 1:
+                found = results['losses'].values()
+                mean = sum(float(share) * one['loss'] for (_, share), one in zip(sources, found))
+                say(f'{dataset}: loss {mean:.4f}, by the shares of the mixture')
         if wanted:
             results['tasks'] = tasks.evaluate(
                 wanted,
@@ -188,6 +187,17 @@ def run(args):
             keep()
     say(f'wrote {path}')
     return 0
+
+
+def describe_losses(found):
+    """Return the line of the results of losses()."""
+    bits = found['bits_per_byte']
+    return (
+        f'{found["dataset"]} {found["split"]}, {found["tokens"]:,} tokens: loss'
+        f' {found["loss"]:.4f}, perplexity {found["perplexity"]:.2f}'
+        + (f', {bits:.4f} bits per byte' if bits else '')
+        + f' ({found["seconds"]:.1f} s)'
+    )
 
 
 def check_tokenizer(dataset, tokenizer):
@@ -242,11 +252,6 @@ def losses(model, dataset, args, tokenizer, world, state):
     """Loss per token over windows of the context's length, one behind the other; the last one may
     be shorter.
     """
-    if len(parse_mixture(dataset)) > 1:
-        raise ConfigError(
-            f'{dataset} is a mixture: evaluate one data set at a time, with'
-            f' --dataset={parse_mixture(dataset)[0][0]}'
-        )
     url = args.data_url or (state['config'].get('data_url') if state and not args.dataset else None)
     train, val, meta = parallel.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
     file, block = train if args.split == 'train' else val, model.config.block_size

@@ -6,9 +6,10 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_process, run_train, torchrun
+from conftest import ROOT, run_process, run_train, torchrun, write_dataset
 from test_export import hugging_face_like
 
 import evaluate
@@ -510,3 +511,21 @@ def test_tasks_at_evaluations_of_a_run(trained, tmp_path, layout):
         }
         for name, one in found.items()
     }
+
+
+def test_the_sources_of_a_mixture(tmp_path, capsys):
+    """Each in turn, and their mean by the shares."""
+    made = [
+        write_dataset(
+            str(tmp_path / name), np.arange(3000) % 40, np.arange(first, first + 400) % 40
+        )
+        for name, first in (('a', 0), ('b', 7))
+    ]
+    spec = f'{made[0]}:0.75,{made[1]}:0.25'
+    assert run_train(spec, tmp_path / 'run', '--max_iters=2', '--eval_interval=2') == 0
+    capsys.readouterr()
+    assert evaluate.main([f'--out_dir={tmp_path}/run']) == 0
+    with open(tmp_path / 'run' / 'evaluation_00000002.json') as f:
+        found = json.load(f)['losses']
+    a, b = (found[f'{name} val']['loss'] for name in made)
+    assert f'loss {0.75 * a + 0.25 * b:.4f}, by the shares' in capsys.readouterr().out

@@ -199,6 +199,11 @@ def corpus(
             size = sum(part.record['size'] for part in made)
             sharded = size > SHARDED_FROM if args.sharded is None else args.sharded
             check_room(size, args.output, sharded)
+            if os.path.exists(os.path.join(args.output, 'meta.pkl')):
+                print(
+                    f'WARNING: {args.output} holds a data set, which is replaced: runs that were'
+                    ' trained with it will refuse another'
+                )
             writer, counts = assembly.assemble(
                 plan,
                 made,

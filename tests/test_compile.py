@@ -88,7 +88,7 @@ def test_a_compiler_that_fails(dataset, tmp_path, monkeypatch, capsys):
 
 
 def test_what_has_ever_new_lengths_is_not_compiled():
-    """PromptsAndTasks and samples at an evaluation, under a layout that compiles block by block:
+    """Questions and samples at an evaluation, under a layout that compiles block by block:
     training goes on with the code that it had.
     """
     counter = CompileCounter()

@@ -164,7 +164,8 @@ def test_what_is_not_a_data_set_is_told_with_what_to_type(tmp_path):
         )
     for name, message in (
         ('own_text', r'prepare.py --input YOUR.txt --tokenizer char` first'),
-        ('mybook', "did you mean 'mybooks'.*known are books2, mybooks, own_text"),
+        ('mybook', "data, did you mean 'mybooks'$"),
+        ('nothing', 'prepared are books2, mybooks; for text of your own run'),
         ('mybooks:1,books2:1', 'char makes its own for each text'),
     ):
         with pytest.raises(ConfigError, match=message):

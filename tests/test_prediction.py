@@ -217,7 +217,7 @@ def test_what_is_told(dataset, tmp_path, capsys):
     told = records(tmp_path, 'header')[0]['startup_info']['memory']
     assert (
         f'Memory:      {told["total"] / 1e9:.2f} GB predicted for a step; ' in said
-        and f'{told["total"] / 1e9:.2f} GB predicted for a step\n' in said
+        and f'{told["total"] / 1e9:.2f} GB predicted for its tensors\n' in said
     )
     assert (
         told['total']

@@ -37,9 +37,10 @@ from data.tokenizer import decode_after, same_tokenizer, tokenizer_of
 from engine import checkpoint, kernels, parallel, tasks
 from engine.configurator import ConfigError
 from engine.dataset import check_vocab_and_length, folder_of, open_dataset, parse_mixture
-from engine.files import parse_json
+from engine.files import parse_json, redact
 from engine.logger import now
 from engine.loss import IGNORE
+from engine.text_bytes import bytes_of
 from generation import cache_for, check_prompts, generate, lines_of
 from sample import ROOT, add_model_arguments, ids_of, load
 
@@ -97,7 +98,13 @@ def run(args):
     dataset = args.dataset or state and state['config'].get('dataset')
     if not args.no_loss and not dataset:
         raise ConfigError('this model names no data set: give --dataset, or --no_loss')
-    if not args.no_loss:
+    sources = [] if args.no_loss else parse_mixture(dataset)
+    if args.data_url and len(sources) > 1:
+        raise ConfigError(
+            f'--data_url={redact(args.data_url)} holds one data set, not the mixture {dataset}:'
+            ' leave one of them out'
+        )
+    if sources:
         check_tokenizer(dataset, tokenizer)
     wanted = tasks.encode(wanted, tokenizer, model.config.block_size)
     prompt_ids = [ids_of(prompt, tokenizer) for prompt in prompts]
@@ -131,7 +138,7 @@ def run(args):
     keep()
     with torch.no_grad(), autocast:
         if not args.no_loss:
-            results['losses'], sources = {}, parse_mixture(dataset)
+            results['losses'] = {}
             for name, _ in sources:
                 found = losses(model, name, args, tokenizer, world, state)
                 found['conditions'] = conditions
@@ -272,7 +279,13 @@ def losses(model, dataset, args, tokenizer, world, state):
             x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
         total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
     nats = parallel.sum_over_ranks(total, world).item()
-    text_bytes = parallel.broadcast_from_main(lambda: bytes_of(file, n, tokenizer), world)
+    text_bytes = parallel.broadcast_from_main(
+        lambda: sum(
+            bytes_of(file.slice(first, min(first + (1 << 16), n + 1)), tokenizer)
+            for first in range(1, n + 1, 1 << 16)
+        ),
+        world,
+    )
     return {
         'dataset': dataset,
         'split': args.split,
@@ -284,19 +297,6 @@ def losses(model, dataset, args, tokenizer, world, state):
         'bytes': text_bytes,
         'seconds': time.perf_counter() - started,
     }
-
-
-def bytes_of(file, n, tokenizer):
-    """How many bytes of UTF-8 the tokens 1 .. n stand for; those that end a text for none."""
-    total = 0
-    for first in range(1, n + 1, 1 << 16):
-        part = file.slice(first, min(first + (1 << 16), n + 1))
-        total += len(
-            tokenizer.decode(
-                part[part != tokenizer.eot_id] if tokenizer.eot_id is not None else part
-            ).encode('utf-8')
-        )
-    return total
 
 
 def speed(model, device, seconds=1.0):

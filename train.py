@@ -21,7 +21,6 @@ from engine.command_line import check_arguments, explain, importing, resolve_ear
 
 import dataclasses
 import gc
-import math
 import os
 import signal
 import sys
@@ -429,8 +428,9 @@ def train(c, given, stop, terminal):
     # ---- evaluation, log and report
     agreement = parallel.Agreement(world)
     evaluator = Evaluator(plan, data, prompts, model, eval_model, world, agreement, stop, terminal)
-    cached_losses = start.cached_losses(evaluator.windows_hash, data.val_data_changed)
-    state.best_val_loss = best_loss(start, data, evaluator.windows_hash, cached_losses, notes)
+    windows, changed = evaluator.windows_hash, data.val_data_changed
+    cached_losses = start.cached_losses(windows, changed)
+    state.best_val_loss = start.best_loss(windows, changed, cached_losses, notes)
     mfu = mfu_function(plan, model, world)
     startup = startup_info(c, model, optimization.optimizer, world, prediction)
     log = open_log(c, start, outputs, startup, mfu, cached_losses, world, terminal)
@@ -489,8 +489,7 @@ def train(c, given, stop, terminal):
                     keeper.save()
                 losses = evaluator() if evaluating else None
                 if losses:
-                    hashed = evaluator.windows_hash
-                    log_evaluation(c, state, losses, text_bytes, keeper, hashed, log)
+                    log_evaluation(c, state, losses, text_bytes, keeper, log)
                 elif evaluating:
                     stop_code = parallel.all_reduce_max(stop.code(), world)
                     continue
@@ -596,11 +595,8 @@ def samples_at(c, step, start_step):
     return c.sample_interval and step % c.sample_interval == 0 and step > start_step
 
 
-def log_evaluation(c, state, losses, text_bytes, keeper, windows_hash, log):
-    """Log the losses of an evaluation, and save the weights if they are the best.
-
-    windows_hash: of the evaluation windows.
-    """
+def log_evaluation(c, state, losses, text_bytes, keeper, log):
+    """Log the losses of an evaluation, and save the weights if they are the best."""
     log.event(
         'eval',
         iter=state.step,
@@ -614,10 +610,10 @@ def log_evaluation(c, state, losses, text_bytes, keeper, windows_hash, log):
         **({'tasks': losses['tasks']} if 'tasks' in losses else {}),
     )
     log.say(evaluation_line(state.step, losses, state.best_val_loss))
-    best = keeper.update_best(losses, windows_hash)
+    best = keeper.update_best(losses)
     if best and not c.always_save_checkpoint and state.step not in (keeper.saved_step, 0):
         keeper.save()
-    keeper.attach_losses()
+    keeper.attach_losses(state.step)
 
 
 def log_samples(plan, step, prompts, model, stop, log, world):
@@ -674,16 +670,6 @@ def warn_about_plan(start, data, plan, order, notes):
         )
     validation = (len(data.val) - 1) // c.block_size
     checks.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
-
-
-def best_loss(start, data, windows_hash, cached_losses, notes):
-    """Return the best validation loss before this start. cached_losses: of its weights."""
-    if not start.checkpoint_state:
-        return math.inf
-    best = resume.best_loss_so_far(
-        start.checkpoint_state, windows_hash, data.val_data_changed, notes
-    )
-    return min(best, cached_losses['val'] or math.inf) if cached_losses else best
 
 
 def check_model(c, model, world):

@@ -20,13 +20,18 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
-from engine import checks, kernels, optim, parallel  # noqa: E402
-from engine.dataset import open_dataset  # noqa: E402
-from engine.loader import TrainLoader, order_of  # noqa: E402
-from engine.loss import choose_chunk  # noqa: E402
+from engine import kernels, optim, parallel  # noqa: E402
+from engine.batch_plan import ModelOptions, plan_batches  # noqa: E402
+from engine.loader import order_of  # noqa: E402
 from engine.micro_step import CudaGraphStep, ForwardBackward  # noqa: E402
+from engine.run_data import open_data  # noqa: E402
+from engine.start_point import StartPoint, TrainState  # noqa: E402
+from engine.terminal import Terminal  # noqa: E402
 from model import Model  # noqa: E402
 from presets import resolve_shape  # noqa: E402
+
+# of a recipe, on one process and on random ids
+ALONE = dict(init_from='scratch', use_fsdp=False, context_parallel=1, document_mask=False)
 
 
 def write_noise(folder, vocab_size, tokens=2_000_000, tokenizer='none'):
@@ -41,26 +46,12 @@ def write_noise(folder, vocab_size, tokens=2_000_000, tokenizer='none'):
         writer.write('val', draw.integers(0, vocab_size, tokens // 20))
 
 
-def model_settings(c, device):
-    """Arguments of Model for a recipe, as train.py has them for one process."""
-    dtype, shape = (
-        kernels.precision(c.dtype, device),
-        resolve_shape(dataclasses.asdict(c), c.vocab_size),
-    )
-    return dict(
-        **kernels.select_kernels(c, shape, device, dtype)[0],
-        config=shape,
-        dropout=c.dropout,
-        activation_checkpointing=c.activation_checkpointing,
-        loss_chunk=choose_chunk(
-            c.loss_chunk,
-            c.batch_size * c.block_size,
-            shape.vocab_size,
-            device.type,
-            dtype,
-            c.compile,
-        )[0],
-    )
+def options_of(c):
+    """Return the ModelOptions of a recipe in one process."""
+    world, shape = parallel.start(c.device), resolve_shape(dataclasses.asdict(c), c.vocab_size)
+    dtype = kernels.precision(c.dtype, world.device)
+    chosen = kernels.select_kernels(c, shape, world.device, dtype)[0]
+    return ModelOptions(c, shape, chosen, None, dtype, world)
 
 
 class Step:
@@ -69,56 +60,35 @@ class Step:
     """
 
     def __init__(self, c, folder):
-        self.world = parallel.start(c.device)
-        self.device = device = self.world.device
-        self.dtype = kernels.precision(c.dtype, device)
-        self.shape = resolve_shape(dataclasses.asdict(c), c.vocab_size)
-        kernels.set_deterministic(c.deterministic)
-        settings = model_settings(c, device)
-        self.model = Model.on_meta(**settings).allocate(device)
-        self.model.init_weights(c.seed)
-        self.accumulation = checks.accumulation_steps(c, 1)
-        _, self.train_model = parallel.wrap(
-            self.model, self.world, c.compile, self.accumulation, c.use_cuda_graphs
-        )
-        self.parameters, self.grad_clip = list(self.model.parameters()), c.grad_clip
-        self.optimizer = optim.build_optimizer(
-            self.model.named_parameters(),
-            matrices=self.model.matrices() if c.optimizer == 'muon' else (),
-            momentum=c.muon_momentum,
-            learning_rate=c.learning_rate,
-            betas=(c.beta1, c.beta2),
-            weight_decay=c.weight_decay,
-            device_type=device.type,
-        )
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.guard = optim.NonFiniteGuard(self.parameters, scaler, 3)
-        self.autocast = kernels.autocast(device.type, self.dtype)
-        file = open_dataset(folder, ROOT)[0]
-        self.loader = TrainLoader(
-            file,
-            order_of(file, c.block_size, c.seed),
-            batch_size=c.batch_size,
-            rank=0,
-            world_size=1,
-            position=0,
-            device=device,
-        )
-        self.steps, self.tokens = 0, c.batch_size * c.block_size * self.accumulation
+        terminal, notes = Terminal(active=False), []
+        self.world = world = parallel.start(c.device)
+        start = StartPoint(dataclasses.replace(c, dataset=folder, **ALONE))
+        data = open_data(start, {}, ROOT, world, terminal, notes)
+        plan = plan_batches(start, data, world, terminal, notes)
+        self.device, self.dtype, self.shape = world.device, plan.options.dtype, data.shape
+        self.autocast, self.accumulation = plan.autocast, plan.accumulation
+        self.tokens, self.grad_clip, self.steps = plan.tokens_per_step, c.grad_clip, 0
+        self.model = plan.model(world)
+        _, self.train_model = train.build_model(start, plan, self.model, world, terminal)
+        optimization = train.build_optimizer(plan.config, self.model, world)
+        self.parameters, self.guard = optimization.parameters, optimization.guard
+        self.optimizer = optimization.optimizer
+        order = order_of(data.train, c.block_size, c.seed)
+        self.loader = train.open_loader(plan, data, order, TrainState(0, 0, 0), world)
         self.micro_step = ForwardBackward(
             self.model,
             self.train_model,
-            self.world,
-            self.autocast,
-            scaler,
+            world,
+            plan.autocast,
+            optimization.scaler,
             1 / self.tokens,
-            self.accumulation,
+            plan.accumulation,
         )
-        if c.use_cuda_graphs:
+        if plan.config.use_cuda_graphs:
             self.micro_step = CudaGraphStep(self.micro_step)
             self.micro_step.prepare(
                 [self.loader.next()[:2] for _ in range(2)],
-                lambda: self.model.after_step(self.world, 0.0, None),
+                lambda: self.model.after_step(world, 0.0, None),
             )
 
     def data(self):

@@ -180,6 +180,7 @@ class Sweep:
             self.vocabulary,
             device_of(self.c).type,
             kernels.precision(self.c.dtype, device_of(self.c)),
+            self.now('compile'),
         )[0]
 
     def speed(self, settings):

@@ -25,13 +25,11 @@ import sys
 import tempfile
 
 import torch
-from step import Step, config_of, device_of, matmuls, model_settings, vocabulary_of, write_noise
+from step import Step, config_of, device_of, matmuls, options_of, vocabulary_of, write_noise
 
 from engine import flops, memory
-from engine.kernels import autocast, precision, synchronized_time
-from engine.loss import written_chunk
+from engine.kernels import synchronized_time
 from engine.report import memory_gb
-from model import Model
 
 
 def main(argv=None):
@@ -71,24 +69,9 @@ def predict(c, batch_size):
     """engine.memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or
     two.
     """
-    device = device_of(c)
-    settings = model_settings(dataclasses.replace(c, batch_size=batch_size), device)
-    chunk = written_chunk(
-        settings['loss_chunk'],
-        batch_size * c.block_size,
-        settings['config'].vocab_size,
-        device.type,
-        c.compile,
-    )
-    return memory.predict(
-        lambda: Model(**{**settings, 'backend': 'sdpa', 'loss_chunk': chunk}),
-        batch_size,
-        c.block_size,
-        device,
-        autocast(device.type, precision(c.dtype, device)),
-        accumulation=2 if c.gradient_accumulation_steps > 1 or c.total_batch_size else 1,
-        muon=c.optimizer == 'muon',
-    )
+    options = options_of(dataclasses.replace(c, batch_size=batch_size))
+    several = c.gradient_accumulation_steps > 1 or c.total_batch_size
+    return options.predict(batch_size, 2 if several else 1)
 
 
 def measure(c, folder, largest, iterations, warmup):

@@ -1,13 +1,11 @@
 """How a step is computed: kernels, micro-steps, and the memory that they will take."""
 
 import dataclasses
-import os
-import shutil
 from dataclasses import dataclass
 
 import torch
 
-from engine import checks, kernels, memory, parallel
+from engine import checks, cpu, kernels, memory, parallel
 from engine.loss import choose_chunk, written_chunk
 from model import Model
 from presets import ModelConfig
@@ -142,7 +140,7 @@ def plan_batches(start, data, world, terminal, notes):
             lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
         )
     notes += told
-    if c.compile and world.device.type == 'cpu' and not has_compiler():
+    if c.compile and world.device.type == 'cpu' and not cpu.has_compiler():
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c = dataclasses.replace(c, compile=False)
     options = ModelOptions(c, data.shape, chosen, data.document_end, dtype, world)
@@ -151,25 +149,29 @@ def plan_batches(start, data, world, terminal, notes):
     accumulation = checks.accumulation_steps(c, world.data_size)
     if note := options.loss_chunk(c.batch_size)[1]:
         notes.append(note)
+    graphs = checks.validate_cuda_graphs(c, world.device.type, chosen['dispatch'], notes)
+    options = dataclasses.replace(options, config=c)
+    return resolved_plan(options, accumulation, device=world.device.type, use_cuda_graphs=graphs)
+
+
+def resolved_plan(options, accumulation, **changes):
+    """Return the BatchPlan of `options`, in whose config all that was left open is resolved.
+
+    changes: {key: value} of the config beside what follows from `options`.
+    """
+    world = options.world
     c = dataclasses.replace(
-        c,
-        dtype=str(dtype).removeprefix('torch.'),
-        attention_backend=chosen['backend'],
+        options.config,
+        dtype=str(options.dtype).removeprefix('torch.'),
+        attention_backend=options.chosen['backend'],
         gradient_accumulation_steps=accumulation,
-        device=world.device.type,
         backend=world.backend,
-        use_cuda_graphs=checks.validate_cuda_graphs(
-            c, world.device.type, chosen['dispatch'], notes
-        ),
-        **dataclasses.asdict(data.shape),
+        **dataclasses.asdict(options.shape),
+        **changes,
     )
     sequences = c.batch_size * accumulation * world.data_size
     options = dataclasses.replace(options, config=c)
     return BatchPlan(c, options, accumulation, sequences, sequences * c.block_size)
-
-
-def has_compiler():
-    return bool(shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX'))
 
 
 def with_largest_batch(options, terminal, notes):

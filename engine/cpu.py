@@ -1,9 +1,11 @@
-"""What the processor of this machine is, and what it computes in. Needs the standard library
-alone.
+"""What the processor of this machine is, what it computes in, and whether there is a compiler for
+it. Needs the standard library alone.
 """
 
 import functools
+import os
 import platform
+import shutil
 
 BFLOAT16 = {'avx512_bf16', 'amx_bf16', 'bf16'}  # as Linux names these instructions: x86, x86, ARM
 
@@ -26,3 +28,8 @@ def has_bfloat16():
     """Return whether the processor has instructions for bfloat16: without, torch emulates it."""
     words = next((value for key, value in _described() if key in ('flags', 'Features')), '')
     return not BFLOAT16.isdisjoint(words.split())
+
+
+def has_compiler():
+    """Return whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return bool(shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX'))

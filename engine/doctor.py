@@ -17,7 +17,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 
-from engine import __version__
+from engine import __version__, cpu
 from engine.command_line import ROOT, ArgumentParser, run_command
 
 PACKAGES = {  # name: (what it is for, how it is installed, whether training needs it)
@@ -134,7 +134,7 @@ def machine():
             yield Finding('Shared memory', 'note', f'{text}: little for use_dataloader', remedy)
         else:
             yield Finding('Shared memory', 'ok', text)
-    if shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX'):
+    if cpu.has_compiler():
         yield Finding('Compiler', 'ok', 'C++, for torch.compile on a CPU')
     else:
         text = 'no C++ compiler: on a CPU runs go without torch.compile'

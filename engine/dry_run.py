@@ -6,7 +6,7 @@ import torch
 
 import huggingface
 from engine import checks, kernels, optim, parallel, resume
-from engine.batch_plan import BatchPlan, ModelOptions
+from engine.batch_plan import ModelOptions, resolved_plan
 from engine.configurator import ConfigError
 from engine.dataset import NotPrepared, open_dataset
 from engine.loader import order_of
@@ -106,18 +106,9 @@ def _plan(c, meta, world, assumed, notes):
     with_sdpa = dataclasses.replace(c, attention_backend='sdpa') if trial or assumed else c
     chosen, told = kernels.select_kernels(with_sdpa, shape, world.device, dtype)
     accumulation = checks.accumulation_steps(c, world.data_size)
-    resolved = dataclasses.replace(
-        c,
-        dtype=str(dtype).removeprefix('torch.'),
-        attention_backend=chosen['backend'],
-        gradient_accumulation_steps=accumulation,
-        backend=world.backend,
-        **dataclasses.asdict(shape),
-    )
     document_end = meta.get('eot_id') if c.document_mask else None
     options = ModelOptions(c, shape, chosen, document_end, dtype, world)
-    sequences = c.batch_size * accumulation * world.data_size
-    return BatchPlan(resolved, options, accumulation, sequences, sequences * c.block_size), told
+    return resolved_plan(options, accumulation), told
 
 
 def _startup(c, model, world, prediction, assumed):

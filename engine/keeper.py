@@ -68,7 +68,7 @@ class CheckpointKeeper:
                 self._report_failure(outcome)
             else:
                 self._report_success(outcome)
-                self._attach_losses(outcome.step)
+                self.attach_losses(outcome.step)
         self.report_uploads()
 
     def report_uploads(self):
@@ -101,18 +101,15 @@ class CheckpointKeeper:
         for note in outcome.notes:
             self.log.say(f'Note: {note}')
 
-    def update_best(self, losses, windows_hash):
+    def update_best(self, losses):
         """Remember the losses of this step; returns whether they are the best so far."""
-        self.evaluated = self.state.step, {**losses, 'data': windows_hash}
+        self.evaluated = self.state.step, {**losses, 'data': self.facts['windows']}
         best = losses['val'] < self.state.best_val_loss
         if best:
             self.state.best_val_loss = losses['val']
         return best
 
-    def attach_losses(self):
-        self._attach_losses(self.state.step)
-
-    def _attach_losses(self, step):
+    def attach_losses(self, step):
         """Write the losses of `step` beside its checkpoint, once both are there."""
         if self.world.main and self.evaluated[0] == step:
             path = checkpoint.path_of(self.config.out_dir, step)

@@ -161,3 +161,13 @@ class StartPoint:
             return None
         found = checkpoint.read_evaluation(self.checkpoint_state['path'])
         return found if found and found.get('data') == windows else None
+
+    def best_loss(self, windows, val_data_changed, cached_losses, notes):
+        """Return the best validation loss so far, infinity where there is none that compares.
+
+        windows: as above; cached_losses: of the weights to start from, or None.
+        """
+        if not self.checkpoint_state:
+            return math.inf
+        best = resume.best_loss_so_far(self.checkpoint_state, windows, val_data_changed, notes)
+        return min(best, cached_losses['val'] or math.inf) if cached_losses else best

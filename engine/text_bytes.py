@@ -7,6 +7,14 @@ import threading
 MOST = 1_000_000  # tokens that are looked at
 
 
+def bytes_of(ids, tokenizer):
+    """Return how many bytes of UTF-8 the token ids, a numpy array, stand for: those that end a text
+    for none.
+    """
+    text = tokenizer.decode(ids if tokenizer.eot_id is None else ids[ids != tokenizer.eot_id])
+    return len(text.encode('utf-8', 'replace'))
+
+
 class TextBytes:
     """Count, in a thread beside the run, the bytes of UTF-8 per target of the evaluation windows of
     `file`.
@@ -36,14 +44,11 @@ class TextBytes:
             tokenizer, found = load(), 0
             for first in range(0, len(starts), 16):
                 for targets in file.windows(starts[first : first + 16], block_size)[:, 1:].numpy():
-                    # it is not the tokenizer of this data
-                    if targets.max() >= tokenizer.vocab_size:
+                    if (
+                        targets.max() >= tokenizer.vocab_size
+                    ):  # it is not the tokenizer of this data
                         return
-                    found += len(
-                        tokenizer.decode(targets[targets != tokenizer.eot_id]).encode(
-                            'utf-8', 'replace'
-                        )
-                    )
+                    found += bytes_of(targets, tokenizer)
             self._mean = found / (len(starts) * block_size) or None
         except (
             Exception

@@ -529,3 +529,5 @@ def test_the_sources_of_a_mixture(tmp_path, capsys):
         found = json.load(f)['losses']
     a, b = (found[f'{name} val']['loss'] for name in made)
     assert f'loss {0.75 * a + 0.25 * b:.4f}, by the shares' in capsys.readouterr().out
+    assert evaluate.main([f'--out_dir={tmp_path}/run', f'--data_url=file://{made[0]}']) == 2
+    assert 'holds one data set, not the mixture' in capsys.readouterr().err

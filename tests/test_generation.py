@@ -95,6 +95,17 @@ def test_compiled_decoding_writes_the_same():
     )
 
 
+@pytest.mark.parametrize('family', ['gpt2', 'llama3'])
+def test_decoding_is_compiled_once(family):
+    """Not for each token: no number of Python's that grows is part of what is compiled, and the
+    cache stays at its addresses, as CUDA graphs need.
+    """
+    model = build(family)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert len(generate(model, PROMPTS[:2], 12, temperature=0, compiled=True)[0]) == 12
+
+
 def test_a_window_keeps_no_more_than_it_looks_back_on():
     from generation import cache_for
 

@@ -280,10 +280,7 @@ def losses(model, dataset, args, tokenizer, world, state):
         total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
     nats = parallel.sum_over_ranks(total, world).item()
     text_bytes = parallel.broadcast_from_main(
-        lambda: sum(
-            bytes_of(file.slice(first, min(first + (1 << 16), n + 1)), tokenizer)
-            for first in range(1, n + 1, 1 << 16)
-        ),
+        lambda: bytes_of_text(file, n, tokenizer),
         world,
     )
     return {
@@ -297,6 +294,18 @@ def losses(model, dataset, args, tokenizer, world, state):
         'bytes': text_bytes,
         'seconds': time.perf_counter() - started,
     }
+
+
+def bytes_of_text(file, n, tokenizer):
+    """Return how many bytes the tokens 1 .. n stand for, None where that cannot be told."""
+    total = 0
+    for first in range(1, n + 1, 1 << 16):
+        ids = file.slice(first, min(first + (1 << 16), n + 1))
+        found = bytes_of(ids, tokenizer, file.slice(max(0, first - 4), first))
+        if found is None:
+            return None
+        total += found
+    return total
 
 
 def speed(model, device, seconds=1.0):

@@ -59,6 +59,7 @@ def main(argv=None):
 
 
 def run(args):
+    huggingface.require_safetensors()
     check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
         raise ConfigError(

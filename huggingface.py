@@ -782,6 +782,7 @@ def tensors_of(folder):
 
     Raises ConfigError where there are none, and for an index that names other files than are there.
     """
+    require_safetensors()
     from safetensors import SafetensorError, safe_open
 
     if os.path.isfile(os.path.join(folder, 'adapter_config.json')):
@@ -976,6 +977,18 @@ def weights(folder, config):
             yield name, tensor[: config.block_size] if name == 'transformer.wpe.weight' else tensor
 
     return read()
+
+
+def require_safetensors():
+    """Raise ConfigError where the packages that read and write these files are missing."""
+    try:
+        import huggingface_hub  # noqa: F401
+        import safetensors.torch  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f'Hugging Face folders need the packages safetensors and huggingface_hub ({error}):'
+            ' pip install safetensors huggingface_hub'
+        ) from None
 
 
 def write(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_size='5GB'):

@@ -647,7 +647,8 @@ def rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log):
     log.say(
         f'loss or gradient not finite at {c.max_bad_steps} iterations in a row, {bad["first"]} to'
         f' {good + c.max_bad_steps}, sequences {first} to {last} of the stream: stopping with the'
-        f' weights of iter {good}. Resume with a lower --learning_rate, or look at the data: the'
+        f' weights of iter {good}. Resume with a lower --learning_rate (from an older checkpoint,'
+        ' with --resume_from, if these weights give no finite loss), or look at the data: the'
         ' first of these sequences begin at tokens'
         f' {order.starts(first, plan.sequences_per_step)[:8].tolist()} of train.bin'
     )
@@ -668,6 +669,14 @@ def warn_about_plan(start, data, plan, order, notes):
         checks.warn_about_learning_rate(
             start.checkpoint_state['config'], c, start.step, learning_rate, notes
         )
+    windows = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
+    seen = set(data.val.sources_of(windows).tolist())
+    for number, name in enumerate(data.sources):
+        if number not in seen and len(data.sources) > 1:
+            notes.append(
+                f'WARNING: no evaluation sees {name}, whose share of {len(windows)} sequences is'
+                ' none, or which has none: raise --eval_iters'
+            )
     validation = (len(data.val) - 1) // c.block_size
     checks.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
 
@@ -774,7 +783,7 @@ def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, s
             copied = keeper.finish_copying(stop_code)
         if not copied:
             log.say(
-                f'NOT FULL_ATTENTION IS COPIED: `python checkpoints.py {c.out_dir}'
+                f'NOT EVERYTHING IS COPIED: `python checkpoints.py {c.out_dir}'
                 f' --copy_to={redact(c.upload_to)}` does it'
             )
         outputs.machines.close()

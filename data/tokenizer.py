@@ -17,6 +17,8 @@ Each class below has
                         without a token, which a model with a padded vocabulary can sample, gives
                         U+FFFD or nothing, never an error
     lossless            whether decode(encode(text)) is the text, whatever it is
+    byte_length(id)     bytes of the text that an id stands for, None for an id without a token;
+                        only where each id stands for bytes of its own
     describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that
                         tokenizer_of() needs to `folder`
 """
@@ -238,6 +240,9 @@ class BytesTokenizer:
     def encode(self, text):
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
 
+    def byte_length(self, i):
+        return 1
+
     def decode(self, ids):
         return _join(_byte(int(i)) for i in ids)
 
@@ -273,6 +278,9 @@ class CharTokenizer:
                 f'the character {error.args[0]!r} is not among the {self.vocab_size} of this data'
                 ' set: leave it out'
             ) from None
+
+    def byte_length(self, i):
+        return len(self.itos[i].encode('utf-8', 'replace')) if i in self.itos else None
 
     def decode(self, ids):
         return ''.join(self.itos.get(int(i), UNKNOWN) for i in ids)
@@ -319,6 +327,9 @@ class TiktokenTokenizer:
             self.quick = Quick(self.encoding._pat_str, self.encoding._mergeable_ranks)
         self.encoded += len(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def byte_length(self, i):
+        return len(self._token(i))
 
     def decode(self, ids):
         return _join(self._token(int(i)) for i in ids)

@@ -19,6 +19,9 @@ from engine import __version__
 from engine.configurator import ConfigError, nearest, resolve
 from engine.files import redact
 
+# where a shell has closed them (>&-) Python has None, on which every print() would fail
+sys.stdout = sys.stdout or open(os.devnull, 'w')
+sys.stderr = sys.stderr or open(os.devnull, 'w')
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERRUPTED = 130  # 128 + SIGINT
 

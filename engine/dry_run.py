@@ -5,10 +5,11 @@ import dataclasses
 import torch
 
 import huggingface
+from data.tokenfile import read_meta
 from engine import checks, kernels, optim, parallel, resume
 from engine.batch_plan import ModelOptions, resolved_plan
 from engine.configurator import ConfigError
-from engine.dataset import NotPrepared, open_dataset
+from engine.dataset import NotPrepared, folder_of, open_dataset, parse_mixture
 from engine.loader import order_of
 from engine.report import origins, report, startup_info
 from engine.start_point import StartPoint
@@ -93,6 +94,9 @@ def _data(c, root, notes):
         return train, meta, f'data set {c.dataset}'
     except NotPrepared as error:
         notes.append(f'vocab_size is that of the recipe or the preset: {error}')
+        for name, _ in parse_mixture(c.dataset):  # of a mixture another may be there
+            if meta := read_meta(folder_of(name, root)):
+                return None, meta, f'data set {name}'
         return None, {}, f'arch_preset={c.arch_preset}'
 
 

@@ -8,6 +8,7 @@ torch.compile it is the prediction for the same step without it.
 
 import functools
 import os
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from torch.utils._pytree import tree_iter
 from engine.configurator import ConfigError
 
 SHARE = 0.9  # of the free memory that find_batch_size() takes
+PATIENCE_S = 6  # in which a batch that fits is looked for
+MOST_MICRO_STEPS = 10**6  # more than anybody wants to have proposed
 
 
 @dataclass(frozen=True)
@@ -178,24 +181,32 @@ def refuse(prediction, device, c, accumulation, sharded, predicted):
     c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function
     of ({key: other value of c}, batch_size, accumulation).
     """
-    room = available(device)
+    room, sequences = available(device), c.batch_size * accumulation
     if prediction.total <= room:
         return
-    ways, sequences = [], c.batch_size * accumulation
-    for how in ('selective', 'full'):
-        if how != c.activation_checkpointing:
-            found = predicted({'activation_checkpointing': how}, c.batch_size, accumulation)
-            if found.total <= room:
-                gigabytes = found.total / 1e9
-                ways.append(f'--activation_checkpointing={how} takes {gigabytes:.2f} GB')
-    at = functools.cache(lambda size: predicted({}, size, sequences // size))
-    try:
-        size = find_batch_size(at, sequences, room, c.batch_size)
-        total = at(size).total
-        words = f'--batch_size={size} --gradient_accumulation_steps={sequences // size}'
-        ways.append(f'{words} takes {total / 1e9:.2f} GB')
-    except ConfigError:
-        ways = ways or ['neither activation_checkpointing nor a batch_size of 1 makes it fit']
+    until, ways, recompute = time.monotonic() + PATIENCE_S, [], {}
+    taken = prediction.total
+    for how in {'none': ('selective', 'full'), 'selective': ('full',)}.get(
+        c.activation_checkpointing, ()
+    ):
+        recompute = {'activation_checkpointing': how}
+        taken = predicted(recompute, c.batch_size, accumulation).total
+        if taken <= room:
+            ways.append((f'--activation_checkpointing={how}', taken))
+    for changes, most in (({}, prediction.total), (recompute, taken)):
+        if changes and ways:  # one key suffices
+            break
+        at = functools.partial(predicted, changes)
+        size, total = _smaller_batch(at, c.batch_size, sequences, room, most, until)
+        if size:
+            words = [f'--{key}={value}' for key, value in changes.items()]
+            words += [f'--batch_size={size}']
+            if not c.total_batch_size:
+                words += [f'--gradient_accumulation_steps={sequences // size}']
+            ways.append((' '.join(words), total))
+    ways = [f'{words} takes {total / 1e9:.2f} GB' for words, total in ways] or [
+        'neither activation_checkpointing nor a batch_size of 1 makes it fit'
+    ]
     if not sharded and device.type == 'cuda':
         ways.append('--use_fsdp=True on several GPUs shards it')
     raise ConfigError(
@@ -204,13 +215,36 @@ def refuse(prediction, device, c, accumulation, sharded, predicted):
     )
 
 
-def find_batch_size(predicted, sequences, room, most=None):
-    """Return the largest batch_size up to `most` that divides `sequences`, those of an iteration on
-    a rank, for which predicted(batch_size).total is at most SHARE of `room` bytes.
+def _smaller_batch(predicted, batch_size, sequences, room, most, until):
+    """Return (size, bytes) of the largest batch below batch_size that divides `sequences` and fits,
+    (0, 0) where none does or none is found before the time `until`.
+
+    predicted: function of (batch_size, accumulation); most: bytes of batch_size, from which those
+    of others are estimated by a straight line before they are predicted.
+    """
+    if batch_size == 1:
+        return 0, 0
+    least = predicted(1, min(sequences, 2)).total
+    slope = (most - least) / (batch_size - 1)
+    for size in range(batch_size - 1, 0, -1):
+        steps, rest = divmod(sequences, size)
+        if rest or steps > MOST_MICRO_STEPS or least + slope * (size - 1) > room:
+            continue
+        total = predicted(size, min(steps, 2)).total
+        if total <= room:
+            return size, total
+        if time.monotonic() > until:
+            break
+    return 0, 0
+
+
+def find_batch_size(predicted, sequences, room):
+    """Return the largest batch_size that divides `sequences`, those of an iteration on a rank, for
+    which predicted(batch_size).total is at most SHARE of `room` bytes.
 
     Raises ConfigError where not even one sequence fits.
     """
-    sizes = [size for size in range(1, (most or sequences) + 1) if sequences % size == 0]
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
     low, high = -1, len(sizes) - 1  # the largest that fits is in between
     while low < high:
         middle = (low + high + 1) // 2

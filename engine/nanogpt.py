@@ -78,7 +78,8 @@ def read_checkpoint(path):
         pickle.UnpicklingError,
     ) as error:
         raise ConfigError(
-            f'{path} is not a checkpoint of nanoGPT: {type(error).__name__}: {str(error)[:200]}'
+            f'{path} is not a checkpoint of nanoGPT ({type(error).__name__}:'
+            f' {str(error).splitlines()[0].split(". ")[0][:120] or "it is empty"})'
         ) from None
     # nanoGPT computes the exact GELU, unlike GPT-2
     # of the machine it ran on

@@ -4,15 +4,35 @@ compared.
 
 import threading
 
+import numpy as np
+
+from data.tokenizer import UNKNOWN, decode_after
+
 MOST = 1_000_000  # tokens that are looked at
 
 
-def bytes_of(ids, tokenizer):
-    """Return how many bytes of UTF-8 the token ids, a numpy array, stand for: those that end a text
-    for none.
+def bytes_of(ids, tokenizer, before=()):
+    """Return how many bytes of UTF-8 the token ids, a numpy array, stand for, or None where one of
+    them stands for no token. Those that end a text stand for none.
+
+    before: ids in front of them, for a tokenizer that has no byte_length(): a character that is
+    spread over several tokens counts where it ends.
     """
-    text = tokenizer.decode(ids if tokenizer.eot_id is None else ids[ids != tokenizer.eot_id])
-    return len(text.encode('utf-8', 'replace'))
+    if ids.max(initial=0) >= tokenizer.vocab_size:
+        return None
+    ids, before = (np.asarray(part) for part in (ids, before))
+    ids, before = ids[ids != tokenizer.eot_id], before[before != tokenizer.eot_id]
+    if hasattr(tokenizer, 'byte_length'):
+        lengths = [
+            (tokenizer.byte_length(int(i)), n) for i, n in zip(*np.unique(ids, return_counts=True))
+        ]
+        return (
+            None
+            if any(length is None for length, _ in lengths)
+            else sum(length * int(n) for length, n in lengths)
+        )
+    text = decode_after(tokenizer, before.tolist(), ids.tolist())
+    return len(text.rstrip(UNKNOWN).encode('utf-8', 'replace'))
 
 
 class TextBytes:
@@ -41,16 +61,15 @@ class TextBytes:
 
     def _count(self, file, starts, block_size, load):
         try:
-            tokenizer, found = load(), 0
+            tokenizer, found, tokens = load(), 0, 0
             for first in range(0, len(starts), 16):
-                for targets in file.windows(starts[first : first + 16], block_size)[:, 1:].numpy():
-                    if (
-                        targets.max() >= tokenizer.vocab_size
-                    ):  # it is not the tokenizer of this data
+                for row in file.windows(starts[first : first + 16], block_size).numpy():
+                    known = 1 if hasattr(tokenizer, 'byte_length') else min(4, block_size // 2)
+                    number = bytes_of(row[known:], tokenizer, row[:known])
+                    if number is None:  # it is not the tokenizer of this data
                         return
-                    found += bytes_of(targets, tokenizer)
-            self._mean = found / (len(starts) * block_size) or None
-        except (
-            Exception
-        ):  # whatever a tokenizer's library says: this is a number to look at, not one to train by
+                    found, tokens = found + number, tokens + len(row) - known
+            self._mean = found / tokens or None
+        # whatever a tokenizer's library says: this is a number to look at, not one to train by
+        except Exception:
             self._mean = None

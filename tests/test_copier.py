@@ -471,6 +471,19 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
     assert 'has runs of a, b, fork: add the one to continue to the URL' in capsys.readouterr().err
 
 
+def test_a_run_that_ends_before_all_is_copied_says_how_to_copy_it(
+    train, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(copier.Copier, 'finish', lambda self, *how: False)
+    url = f'file://{tmp_path / "there"}'
+    code = train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10', f'--upload_to={url}')
+    assert code == 4
+    assert (
+        f'NOT EVERYTHING IS COPIED: `python checkpoints.py {tmp_path / "a"} --copy_to={url}` does'
+        in capsys.readouterr().out
+    )
+
+
 def test_a_broken_one_does_not_hold_up_the_others(train, tmp_path, capsys):
     out, url = tmp_path / 'a', f'file://{tmp_path / "there"}'
     assert train(out, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True') == 0

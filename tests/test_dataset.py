@@ -6,6 +6,7 @@ import fractions
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from conftest import ROOT, TINY, losses, records, run_train, write_dataset
 from ranks import train as ranks_train
 
 from data.tokenfile import TokenFileWriter
+from data.tokenizer import BytesTokenizer
 from engine import loader, remote
 from engine.configurator import ConfigError
 from engine.dataset import check_vocab_and_length, open_dataset, parse_mixture
 from engine.descriptors import FILES
 from engine.loader import MixedOrder, WindowOrder, evaluation_batches, order_of
 from engine.loss import IGNORE
+from engine.text_bytes import bytes_of
 
 CPU = torch.device('cpu')
 
@@ -288,6 +291,21 @@ def test_losses_of_the_sources_of_a_mixture(three, tmp_path):
     )
 
 
+def test_a_source_that_no_evaluation_sees_is_named(three, tmp_path, capsys):
+    """A share of less than half a window of the evaluation."""
+    spec = f'{three[0]}:0.99,{three[1]}:0.01'
+    for eval_iters, unseen in ((2, True), (40, False)):
+        code = run_train(
+            spec,
+            tmp_path / str(eval_iters),
+            '--vocab_size=60000',
+            '--max_iters=1',
+            f'--eval_iters={eval_iters}',
+        )
+        assert code == 0
+        assert (f'no evaluation sees {three[1]}' in capsys.readouterr().out) == unseen
+
+
 @pytest.mark.parametrize('text, bytes_per_token', [('ab', 1), ('äö', 2), ('日本', 3)])
 def test_bits_per_byte(text, bytes_per_token, tmp_path):
     """Where the tokenizer tells how many bytes a token stands for: here each is one character."""
@@ -330,6 +348,25 @@ def test_a_run_on_a_mixture_resumes_on_the_same_bits(three, tmp_path):
     )
     text = next((tmp_path / 'whole').glob('*.log')).read_text()
     assert 'epochs of' in text and '10000 training' not in text
+
+
+def test_bytes_of_characters_that_are_spread_over_tokens():
+    """One token is one byte: where each stands for bytes of its own they are counted exactly, else
+    a character counts where it ends.
+    """
+    ids = np.frombuffer('aäö日'.encode() * 20, np.uint8).astype(np.int64)
+    exact = BytesTokenizer()
+    by_text = SimpleNamespace(vocab_size=257, eot_id=exact.eot_id, decode=exact.decode)
+    for tokenizer in (exact, by_text):
+        assert bytes_of(ids, tokenizer) == len(ids)
+        assert bytes_of(np.append(ids, exact.eot_id), tokenizer) == len(ids)
+        assert bytes_of(np.array([300]), tokenizer) is None
+    assert bytes_of(ids[2:5], exact) == 3
+    cuts = [*range(0, len(ids), 7), len(ids)]
+    assert len(ids) == sum(
+        bytes_of(ids[first:last], by_text, ids[max(0, first - 4) : first])
+        for first, last in zip(cuts, cuts[1:])
+    )
 
 
 def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):

@@ -660,10 +660,10 @@ def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
             with open(f'{there}/{name}', 'w') as f:
                 f.write('x')
 
-    store = torch.distributed.HashStore()
+    hashes = torch.distributed.HashStore()
     monkeypatch.setattr(parallel, 'all_gather_objects', lambda value, world: [0, 1, 0, 1])
     monkeypatch.setattr(parallel, 'broadcast_from_main', lambda work, world: 'copies of this run')
-    monkeypatch.setattr(parallel, 'store', lambda: store)
+    monkeypatch.setattr(parallel, 'store', lambda: hashes)
     monkeypatch.setattr(copying_together, 'copy_files', copy_files)
     first, second = (
         copying_together.Machines(

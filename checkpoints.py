@@ -25,10 +25,7 @@ Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used,
 130 Ctrl-C.
 """
 
-# first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, importing, run_command
-
-# isort: split
+from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
     imported = importing('torch')
@@ -41,11 +38,11 @@ import time
 
 from fsspec.implementations.local import LocalFileSystem
 
-from engine import checkpoint, copier
-from engine.configurator import ConfigError, nearest_path
-from engine.files import open_url, redact, sentence
-from engine.report import settings
-from engine.run_json import finite, read_records
+from onetrain.checkpoint import store, uploader
+from onetrain.config import ConfigError, nearest_path
+from onetrain.files import open_url, redact, sentence
+from onetrain.logs.run_json import finite, read_records
+from onetrain.training.startup_report import settings
 
 TRIES = 4
 
@@ -112,12 +109,11 @@ def runs_of(args):
     """
     fs, root = open_url(args.place)
     try:
-        runs = copier.runs(fs, root.removesuffix('/checkpoints'))
+        runs = uploader.runs(fs, root.removesuffix('/checkpoints'))
         found = [
             run
             for run in runs
-            if (args.step is None and checkpoint.steps(run, fs))
-            or args.step in checkpoint.steps(run, fs)
+            if (args.step is None and store.steps(run, fs)) or args.step in store.steps(run, fs)
         ]
     except Exception as error:  # each backend has its own
         raise ConfigError(
@@ -138,7 +134,7 @@ def runs_of(args):
 
 
 def steps_of(run, fs, args):
-    return [step for step in checkpoint.steps(run, fs) if args.step in (None, step)]
+    return [step for step in store.steps(run, fs) if args.step in (None, step)]
 
 
 def show(args):
@@ -149,17 +145,17 @@ def show(args):
             f'{"step":>8}  {"train loss":>10}  {"val loss":>8}  {"size":>10}  {"saved":<25}  state'
         )
     for run in runs:
-        best = checkpoint.best_step(run, fs)
+        best = store.best_step(run, fs)
         for step in steps_of(run, fs, args):
-            path = checkpoint.path_of(run, step)
-            reason = checkpoint.corruption_reason(path, args.verify, fs)
+            path = store.path_of(run, step)
+            reason = store.corruption_reason(path, args.verify, fs)
             entry = {'step': step, 'path': redact(path), 'broken': reason, 'best': step == best}
             if reason is None:
-                losses = checkpoint.read_evaluation(path, fs) or {}
+                losses = store.read_evaluation(path, fs) or {}
                 entry.update(
                     {key: losses.get(key) for key in ('train', 'val')},
-                    bytes=checkpoint.tensor_bytes(path, fs),
-                    saved=checkpoint.read_state(path, fs).get('time', ''),
+                    bytes=store.tensor_bytes(path, fs),
+                    saved=store.read_state(path, fs).get('time', ''),
                 )
             found.append(entry)
             if not args.json:
@@ -200,15 +196,15 @@ def here(args, *steps):
         )
     runs = [
         run
-        for run in copier.runs(fs, root.removesuffix('/checkpoints'))
-        if set(steps) <= set(checkpoint.steps(run))
+        for run in uploader.runs(fs, root.removesuffix('/checkpoints'))
+        if set(steps) <= set(store.steps(run))
     ]
     if len(runs) != 1:
         there = sorted(
             {
                 step
-                for run in copier.runs(fs, root.removesuffix('/checkpoints'))
-                for step in checkpoint.steps(run)
+                for run in uploader.runs(fs, root.removesuffix('/checkpoints'))
+                for step in store.steps(run)
             }
         )
         raise ConfigError(
@@ -220,9 +216,9 @@ def here(args, *steps):
                 else f'; it has {", ".join(map(str, there[-10:])) or "none"}'
             )
         )
-    paths = [checkpoint.path_of(runs[0], step) for step in steps]
+    paths = [store.path_of(runs[0], step) for step in steps]
     for path in paths:
-        if reason := checkpoint.corruption_reason(path, args.verify):
+        if reason := store.corruption_reason(path, args.verify):
             raise ConfigError(f'{path} is not whole: {reason}')
     return paths
 
@@ -233,7 +229,7 @@ def speed(path, step):
     """
     folder, name = (
         os.path.dirname(os.path.dirname(path)),
-        checkpoint.read_state(path).get('run_name'),
+        store.read_state(path).get('run_name'),
     )
     log = os.path.join(folder, f'{name}.jsonl')
     if not os.path.isfile(log):
@@ -249,7 +245,7 @@ def speed(path, step):
 def view(args, step):
     """Print all that a checkpoint holds."""
     (path,) = here(args, step)
-    state, losses = checkpoint.read_state(path), checkpoint.read_evaluation(path) or {}
+    state, losses = store.read_state(path), store.read_evaluation(path) or {}
     tensors = [
         {
             'name': name,
@@ -257,7 +253,7 @@ def view(args, step):
             'dtype': str(tensor.dtype).removeprefix('torch.'),
             'norm': tensor.double().norm().item(),
         }
-        for name, tensor in sorted(checkpoint.read_tensors(path, 'model.').items())
+        for name, tensor in sorted(store.read_tensors(path, 'model.').items())
     ]
     found = {
         'path': path,
@@ -309,13 +305,13 @@ def compare(args, first, second):
     other.
     """
     paths = here(args, first, second)
-    configs = [checkpoint.read_state(path)['config'] for path in paths]
+    configs = [store.read_state(path)['config'] for path in paths]
     differ = {
         key: redact([config.get(key) for config in configs])
         for key in sorted({*configs[0], *configs[1]})
         if configs[0].get(key) != configs[1].get(key)
     }
-    a, b = (checkpoint.read_tensors(path, 'model.') for path in paths)
+    a, b = (store.read_tensors(path, 'model.') for path in paths)
     parts = {}
     for name in sorted(a.keys() & b.keys()):
         if a[name].shape == b[name].shape:
@@ -369,8 +365,7 @@ def status(args):
     found = []
     for run in runs:
         states = {
-            step: checkpoint.read_state(checkpoint.path_of(run, step), fs)
-            for step in checkpoint.steps(run, fs)
+            step: store.read_state(store.path_of(run, step), fs) for step in store.steps(run, fs)
         }
         newest = states[max(states)]
         url, name = newest['config'].get('upload_to'), newest.get('run_name')
@@ -379,18 +374,18 @@ def status(args):
         if url and name:
             try:
                 to_fs, root = open_url(url)
-                target = f'{copier.place_of(root, newest["config"].get("out_dir") or run)}/{name}'
-                copies = set(checkpoint.steps(target, to_fs))
+                target = f'{uploader.place_of(root, newest["config"].get("out_dir") or run)}/{name}'
+                copies = set(store.steps(target, to_fs))
             except Exception as error:  # each backend has its own
                 problem = f'{type(error).__name__}: {sentence(error)}'
         for step in sorted(states.keys() | copies):
             if args.step not in (None, step):
                 continue
-            local = step in states and checkpoint.corruption_reason(
-                checkpoint.path_of(run, step), args.verify, fs
+            local = step in states and store.corruption_reason(
+                store.path_of(run, step), args.verify, fs
             )
-            remote = step in copies and checkpoint.corruption_reason(
-                checkpoint.path_of(target, step), args.verify, to_fs
+            remote = step in copies and store.corruption_reason(
+                store.path_of(target, step), args.verify, to_fs
             )
             found.append(
                 {
@@ -439,15 +434,12 @@ def copy(args):
     for run in runs:
         names = set()
         for step in reversed(steps_of(run, fs, args)):
-            path = checkpoint.path_of(run, step)
+            path = store.path_of(run, step)
             started, reason = (
                 time.monotonic(),
-                tried(lambda: checkpoint.corruption_reason(path, 'size', fs), args.place),
+                tried(lambda: store.corruption_reason(path, 'size', fs), args.place),
             )
-            if (
-                reason is None
-                and (run_name := checkpoint.read_state(path, fs).get('run_name')) is None
-            ):
+            if reason is None and (run_name := store.read_state(path, fs).get('run_name')) is None:
                 reason = 'its state.json has no run_name'
             if reason:
                 broken += 1
@@ -481,7 +473,7 @@ def copy(args):
                 )
         for run_name in sorted(names):
             target = place_of_copy(run, run_name, to_root)
-            tried(lambda: copier.copy_logs(fs, run, to_fs, target, run_name), args.copy_to)
+            tried(lambda: uploader.copy_logs(fs, run, to_fs, target, run_name), args.copy_to)
             print(f'{run_name} is at {redact(target)}', flush=True)
     print(
         f'{copied} checkpoint{"s" * (copied != 1)} copied'
@@ -496,22 +488,22 @@ def place_of_copy(run, run_name, to_root):
     the name of the run.
     """
     folder, name = os.path.split(run.rstrip('/'))
-    return f'{copier.place_of(to_root, folder if name == run_name else run)}/{run_name}'
+    return f'{uploader.place_of(to_root, folder if name == run_name else run)}/{run_name}'
 
 
 def copy_one(fs, run, step, to_fs, target, run_name):
     """Copy a checkpoint and the logs of its run; return whether it was not there."""
-    there = checkpoint.path_of(target, step)
-    new = copier.copy_checkpoint(
+    there = store.path_of(target, step)
+    new = uploader.copy_checkpoint(
         fs,
-        checkpoint.path_of(run, step),
+        store.path_of(run, step),
         to_fs,
         there,
-        lambda: copier.copy_logs(fs, run, to_fs, target, run_name),
+        lambda: uploader.copy_logs(fs, run, to_fs, target, run_name),
         again=True,
     )
     if isinstance(to_fs, LocalFileSystem):
-        checkpoint.mark_fetched(there, redact(run))
+        store.mark_fetched(there, redact(run))
     return new
 
 

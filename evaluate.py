@@ -15,10 +15,7 @@ plots/compare_evaluations.py draws. What is not here, lm-eval measures:
     lm_eval run --model hf --model_args pretrained=hf-demo --tasks=winogrande
 """
 
-# first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, importing, run_command
-
-# isort: split
+from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
     imported = importing('torch')
@@ -32,17 +29,21 @@ import time
 import numpy as np
 import torch
 
-from data.tokenfile import read_meta
-from data.tokenizer import decode_after, same_tokenizer, tokenizer_of
-from engine import checkpoint, kernels, parallel, tasks
-from engine.configurator import ConfigError
-from engine.dataset import check_vocab_and_length, folder_of, open_dataset, parse_mixture
-from engine.files import parse_json, redact
-from engine.logger import now
-from engine.loss import IGNORE
-from engine.text_bytes import bytes_of
-from generation import cache_for, check_prompts, generate, lines_of
-from sample import ROOT, add_model_arguments, ids_of, load
+from load import add_model_arguments, load
+from onetrain.checkpoint import store
+from onetrain.command_line import ROOT
+from onetrain.config import ConfigError
+from onetrain.data.dataset import check_vocab_and_length, folder_of, open_dataset, parse_mixture
+from onetrain.data.text_bytes import bytes_of
+from onetrain.data.token_file import read_meta
+from onetrain.distributed import collectives, processes
+from onetrain.evaluation import multiple_choice
+from onetrain.files import parse_json, redact
+from onetrain.generation import cache_for, check_prompts, encode_prompt, generate, lines_of
+from onetrain.logs.run_log import now
+from onetrain.ops import kernels
+from onetrain.ops.cross_entropy import IGNORE
+from onetrain.tokenizers.base import decode_after, same_tokenizer, tokenizer_of
 
 
 def main(argv=None):
@@ -56,8 +57,8 @@ def main(argv=None):
         '--tasks',
         default='',
         help=(
-            f'of {", ".join(tasks.TASKS)}: NAME from the hub or NAME:FILE.jsonl, separated by'
-            ' commas'
+            f'of {", ".join(multiple_choice.TASKS)}: NAME from the hub or NAME:FILE.jsonl,'
+            ' separated by commas'
         ),
     )
     parser.add_argument('--limit', type=int, help='first items of each task')
@@ -80,7 +81,7 @@ def main(argv=None):
             ' evaluation.json in a Hugging Face folder'
         ),
     )
-    return run_command(lambda argv: run(parser.parse_args(argv)), argv, parallel.report_error)
+    return run_command(lambda argv: run(parser.parse_args(argv)), argv, processes.report_error)
 
 
 def run(args):
@@ -91,8 +92,8 @@ def run(args):
             )
     if args.tokens < 0:
         raise ConfigError(f'--tokens={args.tokens} must not be negative')
-    wanted = tasks.load_tasks(args.tasks, args.limit)
-    files_of_tasks = dict(tasks.names_and_files(args.tasks))
+    wanted = multiple_choice.load_tasks(args.tasks, args.limit)
+    files_of_tasks = dict(multiple_choice.names_and_files(args.tasks))
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
     dataset = args.dataset or state and state['config'].get('dataset')
@@ -106,8 +107,8 @@ def run(args):
         )
     if sources:
         check_tokenizer(dataset, tokenizer)
-    wanted = tasks.encode(wanted, tokenizer, model.config.block_size)
-    prompt_ids = [ids_of(prompt, tokenizer) for prompt in prompts]
+    wanted = multiple_choice.encode(wanted, tokenizer, model.config.block_size)
+    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     check_prompts(prompt_ids, model)
     path = place_of_results(args, state)
     say = print if world.main else (lambda *words: None)
@@ -129,7 +130,9 @@ def run(args):
         'rope_factor': model.config.rope_factor,
         'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.'),
     }
-    parallel.broadcast_from_main(lambda: check_results(path, results['weights'], conditions), world)
+    collectives.broadcast_from_main(
+        lambda: check_results(path, results['weights'], conditions), world
+    )
 
     def keep():
         if world.main:
@@ -152,12 +155,12 @@ def run(args):
                 mean = sum(float(share) * one['loss'] for (_, share), one in zip(sources, found))
                 say(f'{dataset}: loss {mean:.4f}, by the shares of the mixture')
         if wanted:
-            results['tasks'] = tasks.evaluate(
+            results['tasks'] = multiple_choice.evaluate(
                 wanted,
                 model,
                 args.batch_size,
                 world.device,
-                lambda values: parallel.sum_over_ranks(values, world),
+                lambda values: collectives.sum_over_ranks(values, world),
                 world.rank,
                 world.size,
             )
@@ -260,7 +263,7 @@ def losses(model, dataset, args, tokenizer, world, state):
     be shorter.
     """
     url = args.data_url or (state['config'].get('data_url') if state and not args.dataset else None)
-    train, val, meta = parallel.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
+    train, val, meta = collectives.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
     file, block = train if args.split == 'train' else val, model.config.block_size
     check_vocab_and_length(file, model.config.vocab_size, 1)
     n = min(args.tokens or len(file), len(file)) - 1  # tokens that have one before them
@@ -278,8 +281,8 @@ def losses(model, dataset, args, tokenizer, world, state):
             ids = torch.from_numpy(file.slice(start, min(start + block, n) + 1).astype(np.int64))
             x[row, : len(ids) - 1], y[row, : len(ids) - 1] = ids[:-1], ids[1:]
         total += model(x.to(world.device), y.to(world.device), reduction='sum').double()
-    nats = parallel.sum_over_ranks(total, world).item()
-    text_bytes = parallel.broadcast_from_main(
+    nats = collectives.sum_over_ranks(total, world).item()
+    text_bytes = collectives.broadcast_from_main(
         lambda: bytes_of_text(file, n, tokenizer),
         world,
     )
@@ -403,9 +406,9 @@ def record(path, results):
             if isinstance(earlier := before.get(key, {}), dict)
         }
         results = {**before, **results, **together}
-    checkpoint.replace_file(path, json.dumps(results, indent=2).encode())
+    store.replace_file(path, json.dumps(results, indent=2).encode())
 
 
 if __name__ == '__main__':
     imported()
-    parallel.run_and_leave(main)
+    processes.run_and_leave(main)

@@ -11,10 +11,7 @@ weights are read back: where transformers is installed, it must compute the
 same logits from them as this project does.
 """
 
-# first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, importing, run_command
-
-# isort: split
+from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
     imported = importing('torch')
@@ -29,15 +26,15 @@ import tempfile
 
 import torch
 
-import huggingface
-from data.tokenizer import TEMPLATES, TEXTS
-from data.tokenizer_json import save_for_transformers
-from engine.configurator import ConfigError
-from engine.files import is_whole, replacing
-from engine.report import size_of
-from engine.run_json import read_records
+from load import build, load_state, tokenizer_of_run
 from model import Model
-from sample import build, load_state, tokenizer_of_run
+from onetrain import huggingface
+from onetrain.config import ConfigError
+from onetrain.files import is_whole, replacing
+from onetrain.logs.run_json import read_records
+from onetrain.tokenizers.base import TEMPLATES, TEXTS
+from onetrain.tokenizers.export import save_for_transformers
+from onetrain.training.startup_report import size_of
 
 
 def main(argv=None):
@@ -66,7 +63,7 @@ def run(args):
             f'--shard_size={args.shard_size} is no size: type a number and a unit, such as 5GB'
         )
     shape, tensors, path, state = load_state(args.out_dir, args.step)
-    kind = huggingface.family(shape)
+    kind = huggingface.architecture_of(shape)
     if args.push_to_hub:
         hub(args.push_to_hub)  # known to fail before anything is written
     tokenizer, _, elsewhere = tokenizer_of_run(state)
@@ -91,7 +88,7 @@ def run(args):
     # first: by it this command knows its folders
     with replacing(os.path.join(args.to, 'README.md'), 'w') as f:
         f.write(readme)
-    huggingface.write(
+    huggingface.write_model(
         args.to, shape, tensors, getattr(torch, args.dtype), tokenizer.eot_id, args.shard_size
     )
     clear_leftovers(args.to)
@@ -240,7 +237,7 @@ def check(folder, shape, tokenizer):
     transformers.logging.disable_progress_bar()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = build(shape, torch.device('cpu'), torch.float32, 'sdpa')
-    ours.fill(huggingface.weights(folder, shape))
+    ours.fill(huggingface.read_weights(folder, shape))
     idx = torch.randint(
         shape.vocab_size, (1, min(shape.block_size, 64)), generator=torch.Generator().manual_seed(0)
     )

@@ -1,5 +1,5 @@
 """One decoder. GPT-2, LLaMA-2, LLaMA-3, Qwen3, GPT-NeoX and Mixtures of Experts are settings of its
-switches (presets.py).
+switches (onetrain/model_config.py).
 
     sequential block (norm_position='pre')        parallel_residual=True (GPT-NeoX)
 
@@ -23,11 +23,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from engine import experts, flops, fp8, parallel, rope
-from engine.attention import OPS_TO_SAVE, activate_backend, attention, make_attention_mask
-from engine.configurator import ConfigError
-from engine.counter_rng import hash_ints
-from engine.loss import next_token_loss
+from onetrain import flops
+from onetrain.config import ConfigError
+from onetrain.counter_rng import hash_ints
+from onetrain.distributed import collectives, layouts
+from onetrain.ops import experts, fp8, rope
+from onetrain.ops.attention import OPS_TO_SAVE, activate_backend, attention, make_attention_mask
+from onetrain.ops.cross_entropy import next_token_loss
 
 ACTIVATIONS = {
     'gelu': F.gelu,  # exact, with erf: nanoGPT and GPT-NeoX
@@ -139,7 +141,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Linear):
-    """Which experts a token goes to: (experts, gates, statistics) of engine.experts. Always in
+    """Which experts a token goes to: (experts, gates, statistics) of experts. Always in
     fp32.
     """
 
@@ -293,16 +295,15 @@ class Head(nn.Linear):
 class Model(nn.Module):
     """A decoder-only language model.
 
-    config: ModelConfig; backend: what engine.attention.choose_backend returned; dropout:
-    probability; activation_checkpointing: what backward() finds kept of each block: 'none' all of
-    it, 'selective' outputs of matmuls and attention, 'full' only its input; ring: engine.ring.Ring
-    of the ranks that share a sequence, or None; dispatch: what engine.experts.choose_dispatch
-    returned; aux_loss, z_loss: weights of these losses of engine.experts.routing_statistics in
-    training; document_end: token after which attention and positions start anew, or None;
-    loss_chunk: tokens whose logits are in memory at a time in training, 0 for all; head_z_loss:
-    weight of the z-loss of these logits; float8: what engine.fp8.choose returned, or None.
-    Parameters mean nothing until init_weights() or a state dict fills them. It can be built on the
-    meta device to be counted.
+    config: ModelConfig; backend: what attention.choose_backend returned; dropout: probability;
+    activation_checkpointing: what backward() finds kept of each block: 'none' all of it,
+    'selective' outputs of matmuls and attention, 'full' only its input; ring: ring_attention.Ring
+    of the ranks that share a sequence, or None; dispatch: what experts.choose_dispatch returned;
+    aux_loss, z_loss: weights of these losses of experts.routing_statistics in training;
+    document_end: token after which attention and positions start anew, or None; loss_chunk: tokens
+    whose logits are in memory at a time in training, 0 for all; head_z_loss: weight of the z-loss
+    of these logits; float8: what fp8.choose returned, or None. Parameters mean nothing until
+    init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
     def __init__(
@@ -395,7 +396,7 @@ class Model(nn.Module):
         }
 
     def sharding_units(self):
-        """(units, others) for engine.parallel.shard(): what is gathered together, in the order of
+        """(units, others) for layouts.shard(): what is gathered together, in the order of
         the forward pass; others holds what must be gathered in fp32. A tied table is used at both
         ends and left to the model as a whole.
         """
@@ -443,7 +444,7 @@ class Model(nn.Module):
         reduction='sum'; with a ring, idx and targets are what Ring.read_part() read for this rank,
         and the loss is that of its tokens. The losses of routing are in the gradient only, in
         training. Without targets, returns logits (B, T, V), or (B, 1, V) of the last position with
-        last_only; a ring plays no part then. cache: engine.cache.Cache of the tokens before, which
+        last_only; a ring plays no part then. cache: kv_cache.Cache of the tokens before, which
         takes up these.
         """
         T = idx.size(1)
@@ -528,7 +529,7 @@ class Model(nn.Module):
         """
         if not self.routed:
             return None
-        routing = parallel.sum_over_ranks(self.routing.clone(), world)
+        routing = collectives.sum_over_ranks(self.routing.clone(), world)
         self.routing.zero_()
         if balance_rate:
             experts.balance(
@@ -580,7 +581,7 @@ class Model(nn.Module):
             )
             generator = torch.Generator(device or parameter.device)
             generator.manual_seed(hash_ints(seed, *name.encode()) % 2**63)
-            parallel.copy_into_shard(
+            layouts.copy_into_shard(
                 parameter,
                 torch.empty(parameter.shape, device=generator.device).normal_(
                     0.0, std, generator=generator
@@ -603,7 +604,7 @@ class Model(nn.Module):
                     f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has'
                     f' {tuple(parameter.shape)}'
                 )
-            parallel.copy_into_shard(parameter, tensor)
+            layouts.copy_into_shard(parameter, tensor)
         missing = [name for name in missing if not name.endswith('.balance')]
         if missing and not partly:
             raise ConfigError(f'there are no weights for {", ".join(missing[:3])}')
@@ -636,8 +637,8 @@ class Model(nn.Module):
         }
 
     def flops(self):
-        """engine.flops.TokenFlops of training on one token of a full sequence: experts that it does
-        not go to cost nothing.
+        """onetrain.flops.TokenFlops of training on one token of a full sequence: experts that it
+        does not go to cost nothing.
         """
         config = self.config
 

@@ -49,9 +49,7 @@ def set_up(everything=False):
     stamp = os.path.join(VENV, 'installed-dev' if everything else 'installed')
     if os.path.exists(stamp) and open(stamp).read() == wanted:
         return
-    what = ['-r', os.path.join(ROOT, 'requirements.txt')] + (
-        ['-e', f'{ROOT}[dev]'] if everything else []
-    )
+    what = ['-r', 'requirements.txt'] + (['-e', '.[dev]'] if everything else [])
     print(
         '==> making .venv and installing'
         f' {"the extra `dev` of pyproject.toml" if everything else "requirements.txt"} into it'
@@ -64,7 +62,7 @@ def set_up(everything=False):
         )
     if (
         subprocess.run(
-            [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', *what]
+            [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', *what], cwd=ROOT
         ).returncode
         != 0
     ):
@@ -109,12 +107,12 @@ def demo():
 
 def doctor():
     python = PYTHON if os.path.exists(PYTHON) else sys.executable
-    sys.exit(subprocess.run([python, '-m', 'engine.doctor', *sys.argv[2:]], cwd=ROOT).returncode)
+    sys.exit(subprocess.run([python, '-m', 'onetrain.doctor', *sys.argv[2:]], cwd=ROOT).returncode)
 
 
 def check():
     set_up()
-    call('check', '-m', 'engine.self_check')
+    call('check', '-m', 'onetrain.self_check')
 
 
 def test():

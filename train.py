@@ -14,11 +14,6 @@ up, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (torchrun itself then exits with 1).
 
 from __future__ import annotations
 
-# first: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import check_arguments, explain, importing, resolve_early
-
-# isort: split
-
 import dataclasses
 import gc
 import os
@@ -27,7 +22,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.configurator import ConfigError, resolve
+from onetrain.command_line import check_arguments, explain, importing, resolve_early
+from onetrain.config import ConfigError, resolve
 
 Family = Literal[
     'gpt2',
@@ -315,25 +311,28 @@ if __name__ == '__main__':
 
 import torch
 
-from engine import (
-    checks,
-    memory,
-    optim,
-    parallel,
-    resume,
-    stopping,
-)
-from engine.batch_plan import plan_batches, predict_memory
-from engine.counter_rng import hash_ints
-from engine.dry_run import dry_run
-from engine.evaluator import Evaluator
-from engine.files import redact
-from engine.iteration_log import IterationLog, mfu_function
-from engine.loader import TrainLoader, order_of
-from engine.logger import now
-from engine.micro_step import ForwardBackward, compile_and_capture
-from engine.outputs import open_keeper, open_log, open_outputs
-from engine.report import (
+from onetrain import signals
+from onetrain.checkpoint import resume
+from onetrain.counter_rng import hash_ints
+from onetrain.data.loader import TrainLoader
+from onetrain.data.order import order_of
+from onetrain.data.text_bytes import TextBytes
+from onetrain.distributed import collectives, layouts, processes
+from onetrain.evaluation.evaluator import Evaluator
+from onetrain.files import redact
+from onetrain.generation import generate
+from onetrain.logs.run_log import now
+from onetrain.logs.terminal import Terminal
+from onetrain.model_config import ModelConfig
+from onetrain.training import memory, optim, validate
+from onetrain.training.batch_plan import plan_batches, predict_memory
+from onetrain.training.dry_run import dry_run
+from onetrain.training.iteration_log import IterationLog, mfu_function
+from onetrain.training.micro_step import ForwardBackward, compile_and_capture
+from onetrain.training.outputs import open_keeper, open_log, open_outputs
+from onetrain.training.run_data import load_prompts_and_tasks, open_data
+from onetrain.training.start_point import StartPoint
+from onetrain.training.startup_report import (
     ending_lines,
     evaluation_line,
     interpreter,
@@ -342,12 +341,6 @@ from engine.report import (
     report,
     startup_info,
 )
-from engine.run_data import load_prompts_and_tasks, open_data
-from engine.start_point import StartPoint
-from engine.terminal import Terminal
-from engine.text_bytes import TextBytes
-from generation import generate
-from presets import ModelConfig
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
@@ -357,8 +350,8 @@ def main(argv=None, resolved=None):
     """Run the trainer with command-line arguments `argv`, or what resolve() made of them; returns
     the exit code.
     """
-    stop = stopping.StopRequest(talk=parallel.is_rank_0())
-    terminal = Terminal(active=parallel.is_rank_0())
+    stop = signals.StopRequest(talk=processes.is_rank_0())
+    terminal = Terminal(active=processes.is_rank_0())
     try:
         if resolved is None:
             argv = sys.argv[1:] if argv is None else argv
@@ -378,12 +371,12 @@ def main(argv=None, resolved=None):
                 f' {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type'
                 ' --deterministic=False'
             )
-        elif isinstance(error, RuntimeError) and parallel.was_reported():
+        elif isinstance(error, RuntimeError) and processes.was_reported():
             return 2
         sentence = explain(error)
         if sentence is None or isinstance(error, ValueError) and not isinstance(error, ConfigError):
             raise
-        parallel.report_error(sentence)
+        processes.report_error(sentence)
         return 2
     finally:
         gc.unfreeze()
@@ -397,11 +390,11 @@ def train(c, given, stop, terminal):
     given: {key: where it was given}; stop: stopping.StopRequest.
     """
     notes = []  # fallbacks and changes, for the report
-    checks.validate(c)
-    checks.warn_about_schedule(c, notes)
-    world = parallel.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
+    validate.validate(c)
+    validate.warn_about_schedule(c, notes)
+    world = processes.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
     same = {**resume.config_record(c), 'torch': torch.__version__}
-    parallel.assert_same_on_all_ranks(same, 'the configuration', world)
+    collectives.assert_same_on_all_ranks(same, 'the configuration', world)
 
     # ---- where to start from, the data, how a step is computed
     lock = resume.OutDirLock(c.out_dir, world)
@@ -426,7 +419,7 @@ def train(c, given, stop, terminal):
     start.load_checkpoint(model, optimization, world, terminal)
 
     # ---- evaluation, log and report
-    agreement = parallel.Agreement(world)
+    agreement = collectives.Agreement(world)
     evaluator = Evaluator(plan, data, prompts, model, eval_model, world, agreement, stop, terminal)
     windows, changed = evaluator.windows_hash, data.val_data_changed
     cached_losses = start.cached_losses(windows, changed)
@@ -441,7 +434,7 @@ def train(c, given, stop, terminal):
         if losses := evaluator():
             log.say(evaluation_line(start.step, losses))
         log.close()
-        return parallel.all_reduce_max(stop.code(), world)
+        return collectives.all_reduce_max(stop.code(), world)
 
     # ---- what the loop works with
     text_bytes = count_text_bytes(plan, data, prompts) if world.main else None
@@ -491,7 +484,7 @@ def train(c, given, stop, terminal):
                 if losses:
                     log_evaluation(c, state, losses, text_bytes, keeper, log)
                 elif evaluating:
-                    stop_code = parallel.all_reduce_max(stop.code(), world)
+                    stop_code = collectives.all_reduce_max(stop.code(), world)
                     continue
                 if sampling:
                     log_samples(plan, step, prompts, model, stop, log, world)
@@ -514,7 +507,7 @@ def train(c, given, stop, terminal):
                 stop_code = rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log)
             iterations.reset_interval()
 
-    if stop_code == stopping.NOT_FINITE and world.main:
+    if stop_code == signals.NOT_FINITE and world.main:
         resume.archive_newer(c.out_dir, state.step)  # saved between the first bad step and now
     loader.close()
     terminal.end_bar()
@@ -566,7 +559,7 @@ def train_step(
                 micro_step.zero_grad()
                 return StepResult(stop_code)
             work.done += 1
-    loss = parallel.sum_over_ranks(loss, world) / world.size
+    loss = collectives.sum_over_ranks(loss, world) / world.size
     guard.unscale()
     measured = c.gradient_log_interval and (state.step + 1) % c.gradient_log_interval == 0
     statistics = optim.gradient_statistics(optimization.parameters) if measured else {}
@@ -620,7 +613,7 @@ def log_samples(plan, step, prompts, model, stop, log, world):
     """Continue the prompts of sample_start and log the texts."""
     # a generator of its own: sampling must not change what training draws; alike on every rank
     generator = torch.Generator(world.device).manual_seed(plan.config.seed)
-    with parallel.forward_only(model), plan.autocast:
+    with layouts.forward_only(model), plan.autocast:
         written = generate(
             model,
             prompts.ids,
@@ -629,7 +622,7 @@ def log_samples(plan, step, prompts, model, stop, log, world):
             top_k=50,
             generator=generator,
             device=world.device,
-            interrupted=lambda: parallel.all_reduce_max(stop.code(), world),
+            interrupted=lambda: collectives.all_reduce_max(stop.code(), world),
         )
     for prompt, ids in zip(prompts.ids, written):
         log.sample(step, prompts.tokenizer.decode(prompt + ids))
@@ -654,7 +647,7 @@ def rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log):
     )
     keeper.rewind(good, first, state.tokens - missed * plan.tokens_per_step)
     guard.state['counts'][:2] = 0  # the run that continues starts its row anew
-    return stopping.NOT_FINITE
+    return signals.NOT_FINITE
 
 
 def warn_about_plan(start, data, plan, order, notes):
@@ -666,7 +659,7 @@ def warn_about_plan(start, data, plan, order, notes):
             f' beyond max_iters={c.max_iters}'
         )
     if start.from_own_checkpoint:
-        checks.warn_about_learning_rate(
+        validate.warn_about_learning_rate(
             start.checkpoint_state['config'], c, start.step, learning_rate, notes
         )
     windows = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
@@ -678,7 +671,7 @@ def warn_about_plan(start, data, plan, order, notes):
                 ' none, or which has none: raise --eval_iters'
             )
     validation = (len(data.val) - 1) // c.block_size
-    checks.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
+    validate.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
 
 
 def check_model(c, model, world):
@@ -698,20 +691,20 @@ def build_model(start, plan, model, world, terminal):
     c = plan.config
     torch.manual_seed(c.seed)
     reduce_dtype = getattr(torch, c.fsdp_reduce_dtype)
-    parallel.shard(model, world, plan.options.dtype, reduce_dtype, c.fsdp_offload)
+    layouts.shard(model, world, plan.options.dtype, reduce_dtype, c.fsdp_offload)
     offloaded = c.use_fsdp and c.fsdp_offload
     model.allocate('cpu' if offloaded else world.device, buffers_on=world.device)
     new = c.init_from == 'scratch'
     with terminal.doing('initializing the weights' if new else 'loading the weights'):
         start.initialize(model, world.device)
-    return parallel.wrap(model, world, c.compile, plan.accumulation, c.use_cuda_graphs)
+    return layouts.wrap(model, world, c.compile, plan.accumulation, c.use_cuda_graphs)
 
 
 def build_optimizer(c, model, world):
     """Return the optim.Optimization of `model`, whose parameters have memory."""
     named = dict(model.named_parameters())
     parameters = list(named.values())
-    updated = parallel.zero1_parameters(named, world)
+    updated = layouts.zero1_parameters(named, world)
     optimizer = optim.build_optimizer(
         updated,
         matrices=model.matrices() if c.optimizer == 'muon' else (),
@@ -722,7 +715,7 @@ def build_optimizer(c, model, world):
         device_type=parameters[0].device.type,
         ranks=world.size if world.layout == 'DDP' else 1,
     )
-    parallel.attach_zero1(optimizer, named, updated, world)
+    layouts.attach_zero1(optimizer, named, updated, world)
     scaler = torch.amp.GradScaler(world.device.type, enabled=c.dtype == 'float16')
     guard = optim.NonFiniteGuard(parameters, scaler, c.max_bad_steps, c.spike_factor)
     return optim.Optimization(optimizer, scaler, guard, named, updated)
@@ -758,7 +751,7 @@ def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, s
     memory_use: (memory.Prediction or None, GB that were allocated before there was a model).
     """
     world = keeper.world
-    if stop_code not in (0, stopping.NOT_FINITE):
+    if stop_code not in (0, signals.NOT_FINITE):
         command = f'{interpreter()} train.py --out_dir={c.out_dir} --init_from=resume'
         again = f'{command} continues it'
         at = f'stopped at iter {state.step}; {again}'
@@ -789,9 +782,9 @@ def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, s
         outputs.machines.close()
     log.close()
     lock.release()
-    unsaved = stopping.SAVE_FAILED if keeper.failed or not copied else 0
+    unsaved = signals.SAVE_FAILED if keeper.failed or not copied else 0
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return parallel.all_reduce_max(stop.fault or stop_code or unsaved, world)
+    return collectives.all_reduce_max(stop.fault or stop_code or unsaved, world)
 
 
 def learning_rate(c, step):
@@ -807,4 +800,4 @@ def learning_rate(c, step):
 
 if __name__ == '__main__':
     imported()
-    parallel.run_and_leave(lambda: main(resolved=RESOLVED))
+    processes.run_and_leave(lambda: main(resolved=RESOLVED))

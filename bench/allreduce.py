@@ -11,16 +11,14 @@ be held against the data sheet of the link. On a CPU it measures gloo.
 """
 
 import argparse
-import os
 import sys
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from engine import parallel, topology  # noqa: E402
-from engine.command_line import run_command, whole  # noqa: E402
-from engine.kernels import synchronized_time  # noqa: E402
+from onetrain.command_line import run_command, whole
+from onetrain.distributed import collectives, layouts, processes, topology
+from onetrain.ops.kernels import synchronized_time
 
 
 def main():
@@ -33,7 +31,7 @@ def main():
     )
     parser.add_argument('--device', help='cpu or cuda')
     args = parser.parse_args()
-    world = parallel.start(args.device)
+    world = processes.start(args.device)
     n = world.size
     if n == 1:
         sys.exit(
@@ -60,7 +58,7 @@ def main():
         for name, call, factor in (
             ('all-reduce', lambda: dist.all_reduce(full), 2),
             ('reduce-scatter', lambda: scatter(part, full), 1),
-            ('all-gather', lambda: parallel.gather_rows(full, part), 1),
+            ('all-gather', lambda: layouts.gather_rows(full, part), 1),
         ):
             times = []
             for _k in range(args.calls + 5):
@@ -70,7 +68,7 @@ def main():
                 call()
                 times.append(synchronized_time(world.device) - started)
             seconds = max(
-                parallel.gather_numbers({'median': sorted(times[5:])[args.calls // 2]}, world)[
+                collectives.gather_numbers({'median': sorted(times[5:])[args.calls // 2]}, world)[
                     'median'
                 ]
             )
@@ -84,4 +82,4 @@ def main():
 
 
 if __name__ == '__main__':
-    parallel.leave(run_command(lambda _: main(), tell=parallel.report_error))
+    processes.leave(run_command(lambda _: main(), tell=processes.report_error))

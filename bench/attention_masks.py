@@ -5,18 +5,16 @@ python bench/attention_masks.py --steps=7
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import torch  # noqa: E402
+import torch
 
-from engine import parallel  # noqa: E402
-from engine.command_line import run_command, whole  # noqa: E402
-from model import Model  # noqa: E402
-from presets import resolve_shape  # noqa: E402
+from model import Model
+from onetrain.command_line import run_command, whole
+from onetrain.distributed import processes
+from onetrain.model_config import resolve_shape
 
 END = 7
 WAYS = {
@@ -34,7 +32,7 @@ def main():
     )
     parser.add_argument('--steps', type=whole(), default=7)
     args = parser.parse_args()
-    parallel.start('cpu')
+    processes.start('cpu')
     sizes = dict(
         arch_preset='llama', n_layer=4, n_head=6, n_embd=384, block_size=1024, vocab_size=2048
     )

@@ -21,14 +21,15 @@ import tempfile
 
 import torch
 
+from model import Model
+from onetrain.checkpoint.async_writer import Saver
+from onetrain.command_line import run_command, whole
+from onetrain.distributed import processes
+from onetrain.model_config import resolve_shape
+from onetrain.ops.kernels import synchronized_time
+from onetrain.training import optim
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from engine import optim, parallel  # noqa: E402
-from engine.command_line import run_command, whole  # noqa: E402
-from engine.kernels import synchronized_time  # noqa: E402
-from engine.saver import Saver  # noqa: E402
-from model import Model  # noqa: E402
-from presets import resolve_shape  # noqa: E402
 
 
 def main():
@@ -48,7 +49,7 @@ def main():
         parser.add_argument(f'--{name}', type=whole(), default=value)
     parser.add_argument('--folder', help='where to write, a temporary folder by default')
     args = parser.parse_args()
-    world = parallel.start()
+    world = processes.start()
     device = world.device
     shape = resolve_shape(
         dict(

@@ -13,10 +13,10 @@ import os
 import sys
 import tempfile
 
+import train
+from onetrain.command_line import run_command, whole
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-import train  # noqa: E402
-from engine.command_line import run_command, whole  # noqa: E402
 
 
 def run(folder, rate, steps):

@@ -5,18 +5,16 @@ python bench/expert_speed.py --steps=15
 """
 
 import argparse
-import os
 import statistics
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import torch  # noqa: E402
+import torch
 
-from engine import parallel  # noqa: E402
-from engine.command_line import run_command, whole  # noqa: E402
-from engine.kernels import synchronized_time  # noqa: E402
-from model import Model  # noqa: E402
-from presets import resolve_shape  # noqa: E402
+from model import Model
+from onetrain.command_line import run_command, whole
+from onetrain.distributed import processes
+from onetrain.model_config import resolve_shape
+from onetrain.ops.kernels import synchronized_time
 
 
 def main():
@@ -32,7 +30,7 @@ def main():
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--device')
     args = parser.parse_args()
-    device = parallel.start(args.device).device
+    device = processes.start(args.device).device
     common = dict(
         n_layer=args.n_layer,
         n_head=4,

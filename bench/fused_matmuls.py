@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from step import kernels  # finds the project
 from torch import nn
 
-from engine.command_line import run_command, whole
+from onetrain.command_line import run_command, whole
 
 
 class Gated(nn.Module):

@@ -5,15 +5,13 @@ python bench/generation.py --out_dir=out-demo --new_tokens=512 --rounds=5
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from engine.command_line import run_command, whole  # noqa: E402
-from generation import generate  # noqa: E402
-from sample import add_model_arguments, load  # noqa: E402
+from load import add_model_arguments, load
+from onetrain.command_line import run_command, whole
+from onetrain.generation import generate
 
 
 def main():

@@ -23,9 +23,9 @@ import tempfile
 import threading
 import time
 
+from onetrain.command_line import number, run_command
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'bench')]
-from engine.command_line import number, run_command  # noqa: E402
 
 FAMILIES = ('gpt2', 'llama', 'llama3', 'qwen3', 'neox', 'moe')
 SMALL = [
@@ -79,7 +79,7 @@ def correctness(args):
     import torch
 
     from model import Model
-    from presets import resolve_shape
+    from onetrain.model_config import resolve_shape
 
     n_layer, n_embd, T, vocabulary = (1, 64, 32, 500) if args.small else (4, 512, 1024, 32000)
     dtype = torch.float32 if args.device == 'cpu' else torch.bfloat16
@@ -141,7 +141,7 @@ def correctness(args):
 def _installed(name):
     import torch
 
-    from engine.attention import choose_backend
+    from onetrain.ops.attention import choose_backend
 
     return choose_backend(name, 'cuda', torch.bfloat16, 64, 0.0)[0] == name
 

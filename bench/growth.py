@@ -84,7 +84,7 @@ def iteration(step, experts=0):
     if experts:
         import torch
 
-        from engine import experts as of_experts
+        from onetrain.ops import experts as of_experts
 
         routing, every = (
             torch.rand(48, 128 + of_experts.STATISTICS),
@@ -98,7 +98,7 @@ def iteration(step, experts=0):
 
 
 def log(count, folder, experts=0):
-    from engine.logger import RunLog
+    from onetrain.logs.run_log import RunLog
 
     run = RunLog(folder, 'run_20260101_000000', {'config': {}, 'startup_info': {}, 'metadata': {}})
     fields = iteration(1, experts)
@@ -132,7 +132,7 @@ def written_log(count, folder):
 
 
 def resume(count, folder):
-    from engine.logger import RunLog
+    from onetrain.logs.run_log import RunLog
 
     RunLog(
         folder,
@@ -151,7 +151,7 @@ def plot(count, folder):
 
 
 def token_files(gigabytes, folder, stated):
-    from data.tokenfile import fingerprint_of_files
+    from onetrain.data.token_file import fingerprint_of_files
 
     for split, size in (('train', gigabytes * 2**30), ('val', 2**20)):
         with open(os.path.join(folder, f'{split}.bin'), 'wb') as f:
@@ -170,7 +170,7 @@ def token_files(gigabytes, folder, stated):
 
 
 def open_data(folder):
-    from engine.dataset import open_dataset
+    from onetrain.data.dataset import open_dataset
 
     train, _, _ = open_dataset(folder, '/')
     train.windows([0, 5000], 1024)
@@ -179,7 +179,7 @@ def open_data(folder):
 def part_files(count, folder):
     import numpy as np
 
-    from data.tokenfile import TokenFileWriter
+    from onetrain.data.token_file import TokenFileWriter
 
     ids = np.arange(2000, dtype=np.uint16)
     with TokenFileWriter(
@@ -202,13 +202,13 @@ def on_rank(function, rank, size, port, answers, *args):
         MASTER_ADDR='127.0.0.1',
         MASTER_PORT=str(port),
     )
-    from engine import parallel
+    from onetrain.distributed import collectives, processes
 
-    world = parallel.start('cpu')
+    world = processes.start('cpu')
     answer = function(world, *args)
     if world.main:
         answers.put(answer)
-    parallel.barrier(world)
+    collectives.barrier(world)
     os._exit(0)
 
 
@@ -239,10 +239,10 @@ def on_ranks(size, function, *args):
 
 def agree(world):
     """The median over 60 micro-steps of the seconds that agreeing adds."""
-    from engine import parallel
+    from onetrain.distributed import collectives
 
-    beside = parallel.Agreement(world) if hasattr(parallel, 'Agreement') else None
-    parallel.barrier(world)
+    beside = collectives.Agreement(world) if hasattr(collectives, 'Agreement') else None
+    collectives.barrier(world)
     waited = []
     for _ in range(60):
         begun = time.perf_counter()
@@ -251,7 +251,7 @@ def agree(world):
             time.sleep(0.05)
             beside.end()
         else:
-            parallel.all_reduce_max(0, world)
+            collectives.all_reduce_max(0, world)
             time.sleep(0.05)
         waited.append(time.perf_counter() - begun - 0.05)
     return sorted(waited)[30]
@@ -266,26 +266,25 @@ def save(world, folder, megabytes, and_verify):
     """Seconds in which the ranks save a checkpoint of theirs, or verify it."""
     import torch
 
-    from engine import checkpoint, parallel
-    from engine.saver import Saver
+    from onetrain.checkpoint import store
+    from onetrain.checkpoint.async_writer import Saver
+    from onetrain.distributed import collectives
 
     saver = Saver(folder, world, background=False)
     tensors = {f'model.{i}': torch.full((megabytes * 2**14,), float(i)) for i in range(16)}
-    parallel.barrier(world)
+    collectives.barrier(world)
     begun = time.perf_counter()
     saver.start(1, tensors, {})
     outcome = saver.wait()
     assert outcome.error is None, outcome.error
-    parallel.barrier(world)
+    collectives.barrier(world)
     if not and_verify:
         return time.perf_counter() - begun
-    begun, path = time.perf_counter(), checkpoint.path_of(folder, 1)
-    if hasattr(checkpoint, 'corruption_reasons'):
-        assert checkpoint.corruption_reasons(path, world) is None
+    begun, path = time.perf_counter(), store.path_of(folder, 1)
+    if hasattr(store, 'corruption_reasons'):
+        assert store.corruption_reasons(path, world) is None
     else:
-        assert (
-            parallel.broadcast_from_main(lambda: checkpoint.corruption_reason(path), world) is None
-        )
+        assert collectives.broadcast_from_main(lambda: store.corruption_reason(path), world) is None
     return time.perf_counter() - begun
 
 
@@ -295,8 +294,8 @@ def muon(world):
 
     import torch
 
-    from engine import parallel
-    from engine.muon import Muon
+    from onetrain.distributed import collectives
+    from onetrain.training.muon import Muon
 
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.nn.Parameter(torch.randn(1024, 512, generator=generator)) for _ in range(48)]
@@ -308,10 +307,10 @@ def muon(world):
     )
     taken = []
     for _ in range(6):
-        parallel.barrier(world)
+        collectives.barrier(world)
         begun = time.perf_counter()
         optimizer.step()
-        parallel.barrier(world)
+        collectives.barrier(world)
         taken.append(time.perf_counter() - begun)
     return sorted(taken[1:])[2]
 
@@ -356,9 +355,9 @@ def one(part, x, folder):
     elif part == 'prepare':
         text_files(x, folder)
     if part in ('log', 'log_experts', 'resume'):
-        import engine.logger  # noqa: F401 (what it takes to import is not measured)
+        import onetrain.logs.run_log  # noqa: F401 (what it takes to import is not measured)
     if part in ('log_experts', 'stated', 'unstated', 'parts'):
-        import engine.dataset  # noqa: F401
+        import onetrain.data.dataset  # noqa: F401
     begun = time.perf_counter()
     if part == 'log':
         log(x, folder)

@@ -24,12 +24,12 @@ import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
-from conftest import end_all, losses, make_dataset, records, weights  # noqa: E402
+from conftest import end_all, losses, make_dataset, records, weights
 
-from engine import checkpoint  # noqa: E402
-from engine.command_line import number, run_command, whole  # noqa: E402
+from onetrain.checkpoint import store
+from onetrain.command_line import number, run_command, whole
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def command(out_dir, dataset, args):
@@ -89,7 +89,7 @@ def result(out_dir, max_iters):
     """What must be equal: losses by iteration, evaluations, bytes of the last checkpoint's
     tensors.
     """
-    reason = checkpoint.corruption_reason(checkpoint.path_of(out_dir, max_iters))
+    reason = store.corruption_reason(store.path_of(out_dir, max_iters))
     assert reason is None, reason
     steps = [r['iter'] for r in records(out_dir)]
     assert steps == list(range(1, max_iters + 1)), (
@@ -139,7 +139,7 @@ def main(argv=None):
         while True:
             console.seek(0)
             console.truncate()
-            before = checkpoint.newest_whole(out)[0] or 0
+            before = store.newest_whole(out)[0] or 0
             process = launch(out, dataset, args, console)
             lives += 1
             try:
@@ -176,8 +176,8 @@ def main(argv=None):
                     else 'starting'
                 )
                 moments[moment] = moments.get(moment, 0) + 1
-                found = checkpoint.steps(out)
-                step, rejected = checkpoint.newest_whole(out)
+                found = store.steps(out)
+                step, rejected = store.newest_whole(out)
                 assert not rejected, rejected
                 assert (step or 0) >= before, (before, step)
                 if args.signal != 'KILL' and moment == 'training':

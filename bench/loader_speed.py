@@ -1,12 +1,11 @@
-"""Batches per second: engine/loader.py beside nanoGPT's way of gathering them (a memory map opened
-for each batch, a random start, a slice and a conversion for each row), from one file and from many,
-in turns; then a loader in worker processes.
+"""Batches per second: onetrain/data/loader.py beside nanoGPT's way of gathering them (a memory map
+opened for each batch, a random start, a slice and a conversion for each row), from one file and
+from many, in turns; then a loader in worker processes.
 
     python bench/loader_speed.py --rounds=7
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -15,11 +14,11 @@ import time
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data.tokenfile import TokenFileWriter  # noqa: E402
-from engine.command_line import run_command, whole  # noqa: E402
-from engine.dataset import open_dataset  # noqa: E402
-from engine.loader import TrainLoader, order_of  # noqa: E402
+from onetrain.command_line import run_command, whole
+from onetrain.data.dataset import open_dataset
+from onetrain.data.loader import TrainLoader
+from onetrain.data.order import order_of
+from onetrain.data.token_file import TokenFileWriter
 
 
 def nanogpt_batch(path, batch_size, block_size):

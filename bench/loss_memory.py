@@ -11,19 +11,19 @@ import subprocess
 import sys
 import time
 
+from onetrain.command_line import run_command, whole
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from engine.command_line import run_command, whole  # noqa: E402
 
 
 def step(args):
     import torch
 
-    from engine import optim
-    from engine.loss import choose_chunk
-    from engine.report import memory_gb
     from model import Model
-    from presets import resolve_shape
+    from onetrain.model_config import resolve_shape
+    from onetrain.ops.cross_entropy import choose_chunk
+    from onetrain.training import optim
+    from onetrain.training.startup_report import memory_gb
 
     tokens = args.batch_size * args.block_size
     chunk = (

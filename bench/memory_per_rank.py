@@ -8,16 +8,15 @@ The model and the measurement are those of tests/test_memory.py: storages of the
 holds after a backward pass.
 """
 
+import argparse
 import os
 import sys
 
+import test_memory
+
+from onetrain.command_line import run_command
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
-import argparse  # noqa: E402
-
-import test_memory  # noqa: E402
-
-from engine.command_line import run_command  # noqa: E402
 
 
 def main():

@@ -18,9 +18,9 @@ import os
 import subprocess
 import sys
 
+from onetrain.command_line import run_command
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from engine.command_line import run_command  # noqa: E402
 
 MODELS = (
     'gpt2:6:384:6:256:8:50304:none',
@@ -38,11 +38,12 @@ def measure(model, device, dtype):
 
     import torch
 
-    from engine import kernels, memory, optim
-    from engine.loss import choose_chunk
-    from engine.report import memory_gb
     from model import Model
-    from presets import resolve_shape
+    from onetrain.model_config import resolve_shape
+    from onetrain.ops import kernels
+    from onetrain.ops.cross_entropy import choose_chunk
+    from onetrain.training import memory, optim
+    from onetrain.training.startup_report import memory_gb
 
     family, *sizes, recomputed = model.split(':')
     layers, width, heads, block, batch, vocabulary = map(int, sizes)

@@ -22,18 +22,18 @@ import time
 
 import numpy as np
 import torch
+from step import Step, config_of
+
+from model import Model
+from onetrain.command_line import number, run_command, whole
+from onetrain.data.dataset import open_dataset
+from onetrain.data.loader import evaluation_batches
+from onetrain.distributed import processes
+from onetrain.model_config import resolve_shape
+from onetrain.training import optim
+from train import learning_rate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from step import Step, config_of  # noqa: E402
-
-from engine import optim, parallel  # noqa: E402
-from engine.command_line import number, run_command, whole  # noqa: E402
-from engine.dataset import open_dataset  # noqa: E402
-from engine.loader import evaluation_batches  # noqa: E402
-from model import Model  # noqa: E402
-from presets import resolve_shape  # noqa: E402
-from train import learning_rate  # noqa: E402
 
 T, B = 64, 12
 SHAPE = dict(
@@ -210,7 +210,7 @@ def main():
         '--to', type=number(), help='a validation loss: train both, in turns, until they have it'
     )
     args = parser.parse_args()
-    parallel.start('cpu')
+    processes.start('cpu')
     folder = os.path.join(ROOT, 'data', 'shakespeare_char')
     _, val, _ = open_dataset('shakespeare_char', ROOT)
     loops = {'nanoGPT': nanogpts_recipe(folder, args.seed), 'onetrain': our_loop(folder, args.seed)}

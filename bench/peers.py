@@ -28,9 +28,9 @@ import time
 
 import numpy as np
 
+from onetrain.command_line import run_command, whole
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from engine.command_line import run_command, whole  # noqa: E402
 
 VOCABULARIES = {'gpt2': 50304, 'llama': 32000}
 RATES = dict(learning_rate=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -38,7 +38,7 @@ PEERS = ('onetrain', 'nanogpt', 'hf_trainer', 'litgpt')
 
 
 def shape_of(args):
-    from presets import resolve_shape
+    from onetrain.model_config import resolve_shape
 
     return resolve_shape(
         dict(

@@ -11,10 +11,9 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from prepare_speed import ROOT, make_corpus  # noqa: E402 (finds the project)
 
-from engine.command_line import number, run_command  # noqa: E402
+from onetrain.command_line import number, run_command
 
 
 def memory(pid):

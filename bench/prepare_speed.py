@@ -21,15 +21,15 @@ import sysconfig
 import tempfile
 import time
 
+from onetrain.command_line import number, run_command, whole
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from engine.command_line import number, run_command, whole  # noqa: E402
 
 RECIPE = """
 import sys
 import numpy as np
 import datasets
-from data.tokenizer import load_tokenizer
+from onetrain.tokenizers.base import load_tokenizer
 source, name, out, cache, batched = sys.argv[1:]
 if name == 'stdlib_bpe':
     import tiktoken
@@ -68,7 +68,7 @@ if __name__ == '__main__':
 """
 ALONE = """
 import json, sys, time
-from data.tokenizer import load_tokenizer
+from onetrain.tokenizers.base import load_tokenizer
 source, name, mb = sys.argv[1:]
 if name == 'stdlib_bpe':
     import tiktoken
@@ -110,7 +110,7 @@ def make_corpus(folder, megabytes, vocab_size):
     """
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    from data.byte_level import ranks_of
+    from onetrain.tokenizers.byte_level import ranks_of
 
     texts = []
     for path in sorted(

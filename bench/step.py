@@ -2,33 +2,29 @@
 alone take. What bench/throughput.py and bench/peers.py measure.
 """
 
+import dataclasses
 import os
-import sys
+import statistics
+
+import numpy as np
+import torch
+
+import train
+from model import Model
+from onetrain.command_line import run_command  # noqa: F401
+from onetrain.data.order import order_of
+from onetrain.data.token_file import TokenFileWriter, read_meta
+from onetrain.distributed import processes
+from onetrain.logs.terminal import Terminal
+from onetrain.model_config import resolve_shape
+from onetrain.ops import kernels
+from onetrain.training import optim
+from onetrain.training.batch_plan import ModelOptions, plan_batches
+from onetrain.training.micro_step import CudaGraphStep, ForwardBackward
+from onetrain.training.run_data import open_data
+from onetrain.training.start_point import StartPoint, TrainState
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-# First: a Ctrl-C while libraries are imported ends the process quietly
-from engine.command_line import run_command  # noqa: E402, F401
-
-# isort: split
-
-import dataclasses  # noqa: E402
-import statistics  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-import train  # noqa: E402
-from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
-from engine import kernels, optim, parallel  # noqa: E402
-from engine.batch_plan import ModelOptions, plan_batches  # noqa: E402
-from engine.loader import order_of  # noqa: E402
-from engine.micro_step import CudaGraphStep, ForwardBackward  # noqa: E402
-from engine.run_data import open_data  # noqa: E402
-from engine.start_point import StartPoint, TrainState  # noqa: E402
-from engine.terminal import Terminal  # noqa: E402
-from model import Model  # noqa: E402
-from presets import resolve_shape  # noqa: E402
 
 # of a recipe, on one process and on random ids
 ALONE = dict(init_from='scratch', use_fsdp=False, context_parallel=1, document_mask=False)
@@ -48,7 +44,7 @@ def write_noise(folder, vocab_size, tokens=2_000_000, tokenizer='none'):
 
 def options_of(c):
     """Return the ModelOptions of a recipe in one process."""
-    world, shape = parallel.start(c.device), resolve_shape(dataclasses.asdict(c), c.vocab_size)
+    world, shape = processes.start(c.device), resolve_shape(dataclasses.asdict(c), c.vocab_size)
     dtype = kernels.precision(c.dtype, world.device)
     chosen = kernels.select_kernels(c, shape, world.device, dtype)[0]
     return ModelOptions(c, shape, chosen, None, dtype, world)
@@ -61,7 +57,7 @@ class Step:
 
     def __init__(self, c, folder):
         terminal, notes = Terminal(active=False), []
-        self.world = world = parallel.start(c.device)
+        self.world = world = processes.start(c.device)
         start = StartPoint(dataclasses.replace(c, dataset=folder, **ALONE))
         data = open_data(start, {}, ROOT, world, terminal, notes)
         plan = plan_batches(start, data, world, terminal, notes)

@@ -24,9 +24,9 @@ import time
 
 from step import ROOT, config_of, device_of, vocabulary_of, write_noise
 
-from engine import kernels
-from engine.configurator import ConfigError
-from engine.loss import choose_chunk
+from onetrain.config import ConfigError
+from onetrain.ops import kernels
+from onetrain.ops.cross_entropy import choose_chunk
 from plots.run_log import load_run
 
 
@@ -292,6 +292,6 @@ class Sweep:
 
 
 if __name__ == '__main__':
-    from engine.command_line import run_command
+    from onetrain.command_line import run_command
 
     sys.exit(run_command(lambda argv: main(argv) and None))

@@ -13,10 +13,6 @@ speed is the median of whole iterations without a pause; the pieces are timed in
 for the device after each, so they add up to a little more.
 """
 
-from step import run_command  # first: until main() takes over, a Ctrl-C ends the process quietly
-
-# isort: split
-
 import argparse
 import dataclasses
 import json
@@ -25,11 +21,21 @@ import sys
 import tempfile
 
 import torch
-from step import Step, config_of, device_of, matmuls, options_of, vocabulary_of, write_noise
+from step import (
+    Step,
+    config_of,
+    device_of,
+    matmuls,
+    options_of,
+    run_command,
+    vocabulary_of,
+    write_noise,
+)
 
-from engine import flops, memory
-from engine.kernels import synchronized_time
-from engine.report import memory_gb
+from onetrain import flops
+from onetrain.ops.kernels import synchronized_time
+from onetrain.training import memory
+from onetrain.training.startup_report import memory_gb
 
 
 def main(argv=None):
@@ -66,7 +72,7 @@ def main(argv=None):
 
 
 def predict(c, batch_size):
-    """engine.memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or
+    """memory.Prediction of an iteration of `c` with another batch_size, in one micro-step or
     two.
     """
     options = options_of(dataclasses.replace(c, batch_size=batch_size))

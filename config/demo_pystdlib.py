@@ -7,7 +7,7 @@
 # 1 micro-step = 1,024 tokens per iteration; 1800 iterations are 1.8 M tokens, two thirds of the
 # text. A CPU without instructions for bfloat16 takes float32, and fewer iterations. Expect a
 # validation loss of 3.15 in four minutes (bench/RESULTS.md), and text in the shape of Python.
-from engine.cpu import has_bfloat16
+from onetrain.cpu import has_bfloat16
 
 out_dir = 'out-demo'
 dataset = 'pystdlib'

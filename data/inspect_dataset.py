@@ -12,24 +12,14 @@ evenly spaced stretches, and it says so.
 """
 
 import os
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if __name__ == '__main__':
-    sys.path[0] = ROOT  # where data and engine are
+import numpy as np
 
-# First: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command  # noqa: E402, F401
-
-# isort: split
-
-
-import numpy as np  # noqa: E402
-
-from data.tokenfile import read_meta, token_dtype  # noqa: E402
-from data.tokenizer import tokenizer_of  # noqa: E402
-from engine.dataset import LocalFile, Tokens, fingerprint_of_pieces  # noqa: E402
-from engine.files import replacing  # noqa: E402
+from onetrain.command_line import ROOT, ArgumentParser, run_command  # noqa: F401
+from onetrain.data.dataset import LocalFile, Tokens, fingerprint_of_pieces
+from onetrain.data.token_file import read_meta, token_dtype
+from onetrain.files import replacing
+from onetrain.tokenizers.base import tokenizer_of
 
 STRETCH = 2**20  # tokens
 MOST = 2**21  # ids that are told apart
@@ -311,6 +301,6 @@ def draw(path, title, found):
 
 
 if __name__ == '__main__':
-    from data import command
+    from onetrain.prepare import cli
 
-    command.run(main)
+    cli.run(main)

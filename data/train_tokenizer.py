@@ -11,37 +11,17 @@ A tokenizer of your own text, as a folder that prepare.py, sample.py and export.
     unigram     sentencepiece's unigram model, with bytes for characters that it does not know
     sp_bpe      sentencepiece's BPE as LLaMA-2's, likewise
 
-The text is that of .txt, .jsonl, .json.gz, .parquet and so on (data/documents.py). Of more than
---max_mb of it evenly spaced documents are taken, so that memory stays bounded. The id 0 ends a text
-in bpe, 2 in the others.
+The text is that of .txt, .jsonl, .json.gz, .parquet and so on (onetrain/prepare/documents.py). Of
+more than --max_mb of it evenly spaced documents are taken, so that memory stays bounded. The id 0
+ends a text in bpe, 2 in the others.
 """
 
 import os
-import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if __name__ == '__main__':
-    sys.path[0] = ROOT  # where data and engine are
-
-# First: until main() takes over, a Ctrl-C ends the process quietly
-from data import command, documents  # noqa: E402
-
-# isort: split
-
-import errno  # noqa: E402
-import json  # noqa: E402
-
-from data.tokenizer import EOT, HuggingFaceTokenizer, load_tokenizer  # noqa: E402
-from engine.command_line import ArgumentParser  # noqa: E402
-
-GPT2, LLAMA3 = 'gpt2', 'llama3'
-PATTERNS = {
-    GPT2: None,
-    LLAMA3: (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-        r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-    ),
-}
+from onetrain.command_line import ArgumentParser
+from onetrain.prepare import cli, documents
+from onetrain.tokenizers.base import load_tokenizer
+from onetrain.tokenizers.train import GPT2, PATTERNS, train_bpe, train_sentencepiece
 
 
 def main(argv=None):
@@ -84,7 +64,7 @@ def main(argv=None):
         )
     if not 0 < args.max_mb < 1e9:
         raise ValueError(f'--max_mb {args.max_mb} must be above 0 and below 1e9')
-    command.check_output(args.output)
+    cli.check_output(args.output)
     if args.kind != 'bpe' and args.pattern != GPT2:
         raise ValueError(
             f'--pattern {args.pattern} has no meaning with --kind {args.kind}: leave it out'
@@ -96,7 +76,7 @@ def main(argv=None):
             with open(os.path.join(args.output, name), 'wb') as f:
                 f.write(content)
     else:
-        train_sentencepiece(texts, args)
+        train_sentencepiece(texts, args.output, args.kind, args.vocab_size)
     if not texts.bytes:
         raise ValueError(f'--input {" ".join(args.input)}: there is no text in these files')
     path = args.output if args.kind == 'bpe' else os.path.join(args.output, 'tokenizer.model')
@@ -142,97 +122,5 @@ class Texts:
                         yield row.content
 
 
-def train_bpe(texts, vocab_size, pattern=GPT2):
-    """A HuggingFaceTokenizer: byte-level BPE of `texts` with `vocab_size` ids, of which 0 ends a
-    text. Raises ValueError for a size below 257.
-    """
-    if vocab_size < 257:
-        raise ValueError(
-            f'--vocab_size {vocab_size} is too small for 256 bytes and the end of text: type 257 or'
-            ' more'
-        )
-    try:
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise ValueError(
-            'byte-level BPE is trained with the library tokenizers, which is not installed: type'
-            ' `pip install tokenizers`'
-        ) from None
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if PATTERNS[pattern]:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(PATTERNS[pattern]), 'isolated'),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[EOT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=sys.stderr.isatty(),
-        ),
-    )
-    config = {
-        'tokenizer_class': 'PreTrainedTokenizerFast',
-        'eos_token': EOT,
-        'clean_up_tokenization_spaces': False,
-    }
-    return HuggingFaceTokenizer(
-        {
-            'tokenizer.json': tokenizer.to_str(pretty=True).encode(),
-            'tokenizer_config.json': json.dumps(config, indent=2).encode(),
-        },
-        'the tokenizer trained here',
-    )
-
-
-def train_sentencepiece(texts, args):
-    import sentencepiece
-
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split('\n') if line.strip()),
-            model_prefix=os.path.join(args.output, 'tokenizer'),
-            model_type='unigram' if args.kind == 'unigram' else 'bpe',
-            vocab_size=args.vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name='identity',
-            remove_extra_whitespaces=False,
-            split_digits=args.kind == 'sp_bpe',
-            max_sentence_length=2**20,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        text = ' '.join(str(error).split())
-        advice = (
-            'a larger'
-            if 'smaller than required' in text or 'Increase vocab_size' in text
-            else 'a smaller'
-        )
-        raise ValueError(
-            f'sentencepiece cannot make {args.vocab_size} pieces of this text ({text[-200:]}): type'
-            f' {advice} --vocab_size'
-        ) from None
-    # the library does not say that a disk is full
-    with open(os.path.join(args.output, 'tokenizer.model'), 'rb') as f:
-        os.fsync(f.fileno())
-    if not os.path.getsize(os.path.join(args.output, 'tokenizer.model')):
-        raise OSError(
-            errno.ENOSPC,
-            'the model could not be written',
-            os.path.join(args.output, 'tokenizer.model'),
-        )
-
-
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

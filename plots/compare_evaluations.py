@@ -7,16 +7,7 @@ A folder stands for all evaluation*.json in it. The picture is saved as evaluati
 a table is printed.
 """
 
-import os
 import sys
-
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-# First: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command  # noqa: E402
-
-# isort: split
-
 from pathlib import Path
 
 import matplotlib
@@ -25,8 +16,9 @@ from matplotlib.figure import Figure
 from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, check_output, save
 from run_log import number
 
-from engine.configurator import ConfigError
-from engine.files import parse_json
+from onetrain.command_line import ArgumentParser, run_command
+from onetrain.config import ConfigError
+from onetrain.files import parse_json
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 

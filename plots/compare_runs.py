@@ -3,16 +3,7 @@
 python plots/compare_runs.py out-gpt2-1.36b out-llama-1.36b --x tokens
 """
 
-import os
 import sys
-
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-# First: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command, whole  # noqa: E402
-
-# isort: split
-
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +25,8 @@ from plot_single_run import (
 )
 from run_log import NothingLogged, cleaned, load_run
 
-from engine.configurator import ConfigError
+from onetrain.command_line import ArgumentParser, run_command, whole
+from onetrain.config import ConfigError
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']

@@ -9,16 +9,7 @@ panel is a function (axes, run, window) that draws it, and a line in PANELS with
 needs.
 """
 
-import os
 import sys
-
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-# First: until main() takes over, a Ctrl-C ends the process quietly
-from engine.command_line import ArgumentParser, run_command  # noqa: E402
-
-# isort: split
-
 import webbrowser
 from pathlib import Path
 
@@ -28,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 from run_log import cleaned, load_runs
 
-from engine.configurator import ConfigError
-from engine.files import replacing
+from onetrain.command_line import ArgumentParser, run_command
+from onetrain.config import ConfigError
+from onetrain.files import replacing
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
 STYLE = {

@@ -13,18 +13,14 @@ thousand, and no spike is lost.
 
 import contextlib
 import math
-import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from engine.configurator import ConfigError, nearest_path  # noqa: E402
-from engine.files import check_regular, is_whole, parse_json  # noqa: E402
+from onetrain.config import ConfigError, nearest_path
+from onetrain.files import check_regular, is_whole, parse_json
 
 # what tells models apart
 MODEL = (
@@ -344,7 +340,7 @@ def parse_jsonl(path):
     return log, bad
 
 
-# an iteration as engine/logger.py writes it: a line that looks otherwise is parsed
+# an iteration as onetrain/logs/run_log.py writes it: a line that looks otherwise is parsed
 _HEAD = re.compile(rb'\{"type": "iter", "iter": (\d{1,15}), "loss": (-?\d[\d.eE+-]{0,30}|null), ')
 _NUMBER = re.compile(rb'-?\d[\d.eE+-]{0,30}(?=[,}])')
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from forks import Forked
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from model import Model
+from onetrain.checkpoint import store
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.model_config import resolve_shape
 
-from data.tokenfile import TokenFileWriter  # noqa: E402
-from engine import checkpoint  # noqa: E402
-from model import Model  # noqa: E402
-from presets import resolve_shape  # noqa: E402
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# processes that the tests start import this checkout, whichever is installed
+os.environ['PYTHONPATH'] = ROOT
 
 torch.set_num_threads(2)
 TEXT = (
@@ -182,8 +183,8 @@ def losses(out_dir):
 
 def weights(out_dir, step):
     """All tensors of a checkpoint."""
-    path = checkpoint.path_of(str(out_dir), step)
-    config = checkpoint.read_state(path)['config']
+    path = store.path_of(str(out_dir), step)
+    config = store.read_state(path)['config']
     model = Model(resolve_shape(config))
     tensors = {f'model.{n}': p.detach() for n, p in model.named_parameters()}
     muon = model.matrices() if config.get('optimizer') == 'muon' else ()
@@ -194,7 +195,7 @@ def weights(out_dir, step):
             for key in (('momentum',) if n in muon else ('exp_avg', 'exp_avg_sq'))
         }
     )
-    checkpoint.load(path, tensors)
+    store.load(path, tensors)
     return tensors
 
 

@@ -106,9 +106,9 @@ def _serve(rank, size, port, pipe):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)  # conftest, imported above, takes two
-    from engine import parallel
+    from onetrain.distributed import processes
 
-    parallel.start('cpu')
+    processes.start('cpu')
     while True:
         try:
             function, args, kwargs = pipe.recv()

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn.attention import current_flash_attention_impl
 
-from engine import kernels, memory
-from engine.attention import _KERNELS, BACKENDS, activate_backend, attention, choose_backend
-from engine.kernels import fastest_backend
 from model import Model
-from presets import resolve_shape
+from onetrain.model_config import resolve_shape
+from onetrain.ops import kernels
+from onetrain.ops.attention import _KERNELS, BACKENDS, activate_backend, attention, choose_backend
+from onetrain.ops.kernels import fastest_backend
+from onetrain.training import memory
 from train import Config
 
 SHAPES = [(2, 4, 4, 33, 16), (2, 6, 2, 17, 8), (1, 3, 1, 20, 5)]  # B, n_head, n_kv, T, head_dim
@@ -129,7 +130,9 @@ def test_where_flash_attention_4_runs(monkeypatch):
         )
 
     assert 'flash_attn_4: the package flash_attn.cute is not installed' in reasons()[1]
-    monkeypatch.setattr('engine.attention._installed', lambda module: module == 'flash_attn.cute')
+    monkeypatch.setattr(
+        'onetrain.ops.attention._installed', lambda module: module == 'flash_attn.cute'
+    )
     assert reasons() == reasons((9, 0), deterministic=True) == ('flash_attn_4', [])
     for expected, options in (
         ('needs a GPU of compute capability 9.0 or 10.0', dict(capability=(8, 0))),
@@ -326,7 +329,7 @@ def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
     """What it takes is what the run has from then on: a resumed one does not measure again."""
     timed = []  # what torch may take while the trial runs
     monkeypatch.setattr(
-        'engine.kernels.fastest_backend',
+        'onetrain.ops.kernels.fastest_backend',
         lambda *args, **kwargs: (
             timed.append(
                 (
@@ -345,7 +348,7 @@ def test_a_run_with_auto(train, tmp_path, capsys, monkeypatch):
         'Attention backend: manual' in said
         and 'Note: attention_backend=auto takes manual: a trial' in said
     )
-    monkeypatch.setattr('engine.kernels.fastest_backend', None)
+    monkeypatch.setattr('onetrain.ops.kernels.fastest_backend', None)
     assert train(tmp_path, '--init_from=resume', '--max_iters=4') == 0
     assert 'Attention backend: manual' in capsys.readouterr().out
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # deterministic=True

@@ -108,9 +108,9 @@ def test_out_dir_that_cannot_be_a_folder(dataset, tmp_path, capsys):
 
 
 def test_preset_that_contradicts_the_weights(dataset, tmp_path, capsys):
-    import huggingface
     from model import Model
-    from presets import resolve_shape
+    from onetrain import huggingface
+    from onetrain.model_config import resolve_shape
 
     model = Model(
         resolve_shape(
@@ -125,7 +125,7 @@ def test_preset_that_contradicts_the_weights(dataset, tmp_path, capsys):
             )
         )
     )
-    huggingface.write(str(tmp_path / 'hf'), model.config, model.state_dict())
+    huggingface.write_model(str(tmp_path / 'hf'), model.config, model.state_dict())
     code = trainer.main(
         [
             f'--init_from={tmp_path / "hf"}',

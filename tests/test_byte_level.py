@@ -9,11 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-
-tokenizers = pytest.importorskip('tokenizers')
-pytest.importorskip('tiktoken')
-from conftest import ROOT  # noqa: E402
-from tokenizers import (  # noqa: E402
+import tiktoken
+import tokenizers
+from conftest import ROOT
+from tokenizers import (
     Regex,
     Tokenizer,
     decoders,
@@ -23,10 +22,10 @@ from tokenizers import (  # noqa: E402
     trainers,
 )
 
-from data import tokenizer as tokenizer_module  # noqa: E402
-from data.byte_level import GPT2_DIGITS, KNOWN, ranks_of, twin_of  # noqa: E402
-from data.quick_tiktoken import _SPELLED, GPT2, Quick, grouped  # noqa: E402
-from data.tokenizer import load_tokenizer  # noqa: E402
+from onetrain.tokenizers import base as tokenizer_module
+from onetrain.tokenizers.base import load_tokenizer
+from onetrain.tokenizers.byte_level import GPT2_DIGITS, KNOWN, ranks_of, twin_of
+from onetrain.tokenizers.fast_tiktoken import _SPELLED, GPT2, Quick, grouped
 
 EOT = '<|endoftext|>'
 LLAMA3 = (
@@ -330,7 +329,6 @@ def test_white_space_that_stands_in(pattern):
     """The ids of GPT-2's expression with nothing replaced in it, for whatever surrounds a run of
     white space.
     """
-    tiktoken = pytest.importorskip('tiktoken')
     ranks = {
         token: rank
         for rank, (token, _) in enumerate(
@@ -363,7 +361,6 @@ def test_white_space_that_stands_in(pattern):
 
 def test_characters_that_are_white_space():
     """Those that stand-ins know of are all that tiktoken's expressions know."""
-    tiktoken = pytest.importorskip('tiktoken')
     codes = [i for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     found = tiktoken.Encoding(
         'space',

@@ -9,10 +9,10 @@ import pickle
 import pytest
 import torch
 
-from engine import checkpoint, nanogpt
-from engine.configurator import ConfigError
-from engine.parallel import World
-from engine.saver import Saver
+from onetrain.checkpoint import import_nanogpt, store
+from onetrain.checkpoint.async_writer import Saver
+from onetrain.config import ConfigError
+from onetrain.distributed.processes import World
 
 ONE = World(0, 1, torch.device('cpu'))
 
@@ -51,18 +51,18 @@ def save(out_dir, step, value=None, **options):
 def test_saved_is_loaded(tmp_path):
     path = save(tmp_path, 7)
     into = tensors(0.0)
-    checkpoint.load(path, into)
+    store.load(path, into)
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors(7.0).items())
-    state = checkpoint.read_state(path)
+    state = store.read_state(path)
     assert state['step'] == 7 and state['position'] == 70 and state['config'] == {**SHAPE, 'x': 1}
-    assert checkpoint.newest_whole(str(tmp_path)) == (7, [])
+    assert store.newest_whole(str(tmp_path)) == (7, [])
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['step_00000007']
 
 
 def test_any_damage_is_refused_by_name_and_the_older_one_used(tmp_path):
     save(tmp_path, 1)
     path = save(tmp_path, 2)
-    checkpoint.record_evaluation(path, {'train': 1.0, 'val': 2.0, 'data': 'x'})
+    store.record_evaluation(path, {'train': 1.0, 'val': 2.0, 'data': 'x'})
     names = sorted(os.listdir(path))
     assert names == ['.metadata', '__0_0.distcp', 'evaluation.json', 'manifest.json', 'state.json']
     tried = 0
@@ -77,7 +77,7 @@ def test_any_damage_is_refused_by_name_and_the_older_one_used(tmp_path):
         for bad in damaged:
             with open(file, 'wb') as f:
                 f.write(bad)
-            step, rejected = checkpoint.newest_whole(str(tmp_path))
+            step, rejected = store.newest_whole(str(tmp_path))
             assert step == 1 and rejected[0][0] == path and rejected[0][1].startswith(name), (
                 name,
                 rejected,
@@ -85,11 +85,11 @@ def test_any_damage_is_refused_by_name_and_the_older_one_used(tmp_path):
             tried += 1
         os.remove(file)
         if name != 'evaluation.json':  # which is not there before the losses are known
-            step, rejected = checkpoint.newest_whole(str(tmp_path))
+            step, rejected = store.newest_whole(str(tmp_path))
             assert step == 1 and rejected[0][1].startswith(f'{name} is missing'), (name, rejected)
         with open(file, 'wb') as f:
             f.write(good)
-        assert checkpoint.newest_whole(str(tmp_path)) == (2, [])
+        assert store.newest_whole(str(tmp_path)) == (2, [])
     assert tried > 80
 
 
@@ -97,33 +97,33 @@ def test_every_single_bit_of_the_manifest_counts(tmp_path):
     path = save(tmp_path, 1)
     with open(os.path.join(path, 'manifest.json'), 'rb') as f:
         good = f.read()
-    assert checkpoint.verify_checksum(good)['step'] == 1
+    assert store.verify_checksum(good)['step'] == 1
     for at in range(len(good)):
         with pytest.raises(ValueError):
-            checkpoint.verify_checksum(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            store.verify_checksum(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
 
 
 def test_level_size_reads_no_tensors_but_sees_sizes(tmp_path):
     path = save(tmp_path, 1)
     with open(os.path.join(path, '__0_0.distcp'), 'r+b') as f:
         f.write(b'?')
-    assert checkpoint.corruption_reason(
+    assert store.corruption_reason(
         path, 'size'
-    ) is None and '__0_0.distcp' in checkpoint.corruption_reason(path, 'full')
+    ) is None and '__0_0.distcp' in store.corruption_reason(path, 'full')
     with open(os.path.join(path, '__0_0.distcp'), 'ab') as f:
         f.write(b'?')
-    assert 'bytes, expected' in checkpoint.corruption_reason(path, 'size')
+    assert 'bytes, expected' in store.corruption_reason(path, 'size')
 
 
 def test_a_renamed_checkpoint_is_not_another_step(tmp_path):
-    os.rename(save(tmp_path, 1), checkpoint.path_of(str(tmp_path), 2))
-    assert checkpoint.newest_whole(str(tmp_path))[1][0][1] == 'manifest.json is that of step 1'
+    os.rename(save(tmp_path, 1), store.path_of(str(tmp_path), 2))
+    assert store.newest_whole(str(tmp_path))[1][0][1] == 'manifest.json is that of step 1'
 
 
 def test_a_half_written_one_is_not_seen(tmp_path):
     save(tmp_path, 1)
     os.makedirs(tmp_path / 'checkpoints' / '.writing_step_00000002')
-    assert checkpoint.steps(str(tmp_path)) == [1]
+    assert store.steps(str(tmp_path)) == [1]
     save(tmp_path, 2)
     assert sorted(os.listdir(tmp_path / 'checkpoints')) == ['step_00000001', 'step_00000002']
 
@@ -132,7 +132,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 1, value=1.0)
     path = save(tmp_path, 1, value=5.0)
     into = tensors(0.0)
-    checkpoint.load(path, into)
+    store.load(path, into)
     assert into['model.a'][0, 0] == 5.0 and os.listdir(tmp_path / 'checkpoints') == [
         'step_00000001'
     ]
@@ -143,25 +143,23 @@ def test_newest_and_best_stay(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None)):
         save(tmp_path, step, keep=2)
         if loss:
-            checkpoint.record_evaluation(
-                checkpoint.path_of(out, step), {'train': loss, 'val': loss, 'data': 'x'}
+            store.record_evaluation(
+                store.path_of(out, step), {'train': loss, 'val': loss, 'data': 'x'}
             )
-    assert checkpoint.steps(out) == [2, 4, 5] and checkpoint.best_step(out) == 2
+    assert store.steps(out) == [2, 4, 5] and store.best_step(out) == 2
     # the recorded evaluation does not break the manifest
-    assert checkpoint.corruption_reason(checkpoint.path_of(out, 2)) is None
+    assert store.corruption_reason(store.path_of(out, 2)) is None
     save(tmp_path, 6, keep_all=True)
-    assert checkpoint.steps(out) == [2, 4, 5, 6]
+    assert store.steps(out) == [2, 4, 5, 6]
     # a loss on other validation data is no rival
-    checkpoint.record_evaluation(
-        checkpoint.path_of(out, 6), {'train': 9.0, 'val': 9.0, 'data': 'y'}
-    )
-    assert checkpoint.best_step(out) == 6
+    store.record_evaluation(store.path_of(out, 6), {'train': 9.0, 'val': 9.0, 'data': 'y'})
+    assert store.best_step(out) == 6
 
 
 def test_milestones_stay(tmp_path):
     for step in range(1, 12):
         save(tmp_path, step, keep=1, keep_every=4)
-    assert checkpoint.steps(str(tmp_path)) == [4, 8, 11]
+    assert store.steps(str(tmp_path)) == [4, 8, 11]
 
 
 def test_a_removal_that_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
@@ -170,7 +168,7 @@ def test_a_removal_that_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
     def stuck(path, step):
         raise OSError(16, 'Device or resource busy', path)
 
-    monkeypatch.setattr(checkpoint, 'remove', stuck)
+    monkeypatch.setattr(store, 'remove', stuck)
     saver = Saver(str(tmp_path), ONE, keep=1)
     saver.start(2, tensors(2.0), {})
     outcome = saver.wait()
@@ -178,7 +176,7 @@ def test_a_removal_that_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
         outcome.error is None
         and 'step_00000001 could not be removed: Device or resource busy' in outcome.notes[0]
     )
-    assert checkpoint.steps(str(tmp_path)) == [1, 2]
+    assert store.steps(str(tmp_path)) == [1, 2]
 
 
 def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path):
@@ -188,10 +186,10 @@ def test_a_newer_damaged_one_does_not_push_out_the_one_just_saved(tmp_path):
     for step in (8, 9):
         (tmp_path / 'checkpoints' / f'step_{step:08d}' / 'state.json').write_text('{')
     save(tmp_path, 2, keep=1)
-    assert checkpoint.newest_whole(out)[0] == 2
-    for path, _ in checkpoint.newest_whole(out)[1]:
-        checkpoint.rename_aside(path, 'rejected')
-    assert checkpoint.steps(out) == [2] and 'rejected_step_00000009' in os.listdir(
+    assert store.newest_whole(out)[0] == 2
+    for path, _ in store.newest_whole(out)[1]:
+        store.rename_aside(path, 'rejected')
+    assert store.steps(out) == [2] and 'rejected_step_00000009' in os.listdir(
         tmp_path / 'checkpoints'
     )
 
@@ -201,10 +199,10 @@ def test_what_interrupted_saves_left_is_tidied(tmp_path):
     # killed between the two renames
     os.rename(path, tmp_path / 'checkpoints' / '.replaced_step_00000001')
     os.makedirs(tmp_path / 'checkpoints' / '.writing_step_00000002')
-    checkpoint.clean_partial(str(tmp_path))
+    store.clean_partial(str(tmp_path))
     assert (
         os.listdir(tmp_path / 'checkpoints') == ['step_00000001']
-        and checkpoint.corruption_reason(path) is None
+        and store.corruption_reason(path) is None
     )
 
 
@@ -218,11 +216,11 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     with open(os.path.join(path, '.metadata'), 'wb') as f:
         pickle.dump(Evil(), f)
     with pytest.raises(BaseException, match='not admitted'):
-        checkpoint.load(path, tensors())
+        store.load(path, tensors())
     assert not (tmp_path / 'executed').exists()
     torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
     with pytest.raises(ConfigError, match='is not a checkpoint of nanoGPT'):
-        nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+        import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
     assert not (tmp_path / 'executed').exists()
 
 
@@ -235,9 +233,9 @@ def test_shapes_and_names_must_match(tmp_path):
             r' \(4, 3\)'
         ),
     ):
-        checkpoint.load(path, {'model.a': torch.zeros(4, 3)})
+        store.load(path, {'model.a': torch.zeros(4, 3)})
     with pytest.raises(ConfigError, match='has no model.b'):
-        checkpoint.load(path, {'model.b': torch.zeros(5, 3)})
+        store.load(path, {'model.b': torch.zeros(5, 3)})
 
 
 def test_manifest_states_size_checksum_and_configuration(tmp_path):
@@ -256,7 +254,7 @@ def test_manifest_states_size_checksum_and_configuration(tmp_path):
 def test_set_aside_never_overwrites(tmp_path):
     for _ in range(2):
         save(tmp_path, 1)
-        checkpoint.set_aside_all(str(tmp_path), 'run')
+        store.set_aside_all(str(tmp_path), 'run')
     assert sorted(os.listdir(tmp_path)) == ['checkpoints_run', 'checkpoints_run_2']
 
 
@@ -264,7 +262,7 @@ def test_set_aside_never_overwrites(tmp_path):
 def test_as_many_stay_as_asked_for(tmp_path, keep):
     for step in range(1, 13):
         save(tmp_path, step, keep=keep)
-        assert checkpoint.steps(str(tmp_path)) == list(range(max(1, step - keep + 1), step + 1))
+        assert store.steps(str(tmp_path)) == list(range(max(1, step - keep + 1), step + 1))
 
 
 def test_what_cannot_be_read_is_rejected_by_name(tmp_path):
@@ -272,7 +270,7 @@ def test_what_cannot_be_read_is_rejected_by_name(tmp_path):
     folder = tmp_path / 'checkpoints'
     (folder / 'step_00000002').write_text('a file')
     os.makedirs(folder / 'step_00000003' / 'manifest.json')
-    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    step, rejected = store.newest_whole(str(tmp_path))
     assert step == 1 and [reason for _, reason in rejected] == [
         (
             f'manifest.json is damaged ({folder}/step_00000003/manifest.json is a folder, expected'
@@ -284,10 +282,10 @@ def test_what_cannot_be_read_is_rejected_by_name(tmp_path):
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     for step, loss in ((1, float('nan')), (2, 2.0), (3, 3.0)):
-        checkpoint.record_evaluation(
+        store.record_evaluation(
             save(tmp_path, step, keep=9), {'train': 1.0, 'val': loss, 'data': 'x'}
         )
-    assert checkpoint.best_step(str(tmp_path)) == 2
+    assert store.best_step(str(tmp_path)) == 2
 
 
 def test_an_evaluation_that_cannot_be_read_stops_neither_saving_nor_retention(tmp_path):
@@ -295,4 +293,4 @@ def test_an_evaluation_that_cannot_be_read_stops_neither_saving_nor_retention(tm
     os.symlink('/proc/self/mem', os.path.join(path, 'evaluation.json'))
     for step in (2, 3, 4):
         save(tmp_path, step, keep=2)
-    assert checkpoint.steps(str(tmp_path)) == [3, 4]
+    assert store.steps(str(tmp_path)) == [3, 4]

@@ -7,10 +7,10 @@ import torch
 from conftest import equal, losses, records, run_train, weights
 from torch._dynamo.testing import CompileCounter
 
-from engine import tasks
-from generation import generate
 from model import Model
-from presets import resolve_shape
+from onetrain.evaluation import multiple_choice
+from onetrain.generation import generate
+from onetrain.model_config import resolve_shape
 
 COMMON = [
     '--compile=True',
@@ -103,7 +103,7 @@ def test_what_has_ever_new_lengths_is_not_compiled():
     x = torch.randint(0, 64, (4, 16))
     model(x, x).backward()
     compiled = counter.frame_count
-    tasks.log_likelihoods(
+    multiple_choice.log_likelihoods(
         model, [(list(range(n)), 1) for n in range(2, 14)], 2, torch.device('cpu')
     )
     generate(

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from engine.configurator import ConfigError, resolve
+from onetrain.config import ConfigError, resolve
 from train import ALIASES, Config
 
 

@@ -16,8 +16,9 @@ from conftest import TINY, end_all, equal, losses, records, run_process, start_p
 from fsspec.implementations.local import LocalFileSystem
 
 import checkpoints
-from engine import checkpoint, copier, copying_together, faults, parallel
-from engine.files import open_url
+from onetrain.checkpoint import fault_injection, shared_upload, store, uploader
+from onetrain.distributed import collectives, processes
+from onetrain.files import open_url
 
 
 @pytest.fixture(params=['file', 's3'])
@@ -45,10 +46,10 @@ def test_checkpoints_and_logs_are_copied_while_training_and_complete_in_the_end(
     )
     output = capsys.readouterr().out
     assert all(f'copied step {step} to' in output for step in (10, 20, 30)), output
-    fs, root, step, rejected = copier.find_run(url, 'full')
-    assert (step, rejected) == (30, []) and checkpoint.steps(root, fs) == [10, 20, 30]
+    fs, root, step, rejected = uploader.find_run(url, 'full')
+    assert (step, rejected) == (30, []) and store.steps(root, fs) == [10, 20, 30]
     for step in (10, 20, 30):
-        local, there = checkpoint.path_of(str(out), step), checkpoint.path_of(root, step)
+        local, there = store.path_of(str(out), step), store.path_of(root, step)
         assert sorted(os.listdir(local)) == sorted(
             path.rsplit('/', 1)[1] for path in fs.find(there)
         )
@@ -108,7 +109,7 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
     assert 'continuing at iter 40' in capsys.readouterr().out
     assert len(records(b)) == 50 and len(glob.glob(f'{b}/*.jsonl.before_fetch')) == 1
     # a certain step
-    run = copier.find_run(url)[1]
+    run = uploader.find_run(url)[1]
     place = run if url.startswith('file') else f's3://{run}'
     assert (
         train(
@@ -124,7 +125,7 @@ def test_a_bare_machine_continues_to_the_same_bits(train, tmp_path, url, capsys)
 
 def test_a_copy_that_is_damaged_gives_way_to_the_one_before(train, tmp_path, url, capsys):
     assert train(tmp_path / 'a', '--max_iters=20', '--eval_interval=10', f'--upload_to={url}') == 0
-    fs, root, step, _ = copier.find_run(url)
+    fs, root, step, _ = uploader.find_run(url)
     path = f'{root}/checkpoints/step_00000020/__0_0.distcp'
     data = bytearray(fs.cat_file(path))
     data[1000] ^= 1
@@ -156,13 +157,13 @@ def test_a_kill_during_the_copy_leaves_no_half_checkpoint(dataset, tmp_path, url
         f'--upload_to={url}',
         env={'ONETRAIN_FAULT': 'upload:20'},
     )
-    assert code == faults.EXIT_CODE, output
-    fs, root, step, rejected = copier.find_run(url)
+    assert code == fault_injection.EXIT_CODE, output
+    fs, root, step, rejected = uploader.find_run(url)
     assert rejected and 'manifest.json is missing' in rejected[0][1]  # files, but no checkpoint
     assert step in (None, 10)
     assert train(out, '--auto_resume=True', '--max_iters=30', '--eval_interval=10') == 0
-    fs, root, step, rejected = copier.find_run(url, 'full')
-    assert (step, rejected) == (30, []) and checkpoint.corruption_reason(
+    fs, root, step, rejected = uploader.find_run(url, 'full')
+    assert (step, rejected) == (30, []) and store.corruption_reason(
         f'{root}/checkpoints/step_00000020', 'full', fs
     ) is None
 
@@ -199,7 +200,7 @@ def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(
         if stopped and not started:
             s3.start()
     assert 'works again' in output and 'copied step 600' in output
-    fs, root, step, rejected = copier.find_run(url, 'full')
+    fs, root, step, rejected = uploader.find_run(url, 'full')
     assert (step, rejected) == (600, []) and fs.size(
         f'{root}/{os.path.basename(root)}.jsonl'
     ) > 5000
@@ -224,7 +225,7 @@ def test_killed_while_the_server_is_down_then_resumed_from_the_bucket_on_an_empt
     code, output = run_process(
         'train.py', *common, '--max_iters=40', env={**s3.environment, 'ONETRAIN_FAULT': 'upload:40'}
     )
-    assert code == faults.EXIT_CODE, output
+    assert code == fault_injection.EXIT_CODE, output
     s3.stop()
     try:
         process = start_process('train.py', *common, '--max_iters=100000', env=s3.environment)
@@ -235,9 +236,9 @@ def test_killed_while_the_server_is_down_then_resumed_from_the_bucket_on_an_empt
     finally:
         end_all(process)
         s3.start()
-    stopped = checkpoint.newest_whole(str(out))[0]
+    stopped = store.newest_whole(str(out))[0]
     code, output = run_process('train.py', *common, f'--max_iters={stopped}', env=s3.environment)
-    assert code == 0 and copier.find_run(url, 'full')[2:] == (stopped, []), output
+    assert code == 0 and uploader.find_run(url, 'full')[2:] == (stopped, []), output
     shutil.rmtree(out)
     assert (
         train(
@@ -264,9 +265,9 @@ def test_local_ones_go_only_when_asked_and_only_when_copied(train, tmp_path, url
         )
         == 0
     )
-    assert checkpoint.steps(str(tmp_path / 'a')) == [40, 50]
-    fs, root, step, rejected = copier.find_run(url, 'full')
-    assert checkpoint.steps(root, fs) == [10, 20, 30, 40, 50]
+    assert store.steps(str(tmp_path / 'a')) == [40, 50]
+    fs, root, step, rejected = uploader.find_run(url, 'full')
+    assert store.steps(root, fs) == [10, 20, 30, 40, 50]
 
 
 def test_the_listing(train, tmp_path, url, capsys):
@@ -287,7 +288,7 @@ def test_the_listing(train, tmp_path, url, capsys):
             == ['20', f'{evaluated[2]["train_loss"]:.4f}', f'{evaluated[2]["val_loss"]:.4f}']
             and 'whole, best' in lines[2]
         )
-    with open(os.path.join(checkpoint.path_of(str(tmp_path / 'a'), 10), '.metadata'), 'ab') as f:
+    with open(os.path.join(store.path_of(str(tmp_path / 'a'), 10), '.metadata'), 'ab') as f:
         f.write(b'x')
     assert checkpoints.main([str(tmp_path / 'a'), '--verify=size']) == 1
     assert '.metadata has' in capsys.readouterr().out
@@ -320,9 +321,7 @@ def test_an_earlier_step_of_the_same_folder(train, tmp_path, capsys):
     assert train(tmp_path, '--init_from=resume', '--resume_from=25') == 2
     assert 'has steps [10, 20, 30]' in capsys.readouterr().err
     assert train(tmp_path, '--init_from=resume', '--resume_from=10', '--max_iters=20') == 0
-    assert checkpoint.steps(str(tmp_path)) == [10, 20] and sorted(losses(tmp_path)) == list(
-        range(1, 21)
-    )
+    assert store.steps(str(tmp_path)) == [10, 20] and sorted(losses(tmp_path)) == list(range(1, 21))
     assert {k: v for k, v in reference.items() if k <= 20} == losses(tmp_path)
     assert sorted(
         name for name in os.listdir(tmp_path / 'checkpoints') if name.startswith('superseded')
@@ -332,7 +331,7 @@ def test_an_earlier_step_of_the_same_folder(train, tmp_path, capsys):
 def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatch):
     """The first time that each file of tensors is put there, a bit flips on the way."""
     assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
-    transfer, damaged = copier._transfer, []
+    transfer, damaged = uploader._transfer, []
 
     def unreliable(fs, here, to_fs, there):
         transfer(fs, here, to_fs, there)
@@ -342,9 +341,9 @@ def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatc
                 f.seek(500)
                 f.write(b'#')
 
-    monkeypatch.setattr(copier, '_transfer', unreliable)
+    monkeypatch.setattr(uploader, '_transfer', unreliable)
     # which has no log
-    copies = copier.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
+    copies = uploader.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert copies.finish(30)
     news = copies.news()
     assert (
@@ -353,8 +352,7 @@ def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatc
         and any('copied step 10' in line for line in news)
     ), news
     assert (
-        checkpoint.corruption_reason(f'{tmp_path / "there"}/a/run_x/checkpoints/step_00000010')
-        is None
+        store.corruption_reason(f'{tmp_path / "there"}/a/run_x/checkpoints/step_00000010') is None
     )
 
 
@@ -362,14 +360,14 @@ def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
     """The log goes before the manifest: what can be resumed has its lines."""
     assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
     written = []
-    write = copier._write
+    write = uploader._write
     monkeypatch.setattr(
-        copier,
+        uploader,
         '_write',
         lambda fs, path, data: (written.append(os.path.basename(path)), write(fs, path, data)),
     )
     run_name = os.path.basename(glob.glob(f'{tmp_path / "a"}/*.jsonl')[0]).removesuffix('.jsonl')
-    assert copier.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), run_name).finish(30)
+    assert uploader.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), run_name).finish(30)
     assert written[:5] == [
         f'{run_name}.jsonl',
         f'{run_name}.log',
@@ -437,7 +435,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
     """
     a, b, fork, copies = tmp_path / 'a', tmp_path / 'b', tmp_path / 'fork', f'--upload_to={url}'
     assert train(a, '--max_iters=20', '--eval_interval=10', copies) == 0
-    fs, root, *_ = copier.find_run(url)
+    fs, root, *_ = uploader.find_run(url)
     before = {path: fs.cat_file(path) for path in fs.find(root)}
     assert (
         train(
@@ -464,7 +462,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
         == 0
     )
     assert {path: fs.cat_file(path) for path in fs.find(root)} == before
-    assert copier.find_run(f'{url}/fork')[2] == 20
+    assert uploader.find_run(f'{url}/fork')[2] == 20
     assert (
         train(tmp_path / 'c', '--init_from=resume', f'--resume_from={url}', '--max_iters=20') == 2
     )
@@ -474,7 +472,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
 def test_a_run_that_ends_before_all_is_copied_says_how_to_copy_it(
     train, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(copier.Copier, 'finish', lambda self, *how: False)
+    monkeypatch.setattr(uploader.Copier, 'finish', lambda self, *how: False)
     url = f'file://{tmp_path / "there"}'
     code = train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10', f'--upload_to={url}')
     assert code == 4
@@ -487,7 +485,7 @@ def test_a_run_that_ends_before_all_is_copied_says_how_to_copy_it(
 def test_a_broken_one_does_not_hold_up_the_others(train, tmp_path, capsys):
     out, url = tmp_path / 'a', f'file://{tmp_path / "there"}'
     assert train(out, '--max_iters=30', '--eval_interval=10', '--keep_all_checkpoints=True') == 0
-    with open(os.path.join(checkpoint.path_of(str(out), 30), 'state.json'), 'a') as f:
+    with open(os.path.join(store.path_of(str(out), 30), 'state.json'), 'a') as f:
         f.write('  ')
     assert checkpoints.main([str(out), f'--copy_to={url}']) == 1
     output = capsys.readouterr().out
@@ -523,13 +521,13 @@ def test_automatic_with_a_place_to_begin_from_goes_there_only_once(train, tmp_pa
         )
         == 2
     )
-    assert checkpoint.steps(str(tmp_path / 'b')) == [20, 30]  # nothing was renamed
+    assert store.steps(str(tmp_path / 'b')) == [20, 30]  # nothing was renamed
 
 
 def test_damage_here_is_mended_from_the_copy(train, tmp_path, capsys):
     out, url = tmp_path / 'a', f'--upload_to=file://{tmp_path / "there"}'
     assert train(out, '--max_iters=20', '--eval_interval=10', url, '--upload_keep_local=1') == 0
-    with open(os.path.join(checkpoint.path_of(str(out), 20), '__0_0.distcp'), 'r+b') as f:
+    with open(os.path.join(store.path_of(str(out), 20), '__0_0.distcp'), 'r+b') as f:
         f.seek(5000)
         f.write(b'X')
     assert train(out, '--auto_resume=True', '--max_iters=30', '--eval_interval=10', url) == 0
@@ -542,14 +540,14 @@ def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(
     train, tmp_path, monkeypatch
 ):
     assert train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10') == 0
-    real, asked = checkpoint.corruption_reason, []
+    real, asked = store.corruption_reason, []
 
     def corruption_reason(path, *args):
         asked.append(path)
         return 'there is no such checkpoint' if len(asked) == 1 else real(path, *args)
 
-    monkeypatch.setattr(checkpoint, 'corruption_reason', corruption_reason)
-    copies = copier.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
+    monkeypatch.setattr(store, 'corruption_reason', corruption_reason)
+    copies = uploader.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert (
         copies.finish(30)
         and any('copied step 10' in line for line in copies.news())
@@ -559,12 +557,12 @@ def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(
 
 def test_a_bucket_is_asked_for_its_checksum_instead_of_every_byte(s3, tmp_path, monkeypatch):
     """Of a file sent whole and of one in pieces; one that arrives differently is found too."""
-    monkeypatch.setattr(copier, 'PIECE', 5 * 2**20)
-    read, sha256 = [], checkpoint.sha256
+    monkeypatch.setattr(uploader, 'PIECE', 5 * 2**20)
+    read, sha256 = [], store.sha256
     monkeypatch.setattr(
-        checkpoint,
+        store,
         'sha256',
-        lambda path, fs=checkpoint.LOCAL: (read.append(path), sha256(path, fs))[1],
+        lambda path, fs=store.LOCAL: (read.append(path), sha256(path, fs))[1],
     )
     fs, there = open_url(f's3://bucket/{tmp_path.name}')
     files = {}
@@ -573,23 +571,23 @@ def test_a_bucket_is_asked_for_its_checksum_instead_of_every_byte(s3, tmp_path, 
         files[name] = {'size': size, 'sha256': sha256(str(tmp_path / name))}
     here = str(tmp_path / 'step_00000001')
     os.symlink(tmp_path, here)
-    copier.copy_files(checkpoint.LOCAL, here, fs, there, files)
+    uploader.copy_files(store.LOCAL, here, fs, there, files)
     assert [path.rsplit('/', 1)[1] for path in read] == ['nothing']
     assert fs.info(f'{there}/pieces')['ETag'].strip('"').endswith('-3')
     assert all(fs.cat_file(f'{there}/{name}') == (tmp_path / name).read_bytes() for name in files)
     for name in ('whole', 'pieces'):
         fs.rm_file(f'{there}/{name}')
-    transfer = copier._transfer
+    transfer = uploader._transfer
 
     def unreliable(fs, here, to_fs, there):
         transfer(fs, here, to_fs, there)
         data = to_fs.cat_file(there)
         to_fs.pipe_file(there, data[:50] + bytes([data[50] ^ 1]) + data[51:])
 
-    monkeypatch.setattr(copier, '_transfer', unreliable)
+    monkeypatch.setattr(uploader, '_transfer', unreliable)
     for name in ('whole', 'pieces'):
         with pytest.raises(ValueError, match=f'{name} reads back differently'):
-            copier.copy_files(checkpoint.LOCAL, here, fs, there, {name: files[name]})
+            uploader.copy_files(store.LOCAL, here, fs, there, {name: files[name]})
 
 
 def test_only_what_is_new_in_a_log_is_sent(url, tmp_path, monkeypatch):
@@ -597,9 +595,9 @@ def test_only_what_is_new_in_a_log_is_sent(url, tmp_path, monkeypatch):
     fs, there = open_url(url)
     here, log, sent, wholes = str(tmp_path / 'run'), tmp_path / 'run' / 'run_x.jsonl', {}, []
     os.makedirs(here)
-    write = copier._write
+    write = uploader._write
     monkeypatch.setattr(
-        copier,
+        uploader,
         '_write',
         lambda fs, path, data: (wholes.append(os.path.basename(path)), write(fs, path, data)),
     )
@@ -607,7 +605,7 @@ def test_only_what_is_new_in_a_log_is_sent(url, tmp_path, monkeypatch):
     def copy_of(text, mode='a'):
         with open(log, mode) as f:
             f.write(text)
-        copier.copy_logs(checkpoint.LOCAL, here, fs, there, 'run_x', sent)
+        uploader.copy_logs(store.LOCAL, here, fs, there, 'run_x', sent)
         return fs.cat_file(f'{there}/run_x.jsonl').decode()
 
     first = 'x' * 99 + '\n'
@@ -661,14 +659,14 @@ def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
                 f.write('x')
 
     hashes = torch.distributed.HashStore()
-    monkeypatch.setattr(parallel, 'all_gather_objects', lambda value, world: [0, 1, 0, 1])
-    monkeypatch.setattr(parallel, 'broadcast_from_main', lambda work, world: 'copies of this run')
-    monkeypatch.setattr(parallel, 'store', lambda: hashes)
-    monkeypatch.setattr(copying_together, 'copy_files', copy_files)
+    monkeypatch.setattr(collectives, 'all_gather_objects', lambda value, world: [0, 1, 0, 1])
+    monkeypatch.setattr(
+        collectives, 'broadcast_from_main', lambda work, world: 'copies of this run'
+    )
+    monkeypatch.setattr(processes, 'store', lambda: hashes)
+    monkeypatch.setattr(shared_upload, 'copy_files', copy_files)
     first, second = (
-        copying_together.Machines(
-            parallel.World(rank, 4, torch.device('cpu')), f'file://{tmp_path}'
-        )
+        shared_upload.Machines(processes.World(rank, 4, torch.device('cpu')), f'file://{tmp_path}')
         for rank in (0, 2)
     )
     second.serve()
@@ -688,7 +686,7 @@ def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
     del copied[:]
     for second_does in ('elsewhere', 'hang'):
         shutil.rmtree(there)
-        monkeypatch.setattr(copying_together, 'PATIENCE_S', 0.5)
+        monkeypatch.setattr(shared_upload, 'PATIENCE_S', 0.5)
         first.copy('here', there, files)
         assert copied[-1] == (False, theirs) and sorted(os.listdir(there)) == sorted(names), (
             second_does

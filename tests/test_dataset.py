@@ -14,15 +14,16 @@ import torch
 from conftest import ROOT, TINY, losses, records, run_train, write_dataset
 from ranks import train as ranks_train
 
-from data.tokenfile import TokenFileWriter
-from data.tokenizer import BytesTokenizer
-from engine import loader, remote
-from engine.configurator import ConfigError
-from engine.dataset import check_vocab_and_length, open_dataset, parse_mixture
-from engine.descriptors import FILES
-from engine.loader import MixedOrder, WindowOrder, evaluation_batches, order_of
-from engine.loss import IGNORE
-from engine.text_bytes import bytes_of
+from onetrain.config import ConfigError
+from onetrain.data import loader, remote
+from onetrain.data.dataset import check_vocab_and_length, open_dataset, parse_mixture
+from onetrain.data.loader import evaluation_batches
+from onetrain.data.order import MixedOrder, WindowOrder, order_of
+from onetrain.data.text_bytes import bytes_of
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.descriptors import FILES
+from onetrain.ops.cross_entropy import IGNORE
+from onetrain.tokenizers.base import BytesTokenizer
 
 CPU = torch.device('cpu')
 
@@ -396,8 +397,8 @@ def test_sources_whose_tokenizers_give_the_same_ids_mix(tmp_path):
     """One described as the bytes of the text, one by the files of a tokenizer that does the
     same.
     """
-    from data.tokenizer import BytesTokenizer, HuggingFaceTokenizer
-    from data.tokenizer_json import save_for_transformers
+    from onetrain.tokenizers.base import BytesTokenizer, HuggingFaceTokenizer
+    from onetrain.tokenizers.export import save_for_transformers
 
     save_for_transformers(BytesTokenizer(), str(tmp_path / 'hf'))
     folders = [str(tmp_path / name) for name in ('bytes', 'files', 'text')]

@@ -124,10 +124,9 @@ def project(tmp_path_factory):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    sys.path.insert(0, ROOT)
-    import huggingface
     from model import Model
-    from presets import resolve_shape
+    from onetrain import huggingface
+    from onetrain.model_config import resolve_shape
 
     model = Model(
         resolve_shape(
@@ -136,7 +135,7 @@ def project(tmp_path_factory):
     )
     model.init_weights(0)
     for name in ('llama2_tokenizer', 'path/to/folder'):
-        huggingface.write(str(folder / name), model.config, model.state_dict())
+        huggingface.write_model(str(folder / name), model.config, model.state_dict())
         tokenizer.save(str(folder / name / 'tokenizer.json'))
         (folder / name / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
     for name in ('slimpajama_6b_gpt2', 'slimpajama_6b_llama', 'slimpajama_6b_llama3', 'own_text'):
@@ -296,7 +295,7 @@ def test_files_and_keys_that_the_documents_name_exist():
             text = f.read()
         assert set(re.findall(r'--(\w+)', text)) <= known | other_commands
         for path in re.findall(
-            r'\]\(([\w./-]+)\)|`((?:config|tests|engine|bench|data|plots)/[\w./-]+\.\w+)`', text
+            r'\]\(([\w./-]+)\)|`((?:config|tests|onetrain|bench|data|plots)/[\w./-]+\.\w+)`', text
         ):
             path = path[0] or path[1]
             assert os.path.exists(

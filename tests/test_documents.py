@@ -7,9 +7,9 @@ import torch
 from conftest import TEXT, losses, write_dataset
 from test_attention import inputs
 
-from engine.attention import attention, choose_backend, make_attention_mask
 from model import Model, documents_of
-from presets import resolve_shape
+from onetrain.model_config import resolve_shape
+from onetrain.ops.attention import attention, choose_backend, make_attention_mask
 
 END = 7
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, TINY, run_process, run_train
 
 import train as trainer
-from engine import memory
-from engine.configurator import choices_of, described, help_text, resolve
-from engine.dataset import NotPrepared, open_dataset
+from onetrain.config import choices_of, described, help_text, resolve
+from onetrain.data.dataset import NotPrepared, open_dataset
+from onetrain.training import memory
 
 RECIPES = sorted(name for name in os.listdir(os.path.join(ROOT, 'config')) if name.endswith('.py'))
 
@@ -272,7 +272,7 @@ def without_torch(*words):
     """(exit code, output) of train.py in a Python of its own that has no torch."""
     blocked = (
         "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['train.py', *sys.argv[1:]];"
-        " sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')"
+        " runpy.run_path('train.py', run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, '-c', blocked, *words],

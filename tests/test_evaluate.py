@@ -14,11 +14,11 @@ from test_export import hugging_face_like
 
 import evaluate
 import export
-import generation
-import sample
-from data.tokenfile import TokenFileWriter
-from engine import tasks
-from engine.configurator import ConfigError
+from load import load_run
+from onetrain import generation
+from onetrain.config import ConfigError
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.evaluation import multiple_choice
 
 FILES = {
     name: os.path.join(ROOT, 'tests', 'tasks', f'{name}.jsonl')
@@ -72,7 +72,7 @@ def results(folder, step=150):
 def test_loss_is_that_of_every_token_once(trained, capsys):
     assert evaluate.main([f'--out_dir={trained}/run', '--device=cpu', '--batch_size=3']) == 0
     found = results(trained)['loss']
-    model, tokenizer, _, _ = sample.load_run(
+    model, tokenizer, _, _ = load_run(
         str(trained / 'run'), None, torch.device('cpu'), torch.float32
     )
     import numpy as np
@@ -175,19 +175,19 @@ def test_scores_are_those_of_lm_eval(trained, tmp_path, monkeypatch, capsys):
         ), name
     assert len({score['acc'] for score in ours.values()}) > 1
     # and each log-likelihood
-    loaded, tokenizer, _, _ = sample.load_run(
+    loaded, tokenizer, _, _ = load_run(
         str(trained / 'run'), None, torch.device('cpu'), torch.float32
     )
-    for name, items in tasks.load_tasks(WORDS).items():
-        made = tasks.encode({name: items}, tokenizer, 64)[name][1]
-        mine = tasks.log_likelihoods(loaded, made, 4, torch.device('cpu'))
+    for name, items in multiple_choice.load_tasks(WORDS).items():
+        made = multiple_choice.encode({name: items}, tokenizer, 64)[name][1]
+        mine = multiple_choice.log_likelihoods(loaded, made, 4, torch.device('cpu'))
         sampled = sorted(theirs['samples'][f'local_{name}'], key=lambda s: s['doc_id'])
         expected = [float(answer[0]) for s in sampled for answer in s['filtered_resps']]
         assert [mine[i] for i in range(len(made))] == pytest.approx(expected, abs=1e-3), name
 
 
 def test_items_of_every_format():
-    found = tasks.load_tasks(WORDS)
+    found = multiple_choice.load_tasks(WORDS)
     assert {name: len(items) for name, items in found.items()} == {
         'hellaswag': 5,
         'arc_easy': 8,
@@ -200,35 +200,35 @@ def test_items_of_every_format():
         ' finger. Then'
     )
     assert '[step]' not in found['hellaswag'][0].choices[2] and found['hellaswag'][1].answer == 1
-    assert found['arc_easy'][0] == tasks.Item(
+    assert found['arc_easy'][0] == multiple_choice.Item(
         'Question: Which of these is a source of light?\nAnswer:',
         ['a stone', 'a candle', 'a cloud', 'a shoe'],
         1,
     )
-    assert len(tasks.load_tasks(WORDS, 2)['piqa']) == 2
+    assert len(multiple_choice.load_tasks(WORDS, 2)['piqa']) == 2
 
 
 def test_only_the_answer_counts():
-    item = tasks.Item('ab', ['cd', 'c'], 0)
-    made = tasks.requests([item], lambda text: [ord(c) for c in text], None, 100)
+    item = multiple_choice.Item('ab', ['cd', 'c'], 0)
+    made = multiple_choice.requests([item], lambda text: [ord(c) for c in text], None, 100)
     assert made == [([97, 98, 32, 99, 100], 3), ([97, 98, 32, 99], 2)]
     logits = torch.zeros(1, 8, 128)
     logits[..., 99] = 3.0
-    found = tasks.log_likelihoods(
+    found = multiple_choice.log_likelihoods(
         lambda idx: logits.expand(len(idx), -1, -1)[:, : idx.size(1)], made, 2, torch.device('cpu')
     )
     p = logits[0, 0].log_softmax(-1)
     assert found[1] == pytest.approx((p[32] + p[99]).item()) and found[0] == pytest.approx(
         (p[32] + p[99] + p[100]).item()
     )
-    assert tasks.score([item], [-1.0, -0.9]) == {
+    assert multiple_choice.score([item], [-1.0, -0.9]) == {
         'acc': 0.0,
         'acc_norm': 1.0,
         'chance': 0.5,
         'items': 1,
     }
     # a context of 2 tokens
-    assert tasks.requests([item], lambda text: [ord(c) for c in text], None, 2)[0] == (
+    assert multiple_choice.requests([item], lambda text: [ord(c) for c in text], None, 2)[0] == (
         [32, 99, 100],
         2,
     )
@@ -307,9 +307,7 @@ def test_documents_are_kept_apart_if_they_were_in_training(trained, tmp_path):
         evaluate.main([f'--out_dir={tmp_path}/run', '--device=cpu', f'--json={tmp_path}/x.json'])
         == 0
     )
-    model, _, _, _ = sample.load_run(
-        str(tmp_path / 'run'), None, torch.device('cpu'), torch.float32
-    )
+    model, _, _, _ = load_run(str(tmp_path / 'run'), None, torch.device('cpu'), torch.float32)
     assert model.document_end is not None
     found, logged = (
         json.loads((tmp_path / 'x.json').read_text())['loss']['loss'],
@@ -388,14 +386,14 @@ def test_labels_are_whole_numbers(tmp_path, label):
         (tmp_path / 'a.jsonl').write_text(
             json.dumps({'goal': 'a', 'sol1': 'b', 'sol2': 'c', 'label': right}) + '\n'
         )
-        assert tasks.load_tasks(f'piqa:{tmp_path}/a.jsonl')['piqa'][0].answer == number
+        assert multiple_choice.load_tasks(f'piqa:{tmp_path}/a.jsonl')['piqa'][0].answer == number
     (tmp_path / 'a.jsonl').write_text(
         json.dumps({'goal': 'a', 'sol1': 'b', 'sol2': 'c', 'label': label}) + '\n'
     )
     with pytest.raises(ConfigError, match='line 1: not an item of piqa'):
-        tasks.load_tasks(f'piqa:{tmp_path}/a.jsonl')
+        multiple_choice.load_tasks(f'piqa:{tmp_path}/a.jsonl')
     with pytest.raises(ConfigError, match='piqa is named twice'):
-        tasks.load_tasks(f'piqa:{FILES["piqa"]},piqa:{tmp_path}/a.jsonl')
+        multiple_choice.load_tasks(f'piqa:{FILES["piqa"]},piqa:{tmp_path}/a.jsonl')
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
@@ -450,7 +448,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
             ' package datasets)'
         ),
     ):
-        tasks.load_tasks('hellaswag')
+        multiple_choice.load_tasks('hellaswag')
 
 
 @pytest.mark.parametrize('layout', [[], ['--use_fsdp=True']])

@@ -10,9 +10,9 @@ from conftest import equal, losses, records, torchrun, weights
 from ranks import ranks
 from test_layouts import LAYOUTS, arguments, close, run
 
-from engine import experts
 from model import Model
-from presets import resolve_shape
+from onetrain.model_config import resolve_shape
+from onetrain.ops import experts
 
 MOE = [
     '--arch_preset=moe',
@@ -263,9 +263,9 @@ def single(dataset, tmp_path_factory):
 def balances(out, step):
     names = [f'model.transformer.h.{i}.mlp.router.balance' for i in (1, 2)]
     found = {name: torch.zeros(4) for name in names}
-    from engine import checkpoint
+    from onetrain.checkpoint import store
 
-    checkpoint.load(checkpoint.path_of(str(out), step), found)
+    store.load(store.path_of(str(out), step), found)
     return found
 
 
@@ -306,19 +306,19 @@ def held(arguments):
     that this rank holds.
     """
     import train
-    from engine import parallel
+    from onetrain.distributed import layouts
 
-    real, found = parallel.shard, []
+    real, found = layouts.shard, []
 
     def shard(model, *args):
         real(model, *args)
         found.append(sum(p.to_local().numel() for p in model.parameters() if p.dim() == 3))
 
-    parallel.shard = shard
+    layouts.shard = shard
     try:
         return train.main(arguments), found[0]
     finally:
-        parallel.shard = real
+        layouts.shard = real
 
 
 def test_experts_that_the_ranks_do_not_divide_are_split_along_their_width(dataset, tmp_path):
@@ -516,7 +516,7 @@ def test_impossible_shapes_are_told(settings, message):
 
 def unbalanced(balance_rate, steps, seed):
     """The load score of a model whose router begins with a bias for one expert, over training."""
-    from engine.counter_rng import hash_ints
+    from onetrain.counter_rng import hash_ints
 
     m = Model(
         resolve_shape(
@@ -561,7 +561,7 @@ def test_balancing_makes_an_unbalanced_start_even():
 
 
 def test_biases_of_experts_are_not_decayed():
-    from engine.optim import decay_groups
+    from onetrain.training.optim import decay_groups
 
     named = dict(model(dispatch='loop').named_parameters()) | dict(
         Model(

@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT, TEXT, records, run_train, write_dataset
 
 import export
-import huggingface
 import sample
-from data.tokenizer import (
+from load import load_run
+from onetrain.generation import generate
+from onetrain.huggingface import weights as huggingface_weights
+from onetrain.tokenizers.base import (
     BytesTokenizer,
     CharTokenizer,
     HuggingFaceTokenizer,
@@ -25,9 +27,8 @@ from data.tokenizer import (
     same_tokenizer,
     tokenizer_of,
 )
-from data.tokenizer_json import byte_characters, save_for_transformers
-from engine.tokenizer_match import tokenizer_identity
-from generation import generate
+from onetrain.tokenizers.export import byte_characters, save_for_transformers
+from onetrain.tokenizers.matching import tokenizer_identity
 
 transformers = pytest.importorskip('transformers')
 FAMILIES = {
@@ -144,9 +145,7 @@ def exported(dataset, tmp_path_factory):
 def test_trained_exported_and_read_by_transformers(dataset, exported, family):
     """The loss of the same batch within 1e-5, the same greedy text."""
     folder, (theirs, written, name) = exported[family]
-    model, tokenizer, _, _ = sample.load_run(
-        str(folder / 'run'), None, torch.device('cpu'), torch.float32
-    )
+    model, tokenizer, _, _ = load_run(str(folder / 'run'), None, torch.device('cpu'), torch.float32)
     x = torch.tensor(tokenizer.encode(TEXT[:34]).tolist()).view(2, 17)
     prompt = tokenizer.encode('the quick').tolist()
     with torch.no_grad():
@@ -212,13 +211,13 @@ def test_a_wrong_export_is_noticed(dataset, tmp_path, capsys, monkeypatch):
         )
         == 0
     )
-    real = huggingface._hf_config
+    real = huggingface_weights.config_json
     monkeypatch.setattr(
-        huggingface, '_hf_config', lambda *args: {**real(*args), 'rms_norm_eps': 0.5}
+        huggingface_weights, 'config_json', lambda *args: {**real(*args), 'rms_norm_eps': 0.5}
     )
     assert export.main([f'--out_dir={tmp_path}/run', f'--to={tmp_path}/hf']) == 2
     assert 'transformers computes other logits' in capsys.readouterr().err
-    monkeypatch.setattr(huggingface, '_hf_config', real)
+    monkeypatch.setattr(huggingface_weights, 'config_json', real)
     monkeypatch.setattr(
         export,
         'save_for_transformers',

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.flops import peak_flops, utilization
 from model import Experts, Model
-from presets import resolve_shape
+from onetrain.flops import peak_flops, utilization
+from onetrain.model_config import resolve_shape
 
 FAMILIES = [
     dict(arch_preset='gpt2'),

@@ -14,8 +14,8 @@ from conftest import TINY, equal, weights
 from ranks import ranks, train
 from test_layouts import FAMILIES, LAYOUTS
 
-from engine import checkpoint, saver
-from engine.logger import RunLog
+from onetrain.checkpoint import async_writer, store
+from onetrain.logs.run_log import RunLog
 
 # a tied table, and none
 CASES = [(layout, 'gpt2') for layout in LAYOUTS] + [('ZeRO-2', 'llama3'), ('ZeRO-3', 'llama3')]
@@ -98,7 +98,7 @@ def test_what_is_saved_after_forward_passes_is_the_step(layout, family, dataset,
         )[0]
         == 0
     )
-    assert checkpoint.steps(str(out)) == [2, 4] and all(
+    assert store.steps(str(out)) == [2, 4] and all(
         equal(weights(out, step), weights(calm, step)) for step in (2, 4)
     )
 
@@ -123,7 +123,7 @@ def test_what_is_saved_after_forward_passes_is_the_step(layout, family, dataset,
         )
         assert (
             codes == [143, 143]
-            and checkpoint.steps(str(out)) == [2]
+            and store.steps(str(out)) == [2]
             and equal(weights(out, 2), weights(calm, 2))
         ), what
 
@@ -135,5 +135,5 @@ def test_a_copy_of_another_shape_is_refused(other):
     """By copy_() the one would be spread over the other, by memmove() it would end behind it."""
     target = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r'x has the shape .* its copy \(2, 3\)'):
-        saver._copy('x', target, other)
+        async_writer._copy('x', target, other)
     assert target.eq(1).all()

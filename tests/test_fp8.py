@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import equal, losses, run_train, weights
 
-from engine import fp8
-from engine.configurator import ConfigError
 from model import Model
-from presets import resolve_shape
+from onetrain.config import ConfigError
+from onetrain.model_config import resolve_shape
+from onetrain.ops import fp8
 
 pytest.importorskip('torchao')
 LARGE = [

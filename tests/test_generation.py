@@ -5,10 +5,10 @@ limits.
 import pytest
 import torch
 
-from engine.configurator import ConfigError
-from generation import generate, likely, penalised
 from model import Model
-from presets import resolve_shape
+from onetrain.config import ConfigError
+from onetrain.generation import generate, likely, penalised
+from onetrain.model_config import resolve_shape
 
 FAMILIES = {
     'gpt2': dict(arch_preset='gpt2', bias=True),
@@ -107,7 +107,7 @@ def test_decoding_is_compiled_once(family):
 
 
 def test_a_window_keeps_no_more_than_it_looks_back_on():
-    from generation import cache_for
+    from onetrain.generation import cache_for
 
     cache = cache_for(build('gpt_oss'), 2, 40)
     assert [k.size(2) for k in cache.keys] == [5, 40, 5, 40] and cache.keys[0].shape[:2] == (2, 4)

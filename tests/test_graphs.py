@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import equal, losses, records, run_train, weights
 
-from engine import checks, kernels, micro_step, parallel
-from engine.configurator import ConfigError
 from model import Model
-from presets import resolve_shape
+from onetrain.config import ConfigError
+from onetrain.distributed import layouts, processes
+from onetrain.model_config import resolve_shape
+from onetrain.ops import kernels
+from onetrain.training import micro_step, validate
 from train import Config
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
@@ -44,7 +46,7 @@ def plain(family='gpt2', accumulation=1, dropout=0.0):
     )
     model = Model.on_meta(shape, dropout=dropout).allocate('cpu')
     model.init_weights(0)
-    world = parallel.start('cpu')
+    world = processes.start('cpu')
     return micro_step.ForwardBackward(
         model,
         model,
@@ -125,7 +127,7 @@ def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
     step.world.layout = 'DDP'
     asked = []
     monkeypatch.setattr(
-        parallel,
+        layouts,
         'gradient_sync_context',
         lambda model, last, world: asked.append(last) or torch.enable_grad(),
     )
@@ -186,9 +188,9 @@ def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
     world = step.world
     world.layout, world.device = 'DDP', torch.device('cuda', 0)
     monkeypatch.setattr(
-        parallel, 'gradient_sync_context', lambda model, last, world: torch.enable_grad()
+        layouts, 'gradient_sync_context', lambda model, last, world: torch.enable_grad()
     )
-    step.train_model = parallel.wrap(step.model, world, compile=False, accumulation=1, graphs=True)[
+    step.train_model = layouts.wrap(step.model, world, compile=False, accumulation=1, graphs=True)[
         1
     ]
     call = step.train_model
@@ -215,9 +217,9 @@ def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refuse
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     if refused:
         with pytest.raises(ConfigError, match='grouped matmul waits for the host'):
-            checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
+            validate.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
     else:
-        assert checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
+        assert validate.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
     c = Config(
         arch_preset='moe',
         num_experts=4,
@@ -290,22 +292,23 @@ def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
 )
 def test_what_cannot_be_recorded(options, told):
     with pytest.raises(ConfigError, match='use_cuda_graphs=True cannot record') as error:
-        checks.validate_cuda_graphs(
+        validate.validate_cuda_graphs(
             Config(use_cuda_graphs=True, **options), 'cuda', options.get('expert_dispatch'), []
         )
     assert told in str(error.value)
     notes = []
     assert (
-        checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', None, notes) and not notes
+        validate.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', None, notes)
+        and not notes
     )
     assert (
-        not checks.validate_cuda_graphs(
+        not validate.validate_cuda_graphs(
             Config(**options), 'cuda', options.get('expert_dispatch'), notes
         )
         and not notes
     )
     assert (
-        not checks.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes)
+        not validate.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cpu', None, notes)
         and 'needs an NVIDIA GPU' in notes[0]
     )
 
@@ -328,7 +331,7 @@ def test_a_run(options, dataset, tmp_path, monkeypatch, capsys):
     )
     assert run_train(dataset, tmp_path / 'plain', *common) == 0
     if not on_gpu:
-        monkeypatch.setattr(checks, 'validate_cuda_graphs', lambda c, *_: c.use_cuda_graphs)
+        monkeypatch.setattr(validate, 'validate_cuda_graphs', lambda c, *_: c.use_cuda_graphs)
         real = micro_step.CudaGraphStep
         monkeypatch.setattr(micro_step, 'CudaGraphStep', lambda step: real(step, record=Again))
     assert run_train(dataset, tmp_path / 'graphs', *common, '--use_cuda_graphs=True') == 0
@@ -372,7 +375,7 @@ def test_on_a_gpu(family, compiled, strict):
     step = micro_step.ForwardBackward(
         model,
         train_model,
-        parallel.start('cuda'),
+        processes.start('cuda'),
         torch.autocast('cuda', dtype=torch.bfloat16),
         torch.amp.GradScaler('cuda', enabled=False),
         1 / 64,

@@ -14,14 +14,16 @@ import torch.distributed as dist
 from conftest import TINY, losses, run_train, write_dataset
 from ranks import ranks
 
-from data import pipeline
-from data.tokenfile import TokenFileWriter
-from data.tokenizer import load_tokenizer
-from engine import checkpoint, descriptors
-from engine import dataset as datasets
-from engine.configurator import ConfigError
-from engine.descriptors import Descriptors
-from engine.loader import TrainLoader, order_of
+from onetrain import descriptors
+from onetrain.checkpoint import store
+from onetrain.config import ConfigError
+from onetrain.data import dataset as datasets
+from onetrain.data.loader import TrainLoader
+from onetrain.data.order import order_of
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.descriptors import Descriptors
+from onetrain.prepare import pipeline
+from onetrain.tokenizers.base import load_tokenizer
 
 # ---- descriptors and parts
 
@@ -52,7 +54,7 @@ def few(monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = Descriptors(8)
     monkeypatch.setattr(datasets, 'FILES', few)
-    monkeypatch.setattr('engine.remote.FILES', few)
+    monkeypatch.setattr('onetrain.data.remote.FILES', few)
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + 40, limits[1]))
     yield few
     few.close()
@@ -172,8 +174,9 @@ def test_what_is_stated_is_not_read_and_every_batch_is_held_to_it(tmp_path, monk
 def counted_run(arguments):
     """train.py on this rank: its exit code and what it did, by name."""
     import train
-    from engine import parallel, run_data
-    from engine.descriptors import FILES
+    from onetrain.descriptors import FILES
+    from onetrain.distributed import layouts
+    from onetrain.training import run_data
 
     counts = dict.fromkeys(('host', 'opened', 'hashed', 'read_from_checkpoint'), 0)
     hashed, real = [], {}
@@ -198,19 +201,19 @@ def counted_run(arguments):
     counting(dist, 'all_gather', lambda *_, **more: add('host'))
     counting(run_data, 'open_dataset', lambda *_: add('opened'))
     counting(
-        checkpoint,
+        store,
         'sha256',
         lambda path, *_: hashed.append(
             (os.path.basename(os.path.dirname(path)), os.path.basename(path))
         ),
     )
     counting(
-        checkpoint,
+        store,
         '_load',
         lambda path, tensors, world=None: add(
             'read_from_checkpoint',
             sum(
-                t.nbytes if not isinstance(t, parallel.DTensor) else t.to_local().nbytes
+                t.nbytes if not isinstance(t, layouts.DTensor) else t.to_local().nbytes
                 for t in tensors.values()
             ),
         ),
@@ -299,7 +302,7 @@ def test_every_byte_of_a_checkpoint_is_hashed_once_by_one_rank(dataset, tmp_path
     # each rank its share
     assert all(any(name in shards for _, name in hashed) for _, _, hashed in first + again)
     read = [counts['read_from_checkpoint'] for _, counts, _ in again]
-    size = checkpoint.tensor_bytes(checkpoint.path_of(str(tmp_path), 4))
+    size = store.tensor_bytes(store.path_of(str(tmp_path), 4))
     if layout == []:
         assert read[1] == 0 and 0.5 * size < read[0] <= size
     else:
@@ -327,18 +330,18 @@ def test_a_flipped_bit_is_found_by_the_rank_whose_share_it_is(dataset, tmp_path)
             ],
         )
         assert [code for code, *_ in answers] == [0, 0]
-        assert (
-            copy / 'checkpoints' / 'rejected_step_00000004'
-        ).exists() and checkpoint.newest_whole(str(copy)) == (4, [])
+        assert (copy / 'checkpoints' / 'rejected_step_00000004').exists() and store.newest_whole(
+            str(copy)
+        ) == (4, [])
         assert max(losses(copy)) == 4
 
 
 def reductions_over_replicas(arguments):
     """All-reduces of gradients between groups of hybrid sharding, in a run."""
     import train
-    from engine import parallel
+    from onetrain.distributed import layouts
 
-    worlds, found, real, arrange = [], [], dist.all_reduce, parallel.choose_layout
+    worlds, found, real, arrange = [], [], dist.all_reduce, layouts.choose_layout
 
     def note(tensor, *args, **kwargs):
         group = kwargs.get('group')
@@ -350,14 +353,14 @@ def reductions_over_replicas(arguments):
         )
         return real(tensor, *args, **kwargs)
 
-    dist.all_reduce, parallel.choose_layout = (
+    dist.all_reduce, layouts.choose_layout = (
         note,
         lambda world, *args: (arrange(world, *args), worlds.append(world))[0],
     )
     try:
         return train.main(arguments), sum(found)
     finally:
-        dist.all_reduce, parallel.choose_layout = real, arrange
+        dist.all_reduce, layouts.choose_layout = real, arrange
 
 
 def test_hybrid_sharding_sums_over_replicas_once_a_step(dataset, tmp_path):

@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import TINY, losses, records, torchrun, weights
 
-from engine import checkpoint, optim
+from onetrain.checkpoint import store
+from onetrain.training import optim
 
 PLANT = '''
 """train.py with a NaN planted: argv[1] = rank, argv[2] = iterations; the rest is train.py's."""
 import os, sys
-sys.path.insert(0, '.')
 import torch
 import train
-from engine import optim, parallel
+from onetrain.distributed import processes
+from onetrain.training import optim
 rank, bad = int(sys.argv[1]), {int(k) for k in sys.argv[2].split(',')}
 build, backwards = optim.build_adamw, [0]
 def planted(named, **options):
@@ -32,7 +33,7 @@ def planted(named, **options):
 optim.build_adamw = planted
 START = 0
 if __name__ == '__main__':
-    parallel.leave(train.main(sys.argv[3:]))
+    processes.leave(train.main(sys.argv[3:]))
 '''
 
 
@@ -92,8 +93,8 @@ def test_three_in_a_row_on_one_of_two_ranks_stop_the_run_with_the_last_good_stat
         ' with the weights of iter 12' in output
     )
     assert re.search(r'begin at tokens \[\d+(, \d+){7}\] of train.bin', output)
-    assert checkpoint.newest_whole(str(tmp_path / 'a')) == (12, [])
-    state = checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'a'), 12))
+    assert store.newest_whole(str(tmp_path / 'a')) == (12, [])
+    state = store.read_state(store.path_of(str(tmp_path / 'a'), 12))
     assert state['position'] == 12 * 8 and state['tokens'] == 12 * 8 * 16
     # without the NaN it goes on as if nothing had been; one process with two micro-steps takes the
     # place of the two ranks
@@ -227,7 +228,7 @@ def test_a_learning_rate_that_is_far_too_high(train, tmp_path, capsys):
         == 3
     )
     assert 'in a row' in capsys.readouterr().out
-    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    step, rejected = store.newest_whole(str(tmp_path))
     assert step < 10 and not rejected and max(losses(tmp_path)) > step
 
 
@@ -251,4 +252,4 @@ def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, capsys):
         'CHECKPOINT NOT SAVED at iter 11' in output
         and 'is not finite. It would be of no use' in output
     )
-    assert checkpoint.newest_whole(str(tmp_path)) == (10, [])
+    assert store.newest_whole(str(tmp_path)) == (10, [])

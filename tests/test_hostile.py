@@ -29,12 +29,13 @@ import checkpoints
 import evaluate
 import export
 import sample
-from data.tokenfile import read_meta
-from data.tokenizer import load_tokenizer, tokenizer_of
-from engine import checkpoint, dcp_metadata, files, resume
-from engine.configurator import ConfigError
-from engine.dataset import open_dataset
-from engine.logger import new_run_name
+from onetrain import files
+from onetrain.checkpoint import dcp_metadata, resume, store
+from onetrain.config import ConfigError
+from onetrain.data.dataset import open_dataset
+from onetrain.data.token_file import read_meta
+from onetrain.logs.run_log import new_run_name
+from onetrain.tokenizers.base import load_tokenizer, tokenizer_of
 from train import Config
 
 
@@ -56,22 +57,22 @@ def run(made, tmp_path):
 
 
 def newest(run):
-    return checkpoint.path_of(run, checkpoint.steps(run)[-1])
+    return store.path_of(run, store.steps(run)[-1])
 
 
 def seal(path, change=lambda manifest: None):
     """Make the manifest fit the files of the checkpoint `path` again, then change it."""
     with open(f'{path}/manifest.json', 'rb') as f:
-        manifest = checkpoint.verify_checksum(f.read())
+        manifest = store.verify_checksum(f.read())
     for name in manifest['files']:
         if os.path.isfile(f'{path}/{name}'):
             manifest['files'][name] = {
                 'size': os.path.getsize(f'{path}/{name}'),
-                'sha256': checkpoint.sha256(f'{path}/{name}'),
+                'sha256': store.sha256(f'{path}/{name}'),
             }
     change(manifest)
     with open(f'{path}/manifest.json', 'wb') as f:
-        f.write(checkpoint.add_checksum(manifest))
+        f.write(store.add_checksum(manifest))
 
 
 def edit_state(path, **changes):
@@ -196,11 +197,11 @@ def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch,
     monkeypatch.setenv('HOSTILE_MARK', mark)
     path = newest(run)
     forge(path, kind)
-    assert 'metadata is damaged' in checkpoint.corruption_reason(
+    assert 'metadata is damaged' in store.corruption_reason(
         path
-    ) and '.metadata is damaged' in checkpoint.corruption_reason(path, 'size')
+    ) and '.metadata is damaged' in store.corruption_reason(path, 'size')
     with pytest.raises(ConfigError, match='nothing was read from it'):
-        checkpoint.load(path, {'model.transformer.wte.weight': torch.zeros(44, 32)})
+        store.load(path, {'model.transformer.wte.weight': torch.zeros(44, 32)})
     for command, args in (
         (sample.main, []),
         (evaluate.main, []),
@@ -235,9 +236,9 @@ def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch,
 @pytest.mark.parametrize('kind', LIES)
 def test_metadata_that_lie_are_damaged(kind, run):
     path = newest(run)
-    assert checkpoint.corruption_reason(path, 'size') is None
+    assert store.corruption_reason(path, 'size') is None
     forge(path, kind)
-    assert '.metadata is damaged' in checkpoint.corruption_reason(path, 'size')
+    assert '.metadata is damaged' in store.corruption_reason(path, 'size')
 
 
 def test_tensors_of_another_shape_than_the_metadata_say_are_an_error(run):
@@ -258,11 +259,11 @@ def test_tensors_of_another_shape_than_the_metadata_say_are_an_error(run):
     with pytest.raises(
         ConfigError, match=r'has model.transformer.ln_f.weight of shape \(4, 8\), and the model'
     ):
-        checkpoint.load(path, {OTHER: torch.zeros(32)})
+        store.load(path, {OTHER: torch.zeros(32)})
     with pytest.raises(ConfigError, match='cannot be read|ln_f.weight'):
-        checkpoint.load(path, {OTHER: torch.zeros(4, 8)})
+        store.load(path, {OTHER: torch.zeros(4, 8)})
     with pytest.raises(ConfigError, match='has no model.nothing'):
-        checkpoint.load(path, {'model.nothing': torch.zeros(4, 8)})
+        store.load(path, {'model.nothing': torch.zeros(4, 8)})
 
 
 def test_what_is_a_plain_name():
@@ -335,7 +336,7 @@ def test_names_of_a_manifest_stay_in_its_folder(name, run, train, tmp_path, caps
 def test_a_run_has_a_plain_name(name, run, train, tmp_path, capsys):
     path = newest(run)
     edit_state(path, run_name=name)
-    assert 'state.json is damaged' in checkpoint.corruption_reason(path)
+    assert 'state.json is damaged' in store.corruption_reason(path)
     assert train(run, '--init_from=resume', '--max_iters=3') == 0
     assert not glob.glob(f'{tmp_path}/*evil*') and not glob.glob('/tmp/evil.*')
 
@@ -365,7 +366,7 @@ def test_fields_of_a_state_have_types(key, odd, run):
     if (key, odd) in (('best_val_loss', -1), ('best_val_loss', 1.5)):
         return
     edit_state(newest(run), **{key: odd})
-    reason = checkpoint.corruption_reason(newest(run))
+    reason = store.corruption_reason(newest(run))
     assert (
         reason
         and reason.startswith('state.json is')
@@ -382,7 +383,7 @@ def test_damaged_files_are_named(file, content, run):
         f.write(content)
     if file == 'state.json':
         seal(newest(run))
-    reason = checkpoint.corruption_reason(newest(run))
+    reason = store.corruption_reason(newest(run))
     assert reason and reason.startswith(f'{file} is damaged'), reason
 
 
@@ -417,21 +418,21 @@ def test_a_fetched_checkpoint_sends_nothing_and_reads_nothing(run, train, tmp_pa
     for key in set(OUTSIDE) - {'sample_start'}:
         assert f'Note: {key}=' in said and f'give --{key} to have it' in said
     assert 'wandb_run_name' not in said  # it was the default
-    config = checkpoint.read_state(checkpoint.path_of(str(out), 5))['config']
+    config = store.read_state(store.path_of(str(out), 5))['config']
     assert config['sample_start'] == 'the' and all(
         config[key] in (None, False, 'onetrain') for key in set(OUTSIDE) - {'sample_start'}
     )
     # what was fetched stays fetched, also for one that continues without the URL; one's own run
     # keeps its keys
-    shutil.rmtree(checkpoint.path_of(str(out), 5))
-    assert set(checkpoint.read_state(checkpoint.path_of(str(out), 4))['not_taken_over']) == {
+    shutil.rmtree(store.path_of(str(out), 5))
+    assert set(store.read_state(store.path_of(str(out), 4))['not_taken_over']) == {
         *OUTSIDE,
         'dataset',
         'wandb_run_name',
     }
     assert (
-        not checkpoint.read_state(newest(run))['not_taken_over']
-        and checkpoint.read_state(newest(run))['config']['data_url'] == OUTSIDE['data_url']
+        not store.read_state(newest(run))['not_taken_over']
+        and store.read_state(newest(run))['config']['data_url'] == OUTSIDE['data_url']
     )
 
 
@@ -477,12 +478,12 @@ def test_what_is_redacted():
 def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(resume.copier, 'probe', lambda url, out_dir: None)
     monkeypatch.setattr(
-        'engine.run_data.open_dataset', lambda name, root, url: open_dataset(name, root)
+        'onetrain.training.run_data.open_dataset', lambda name, root, url: open_dataset(name, root)
     )
-    monkeypatch.setattr('engine.outputs.Copier', lambda *args: None)
+    monkeypatch.setattr('onetrain.training.outputs.Copier', lambda *args: None)
     monkeypatch.setattr(resume.copier, 'lineages', lambda place: set())
     monkeypatch.setattr(
-        'train.parallel.broadcast_from_main',
+        'train.collectives.broadcast_from_main',
         lambda work, world: (
             True
             if 'copier.finish' in str(work.__code__.co_names) or 'finish' in work.__code__.co_names
@@ -622,7 +623,7 @@ def test_the_clock_decides_nothing(train, tmp_path, monkeypatch, capsys):
         def now(cls, zone=None):
             return cls(2001, 1, 1, tzinfo=zone)
 
-    monkeypatch.setattr(checkpoint.datetime, 'datetime', Behind)
+    monkeypatch.setattr(store.datetime, 'datetime', Behind)
     assert (
         train(
             tmp_path,
@@ -638,10 +639,10 @@ def test_the_clock_decides_nothing(train, tmp_path, monkeypatch, capsys):
         tmp_path / 'checkpoints' / 'superseded_step_00000008',
         tmp_path / 'checkpoints' / 'step_00000008',
     )
-    assert checkpoint.newest_first(str(tmp_path))[0] == 6
-    assert checkpoint.new_lineage(['20991231T235959.999999Z']) == '21000101T000000.000000Z'
+    assert store.newest_first(str(tmp_path))[0] == 6
+    assert store.new_lineage(['20991231T235959.999999Z']) == '21000101T000000.000000Z'
     with pytest.raises(ConfigError, match='after which no other can come'):
-        checkpoint.new_lineage(['99991231T235959.999999Z'])
+        store.new_lineage(['99991231T235959.999999Z'])
     assert new_run_name(str(tmp_path)) > max(
         name[:-6] for name in os.listdir(tmp_path) if name.endswith('.jsonl')
     )
@@ -709,12 +710,10 @@ def test_copies_go_both_ways(run, tmp_path, capsys):
     assert checkpoints.main([there, f'--copy_to={back}', '--step=4']) == 0
     out = capsys.readouterr().out
     (name,) = os.listdir(f'{back}/run')
-    assert f'{name} is at {back}/run/{name}' in out and checkpoint.steps(f'{back}/run/{name}') == [
-        4
-    ]
-    path = checkpoint.path_of(f'{back}/run/{name}', 4)
+    assert f'{name} is at {back}/run/{name}' in out and store.steps(f'{back}/run/{name}') == [4]
+    path = store.path_of(f'{back}/run/{name}', 4)
     assert (
-        checkpoint.corruption_reason(path) is None
+        store.corruption_reason(path) is None
         and os.path.isfile(f'{path}/fetched.json')
         and os.path.isfile(f'{back}/run/{name}/{name}.json')
     )
@@ -748,10 +747,10 @@ def test_many_checkpoints_of_a_bucket_are_looked_at_together(run, s3, monkeypatc
         lambda paths, *args, **more: (asked.append(len(paths)), real(paths, *args, **more))[1],
     )
     monkeypatch.setattr(type(fs), 'open', lambda *_, **__: 1 / 0)
-    assert checkpoint.newest_first(place, fs) == [*range(30, 0, -1)] and checkpoint.lineages(
-        place, fs
-    ) == {checkpoint.read_state(newest(run))['branch']}
-    assert checkpoint.best_step(place, fs) == 30 and asked == [30, 30, 30]
+    assert store.newest_first(place, fs) == [*range(30, 0, -1)] and store.lineages(place, fs) == {
+        store.read_state(newest(run))['branch']
+    }
+    assert store.best_step(place, fs) == 30 and asked == [30, 30, 30]
 
 
 def test_a_copy_that_was_damaged_is_made_again(run, tmp_path, capsys):
@@ -807,9 +806,9 @@ def test_ctrl_c_while_libraries_are_imported_leaves_no_traceback(tmp_path):
 )
 def test_the_environment_of_torchrun_is_checked(env, tmp_path, monkeypatch, capsys):
     import train as trainer
-    from engine import parallel
+    from onetrain.distributed import processes
 
-    monkeypatch.setattr(parallel, '_store', None)
+    monkeypatch.setattr(processes, '_store', None)
     for key in (
         'RANK',
         'LOCAL_RANK',
@@ -828,7 +827,7 @@ def test_the_environment_of_torchrun_is_checked(env, tmp_path, monkeypatch, caps
 
 def test_keys_that_reach_outside_are_keys():
     assert set(OUTSIDE) <= set(vars(Config()))
-    assert all(checkpoint.reaches_outside(key, value) for key, value in OUTSIDE.items())
+    assert all(store.reaches_outside(key, value) for key, value in OUTSIDE.items())
 
 
 def test_commands_as_processes_have_no_traceback(run, tmp_path):
@@ -1021,9 +1020,9 @@ def test_what_has_no_end_is_not_read(name, run, dataset, train, tmp_path, capsys
         os.remove(path)
         os.mkfifo(path)
         if file != 'run.jsonl':
-            assert 'damaged' in checkpoint.corruption_reason(
+            assert 'damaged' in store.corruption_reason(
                 newest(run)
-            ) or 'missing' in checkpoint.corruption_reason(newest(run))
+            ) or 'missing' in store.corruption_reason(newest(run))
             assert checkpoints.main([run]) == 1
             return
         code = train(run, '--init_from=resume', '--max_iters=6')
@@ -1135,7 +1134,7 @@ def test_settings_of_a_checkpoint_that_no_run_can_have(key, run, train, capsys):
     settings = ['--init_from=resume', f'--out_dir={run}', '--device=cpu', '--max_iters=6']
     import train as trainer
 
-    assert checkpoint.corruption_reason(newest(run)) is None and trainer.main(settings) == 2
+    assert store.corruption_reason(newest(run)) is None and trainer.main(settings) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and (
         key in error or 'it is not the checkpoint of such a run' in error
@@ -1306,7 +1305,7 @@ def test_a_copy_of_data_and_a_tokenizer_write_through_no_link(tmp_path, dataset)
     os.symlink(tmp_path / 'thesis', tmp_path / 'data' / 'x' / 'copy' / f'{stated[:8]}_train.bin')
     with pytest.raises(ConfigError, match='cannot be reached'):
         open_dataset('x', str(tmp_path), f'file://{dataset}')
-    from data.tokenizer import HuggingFaceTokenizer
+    from onetrain.tokenizers.base import HuggingFaceTokenizer
 
     (tmp_path / 'own').mkdir()
     (tmp_path / 'own' / 'tokenizer.json').write_bytes(bpe())
@@ -1381,7 +1380,7 @@ def test_what_a_killed_process_was_writing_goes_after_an_hour(tmp_path):
 
 @pytest.mark.parametrize('change', [{'iter_num': 'x'}, {'iter_num': 3.5}, {'config': 5}], ids=str)
 def test_an_odd_checkpoint_of_nanogpt_is_none(change, tmp_path):
-    from engine import nanogpt
+    from onetrain.checkpoint import import_nanogpt
 
     content = {
         'model': {'transformer.wte.weight': torch.zeros(4, 4)},
@@ -1392,7 +1391,7 @@ def test_an_odd_checkpoint_of_nanogpt_is_none(change, tmp_path):
         'config': {},
     }
     torch.save(content, tmp_path / 'ckpt.pt')
-    assert nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))['step'] == 3
+    assert import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))['step'] == 3
     torch.save({**content, **change}, tmp_path / 'ckpt.pt')
     with pytest.raises(ConfigError, match='is not a checkpoint of nanoGPT'):
-        nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+        import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 import train
-from engine.attention import BACKENDS
-from presets import PRESETS
+from onetrain.model_config import PRESETS
+from onetrain.ops.attention import BACKENDS
 
 ruff = pytest.importorskip('ruff')
 
@@ -78,8 +78,10 @@ def test_the_model_stands_without_the_data():
         text=True,
         check=True,
     ).stdout.split()
-    assert 'engine.attention' in found
-    assert not [name for name in found if name.split('.')[0] == 'data' or name == 'engine.dataset']
+    assert 'onetrain.ops.attention' in found
+    assert not [
+        name for name in found if name.split('.')[0] == 'data' or name == 'onetrain.data.dataset'
+    ]
 
 
 def test_choices_of_the_keys_are_all_that_there_is():
@@ -97,7 +99,7 @@ PRIVATE = re.compile(
 
 def test_public_names_are_the_fields():
     """Of functions and classes at the top of a module; those that were renamed do not come back."""
-    for folder in ('.', 'engine', 'data', 'plots'):
+    for folder in ('.', 'onetrain', 'data', 'plots'):
         for name in os.listdir(os.path.join(ROOT, folder)):
             if name.endswith('.py'):
                 with open(os.path.join(ROOT, folder, name), encoding='utf-8') as f:

@@ -8,10 +8,11 @@ import os
 import pytest
 import torch
 
-import huggingface
-from engine.configurator import ConfigError
 from model import Model
-from presets import resolve_shape
+from onetrain import huggingface
+from onetrain.config import ConfigError
+from onetrain.huggingface import weights
+from onetrain.model_config import resolve_shape
 
 transformers = pytest.importorskip('transformers')
 SIZES = dict(
@@ -410,7 +411,7 @@ def load(folder, backend='sdpa'):
         settings['block_size'] = 32  # beyond what it was trained on
     config = resolve_shape(settings)
     model = Model(config, backend)
-    model.fill(huggingface.weights(folder, config))
+    model.fill(huggingface.read_weights(folder, config))
     return model
 
 
@@ -428,7 +429,9 @@ def test_logits_and_gradients(pair, backend):
     gradients = dict(model.named_parameters())
     theirs = dict(reference.named_parameters())
     compared = 0
-    for name, sources, form in huggingface.name_map(huggingface.family(model.config), model.config):
+    for name, sources, form in huggingface.name_map(
+        huggingface.architecture_of(model.config), model.config
+    ):
         if form == 'experts':  # fused in memory: (E, 2 * width, in) and (E, out, width)
             prefix = sources[0].split('.experts.')[0].replace('block_sparse_moe', 'mlp')
             expected = theirs[
@@ -437,7 +440,7 @@ def test_logits_and_gradients(pair, backend):
         elif not all(s.replace('block_sparse_moe', 'mlp') in theirs for s in sources):
             continue
         else:
-            expected = huggingface._join(
+            expected = weights._join(
                 [theirs[s.replace('block_sparse_moe', 'mlp')].grad for s in sources],
                 form,
                 model.config,
@@ -450,7 +453,7 @@ def test_logits_and_gradients(pair, backend):
 def test_round_trip_is_bitwise(pair, tmp_path):
     reference, folder = pair
     model = load(folder)
-    huggingface.write(str(tmp_path), model.config, model.tensors(), eot_id=0)
+    huggingface.write_model(str(tmp_path), model.config, model.tensors(), eot_id=0)
     again = type(reference).from_pretrained(str(tmp_path), dtype=torch.float32)
     states = reference.state_dict(), again.state_dict()
     assert states[0].keys() == states[1].keys()
@@ -467,7 +470,7 @@ def test_gpt2_without_biases_is_written_with_zeros(tmp_path):
         )
     )
     model.init_weights(0)
-    huggingface.write(str(tmp_path), model.config, model.state_dict(), eot_id=0)
+    huggingface.write_model(str(tmp_path), model.config, model.state_dict(), eot_id=0)
     reference = transformers.GPT2LMHeadModel.from_pretrained(
         str(tmp_path), dtype=torch.float32
     ).eval()
@@ -490,10 +493,10 @@ def test_shorter_block_keeps_the_first_positions(tmp_path):
         )
     )
     model.init_weights(0)
-    huggingface.write(str(tmp_path), model.config, model.state_dict())
+    huggingface.write_model(str(tmp_path), model.config, model.state_dict())
     short = resolve_shape({**huggingface.read_settings(str(tmp_path)), 'block_size': 4})
     assert torch.equal(
-        dict(huggingface.weights(str(tmp_path), short))['transformer.wpe.weight'],
+        dict(huggingface.read_weights(str(tmp_path), short))['transformer.wpe.weight'],
         model.transformer.wpe.weight[:4],
     )
 
@@ -524,7 +527,7 @@ def test_what_cannot_be_computed_is_refused(pair, tmp_path):
         )
     )
     with pytest.raises(ConfigError, match="in the way are norm_position='post'"):
-        huggingface.write(str(tmp_path), post, {})
+        huggingface.write_model(str(tmp_path), post, {})
 
 
 def test_damaged_folders_are_named(pair, tmp_path):
@@ -533,7 +536,7 @@ def test_damaged_folders_are_named(pair, tmp_path):
     with open(os.path.join(folder, 'model.safetensors'), 'rb') as f:
         (tmp_path / 'model.safetensors').write_bytes(f.read()[:-100])
     with pytest.raises(ConfigError, match='model.safetensors is damaged'):
-        huggingface.weights(str(tmp_path), config)
+        huggingface.read_weights(str(tmp_path), config)
     with pytest.raises(ConfigError, match='config.json is missing'):
         huggingface.read_settings(str(tmp_path))
     (tmp_path / 'config.json').write_text('{"model_type": "llama"')
@@ -553,7 +556,7 @@ def test_missing_and_left_over_weights_are_named(pair, tmp_path):
         str(tmp_path / 'model.safetensors'),
     )
     with pytest.raises(ConfigError, match='missing .*left over .*extra.weight'):
-        huggingface.weights(str(tmp_path), config)
+        huggingface.read_weights(str(tmp_path), config)
 
 
 def test_gpt2_is_found_in_the_hubs_cache(tmp_path, monkeypatch, dataset):
@@ -578,7 +581,7 @@ def test_gpt2_is_found_in_the_hubs_cache(tmp_path, monkeypatch, dataset):
         )
     )
     model.init_weights(0)
-    huggingface.write(str(snapshot), model.config, model.state_dict())
+    huggingface.write_model(str(snapshot), model.config, model.state_dict())
     from conftest import run_process
 
     env = {'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_huggingface import VARIANTS
 
-import huggingface
-from engine.configurator import ConfigError
 from model import Model
-from presets import resolve_shape
+from onetrain import huggingface
+from onetrain.config import ConfigError
+from onetrain.model_config import resolve_shape
 
 transformers = pytest.importorskip('transformers')
 FAMILIES = (
@@ -111,7 +111,7 @@ def ours(folder):
     try:
         shape = resolve_shape(huggingface.read_settings(folder))
         model = Model(shape)
-        model.fill(huggingface.weights(folder, shape))
+        model.fill(huggingface.read_weights(folder, shape))
     except ConfigError as error:
         assert '\n' not in str(error)
         return None

@@ -14,8 +14,8 @@ from conftest import ROOT, make_dataset, run_process
 from test_dataset import write_shards
 from test_prepare import lines, prepare, read_texts, write_jsonl
 
-from data.tokenfile import read_meta
-from data.tokenizer import load_tokenizer
+from onetrain.data.token_file import read_meta
+from onetrain.tokenizers.base import load_tokenizer
 
 inspect, train_tokenizer = (
     importlib.import_module(f'data.{name}') for name in ('inspect_dataset', 'train_tokenizer')

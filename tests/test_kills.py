@@ -2,15 +2,10 @@
 bench/kill_resume.py does the same for longer.
 """
 
-import os
 import random
-import sys
 
+import kill_resume
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, os.path.join(ROOT, 'bench'))
-import kill_resume  # noqa: E402
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from ranks import ranks, train
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor.debug import CommDebugMode
 
-from presets import resolve_shape
+from onetrain.model_config import resolve_shape
 
 LAYOUTS = {
     'DDP': [],
@@ -207,20 +207,20 @@ def traffic(options, micro_steps):
     parameters and for sums of gradients.
     """
     import train as trainer
-    from engine import parallel
     from model import Model
+    from onetrain.distributed import layouts, processes
 
-    world = parallel.start('cpu')
-    parallel.choose_layout(world, trainer.Config(block_size=16, **options), [])
+    world = processes.start('cpu')
+    layouts.choose_layout(world, trainer.Config(block_size=16, **options), [])
     model = Model.on_meta(
         resolve_shape(
             dict(arch_preset='llama', n_layer=3, n_head=2, n_embd=16, block_size=16, vocab_size=32)
         ),
         ring=world.ring,
     )
-    parallel.shard(model, world, torch.float32, torch.float32, False)
+    layouts.shard(model, world, torch.float32, torch.float32, False)
     model.allocate('cpu').init_weights(0)
-    _, train_model = parallel.wrap(model, world, False, micro_steps)
+    _, train_model = layouts.wrap(model, world, False, micro_steps)
     sums = [0]
     if hasattr(train_model, 'register_comm_hook'):
 
@@ -234,7 +234,7 @@ def traffic(options, micro_steps):
     for micro_step in range(micro_steps):
         with (
             CommDebugMode() as seen,
-            parallel.gradient_sync_context(train_model, micro_step == micro_steps - 1, world),
+            layouts.gradient_sync_context(train_model, micro_step == micro_steps - 1, world),
         ):
             train_model(x, y).backward()
         by_name = {str(operator): number for operator, number in seen.get_comm_counts().items()}
@@ -413,8 +413,9 @@ def test_compiled_equals_eager(dataset, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_a_gpu_batches_are_pinned_and_resume_is_bitwise(dataset, tmp_path):
-    from engine.dataset import open_dataset
-    from engine.loader import TrainLoader, WindowOrder
+    from onetrain.data.dataset import open_dataset
+    from onetrain.data.loader import TrainLoader
+    from onetrain.data.order import WindowOrder
 
     file = open_dataset(dataset, '/')[0]
     loader = TrainLoader(
@@ -506,19 +507,19 @@ def test_offload_to_the_cpu_changes_nothing(single, dataset, tmp_path):
 
 def start_of(settings, options, folder=None):
     """All parameters of a fresh model on this rank's layout, gathered."""
-    import huggingface
     import train as trainer
-    from engine import parallel
     from model import Model
-    from presets import resolve_shape
+    from onetrain import huggingface
+    from onetrain.distributed import layouts, processes
+    from onetrain.model_config import resolve_shape
 
-    world = parallel.start('cpu')
-    parallel.choose_layout(world, trainer.Config(**options), [])
+    world = processes.start('cpu')
+    layouts.choose_layout(world, trainer.Config(**options), [])
     model = Model.on_meta(resolve_shape(settings), ring=world.ring)
-    parallel.shard(model, world, torch.float32, torch.float32, False)
+    layouts.shard(model, world, torch.float32, torch.float32, False)
     model.allocate('cpu')
     if folder:
-        model.fill(huggingface.weights(folder, model.config))
+        model.fill(huggingface.read_weights(folder, model.config))
     else:
         model.init_weights(7)
     return {
@@ -532,8 +533,8 @@ def test_weights_start_alike_on_every_layout(tmp_path, family):
     """Drawn from the seed or read from a Hugging Face folder, to the last bit; 3 rows over 4 ranks
     leave one without any.
     """
-    import huggingface
     from model import Model
+    from onetrain import huggingface
 
     settings = dict(
         arch_preset=family, n_layer=2, n_head=3, n_embd=24, d_ff=10, block_size=3, vocab_size=31
@@ -541,7 +542,7 @@ def test_weights_start_alike_on_every_layout(tmp_path, family):
     expected = start_of(settings, {})
     model = Model(resolve_shape(settings))
     model.init_weights(8)
-    huggingface.write(str(tmp_path), model.config, model.state_dict())
+    huggingface.write_model(str(tmp_path), model.config, model.state_dict())
     from_folder = dict(model.named_parameters())
     for size, options in (
         (2, {'use_fsdp': True}),
@@ -564,17 +565,17 @@ def gathered(family):
     table and of the loss.
     """
     import train as trainer
-    from engine import parallel
     from model import Model
+    from onetrain.distributed import layouts, processes
 
-    world = parallel.start('cpu')
-    parallel.choose_layout(world, trainer.Config(block_size=16, use_fsdp=True), [])
+    world = processes.start('cpu')
+    layouts.choose_layout(world, trainer.Config(block_size=16, use_fsdp=True), [])
     model = Model.on_meta(
         resolve_shape(
             dict(arch_preset=family, n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=32)
         )
     )
-    parallel.shard(model, world, torch.bfloat16, torch.float32, False)
+    layouts.shard(model, world, torch.bfloat16, torch.float32, False)
     model.allocate('cpu').init_weights(0)
     seen = []
     model.transformer.h[0].mlp.c_fc.register_forward_hook(

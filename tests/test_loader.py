@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import write_dataset
 
-from engine.configurator import ConfigError
-from engine.dataset import check_vocab_and_length, open_dataset
-from engine.loader import TrainLoader, WindowOrder, evaluation_batches, permute
-from engine.loss import IGNORE
+from onetrain.config import ConfigError
+from onetrain.counter_rng import permute
+from onetrain.data.dataset import check_vocab_and_length, open_dataset
+from onetrain.data.loader import TrainLoader, evaluation_batches
+from onetrain.data.order import WindowOrder
+from onetrain.ops.cross_entropy import IGNORE
 
 CPU = torch.device('cpu')
 

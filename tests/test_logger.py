@@ -10,9 +10,9 @@ import os
 import pytest
 from conftest import losses, records, run_process
 
-from engine import logger
-from engine.logger import RunLog, new_run_name, scalars
-from engine.run_json import finite, read_records, write_json
+from onetrain.logs import run_log
+from onetrain.logs.run_json import finite, read_records, write_json
+from onetrain.logs.run_log import RunLog, new_run_name, scalars
 
 HEADER = {'config': {'a': 1}, 'startup_info': {}, 'metadata': {}}
 ITERATION = dict(
@@ -220,7 +220,7 @@ def test_logged_numbers_are_what_they_say(run, train, tmp_path):
 def test_time_leaves_out_evaluation_and_saving(train, tmp_path, monkeypatch):
     import time
 
-    from engine import evaluator
+    from onetrain.evaluation import evaluator
 
     real = evaluator.evaluation_batches
 
@@ -500,7 +500,7 @@ def test_the_json_is_written_at_doublings_and_at_the_end(tmp_path, monkeypatch):
     """So that all writes together are in proportion to the log: each reads the .jsonl once."""
     read = []
     monkeypatch.setattr(
-        logger,
+        run_log,
         'write_json',
         lambda path, *args: read.append(os.path.getsize(path)) or write_json(path, *args),
     )

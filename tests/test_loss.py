@@ -11,7 +11,13 @@ import torch
 from conftest import ROOT, losses, run_train
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.loss import IGNORE, _less_target, choose_chunk, next_token_loss, written_chunk
+from onetrain.ops.cross_entropy import (
+    IGNORE,
+    _less_target,
+    choose_chunk,
+    next_token_loss,
+    written_chunk,
+)
 
 
 def both(chunk, dtype=torch.float32, reduction='mean', autocast=False, frozen=False, scale=1.0):
@@ -228,8 +234,7 @@ def test_a_run_in_chunks_is_the_plain_run(dataset, tmp_path, compiled):
 
 MEMORY = """
 import sys, resource, torch
-sys.path.insert(0, '.')
-from engine.loss import next_token_loss
+from onetrain.ops.cross_entropy import next_token_loss
 hidden = torch.randn(1024, 32, requires_grad=True)
 weight = torch.randn(200000, 32, requires_grad=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

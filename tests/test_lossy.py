@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_pipeline import contents
 
-from data import documents, parts
 from data.own_text import prepare as own_text
-from data.tokenfile import read_meta
+from onetrain.data.token_file import read_meta
+from onetrain.prepare import documents, parts
 
 JAPANESE = ['日本語の文章をここに書きます。', '今日はとても良い天気ですね。', '東京都と大阪府'] * 12
 
@@ -246,7 +246,7 @@ def test_a_flipped_byte_in_a_part_is_made_again(tmp_path):
     path = tmp_path / 'a.jsonl'
     path.write_text('\n'.join(json.dumps({'text': f'text number {i}'}) for i in range(50)))
     unit = documents.units_of(str(path))
-    from data.tokenizer import BytesTokenizer
+    from onetrain.tokenizers.base import BytesTokenizer
 
     parts.make(str(tmp_path), 0, unit, BytesTokenizer())
     for kind in ('bin', 'docs', 'json'):

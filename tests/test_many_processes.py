@@ -32,15 +32,16 @@ from conftest import (
 )
 from ranks import ranks, train
 
-from engine import checkpoint, parallel
-from engine.configurator import ConfigError
+from onetrain.checkpoint import store
+from onetrain.config import ConfigError
+from onetrain.distributed import processes
 
 PLANT = '''
 """train.py with a difference on rank 1: argv[1] says which, the rest goes to train.py."""
 import os, sys
-sys.path.insert(0, '.')
 import train
-from engine import dataset, parallel
+from onetrain.data import dataset
+from onetrain.distributed import processes
 what, argv = sys.argv[1], sys.argv[2:]
 if __name__ == '__main__':
     if os.environ['RANK'] == '1':
@@ -51,11 +52,11 @@ if __name__ == '__main__':
         elif what == 'key':
             argv.append('--learning_rate=5e-3')
         elif what == 'missing':
-            from engine import run_data
+            from onetrain.training import run_data
 
             real = run_data.open_dataset
             run_data.open_dataset = lambda name, root, url: real('openwebtext2', root, url)
-    parallel.leave(train.main(argv))
+    processes.leave(train.main(argv))
 '''
 
 
@@ -99,7 +100,7 @@ def test_ranks_that_differ_stop_at_the_start_with_both_values(
 
 def train_with_more_memory_on_rank_1(args):
     import train as trainer
-    from engine import iteration_log
+    from onetrain.training import iteration_log
 
     real = iteration_log.memory_gb
     iteration_log.memory_gb = lambda device: {
@@ -134,7 +135,7 @@ def test_collectives_are_recorded_beside_the_run_unless_the_user_says_otherwise(
         monkeypatch.delenv(name)
     monkeypatch.setenv('TORCH_FR_BUFFER_SIZE', '7')
     monkeypatch.chdir(tmp_path)
-    parallel.record_collectives('out')
+    processes.record_collectives('out')
     assert (
         os.environ['TORCH_FR_BUFFER_SIZE'] == '7'
         and os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'] == '1'
@@ -144,9 +145,8 @@ def test_collectives_are_recorded_beside_the_run_unless_the_user_says_otherwise(
 
 SLOW_RANK_2 = """
 import os, sys, time
-sys.path.insert(0, '.')
 import train
-from engine import loader
+from onetrain.data import loader
 what, argv = sys.argv[1], sys.argv[2:]
 if os.environ['RANK'] == '2':
     if what == 'data':
@@ -158,7 +158,7 @@ if os.environ['RANK'] == '2':
         real = train.ForwardBackward.__call__
         train.ForwardBackward.__call__ = lambda *args: (time.sleep(0.05), real(*args))[1]
 if __name__ == '__main__':
-    train.parallel.run_and_leave(lambda: train.main(argv))
+    train.processes.run_and_leave(lambda: train.main(argv))
 """
 
 
@@ -196,13 +196,12 @@ def test_the_slowest_rank_is_named(dataset, tmp_path, what, layout):
 
 SLOW_DISK = """
 import os, sys, time
-sys.path.insert(0, '.')
 import train
-from engine import saver
+from onetrain.checkpoint import async_writer as saver
 real = saver.Saver._commit
 saver.Saver._commit = lambda *args: (time.sleep(8), real(*args))[1]
 if __name__ == '__main__':
-    train.parallel.run_and_leave(lambda: train.main(sys.argv[1:]))
+    train.processes.run_and_leave(lambda: train.main(sys.argv[1:]))
 """
 
 
@@ -259,7 +258,7 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
         )
     finally:
         end_all(process)
-    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    step, rejected = store.newest_whole(str(tmp_path))
     assert not rejected and (step or at) >= 20  # a save may have been under way
 
 
@@ -319,7 +318,7 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
     assert output.count('continuing at iter') == deaths and [
         r['iter'] for r in records(tmp_path / 'killed')
     ] == list(range(1, last + 1))
-    assert checkpoint.newest_whole(str(tmp_path / 'killed')) == (last, [])
+    assert store.newest_whole(str(tmp_path / 'killed')) == (last, [])
     code, _ = train(2, f'--out_dir={tmp_path}/calm', *args)
     assert (
         code == 0
@@ -330,9 +329,8 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
 
 COPYING = """
 import os, sys
-sys.path.insert(0, '.')
 import train
-from engine import copier
+from onetrain.checkpoint import uploader as copier
 transfer = copier._transfer
 def noted(fs, path, *more):
     transfer(fs, path, *more)
@@ -340,7 +338,7 @@ def noted(fs, path, *more):
         print(os.environ['RANK'], os.path.basename(path), file=f)
 copier._transfer = noted
 if __name__ == '__main__':
-    train.parallel.run_and_leave(lambda: train.main(sys.argv[1:]))
+    train.processes.run_and_leave(lambda: train.main(sys.argv[1:]))
 """
 
 
@@ -389,7 +387,7 @@ def test_two_machines(dataset, tmp_path):
         '2': {'__2_0.distcp', '__3_0.distcp'},
     }
     (run,) = os.listdir(tmp_path / 'copies' / 'two')
-    assert checkpoint.newest_whole(str(tmp_path / 'copies' / 'two' / run)) == (6, [])
+    assert store.newest_whole(str(tmp_path / 'copies' / 'two' / run)) == (6, [])
     code, _ = train(4, *args[:-1], f'--out_dir={tmp_path}/one')
     assert code == 0 and losses(tmp_path / 'one') == losses(tmp_path / 'two')
 
@@ -402,7 +400,7 @@ def rendezvous(address, ranks, size, seconds=20.0):
 
     def of(rank):
         try:
-            found = parallel.rendezvous(client(), rank, size, datetime.timedelta(seconds=seconds))
+            found = processes.rendezvous(client(), rank, size, datetime.timedelta(seconds=seconds))
             found.add('here', 1)
             return found
         except ConfigError as error:
@@ -600,7 +598,7 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
     finally:
         end_all(job)
     assert (tmp_path / 'queued').read_text() == '77\n' and 'stopped at iter' in output, output
-    step, _ = checkpoint.newest_whole(str(tmp_path / 'run'))
+    step, _ = store.newest_whole(str(tmp_path / 'run'))
     assert step >= 30
     job = start(step + 5)
     try:

@@ -19,13 +19,14 @@ def bytes_of_a_rank(options):
     step of a small model, 'alive' those of all tensors there are; 'total' of all parameters.
     """
     import train
-    from engine import optim, parallel
     from model import Model
-    from presets import resolve_shape
+    from onetrain.distributed import layouts, processes
+    from onetrain.model_config import resolve_shape
+    from onetrain.training import optim
 
     config = train.Config(**{'block_size': 32, **options})
-    world = parallel.start('cpu')
-    parallel.choose_layout(world, config, [])
+    world = processes.start('cpu')
+    layouts.choose_layout(world, config, [])
     # an odd vocabulary and one block that holds little of the whole
     shape = resolve_shape(
         dict(
@@ -41,18 +42,18 @@ def bytes_of_a_rank(options):
     )
     others = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
     model = Model.on_meta(shape, ring=world.ring)
-    parallel.shard(model, world, torch.float32, torch.float32, False)
+    layouts.shard(model, world, torch.float32, torch.float32, False)
     model.allocate('cpu').init_weights(0)
     named = dict(model.named_parameters())
-    updated = parallel.zero1_parameters(named, world)
+    updated = layouts.zero1_parameters(named, world)
     optimizer = optim.build_adamw(
         updated, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu'
     )
-    parallel.attach_zero1(optimizer, named, updated, world)
-    step_model, train_model = parallel.wrap(model, world, False, 1)
+    layouts.attach_zero1(optimizer, named, updated, world)
+    step_model, train_model = layouts.wrap(model, world, False, 1)
     x = y = torch.zeros(1, len(world.ring.positions) if world.ring else 32, dtype=torch.int64)
     for step in range(3):
-        with parallel.gradient_sync_context(train_model, True, world):
+        with layouts.gradient_sync_context(train_model, True, world):
             train_model(x, y).backward()
         if step < 2:
             optimizer.step()
@@ -125,7 +126,7 @@ def kept(activation_checkpointing):
     from torch.distributed._tools.mem_tracker import MemTracker
 
     from model import Model
-    from presets import resolve_shape
+    from onetrain.model_config import resolve_shape
 
     model = Model(
         resolve_shape(

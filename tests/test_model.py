@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from engine.configurator import ConfigError, resolve
-from engine.loss import next_token_loss
 from model import Model
-from presets import PRESETS, resolve_shape
+from onetrain.config import ConfigError, resolve
+from onetrain.model_config import PRESETS, resolve_shape
+from onetrain.ops.cross_entropy import next_token_loss
 from train import ALIASES, Config
 
 CONFIGS = sorted(glob.glob(os.path.join(ROOT, 'config', '*.py')))

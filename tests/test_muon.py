@@ -12,10 +12,11 @@ from conftest import TINY, equal, losses, records, run_train, weights
 from ranks import ranks
 from test_layouts import arguments, run
 
-from engine import cpu, muon, optim
-from engine.muon import Muon, newton_schulz
 from model import Model
-from presets import resolve_shape
+from onetrain import cpu
+from onetrain.model_config import resolve_shape
+from onetrain.training import muon, optim
+from onetrain.training.muon import Muon, newton_schulz
 
 REAL = cpu.has_bfloat16
 SHAPE = dict(
@@ -376,7 +377,7 @@ def shared_steps(layout, bad_step):
 def of_mesh(tensor, mesh):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    from engine.parallel import shard_rows
+    from onetrain.distributed.layouts import shard_rows
 
     return DTensor.from_local(
         tensor[shard_rows(tensor, mesh)].clone(),

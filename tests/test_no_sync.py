@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import optim
-from engine.terminal import Terminal
+from onetrain.logs.terminal import Terminal
+from onetrain.training import optim
 
 
 class CountFetches(TorchDispatchMode):

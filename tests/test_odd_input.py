@@ -13,6 +13,9 @@ import pickle
 import shutil
 import sys
 
+import compare_evaluations
+import compare_runs
+import plot_single_run
 import pytest
 from conftest import TINY, run_train
 
@@ -21,18 +24,15 @@ import evaluate
 import export
 import sample
 import train as trainer
-from data import command, train_tokenizer
+from data import train_tokenizer
 from data.own_text import prepare as own_text
 from data.refocused_npz import prepare as refocused
 from data.shakespeare_char import prepare as shakespeare_char
-from engine import checkpoint, command_line
+from onetrain import command_line
+from onetrain.checkpoint import store
+from onetrain.prepare import cli
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.join(ROOT, 'plots'))
-
-import compare_evaluations  # noqa: E402
-import compare_runs  # noqa: E402
-import plot_single_run  # noqa: E402
 
 HUGE = '1' + '0' * 400
 NUMBERS = [
@@ -167,7 +167,7 @@ def test_numbers_of_the_trainer(key, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer, 'TrainLoader', None)
     for value in NUMBERS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trainer.parallel, 'shard', stop_here)
+            patch.setattr(trainer.layouts, 'shard', stop_here)
             assert (
                 tame(
                     capsys,
@@ -189,7 +189,7 @@ def stop_here(*args):
 
 @pytest.mark.parametrize('args', WORDS, ids=lambda args: args[0][:40])
 def test_words_of_the_trainer(args, dataset, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(trainer.parallel, 'shard', stop_here)
+    monkeypatch.setattr(trainer.layouts, 'shard', stop_here)
     monkeypatch.chdir(tmp_path)
     assert (
         tame(
@@ -488,7 +488,7 @@ def test_preparing(made, tmp_path, capsys, monkeypatch):
             )
             == 2
         ), args
-    assert command.check_output(str(tmp_path / 'a' / 'b')) is None
+    assert cli.check_output(str(tmp_path / 'a' / 'b')) is None
 
 
 def test_plots(made, tmp_path, capsys):
@@ -573,8 +573,7 @@ def test_odd_lines_in_the_log_of_a_run_that_continues(made, dataset, tmp_path, c
         == 0
     )
     assert (
-        'Traceback' not in capsys.readouterr().err
-        and checkpoint.steps(str(tmp_path / 'run'))[-1] == 4
+        'Traceback' not in capsys.readouterr().err and store.steps(str(tmp_path / 'run'))[-1] == 4
     )
 
 
@@ -632,7 +631,9 @@ def test_numbers_of_the_benches(name, monkeypatch, capsys):
             module.main()
     options = [action for action in parsers[0]._actions if action.type and action.option_strings]
     if name == 'generation':  # it has some of sample.py's
-        options = [action for action in options if action.type.__module__ == 'engine.command_line']
+        options = [
+            action for action in options if action.type.__module__ == 'onetrain.command_line'
+        ]
     for action in options:
         for odd in ('x', '', 'nan', '-5', '1e400', '9' * 30, '0.0.0', '\u0663'):
             with pytest.raises(SystemExit) as left:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from engine import optim
 from model import Model
-from presets import resolve_shape
+from onetrain.model_config import resolve_shape
+from onetrain.training import optim
 
 RATES = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110, decay_lr=True)
 

@@ -20,10 +20,10 @@ import pytest
 from conftest import ROOT
 from test_prepare import contents, lines, own_text, prepare, read_ids, read_texts, write_jsonl
 
-from data import assembly, command, documents, parts, pipeline
-from data.tokenfile import TokenFileWriter, fingerprint, fingerprint_of_files, read_meta
-from data.tokenizer import load_tokenizer
-from data.train_tokenizer import train_bpe
+from onetrain.data.token_file import TokenFileWriter, fingerprint, fingerprint_of_files, read_meta
+from onetrain.prepare import assemble, cli, documents, parts, pipeline
+from onetrain.tokenizers.base import load_tokenizer
+from onetrain.tokenizers.train import train_bpe
 
 EOT = '<|endoftext|>'
 
@@ -100,8 +100,8 @@ class openwebtext_like:
 
     @staticmethod
     def main(argv):
-        parser = command.corpus_parser('x', '/nowhere', val_fraction=0.05)
-        command.corpus(parser.parse_args(argv), '/nowhere')
+        parser = cli.corpus_parser('x', '/nowhere', val_fraction=0.05)
+        cli.corpus(parser.parse_args(argv), '/nowhere')
 
 
 def test_parts_are_bounded_and_more_than_a_few(corpus):
@@ -180,9 +180,9 @@ def test_three_machines_and_a_merge(corpus, tmp_path, capsys, monkeypatch):
 
 KILLED = """
 import sys
-from data import assembly, command, documents, parts, pipeline
+from onetrain.prepare import assemble, cli, documents, parts, pipeline
 from data.own_text import prepare
-from data.tokenizer import BytesTokenizer
+from onetrain.tokenizers.base import BytesTokenizer
 pipeline.PART_BYTES, documents.UNIT_BYTES = (20_000, 20_000), 10_000
 make = parts.make
 import time
@@ -191,7 +191,7 @@ def slow(*args, **more):
     return make(*args, **more)
 parts.make = slow
 if __name__ == '__main__':
-    command.run(lambda: prepare.main(sys.argv[1:]))
+    cli.run(lambda: prepare.main(sys.argv[1:]))
 """
 
 
@@ -336,9 +336,9 @@ def test_repeated_documents_are_found_in_buckets_too(tmp_path, monkeypatch):
         expected.append(key in seen)
         seen |= {key} - {(0, 0)}
     for bucket in (10_000, 100):
-        monkeypatch.setattr(assembly, 'BUCKET', bucket)
+        monkeypatch.setattr(assemble, 'BUCKET', bucket)
         assert (
-            assembly.repeated(
+            assemble.repeated(
                 [str(tmp_path / f'{i}.docs') for i in range(4)], str(tmp_path)
             ).tolist()
             == expected
@@ -475,7 +475,7 @@ def test_a_full_disk_leaves_what_is_finished_and_nothing_that_looks_so(
         os, 'remove', lambda path, remove=os.remove: path == '/dev/full' or remove(path)
     )
     with pytest.raises(SystemExit) as ended:
-        command.run(lambda: prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1))
+        cli.run(lambda: prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1))
     assert ended.value.code == 2 and 'error: the disk is full' in capsys.readouterr().err
     (left,) = (tmp_path / 'set').iterdir()
     # three parts and the plan
@@ -685,7 +685,7 @@ def test_large_data_sets_stay_in_many_files(corpus, tmp_path, monkeypatch):
     """By themselves above SHARDED_FROM bytes of ids, and any data set where it is asked for: the
     same tokens.
     """
-    from engine.dataset import open_dataset
+    from onetrain.data.dataset import open_dataset
 
     folder, _ = corpus
     prepare(tmp_path / 'one', folder, tokenizer='bytes')
@@ -701,7 +701,7 @@ def test_large_data_sets_stay_in_many_files(corpus, tmp_path, monkeypatch):
             '--sharded',
         ]
     )
-    monkeypatch.setattr(command, 'SHARDED_FROM', 1000)
+    monkeypatch.setattr(cli, 'SHARDED_FROM', 1000)
     prepare(tmp_path / 'large', folder, tokenizer='bytes')
     own_text.main(
         [
@@ -751,7 +751,7 @@ def test_many_files_are_written_at_once(corpus, tmp_path, monkeypatch):
     the same.
     """
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(4))
-    real, lock, writing, most = assembly._write, threading.Lock(), [0], {}
+    real, lock, writing, most = assemble._write, threading.Lock(), [0], {}
 
     def write(writer, *more):
         with lock:
@@ -764,7 +764,7 @@ def test_many_files_are_written_at_once(corpus, tmp_path, monkeypatch):
             writing[0] -= 1
         return work
 
-    monkeypatch.setattr(assembly, '_write', write)
+    monkeypatch.setattr(assemble, '_write', write)
     for sharded in (True, False):
         own_text.main(
             [
@@ -829,7 +829,7 @@ def test_what_a_killed_run_left_is_not_written_through(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr('data.tokenfile.TokenFileWriter._publish', publish)
+        patched.setattr('onetrain.data.token_file.TokenFileWriter._publish', publish)
         with pytest.raises(Killed):
             own_text.main(['--output', str(tmp_path / 'set'), *words])
     for name in os.listdir(tmp_path):

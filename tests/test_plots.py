@@ -7,18 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
+import matplotlib
 import numpy as np
+import plot_single_run
 import pytest
-
-matplotlib = pytest.importorskip('matplotlib')
-from matplotlib.image import imread  # noqa: E402
+import run_log
+from matplotlib.image import imread
+from run_log import load_run
 
 PLOTS = Path(__file__).resolve().parent.parent / 'plots'
-sys.path.insert(0, str(PLOTS))
-import compare_runs  # noqa: E402
-import plot_single_run  # noqa: E402
-import run_log  # noqa: E402
-from run_log import load_run  # noqa: E402
 
 CONFIG = {
     'arch_preset': 'llama',
@@ -579,8 +577,8 @@ def test_commands_run_from_the_repository_and_from_plots(tmp_path, folder, scrip
 
 def test_plots_import_neither_the_trainer_nor_torch():
     code = (
-        'import sys, plot_single_run, compare_runs; print([name for name in ("torch",'
-        ' "engine.checkpoint", "train", "model", "matplotlib.pyplot") if name in sys.modules])'
+        'import sys, plot_single_run, compare_runs; print([name for name in ("torch", "train",'
+        ' "onetrain.checkpoint.store", "model", "matplotlib.pyplot") if name in sys.modules])'
     )
     assert (
         subprocess.run(

@@ -4,21 +4,18 @@ fits.
 
 import contextlib
 import os
-import sys
 from unittest import mock
 
+import memory_prediction
 import pytest
 import ranks
 import torch
-from conftest import ROOT, TINY, losses, records, run_train
+from conftest import TINY, losses, records, run_train
 
-from engine import memory
-from engine.checkpoint import path_of, read_state
 from model import Model
-from presets import resolve_shape
-
-sys.path.insert(0, os.path.join(ROOT, 'bench'))
-import memory_prediction  # noqa: E402
+from onetrain.checkpoint.store import path_of, read_state
+from onetrain.model_config import resolve_shape
+from onetrain.training import memory
 
 
 def test_predicted_is_what_is_measured(capsys):
@@ -143,7 +140,7 @@ def test_a_run_finds_its_batch_size_and_keeps_the_batch(dataset, tmp_path, monke
     wanted = ['--n_embd=128', '--max_iters=4', '--eval_interval=2', '--find_batch_size=True']
     room = []
     monkeypatch.setattr(memory, 'available', lambda device: room[0])
-    monkeypatch.setattr('engine.report.available', lambda device: room[0])
+    monkeypatch.setattr('onetrain.training.startup_report.available', lambda device: room[0])
     sizes = {}
     for name, free in (('much', 10**9), ('little', 12 * 10**6)):
         room[:] = [free]
@@ -229,7 +226,7 @@ def test_what_is_told(dataset, tmp_path, capsys):
 def train_with(rooms, arguments):
     """train.py on this rank, to which rooms[rank] bytes seem to be free."""
     rank = int(os.environ['RANK'])
-    with mock.patch('engine.memory.available', lambda device: rooms[rank]):
+    with mock.patch('onetrain.training.memory.available', lambda device: rooms[rank]):
         return ranks._train(arguments)
 
 

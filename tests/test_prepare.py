@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onetrain.data.token_file import read_meta, token_dtype
+from onetrain.prepare import cli, documents, tinyshakespeare
+from onetrain.tokenizers.base import HuggingFaceTokenizer, tokenizer_of
+from onetrain.tokenizers.train import train_bpe
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from data import command, documents, tinyshakespeare  # noqa: E402
-from data.tokenfile import read_meta, token_dtype  # noqa: E402
-from data.tokenizer import HuggingFaceTokenizer, tokenizer_of  # noqa: E402
-from data.train_tokenizer import train_bpe  # noqa: E402
 
 own_text, openwebtext, pystdlib, shakespeare, shakespeare_char = (
     importlib.import_module(f'data.{name}.prepare')
@@ -568,7 +568,7 @@ def test_the_train_command_that_is_named(capsys):
         (ROOT / 'data' / 'own_text', 'config/a.py', 'config/a.py'),
         (ROOT / 'data' / 'mybooks', 'config/a.py', 'config/a.py --dataset=mybooks'),
     ):
-        command.report(
+        cli.report(
             types.SimpleNamespace(folder=str(folder), report=lambda: None),
             str(ROOT / 'data' / 'own_text'),
             config,
@@ -585,7 +585,7 @@ def test_sigkill_while_preparing_leaves_the_older_set_and_its_tokenizer(tmp_path
     prepare(tmp_path / 'set', tmp_path / 'a.jsonl', tokenizer=folders[0] / 'tokenizer')
     before = contents(tmp_path / 'set')
     script = (
-        'import sys, time, importlib; from data import documents\n'
+        'import sys, time, importlib; from onetrain.prepare import documents\n'
         'read = documents.read\n'
         'def slow(unit, field):\n'
         '    for number, row in enumerate(read(unit, field)):\n'

@@ -24,10 +24,10 @@ from conftest import (
     write_dataset,
 )
 
-from data.tokenfile import read_meta
-from engine import checkpoint
 from model import Model
-from presets import resolve_shape
+from onetrain.checkpoint import store
+from onetrain.data.token_file import read_meta
+from onetrain.model_config import resolve_shape
 
 STEPS = 60
 
@@ -97,7 +97,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(
         '--dropout=0.1',
     )
     assert code == expected and '--init_from=resume continues' in output, output
-    stopped = checkpoint.steps(str(tmp_path))[-1]
+    stopped = store.steps(str(tmp_path))[-1]
     assert 33 <= stopped < STEPS
     assert train(tmp_path, '--init_from=resume') == 0
     assert losses(tmp_path) == losses(reference)
@@ -139,7 +139,7 @@ def test_evaluation_logging_and_workers_change_nothing(reference, train, tmp_pat
 
 def test_resume_falls_back_to_the_newest_whole_checkpoint(reference, train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=40', '--eval_interval=20', '--dropout=0.1') == 0
-    with open(os.path.join(checkpoint.path_of(str(tmp_path), 40), '__0_0.distcp'), 'r+b') as f:
+    with open(os.path.join(store.path_of(str(tmp_path), 40), '__0_0.distcp'), 'r+b') as f:
         f.seek(1000)
         f.write(b'!')
     capsys.readouterr()
@@ -155,10 +155,10 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(reference, train, tmp_
 
 def test_a_damaged_newest_checkpoint_never_costs_the_good_ones(train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=15', '--eval_interval=5') == 0
-    with open(os.path.join(checkpoint.path_of(str(tmp_path), 15), 'state.json'), 'a') as f:
+    with open(os.path.join(store.path_of(str(tmp_path), 15), 'state.json'), 'a') as f:
         f.write(' ')
     assert train(tmp_path, '--init_from=resume', '--max_iters=12', '--keep_checkpoints=1') == 0
-    assert checkpoint.newest_whole(str(tmp_path)) == (12, [])
+    assert store.newest_whole(str(tmp_path)) == (12, [])
     assert 'rejected_step_00000015' in os.listdir(tmp_path / 'checkpoints')
 
 
@@ -182,7 +182,7 @@ def test_workers_survive_the_signal_that_stops_the_run(dataset, tmp_path):
         if 'iter 33/' in line:
             os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == 143 and 'Traceback' not in output, output
-    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    step, rejected = store.newest_whole(str(tmp_path))
     assert step >= 33 and not rejected
 
 
@@ -257,7 +257,7 @@ def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
         and 'the best loss so far is forgotten' in output
     )
     assert [r['tokens_seen'] for r in records(out)] == [64 * i for i in range(1, 9)]
-    state = checkpoint.read_state(checkpoint.path_of(str(out), 8))
+    state = store.read_state(store.path_of(str(out), 8))
     assert state['position'] == 12 and state['data']['train']['tokens'] == 5000
     evaluated = records(out, 'eval')
     # measured anew at iteration 5, on the new data
@@ -336,7 +336,7 @@ def test_other_validation_data_alone_is_noticed(train, tmp_path, capsys):
         == 0
     )
     # the training stream goes on
-    assert checkpoint.read_state(checkpoint.path_of(str(tmp_path / 'out'), 8))['position'] == 32
+    assert store.read_state(store.path_of(str(tmp_path / 'out'), 8))['position'] == 32
 
 
 def test_a_recipes_accumulation_does_not_undo_the_total_batch(train, tmp_path, capsys):
@@ -394,8 +394,7 @@ def test_resume_may_change_what_is_safe_and_says_so(train, tmp_path, capsys):
     assert [r['tokens_seen'] for r in records(tmp_path)][-3:] == [640, 672, 704]
     # no sequence twice, none left out
     assert [
-        checkpoint.read_state(checkpoint.path_of(str(tmp_path), step))['position']
-        for step in (10, 12)
+        store.read_state(store.path_of(str(tmp_path), step))['position'] for step in (10, 12)
     ] == [40, 44]
 
 
@@ -496,8 +495,8 @@ def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
         '--eval_interval=20',
         '--keep_all_checkpoints=True',
     )
-    for step in checkpoint.steps(str(tmp_path))[1:]:
-        checkpoint.remove(checkpoint.path_of(str(tmp_path), step), step)
+    for step in store.steps(str(tmp_path))[1:]:
+        store.remove(store.path_of(str(tmp_path), step), step)
     unfinished = weights(tmp_path, 20)
     assert train(tmp_path, '--max_iters=60') == 2
     error = capsys.readouterr().err
@@ -513,8 +512,8 @@ def test_starting_again_destroys_nothing(train, tmp_path, capsys, dataset):
     output = capsys.readouterr().out
     aside = [name for name in os.listdir(tmp_path) if name.startswith('checkpoints_run_')]
     assert len(aside) == 1 and f'its checkpoints are now in {tmp_path}/{aside[0]}' in output
-    assert checkpoint.corruption_reason(str(tmp_path / aside[0] / 'step_00000025')) is None
-    assert checkpoint.steps(str(tmp_path)) == [3]
+    assert store.corruption_reason(str(tmp_path / aside[0] / 'step_00000025')) is None
+    assert store.steps(str(tmp_path)) == [3]
 
 
 def test_best_only_saving(train, tmp_path):
@@ -602,8 +601,8 @@ def test_ckpt_of_nanogpt_is_imported_and_continued(train, tmp_path, dataset):
         == 0
     )
     # one step by hand from the same state
-    from engine.dataset import open_dataset
-    from engine.loader import WindowOrder
+    from onetrain.data.dataset import open_dataset
+    from onetrain.data.order import WindowOrder
 
     file = open_dataset(dataset, '/')[0]
     window = file.windows(WindowOrder(len(file), 16, 1337).starts(3 * 4, 4), 16)
@@ -684,9 +683,9 @@ def test_ckpt_of_its_descendant_is_imported(train, tmp_path, dataset, capsys):
     """Other names, q and kv apart, interleaved RoPE: the imported model computes what its own did,
     and trains on from its iteration.
     """
-    from engine import nanogpt
     from model import Model
-    from presets import resolve_shape
+    from onetrain.checkpoint import import_nanogpt
+    from onetrain.model_config import resolve_shape
 
     sizes = dict(
         n_layer=2,
@@ -731,7 +730,7 @@ def test_ckpt_of_its_descendant_is_imported(train, tmp_path, dataset, capsys):
         },
         tmp_path / 'ckpt.pt',
     )
-    read = nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+    read = import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
     model = Model(resolve_shape(read['config']))
     model.fill(read['model'].items())
     idx = torch.randint(41, (2, 16), generator=generator)
@@ -762,4 +761,4 @@ def test_ckpt_of_its_descendant_is_imported(train, tmp_path, dataset, capsys):
         tmp_path / 'ckpt.pt',
     )
     with pytest.raises(ValueError, match='the weights blocks.0.mystery.weight are not known here'):
-        nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
+        import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))

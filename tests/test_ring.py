@@ -6,11 +6,11 @@ import torch
 from conftest import write_dataset
 from ranks import ranks
 
-from engine import descriptors
-from engine.attention import attention
-from engine.dataset import open_dataset
-from engine.loss import IGNORE
-from engine.ring import Ring, ring_attention
+from onetrain import descriptors
+from onetrain.data.dataset import open_dataset
+from onetrain.ops.attention import attention
+from onetrain.ops.cross_entropy import IGNORE
+from onetrain.ops.ring_attention import Ring, ring_attention
 
 
 def beyond(ring):
@@ -74,7 +74,7 @@ def saved_bytes(context_parallel):
     import torch.distributed as dist
 
     from model import Model
-    from presets import resolve_shape
+    from onetrain.model_config import resolve_shape
 
     shape = resolve_shape(
         dict(

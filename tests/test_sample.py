@@ -9,12 +9,12 @@ import pytest
 from conftest import TEXT, run_train, write_dataset
 
 import export
-import huggingface
 import sample
-from engine import checkpoint
-from generation import generate
 from model import Model
-from presets import PRESETS, resolve_shape
+from onetrain import huggingface
+from onetrain.checkpoint import store
+from onetrain.generation import generate
+from onetrain.model_config import PRESETS, resolve_shape
 
 
 def write(capsys, *args):
@@ -74,11 +74,11 @@ def test_prompt_from_a_file_and_limits(train, tmp_path, capsys):
 
 def test_best_checkpoint_or_the_step_asked_for(train, tmp_path, capsys):
     assert train(tmp_path, '--max_iters=6', '--eval_interval=2', '--keep_all_checkpoints=True') == 0
-    path = checkpoint.path_of(str(tmp_path), 4)
-    checkpoint.record_evaluation(path, {**checkpoint.read_evaluation(path), 'val': 0.1})
+    path = store.path_of(str(tmp_path), 4)
+    store.record_evaluation(path, {**store.read_evaluation(path), 'val': 0.1})
     assert 'step_00000004' in write(capsys, f'--out_dir={tmp_path}', '--start=the')[1]
     assert 'step_00000002' in write(capsys, f'--out_dir={tmp_path}', '--start=the', '--step=2')[1]
-    with open(os.path.join(checkpoint.path_of(str(tmp_path), 4), 'state.json'), 'a') as f:
+    with open(os.path.join(store.path_of(str(tmp_path), 4), 'state.json'), 'a') as f:
         f.write(' ')
     assert 'step_00000006' in write(capsys, f'--out_dir={tmp_path}', '--start=the')[1]
     code, text = write(capsys, f'--out_dir={tmp_path}', '--start=the', '--step=4')
@@ -110,7 +110,7 @@ def test_from_a_hugging_face_folder(tmp_path, capsys):
         )
     )
     model.init_weights(0)
-    huggingface.write(str(tmp_path), model.config, model.state_dict())
+    huggingface.write_model(str(tmp_path), model.config, model.state_dict())
     code, text = write(capsys, f'--hf={tmp_path}', '--start=the quick brown', '--temperature=0')
     ids = tokenizer.encode('the quick brown').ids
     assert (
@@ -315,7 +315,7 @@ def test_an_older_run_without_ids_of_its_tokenizer(tmp_path, capsys):
 
     data, out = characters(tmp_path / 'data', 'abcdefgh'), tmp_path / 'out'
     assert run_train(data, out, '--max_iters=2', '--eval_interval=2') == 0
-    path = checkpoint.path_of(str(out), 2)
+    path = store.path_of(str(out), 2)
     with open(f'{path}/state.json') as f:
         state = json.load(f)
     with open(f'{path}/state.json', 'w') as f:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import TINY, losses, records, run_process
 
-from engine import checkpoint, faults, resume
-from engine.parallel import World
-from engine.saver import Saver
+from onetrain.checkpoint import fault_injection, resume, store
+from onetrain.checkpoint.async_writer import Saver
+from onetrain.distributed.processes import World
 
 ONE = World(0, 1, torch.device('cpu'))
 
@@ -35,7 +35,7 @@ def test_what_is_saved_is_the_state_at_start_although_training_goes_on(tmp_path)
             tensor.add_(1)
         outcome = saver.wait()
         into = tensors(0)
-        checkpoint.load(outcome.path, into)
+        store.load(outcome.path, into)
         assert outcome.error is None and all((tensor == step).all() for tensor in into.values())
 
 
@@ -54,7 +54,7 @@ def test_staging_is_awaited_and_writing_is_not(tmp_path, monkeypatch):
     assert not saver.staged.wait(0.2) and saver.poll() is None
     threading.Timer(0.3, may_stage.set).start()
     assert saver.wait_staged() > 0.2
-    assert checkpoint.steps(str(tmp_path)) == [] and saver.poll() is None
+    assert store.steps(str(tmp_path)) == [] and saver.poll() is None
     may_write.set()
     outcome = saver.wait()
     assert (
@@ -63,7 +63,7 @@ def test_staging_is_awaited_and_writing_is_not(tmp_path, monkeypatch):
         and outcome.total_s >= outcome.stall_s
         and outcome.size == 8500
     )
-    assert checkpoint.newest_whole(str(tmp_path)) == (1, []) and saver.wait() is None
+    assert store.newest_whole(str(tmp_path)) == (1, []) and saver.wait() is None
 
 
 def test_the_training_threads_are_not_called_for_copies(tmp_path):
@@ -77,7 +77,7 @@ def test_the_training_threads_are_not_called_for_copies(tmp_path):
     }
     saver.start(1, odd, {})
     into = {name: torch.zeros_like(tensor) for name, tensor in odd.items()}
-    checkpoint.load(saver.wait().path, into)
+    store.load(saver.wait().path, into)
     assert all(torch.equal(into[name], odd[name]) for name in odd)
 
 
@@ -97,8 +97,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_every_rank_writes_its_share():
     sizes = {'a': 100, 'b': 60, 'c': 50, 'd': 1}
-    assert checkpoint.deal(sizes, 1) == dict.fromkeys('abcd', 0)
-    assert checkpoint.deal(sizes, 2) == {'a': 0, 'b': 1, 'c': 1, 'd': 0}
+    assert store.deal(sizes, 1) == dict.fromkeys('abcd', 0)
+    assert store.deal(sizes, 2) == {'a': 0, 'b': 1, 'c': 1, 'd': 0}
 
 
 # ---- a save that fails
@@ -109,13 +109,13 @@ def test_too_little_space_is_known_before_writing(tmp_path, monkeypatch):
     saver.start(1, tensors(1), {})
     assert saver.wait().error is None
     monkeypatch.setattr(
-        'engine.saver.shutil.disk_usage',
+        'onetrain.checkpoint.async_writer.shutil.disk_usage',
         lambda path: os.terminal_size((1, 1)) and type('usage', (), {'free': 1_000_000})(),
     )
     saver.start(2, tensors(2), {})
     error = saver.wait().error
     assert 'MB free, the checkpoint and a margin take 1.1 MB' in error
-    assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and checkpoint.newest_whole(
+    assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and store.newest_whole(
         str(tmp_path)
     ) == (1, [])
 
@@ -133,27 +133,27 @@ def test_a_write_that_fails_leaves_the_older_one_and_the_next_try_works(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert 'File too large' in error
-    assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and checkpoint.newest_whole(
+    assert os.listdir(tmp_path / 'checkpoints') == ['step_00000001'] and store.newest_whole(
         str(tmp_path)
     ) == (1, [])
     saver.start(3, tensors(3), {})
-    assert saver.wait().error is None and checkpoint.steps(str(tmp_path)) == [3]
+    assert saver.wait().error is None and store.steps(str(tmp_path)) == [3]
 
 
 def test_what_the_disk_garbles_is_noticed_before_older_ones_go(tmp_path, monkeypatch):
     saver = Saver(str(tmp_path), ONE, keep=1)
     saver.start(1, tensors(1), {})
     assert saver.wait().error is None
-    real = checkpoint.sha256
+    real = store.sha256
     monkeypatch.setattr(
-        checkpoint,
+        store,
         'sha256',
-        lambda path, fs=checkpoint.LOCAL: 'other' if path.endswith('.distcp') else real(path, fs),
+        lambda path, fs=store.LOCAL: 'other' if path.endswith('.distcp') else real(path, fs),
     )
     saver.start(2, tensors(2), {})
     assert 'does not read back: __0_0.distcp does not have the checksum' in saver.wait().error
     monkeypatch.undo()
-    assert checkpoint.newest_whole(str(tmp_path)) == (1, [])
+    assert store.newest_whole(str(tmp_path)) == (1, [])
 
 
 def test_a_run_goes_on_while_saves_fail(train, tmp_path, capsys, monkeypatch):
@@ -179,9 +179,9 @@ def test_a_run_goes_on_while_saves_fail(train, tmp_path, capsys, monkeypatch):
         and output.count('CHECKPOINT NOT SAVED at iter') == 2
         and 'File too large' in output
     )
-    assert max(losses(tmp_path)) == 30 and checkpoint.newest_whole(str(tmp_path)) == (10, [])
+    assert max(losses(tmp_path)) == 30 and store.newest_whole(str(tmp_path)) == (10, [])
     assert train(tmp_path, '--init_from=resume', '--max_iters=30') == 0
-    assert checkpoint.newest_whole(str(tmp_path)) == (30, []) and sorted(losses(tmp_path)) == list(
+    assert store.newest_whole(str(tmp_path)) == (30, []) and sorted(losses(tmp_path)) == list(
         range(1, 31)
     )
 
@@ -215,25 +215,26 @@ def test_a_full_and_a_read_only_disk_do_not_stop_the_run(train, small_disk, caps
         and 'THE LAST CHECKPOINT WAS NOT SAVED' in output
     )
     assert [r['iter'] for r in records(out, 'save_failed')] == [20, 30] and max(losses(out)) == 30
-    assert checkpoint.newest_whole(str(out)) == (10, [])
+    assert store.newest_whole(str(out)) == (10, [])
     # the check is only an estimate: let the disk run full in the middle of writing
     monkeypatch.setattr(
-        'engine.saver.shutil.disk_usage', lambda path: type('usage', (), {'free': 10**12})()
+        'onetrain.checkpoint.async_writer.shutil.disk_usage',
+        lambda path: type('usage', (), {'free': 10**12})(),
     )
     with open(small_disk / 'more', 'wb') as f:
         f.write(bytes(100_000))
     assert train(out, '--init_from=resume', '--max_iters=20', '--log_interval=10') == 4
-    assert 'No space left on device' in capsys.readouterr().out and checkpoint.newest_whole(
+    assert 'No space left on device' in capsys.readouterr().out and store.newest_whole(
         str(out)
     ) == (10, [])
     os.remove(small_disk / 'ballast')
     # it works again: what was not saved is trained again
     assert train(out, '--init_from=resume', '--max_iters=30', '--log_interval=10') == 0
-    assert checkpoint.newest_whole(str(out)) == (30, [])
+    assert store.newest_whole(str(out)) == (30, [])
     subprocess.run(['mount', '-o', 'remount,ro', small_disk], check=True)
     saver = Saver(str(out), ONE)
     saver.start(40, tensors(1), {})
-    assert 'Read-only file system' in saver.wait().error and checkpoint.newest_whole(str(out)) == (
+    assert 'Read-only file system' in saver.wait().error and store.newest_whole(str(out)) == (
         30,
         [],
     )
@@ -266,7 +267,7 @@ def undisturbed(dataset, tmp_path_factory):
     return losses(out)
 
 
-@pytest.mark.parametrize('point', [point for point in faults.POINTS if point != 'upload'])
+@pytest.mark.parametrize('point', [point for point in fault_injection.POINTS if point != 'upload'])
 def test_after_death_at_any_point_the_run_continues_to_the_same_bits(
     point, dataset, tmp_path, train, undisturbed
 ):
@@ -278,14 +279,14 @@ def test_after_death_at_any_point_the_run_continues_to_the_same_bits(
         '--checkpoint_interval=10',
         step=10 if point == 'retention' else 20,
     )
-    assert code == faults.EXIT_CODE, output
-    step, rejected = checkpoint.newest_whole(str(tmp_path))
+    assert code == fault_injection.EXIT_CODE, output
+    step, rejected = store.newest_whole(str(tmp_path))
     # 10 is the best until 20 is evaluated
     assert (step, rejected) == ({'after_rename': 20, 'retention': 30}.get(point, 10), [])
     # none half removed
     assert all(
-        checkpoint.corruption_reason(checkpoint.path_of(str(tmp_path), s)) is None
-        for s in checkpoint.steps(str(tmp_path))
+        store.corruption_reason(store.path_of(str(tmp_path), s)) is None
+        for s in store.steps(str(tmp_path))
     )
     assert (
         train(
@@ -323,8 +324,7 @@ def test_foreground_and_background_write_the_same(train, tmp_path):
             == 0
         )
     files = [
-        [os.path.join(checkpoint.path_of(str(tmp_path / name), 10), '__0_0.distcp')]
-        for name in 'ab'
+        [os.path.join(store.path_of(str(tmp_path / name), 10), '__0_0.distcp')] for name in 'ab'
     ]
     contents = [open(f[0], 'rb').read() for f in files]
     assert contents[0] == contents[1]

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
-from data.sentencepiece_json import convert, read_model
-from data.tokenizer import SentencePieceTokenizer, decode_after
-from data.tokenizer_json import save_for_transformers
+from onetrain.tokenizers.base import SentencePieceTokenizer, decode_after
+from onetrain.tokenizers.export import save_for_transformers
+from onetrain.tokenizers.sentencepiece_json import convert, read_model
 
 sentencepiece = pytest.importorskip('sentencepiece')
 pytest.importorskip('tokenizers')
@@ -131,19 +131,21 @@ def test_what_new_tokens_add_to_a_prompt():
 
 def test_a_sample_continues_its_prompt(monkeypatch):
     """sample.py: prompt and continuation are one text, stop strings and streaming included."""
-    import sample
+    from onetrain import generation
 
     tokenizer = SentencePieceTokenizer(
         trained('unigram', 'identity', True, False, True, False), 'here'
     )
     ids = tokenizer.encode('The quick brown fox jumps').tolist()
     monkeypatch.setattr(
-        sample,
+        generation,
         'generate',
         lambda model, prompts, n, on_tokens=None, **how: [on_tokens([i], [True]) for i in ids[2:]],
     )
     shown = []
     for stop, expected in (((), 'The quick brown fox jumps'), ((' fox',), 'The quick brown')):
         shown.clear()
-        (text,) = sample.continue_texts(None, tokenizer, [ids[:2]], 9, stop=stop, show=shown.append)
+        (text,) = generation.continue_texts(
+            None, tokenizer, [ids[:2]], 9, stop=stop, show=shown.append
+        )
         assert tokenizer.decode(ids[:2]) + text == expected and ''.join(shown) == text

@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -16,10 +15,8 @@ from conftest import ROOT
 from test_byte_level import trained
 from test_prepare import contents, prepare, read_ids, tiny_encoding, write_jsonl  # noqa: F401
 
-from data import command, documents, pipeline
-from data.tokenfile import read_meta, token_dtype
-
-sys.path.insert(0, ROOT)
+from onetrain.data.token_file import read_meta, token_dtype
+from onetrain.prepare import cli, documents, pipeline
 
 
 def texts_of(count, seed=0):
@@ -353,7 +350,7 @@ def test_offline_for_real(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         os.environ['HF_HUB_OFFLINE'] = '1'
         try:
-            command.run(lambda: script.main(['--tokenizer', 'bytes', '--output', str(tmp_path)]))
+            cli.run(lambda: script.main(['--tokenizer', 'bytes', '--output', str(tmp_path)]))
         finally:
             os.environ.pop('HF_HUB_OFFLINE')
     assert ended.value.code == 2

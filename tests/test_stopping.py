@@ -9,7 +9,8 @@ import time
 import pytest
 from conftest import TINY, end_all, losses, records, run_process, start_process
 
-from engine import checkpoint, stopping
+from onetrain import signals
+from onetrain.checkpoint import store
 
 LONG = ['--max_iters=100000', '--eval_interval=100000', '--eval_at_start=False']
 
@@ -42,7 +43,7 @@ def test_each_signal_saves_and_has_its_exit_code(dataset, tmp_path, train, numbe
     assert (
         found == code and '--init_from=resume continues' in output and 'Traceback' not in output
     ), output
-    step = checkpoint.newest_whole(str(tmp_path))[0]
+    step = store.newest_whole(str(tmp_path))[0]
     assert step == max(losses(tmp_path)) >= 33
 
 
@@ -93,7 +94,7 @@ def test_a_second_signal_ends_without_a_checkpoint(dataset, tmp_path):
     """The first is honoured only after the step, which takes a minute here."""
     script = tmp_path / 'slow_step.py'
     script.write_text(
-        'import sys, time\nsys.path.insert(0, ".")\nimport train\nfrom engine import optim\nclip ='
+        'import sys, time\nimport train\nfrom onetrain.training import optim\nclip ='
         ' optim.clip_gradients\ncount = [0]\ndef slow(*args):\n    count[0] += 1\n    if count[0] >'
         ' 40:\n        print("slow now", flush=True)\n        [time.sleep(0.1) for _ in'
         ' range(600)]\n    return clip(*args)\noptim.clip_gradients ='
@@ -105,7 +106,7 @@ def test_a_second_signal_ends_without_a_checkpoint(dataset, tmp_path):
     assert (
         code == 143 and 'SIGTERM again: stopped without a checkpoint' in output and seconds < 10
     ), output
-    assert checkpoint.steps(str(tmp_path / 'out')) == []
+    assert store.steps(str(tmp_path / 'out')) == []
 
 
 def test_a_signal_during_evaluation_does_not_wait_for_its_end(dataset, tmp_path, train):
@@ -122,7 +123,7 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(dataset, tmp_path,
         '--keep_checkpoints=5',
     )
     assert code == 143 and seconds < 20, output
-    assert checkpoint.newest_whole(str(tmp_path)) == (50, []) and records(tmp_path, 'eval') == []
+    assert store.newest_whole(str(tmp_path)) == (50, []) and records(tmp_path, 'eval') == []
     assert train(tmp_path, '--init_from=resume', '--eval_iters=2', '--batch_size=1') == 0
     assert [r['iter'] for r in records(tmp_path, 'eval')] == [50, 100]  # made again
 
@@ -131,7 +132,7 @@ def test_a_signal_while_waiting_for_data(dataset, tmp_path):
     """A worker process hangs in its file system from the 40th batch on."""
     script = tmp_path / 'hanging.py'
     script.write_text(
-        'import sys, time\nsys.path.insert(0, ".")\nimport train\nfrom engine import loader\nget ='
+        'import sys, time\nimport train\nfrom onetrain.data import loader\nget ='
         ' loader.TrainLoader.__getitem__\ndef hang(self, micro):\n    if micro > 40:\n       '
         ' time.sleep(1000)\n    return get(self, micro)\nloader.TrainLoader.__getitem__ ='
         ' hang\nsys.exit(train.main())\n'
@@ -147,7 +148,7 @@ def test_a_signal_while_waiting_for_data(dataset, tmp_path):
         script=str(script),
     )
     assert code == 143 and seconds < 15, output
-    assert checkpoint.newest_whole(str(tmp_path / 'out')) == (41, [])
+    assert store.newest_whole(str(tmp_path / 'out')) == (41, [])
 
 
 def test_a_step_that_is_given_up_is_made_again(dataset, tmp_path, train):
@@ -188,10 +189,7 @@ def test_a_step_that_is_given_up_is_made_again(dataset, tmp_path, train):
         )
     finally:
         trainer.TrainLoader.next = loader_next
-    assert (
-        checkpoint.newest_whole(str(tmp_path / 'b')) == (30, [])
-        and max(losses(tmp_path / 'b')) == 30
-    )
+    assert store.newest_whole(str(tmp_path / 'b')) == (30, []) and max(losses(tmp_path / 'b')) == 30
     assert train(tmp_path / 'b', '--init_from=resume', '--gradient_accumulation_steps=6') == 0
     assert losses(tmp_path / 'b') == losses(tmp_path / 'calm')
 
@@ -205,8 +203,8 @@ def test_max_time_saves_and_leaves_with_its_code(dataset, tmp_path, train):
         *LONG,
         f'--max_time={12 / 3600}',
     )
-    assert code == stopping.TIME_IS_UP == 75 and '--init_from=resume continues' in output, output
-    step = checkpoint.newest_whole(str(tmp_path))[0]
+    assert code == signals.TIME_IS_UP == 75 and '--init_from=resume continues' in output, output
+    step = store.newest_whole(str(tmp_path))[0]
     assert step == max(losses(tmp_path))
     # the limit was of the other process
     assert train(tmp_path, '--init_from=resume', f'--max_iters={step + 3}') == 0
@@ -223,8 +221,8 @@ def test_one_command_line_starts_continues_and_has_nothing_left_to_do(train, tmp
         r['iter'] for r in records(tmp_path, 'eval')
     ] == [0, 5, 10, 15, 20]
     # a run whose checkpoints are all broken is not started anew
-    for step in checkpoint.steps(str(tmp_path)):
-        os.remove(os.path.join(checkpoint.path_of(str(tmp_path), step), 'state.json'))
+    for step in store.steps(str(tmp_path)):
+        os.remove(os.path.join(store.path_of(str(tmp_path), step), 'state.json'))
     assert train(tmp_path, '--auto_resume=True', '--max_iters=20') == 2
     assert 'state.json is missing' in capsys.readouterr().err
 
@@ -255,7 +253,7 @@ def test_two_processes_never_write_in_one_folder(dataset, tmp_path):
 
 
 def test_the_codes_of_a_request():
-    request = stopping.StopRequest(talk=False)
+    request = signals.StopRequest(talk=False)
     try:
         assert request.code() == 0
         request.max_hours = 1e-9
@@ -287,7 +285,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again_in_the_same_lo
         if line.startswith('iter 9/'):
             process.kill()
     process.wait()
-    assert checkpoint.steps(str(tmp_path)) == [] and max(losses(tmp_path)) >= 9
+    assert store.steps(str(tmp_path)) == [] and max(losses(tmp_path)) >= 9
     assert train(tmp_path, *args, '--auto_resume=True') == 0
     assert [r['iter'] for r in records(tmp_path)] == list(range(1, 401)) and [
         r['iter'] for r in records(tmp_path, 'eval')
@@ -320,22 +318,20 @@ def test_the_last_evaluation_that_is_cut_short_is_made_by_the_next_start(dataset
         '--eval_iters=1000000',
         '--batch_size=1',
     )
-    assert code == 143 and seconds < 20 and checkpoint.newest_whole(str(tmp_path)) == (50, []), (
-        output
-    )
+    assert code == 143 and seconds < 20 and store.newest_whole(str(tmp_path)) == (50, []), output
     assert (
         train(tmp_path, '--auto_resume=True', '--eval_iters=2', '--batch_size=1', '--max_iters=50')
         == 0
     )
     (evaluated,) = records(tmp_path, 'eval')
-    noted = checkpoint.read_evaluation(checkpoint.path_of(str(tmp_path), 50))
+    noted = store.read_evaluation(store.path_of(str(tmp_path), 50))
     assert evaluated['iter'] == 50 and noted['val'] == evaluated['val_loss']
 
 
 def test_a_repeat_is_expected_under_torchrun_only(monkeypatch):
     """torchrun hands on the signal that Slurm has sent to its workers already."""
     left = []
-    monkeypatch.setattr(stopping.os, '_exit', left.append)
+    monkeypatch.setattr(signals.os, '_exit', left.append)
     for under_torchrun, exits in ((False, [[143], [143, 143]]), (True, [[], [143]])):
         left.clear()
         (
@@ -343,7 +339,7 @@ def test_a_repeat_is_expected_under_torchrun_only(monkeypatch):
             if under_torchrun
             else monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
         )
-        request = stopping.StopRequest(talk=False)
+        request = signals.StopRequest(talk=False)
         request.at_once = False
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -361,13 +357,12 @@ def test_the_clock_of_max_time_runs_on_over_restarts(monkeypatch):
     """
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
     script = (
-        'import sys, time; sys.path.insert(0, "."); from engine import stopping; time.sleep(1);'
-        ' print(stopping.running_s())'
+        'import sys, time; from onetrain import signals; time.sleep(1); print(signals.running_s())'
     )
     alone = float(run_process('-c', script)[1])
     handed = float(run_process('-c', script, env={'TORCHELASTIC_RUN_ID': '1'})[1])
     # this process is the parent
-    assert 1 <= alone < 20 and abs(handed - stopping.running_s()) < 5 and handed > alone
+    assert 1 <= alone < 20 and abs(handed - signals.running_s()) < 5 and handed > alone
 
 
 def test_a_signal_while_sampling_cuts_the_sample_short(train, tmp_path, capsys, monkeypatch):
@@ -392,4 +387,4 @@ def test_a_signal_while_sampling_cuts_the_sample_short(train, tmp_path, capsys, 
         )
         == 143
     )
-    assert lengths == [0] and checkpoint.newest_whole(str(tmp_path)) == (10, [])
+    assert lengths == [0] and store.newest_whole(str(tmp_path)) == (10, [])

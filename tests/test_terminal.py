@@ -6,9 +6,9 @@ import subprocess
 import pytest
 from conftest import ROOT, TINY, records, run_process, run_train
 
-from engine import terminal
-from engine.report import grouped
-from engine.terminal import Terminal, duration, progress_line, short
+from onetrain.logs import terminal
+from onetrain.logs.terminal import Terminal, duration, progress_line, short
+from onetrain.training.startup_report import grouped
 
 
 @pytest.mark.parametrize('width', [40, 60, 79, 120])
@@ -66,7 +66,7 @@ def test_a_group_breaks_between_phrases():
 
 
 class Clock:
-    """time, as far as engine.terminal needs it, that only goes on when it is told to."""
+    """time, as far as terminal needs it, that only goes on when it is told to."""
 
     def __init__(self):
         self.now = 1000.0
@@ -117,16 +117,16 @@ def test_a_slow_step_and_a_slow_evaluation_are_not_silent(dataset, tmp_path):
     """In a file, with limits of a second instead of 5 and 30."""
     (tmp_path / 'slow.py').write_text("""
 import sys, time
-sys.path.insert(0, '.')
 import train
-from engine import loader, terminal
+from onetrain.data import loader
+from onetrain.logs import terminal
 terminal.QUIET_S, terminal.AGAIN_S = 0.6, 1.0
 windows = loader.TrainLoader.windows
 loader.TrainLoader.windows = lambda self, micro: (time.sleep(0.7), windows(self, micro))[1]
 read_batch = loader.read_batch
 loader.read_batch = lambda *args: (time.sleep(0.3), read_batch(*args))[1]
 if __name__ == '__main__':
-    train.parallel.run_and_leave(lambda: train.main(sys.argv[1:]))
+    train.processes.run_and_leave(lambda: train.main(sys.argv[1:]))
 """)
     code, output = run_process(
         str(tmp_path / 'slow.py'),

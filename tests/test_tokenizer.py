@@ -7,14 +7,12 @@ import json
 import pickle
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.tokenfile import TokenFileWriter, read_meta  # noqa: E402
-from data.tokenizer import load_tokenizer, tokenizer_of  # noqa: E402
+from onetrain.data.token_file import TokenFileWriter, read_meta
+from onetrain.tokenizers.base import load_tokenizer, tokenizer_of
 
 EOT = '<|endoftext|>'
 TEXTS = [
@@ -165,7 +163,9 @@ def test_nanogpt_meta_and_no_meta(tmp_path, monkeypatch):
     stoi = {'\n': 0, 'a': 1, 'é': 2}
     meta = {'vocab_size': 3, 'stoi': stoi, 'itos': {i: c for c, i in stoi.items()}}
     assert tokenizer_of(str(tmp_path), meta).encode('é\na').tolist() == [2, 0, 1]
-    monkeypatch.setattr('data.tokenizer.TiktokenTokenizer', lambda name: f'tiktoken {name}')
+    monkeypatch.setattr(
+        'onetrain.tokenizers.base.TiktokenTokenizer', lambda name: f'tiktoken {name}'
+    )
     assert tokenizer_of(str(tmp_path), {}) == 'tiktoken gpt2'
     for other in ({'vocab_size': 100}, {'tokenizer': 'gpt2'}, {'tokenizer': {'kind': 'none'}}):
         with pytest.raises(ValueError, match='names the tokenizer'):

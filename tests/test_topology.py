@@ -1,6 +1,6 @@
 """The matrix of nvidia-smi is read as it is printed, and a slow path is told of."""
 
-from engine import topology
+from onetrain.distributed import topology
 
 HEAD = '\t{}\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\n'
 

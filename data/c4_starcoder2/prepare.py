@@ -10,22 +10,20 @@ Each document is closed by the tokenizer's eos, <|endoftext|>.
 """
 
 import os
-import sys
+
+from onetrain.prepare import cli
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command
 
 
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.corpus_parser(
+    parser = cli.corpus_parser(
         __doc__, FOLDER, source=['hf://datasets/allenai/c4/en'], tokenizer='starcoder2_tokenizer'
     )
-    command.corpus(
+    cli.corpus(
         parser.parse_args(argv),
         FOLDER,
         published=True,
@@ -35,4 +33,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -10,19 +10,17 @@ Every 2000th document is val. Each is closed by the tokenizer's eos, <|endoftext
 """
 
 import os
-import sys
+
+from onetrain.prepare import cli
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command
 
 
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.corpus_parser(
+    parser = cli.corpus_parser(
         __doc__,
         FOLDER,
         source=['hf://datasets/codeparrot/codeparrot-clean'],
@@ -30,7 +28,7 @@ def main(argv=None):
         text_field='content',
         val_fraction=0.0005,
     )
-    command.corpus(
+    cli.corpus(
         parser.parse_args(argv),
         FOLDER,
         tokenizer_from='bigcode/starcoder2-3b',
@@ -40,4 +38,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -13,14 +13,12 @@ the files. Each document is closed by <|endoftext|>.
 """
 
 import os
-import sys
+
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.prepare import cli
+from onetrain.tokenizers.base import load_tokenizer
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command
-from data.tokenfile import TokenFileWriter
-from data.tokenizer import load_tokenizer
 
 
 def write_hub(writer, tokenizer, revision, num_proc):
@@ -63,7 +61,7 @@ def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.corpus_parser(__doc__, FOLDER, source=[], val_fraction=0.0005)
+    parser = cli.corpus_parser(__doc__, FOLDER, source=[], val_fraction=0.0005)
     parser.add_argument(
         '--revision',
         help=(
@@ -75,7 +73,7 @@ def main(argv=None):
     if args.input or args.merge:
         if args.revision:
             raise ValueError('--revision has no meaning with --input: leave it out')
-        return command.corpus(args, FOLDER, config='config/train_gpt2.py')
+        return cli.corpus(args, FOLDER, config='config/train_gpt2.py')
     for option in ('text_field', 'val_fraction', 'limit', 'dedup', 'max_broken', 'shard'):
         if getattr(args, option) != parser.get_default(option):
             raise ValueError(f'--{option} has no meaning without --input: leave it out')
@@ -88,8 +86,8 @@ def main(argv=None):
         split='train_test_split(test_size=0.0005, seed=2357, shuffle=True)',
     ) as writer:
         write_hub(writer, tokenizer, args.revision, args.num_proc or 8)
-    command.report(writer, FOLDER, 'config/train_gpt2.py')
+    cli.report(writer, FOLDER, 'config/train_gpt2.py')
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -23,21 +23,19 @@ without a text are left out and counted; more than 1 % of them stop the run.
 """
 
 import os
-import sys
+
+from onetrain.prepare import cli
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command
 
 
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.corpus_parser(__doc__, FOLDER, val_fraction=0.05)
-    command.corpus(parser.parse_args(argv), FOLDER, cut_txt=True, config='config/own_text.py')
+    parser = cli.corpus_parser(__doc__, FOLDER, val_fraction=0.05)
+    cli.corpus(parser.parse_args(argv), FOLDER, cut_txt=True, config='config/own_text.py')
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -15,12 +15,11 @@ import sys
 import sysconfig
 import tokenize
 
-FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.prepare import cli
+from onetrain.tokenizers.train import train_bpe
 
-from data import command
-from data.tokenfile import TokenFileWriter
-from data.train_tokenizer import train_bpe
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 VAL_EVERY = 20
 # tests, data in the shape of source, other projects' code that is bundled, and what belongs to this
@@ -79,7 +78,7 @@ def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.argument_parser(__doc__, FOLDER)
+    parser = cli.argument_parser(__doc__, FOLDER)
     parser.add_argument(
         '--vocab_size',
         type=int,
@@ -101,8 +100,8 @@ def main(argv=None):
     ) as writer:
         for split, text in documents:
             writer.write(split, [*tokenizer.encode(text).tolist(), tokenizer.eot_id])
-    command.report(writer, FOLDER, 'config/demo_pystdlib.py')
+    cli.report(writer, FOLDER, 'config/demo_pystdlib.py')
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -7,24 +7,22 @@ one text without an end of text.
 """
 
 import os
-import sys
+
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.prepare import cli, tinyshakespeare
+from onetrain.tokenizers.base import load_tokenizer
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command, tinyshakespeare
-from data.tokenfile import TokenFileWriter
-from data.tokenizer import load_tokenizer
 
 
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.argument_parser(__doc__, FOLDER)
+    parser = cli.argument_parser(__doc__, FOLDER)
     tinyshakespeare.add_input(parser)
     parser.add_argument(
-        '--tokenizer', default='gpt2', help='gpt2 unless given; see data/tokenizer.py'
+        '--tokenizer', default='gpt2', help='gpt2 unless given; see onetrain/tokenizers/base.py'
     )
     args = parser.parse_args(argv)
 
@@ -39,8 +37,8 @@ def main(argv=None):
     ) as writer:
         writer.write('train', tokenizer.encode(train))
         writer.write('val', tokenizer.encode(val))
-    command.report(writer, FOLDER, 'config/finetune_shakespeare.py')
+    cli.report(writer, FOLDER, 'config/finetune_shakespeare.py')
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

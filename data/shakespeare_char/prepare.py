@@ -7,21 +7,19 @@ Tiny Shakespeare as characters: nanoGPT's data set, with its vocabulary of 65 an
 """
 
 import os
-import sys
+
+from onetrain.data.token_file import TokenFileWriter
+from onetrain.prepare import cli, tinyshakespeare
+from onetrain.tokenizers.base import load_tokenizer
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command, tinyshakespeare
-from data.tokenfile import TokenFileWriter
-from data.tokenizer import load_tokenizer
 
 
 def main(argv=None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
     wrong.
     """
-    parser = command.argument_parser(__doc__, FOLDER)
+    parser = cli.argument_parser(__doc__, FOLDER)
     tinyshakespeare.add_input(parser)
     args = parser.parse_args(argv)
 
@@ -37,8 +35,8 @@ def main(argv=None):
     ) as writer:
         writer.write('train', tokenizer.encode(train))
         writer.write('val', tokenizer.encode(val))
-    command.report(writer, FOLDER, 'config/train_shakespeare_char.py')
+    cli.report(writer, FOLDER, 'config/train_shakespeare_char.py')
 
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

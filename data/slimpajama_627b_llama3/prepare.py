@@ -14,14 +14,12 @@ and lie in some 2,000 files, train_000000.bin and so on, which are read as one.
 
 import functools
 import os
-import sys
+
+from onetrain.prepare import cli, slimpajama
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command, slimpajama
 
 main = functools.partial(slimpajama.prepare, '627b', 'llama3', __doc__, FOLDER)
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

@@ -11,14 +11,12 @@ Each document is closed by <|end_of_text|>. The test split is left out.
 
 import functools
 import os
-import sys
+
+from onetrain.prepare import cli, slimpajama
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(FOLDER)))
-
-from data import command, slimpajama
 
 main = functools.partial(slimpajama.prepare, '6b', 'llama3', __doc__, FOLDER)
 
 if __name__ == '__main__':
-    command.run(main)
+    cli.run(main)

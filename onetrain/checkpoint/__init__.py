@@ -1,0 +1,1 @@
+"""Checkpoints: written, verified, copied elsewhere, and continued from."""

@@ -1,0 +1,144 @@
+"""When checkpoints are saved, what became of them, and the losses noted beside them."""
+
+import math
+import platform
+import time
+
+import torch
+
+from onetrain import __version__, signals
+from onetrain.checkpoint import resume, store
+from onetrain.distributed import collectives
+from onetrain.logs.run_log import now
+
+
+class CheckpointKeeper:
+    """Saves the run, one checkpoint at a time, and keeps the best validation loss.
+
+    state: TrainState, of which it updates best_val_loss; optimization: optim.Optimization; facts:
+    what of state.json stays as it is in a run; lineage: of its checkpoints; copier: Copier or None.
+    failed: what kept the last save from succeeding, or None; saved_step: of it, -1 for none.
+    """
+
+    def __init__(
+        self, config, state, model, optimization, saver, facts, lineage, log, copier, stop, world
+    ):
+        self.config, self.state, self.saver = config, state, saver
+        self.model, self.optimization = model, optimization
+        self.facts, self.lineage, self.log = facts, lineage, log
+        self.copier, self.stop, self.world = copier, stop, world
+        self.saved_step, self.failed, self.evaluated = -1, None, (-1, None)
+        saver.reserve(optimization.tensors(model))
+
+    def due(self, ending):
+        """Whether to save at this step. ending: whether it is the last, whose weights are kept."""
+        c, step = self.config, self.state.step
+        wanted = ending or c.save_interval and step % c.save_interval == 0
+        return wanted and step not in (self.saved_step, 0) and not (ending and self.stop.fault)
+
+    def save(self):
+        """Wait for the previous save, then start this one."""
+        state, best = self.state, self.state.best_val_loss
+        record = {
+            **self.facts,
+            'branch': self.lineage,
+            'position': state.position,
+            'tokens': state.tokens,
+            'config': resume.config_record(self.config),
+            'threads': torch.get_num_threads(),
+            'best_val_loss': None if best == math.inf else best,
+            'scaler': self.optimization.scaler.state_dict(),
+            'time': now(),
+            'world_size': self.world.size,
+            'versions': {
+                'onetrain': __version__,
+                'torch': torch.__version__,
+                'python': platform.python_version(),
+            },
+        }
+        due = time.perf_counter()
+        self.report_save(wait=True)  # one save at a time
+        self.saver.start(state.step, self.optimization.tensors(self.model), record, due)
+        self.saved_step = state.step
+
+    def report_save(self, wait=False):
+        """Report the save in flight if it is done, or with `wait` once it is, and the uploads."""
+        outcome = self.saver.wait() if wait else self.saver.poll()
+        if outcome is not None:
+            self.failed = outcome.error
+            if outcome.error:
+                self._report_failure(outcome)
+            else:
+                self._report_success(outcome)
+                self.attach_losses(outcome.step)
+        self.report_uploads()
+
+    def report_uploads(self):
+        for line in self.copier.news() if self.copier else ():
+            self.log.say(line)
+
+    def _report_failure(self, outcome):
+        self.log.event('save_failed', iter=outcome.step, error=outcome.error, timestamp=now())
+        rest = 'The older ones are as they were; the next try is at the next interval'
+        if outcome.not_finite:
+            rest = 'It would be of no use; the older ones are as they were'
+            self.stop.fault = signals.NOT_FINITE
+        self.log.say(f'CHECKPOINT NOT SAVED at iter {outcome.step}: {outcome.error}. {rest}')
+        self.saved_step = -1 if self.saved_step == outcome.step else self.saved_step
+
+    def _report_success(self, outcome):
+        self.log.event(
+            'checkpoint',
+            iter=outcome.step,
+            val_loss=None,
+            path=outcome.path,
+            timestamp=now(),
+            stall_ms=1000 * outcome.stall_s,
+            total_ms=1000 * outcome.total_s,
+            bytes=outcome.size,
+        )
+        stalled = outcome.stall_s >= 0.1
+        waited = f', training waited {outcome.stall_s:.1f} s' if stalled else ''
+        self.log.say(f'saved {outcome.path}{waited}')
+        for note in outcome.notes:
+            self.log.say(f'Note: {note}')
+
+    def update_best(self, losses):
+        """Remember the losses of this step; returns whether they are the best so far."""
+        self.evaluated = self.state.step, {**losses, 'data': self.facts['windows']}
+        best = losses['val'] < self.state.best_val_loss
+        if best:
+            self.state.best_val_loss = losses['val']
+        return best
+
+    def attach_losses(self, step):
+        """Write the losses of `step` beside its checkpoint, once both are there."""
+        if self.world.main and self.evaluated[0] == step:
+            path = store.path_of(self.config.out_dir, step)
+            try:
+                store.record_evaluation(path, self.evaluated[1])
+            except OSError as error:
+                self.log.say(
+                    f'the losses at iter {step} could not be noted beside its checkpoint'
+                    f' ({error.strerror}): it will not count as the best'
+                )
+            if self.copier:
+                self.copier.add(step)
+
+    def rewind(self, step, position, tokens):
+        """Go back to an earlier step of this run, whose weights the model has. Copies of what was
+        saved since then come before what will be saved.
+        """
+        self.lineage = store.new_lineage([self.lineage])
+        self.state.step, self.state.position, self.state.tokens = step, position, tokens
+
+    def finish_copying(self, stop_code):
+        """Wait until all is copied, or for as long as may be; returns whether it is."""
+        how = (5,) if stop_code else (600, self.stop.code)
+        # in rounds: no rank waits for another for longer
+        while (
+            done := collectives.broadcast_from_main(lambda: self.copier.finish(*how), self.world)
+        ) is None:
+            self.report_uploads()
+        self.report_uploads()
+        return done

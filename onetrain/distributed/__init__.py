@@ -1,0 +1,1 @@
+"""Processes, devices, and how parameters are laid out over them."""

@@ -1,0 +1,1 @@
+"""Losses over fixed windows, and scores of multiple-choice tasks."""

@@ -1,0 +1,1 @@
+"""What a run writes about itself, to files and to the terminal."""

@@ -1,0 +1,1 @@
+"""Kernels, each beside its plain reference. They know nothing of runs."""

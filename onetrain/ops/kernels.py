@@ -1,0 +1,277 @@
+"""Which kernels a run takes, from what was asked for and what this device has."""
+
+import contextlib
+import math
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+from onetrain import cpu
+from onetrain.config import ConfigError
+from onetrain.ops import experts, fp8
+from onetrain.ops.attention import (
+    BACKENDS,
+    activate_backend,
+    attention,
+    choose_backend,
+    make_attention_mask,
+    unsupported_reason,
+)
+
+
+def precision(name, device):
+    """The torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16 on a GPU
+    that has it, float16 on others, float32 on a CPU. Raises ConfigError for float16 on a CPU.
+    """
+    name = name or (
+        'float32' if device.type == 'cpu' else 'bfloat16' if _has_bfloat16() else 'float16'
+    )
+    if name == 'float16' and device.type == 'cpu':
+        raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
+    return getattr(torch, name)
+
+
+def autocast(device_type, dtype):
+    """The context of a forward pass whose matmuls are in `dtype`, a torch dtype."""
+    return (
+        contextlib.nullcontext()
+        if dtype == torch.float32
+        else torch.autocast(device_type, dtype=dtype)
+    )
+
+
+def eager_mode():
+    """Context in which what was compiled runs without: for inputs of ever new lengths, each of
+    which would be compiled anew, and training then go on with code for any length.
+    """
+    return (
+        torch.compiler.set_stance('force_eager')
+        if 'torch._dynamo' in sys.modules
+        else contextlib.nullcontext()
+    )
+
+
+def _has_bfloat16():
+    """Whether the GPU computes in bfloat16 itself: before Ampere torch emulates it, slowly and
+    without flash attention.
+    """
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def set_deterministic(wanted):
+    """Have torch take kernels that repeat to the last bit, and raise where an operator has none; or
+    free it to take any.
+
+    Not by warnings alone: these have memory-efficient and flash attention take backward passes that
+    do not repeat, where an error has them take the ones that do.
+    """
+    # sdpa prefers it on H100 and B200, but its gradients do not repeat
+    torch.backends.cuda.enable_cudnn_sdp(not wanted)
+    if wanted:
+        # read by cuBLAS at its first matmul
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
+        # a debugging aid that costs a write per buffer
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def synchronized_time(device):
+    """time.perf_counter(), once all work so far on `device`, a torch.device or its name, is
+    done.
+    """
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def select_kernels(c, shape, device, dtype):
+    """({'backend', 'dispatch', 'float8'} of Model, sentences about them for the report).
+
+    c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises ConfigError for
+    what has no substitute.
+    """
+    if dtype == torch.float16 and c.use_fsdp and c.fsdp_offload:
+        raise ConfigError(
+            'dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16'
+        )
+    notes, special = (
+        [],
+        dict(
+            dropout=c.dropout,
+            documents=c.document_mask,
+            sinks=shape.attention_sinks,
+            deterministic=c.deterministic,
+        ),
+    )
+    asked = c.attention_backend or default_backend(c, shape, device, dtype)
+    if asked == 'auto':
+        backend, told = fastest_backend(
+            device,
+            dtype,
+            batch_size=c.batch_size,
+            n_head=shape.n_head,
+            n_kv=shape.num_key_value_heads,
+            head_dim=shape.head_dim,
+            T=c.block_size,
+            window=max(shape.windows, key=lambda window: window or c.block_size) or None,
+            **special,
+        )
+        notes.append(f'attention_backend=auto takes {backend}: {told}')
+    else:
+        backend, passed_over = choose_backend(
+            asked, device.type, dtype, shape.head_dim, window=any(shape.windows), **special
+        )
+        if passed_over:
+            notes.append(
+                f'attention_backend={asked} falls back to {backend} ({"; ".join(passed_over)})'
+            )
+    if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
+        notes.append(
+            f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul'
+            f' slow on a GPU: --vocab_size={-(-shape.vocab_size // 64) * 64} adds ids that no'
+            ' text has'
+        )
+    dispatch, reason = (
+        experts.choose_dispatch(
+            c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type
+        )
+        if shape.num_experts
+        else (None, None)
+    )
+    if reason:
+        notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+    if dispatch == 'grouped' and experts.waits_for_host(device.type):
+        notes.append(
+            'expert_dispatch=grouped is slow on this GPU, where torch multiplies one expert after'
+            ' another and waits for the host at each matmul: compute capability 9.0 or 10.0 (H100,'
+            ' H200, B200) has one kernel for all'
+        )
+    float8 = fp8.choose(dtype, device) if c.fp8 else None
+    if dtype == torch.bfloat16 and device.type == 'cpu' and not cpu.has_bfloat16():
+        notes.append(
+            'WARNING: this CPU has no instructions for bfloat16, which torch emulates:'
+            ' --dtype=float32 is several times as fast'
+        )
+    if float8 == 'emulated':
+        notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
+    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
+
+
+def default_backend(c, shape, device, dtype):
+    """Return the backend where attention_backend is None, by rule: a run that continues takes the
+    same again.
+
+    The backward pass of torch's flash attention that repeats to the last bit leaves much of a GPU
+    idle. flex_attention's repeats too and takes half the time or less, measured on an H100 for
+    heads of 64 and 128 (bench/RESULTS.md); so do windows, which sdpa has as a mask alone.
+    """
+    faster = (
+        device.type == 'cuda'
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and c.deterministic
+        and c.compile
+        and dtype in (torch.float16, torch.bfloat16)
+        and shape.head_dim in (64, 128)
+        and not (c.dropout or c.document_mask or shape.attention_sinks)
+    )
+    return 'flex' if faster else 'sdpa'
+
+
+def fastest_backend(
+    device,
+    dtype,
+    *,
+    batch_size,
+    n_head,
+    n_kv,
+    head_dim,
+    T,
+    dropout=0.0,
+    window=None,
+    documents=False,
+    sinks=False,
+    deterministic=False,
+):
+    """(backend, told): the backend whose forward and backward pass together take least time on this
+    device, and a sentence with the times.
+
+    Shapes and dtype: those of one layer; window: tokens seen, or None; the rest as choose_backend()
+    has it. What fails, or computes something else than `sdpa` does, is out. One that gains less
+    than 2 % over sdpa does not take its place.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    # as many sequences as there will be, within a gigabyte or so: a kernel that fills a card with
+    # 16 may leave half of it idle with 8
+    B = min(batch_size, max(1, 2**17 // T) if device.type == 'cuda' else 1)
+    q, k, v, grad = (
+        torch.randn(
+            B, heads, T, head_dim, generator=generator, device=device, dtype=dtype
+        ).requires_grad_()
+        for heads in (n_head, n_kv, n_kv, n_head)
+    )
+    logits = torch.zeros(n_head, device=device, requires_grad=True) if sinks else None
+    texts = (torch.arange(T, device=device) // max(1, T // 4)).expand(B, T) if documents else None
+    seconds, failures, expected = {}, [], None
+    for backend in (
+        'sdpa',
+        *(
+            name
+            for name in BACKENDS
+            if name != 'sdpa' and (name != 'manual' or device.type == 'cpu')
+        ),
+    ):
+        reason = unsupported_reason(
+            backend,
+            device.type,
+            dtype,
+            head_dim,
+            dropout,
+            window is not None,
+            documents,
+            sinks,
+            deterministic,
+        )
+        if reason is None:
+            try:
+                activate_backend(backend)
+                mask = make_attention_mask(backend, T, device, window, texts)
+                found, seconds[backend] = _trial(
+                    lambda: attention(q, k, v, backend, 0.0, None, window, mask, logits),
+                    (q, k, v),
+                    grad,
+                )
+                expected = expected or found
+                off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
+                reason = (
+                    f'is off by {off:.1e}'
+                    if not off < (1e-4 if dtype == torch.float32 else 2e-2)
+                    else None
+                )
+            except (RuntimeError, AssertionError) as error:  # the packages assert what they want
+                reason = ' '.join(str(error).split())[:100]
+            if reason is not None:
+                seconds.pop(backend, None)
+                failures.append(f'{backend} {reason}')
+    if not seconds:
+        return 'manual', f'no other backend runs ({"; ".join(failures)})'
+    best = min(seconds, key=seconds.get)
+    if seconds[best] > 0.98 * seconds.get('sdpa', math.inf):
+        best = 'sdpa'
+    return best, 'forward and backward of a layer take ' + ', '.join(
+        f'{1000 * took:.2f} ms with {name}'
+        for name, took in sorted(seconds.items(), key=lambda item: item[1])
+    ) + ''.join(f'; {failure}' for failure in failures)
+
+
+def _trial(call, inputs, grad):
+    """(output and gradients in float32, median seconds of 5 calls after 2)."""
+    took = []
+    for _ in range(7):
+        started = synchronized_time(grad.device)
+        out = call()
+        gradients = torch.autograd.grad(out, inputs, grad)
+        took.append(synchronized_time(grad.device) - started)
+    return [tensor.detach().float() for tensor in (out, *gradients)], statistics.median(took[2:])

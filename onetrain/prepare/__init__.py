@@ -1,0 +1,1 @@
+"""Documents to token files: what every data/NAME/prepare.py shares."""

@@ -1,0 +1,1 @@
+"""What train.py puts together: a start point, a plan, an optimizer, steps."""

@@ -1,0 +1,226 @@
+"""How a step is computed: kernels, micro-steps, and the memory that they will take."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from model import Model
+from onetrain import cpu
+from onetrain.distributed import collectives, processes
+from onetrain.model_config import ModelConfig
+from onetrain.ops import kernels
+from onetrain.ops.cross_entropy import choose_chunk, written_chunk
+from onetrain.training import memory, validate
+
+# parameters, elements of activations: no prediction is made for smaller models
+MIN_SIZE_TO_PREDICT = 10**6, 2**28
+
+
+@dataclass
+class ModelOptions:
+    """What Model needs beside its shape, and what a step of it takes.
+
+    config: train.Config; chosen: of kernels.select_kernels(); document_end: as of RunData; dtype:
+    of the matmuls.
+    """
+
+    config: object
+    shape: ModelConfig
+    chosen: dict
+    document_end: int | None
+    dtype: torch.dtype
+    world: processes.World
+
+    @property
+    def autocast(self):
+        """The context of a forward pass."""
+        return kernels.autocast(self.world.device.type, self.dtype)
+
+    @property
+    def compiles_whole_model(self):
+        """Whether the loss is compiled together with what comes before it, not unit by unit."""
+        return self.config.compile and self.world.layout == 'single'
+
+    @property
+    def local_length(self):
+        """Tokens of a sequence on this rank."""
+        return self.config.block_size // self.config.context_parallel
+
+    def loss_chunk(self, batch_size):
+        """Return what choose_chunk() does for micro-steps of batch_size sequences."""
+        return choose_chunk(
+            self.config.loss_chunk,
+            batch_size * self.local_length,
+            self.shape.vocab_size,
+            self.world.device.type,
+            self.dtype,
+            self.compiles_whole_model,
+        )
+
+    def model_kwargs(self, batch_size):
+        """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
+        c = self.config
+        return dict(
+            **self.chosen,
+            dropout=c.dropout,
+            activation_checkpointing=c.activation_checkpointing,
+            aux_loss=c.aux_loss_weight,
+            z_loss=c.z_loss_weight,
+            document_end=self.document_end,
+            head_z_loss=c.head_z_loss_weight,
+            loss_chunk=self.loss_chunk(batch_size)[0],
+        )
+
+    def predict(self, batch_size, accumulation):
+        """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
+        c, world = self.config, self.world
+        settings = {
+            **self.model_kwargs(batch_size),
+            'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
+            'loss_chunk': written_chunk(
+                self.loss_chunk(batch_size)[0],
+                batch_size * self.local_length,
+                self.shape.vocab_size,
+                world.device.type,
+                self.compiles_whole_model,
+            ),
+        }
+        return memory.predict(
+            lambda: Model(self.shape, **settings),
+            batch_size,
+            self.local_length,
+            world.device,
+            self.autocast,
+            accumulation=accumulation,
+            muon=c.optimizer == 'muon',
+            layout=world.layout,
+            ranks=world.size // c.fsdp_replicas,
+        )
+
+    def check_memory(self, prediction, accumulation):
+        """Raise ConfigError for a step that does not fit into memory, with what would fit."""
+
+        def predicted(changes, batch_size, accumulation):
+            changed = dataclasses.replace(self.config, **changes)
+            return dataclasses.replace(self, config=changed).predict(batch_size, accumulation)
+
+        world = self.world
+        memory.refuse(prediction, world.device, self.config, accumulation, world.fsdp, predicted)
+
+
+@dataclass
+class BatchPlan:
+    """config: train.Config with all that was left open resolved; accumulation: micro-steps of an
+    optimizer step; sequences_per_step, tokens_per_step: over all ranks.
+    """
+
+    config: object
+    options: ModelOptions
+    accumulation: int
+    sequences_per_step: int
+    tokens_per_step: int
+
+    @property
+    def autocast(self):
+        return self.options.autocast
+
+    def model(self, world):
+        """Return the model, which has shapes and no memory yet."""
+        config, options = self.config, self.options
+        return Model.on_meta(
+            options.shape, ring=world.ring, **options.model_kwargs(config.batch_size)
+        )
+
+
+def plan_batches(start, data, world, terminal, notes):
+    """Return the BatchPlan of start.config. data: RunData."""
+    c = start.config
+    dtype = kernels.precision(c.dtype, world.device)
+    kernels.set_deterministic(c.deterministic)  # before a trial times them
+    with terminal.doing('trying attention kernels'):
+        chosen, told = collectives.broadcast_from_main(
+            lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
+        )
+    notes += told
+    if c.compile and world.device.type == 'cpu' and not cpu.has_compiler():
+        notes.append('compile=True needs a C++ compiler, and there is none: running without')
+        c = dataclasses.replace(c, compile=False)
+    options = ModelOptions(c, data.shape, chosen, data.document_end, dtype, world)
+    if c.find_batch_size:
+        c = with_largest_batch(options, terminal, notes)
+    accumulation = validate.accumulation_steps(c, world.data_size)
+    if note := options.loss_chunk(c.batch_size)[1]:
+        notes.append(note)
+    graphs = validate.validate_cuda_graphs(c, world.device.type, chosen['dispatch'], notes)
+    options = dataclasses.replace(options, config=c)
+    return resolved_plan(options, accumulation, device=world.device.type, use_cuda_graphs=graphs)
+
+
+def resolved_plan(options, accumulation, **changes):
+    """Return the BatchPlan of `options`, in whose config all that was left open is resolved.
+
+    changes: {key: value} of the config beside what follows from `options`.
+    """
+    world = options.world
+    c = dataclasses.replace(
+        options.config,
+        dtype=str(options.dtype).removeprefix('torch.'),
+        attention_backend=options.chosen['backend'],
+        gradient_accumulation_steps=accumulation,
+        backend=world.backend,
+        **dataclasses.asdict(options.shape),
+        **changes,
+    )
+    sequences = c.batch_size * accumulation * world.data_size
+    options = dataclasses.replace(options, config=c)
+    return BatchPlan(c, options, accumulation, sequences, sequences * c.block_size)
+
+
+def with_largest_batch(options, terminal, notes):
+    """Return options.config with the largest batch_size that is predicted to fit, and as many
+    micro-steps as keep the tokens of an optimizer step.
+    """
+    c, world = options.config, options.world
+    sequences = c.batch_size * c.gradient_accumulation_steps
+    if c.total_batch_size:
+        one = dataclasses.replace(c, batch_size=1)
+        sequences = validate.accumulation_steps(one, world.data_size)
+    room = memory.available(world.device)
+    with terminal.doing('looking for the largest batch_size that fits'):
+        size = memory.find_batch_size(
+            lambda size: options.predict(size, sequences // size), sequences, room
+        )
+        size = -collectives.all_reduce_max(-size, world)  # what fits on every rank
+    notes.append(
+        f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest'
+        f' that fits: {room / 1e9:.1f} GB are free'
+    )
+    return dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
+
+
+def predict_memory(plan, model, terminal, notes):
+    """Return the memory.Prediction of a step, None where it is small or cannot be told. Raises
+    ConfigError for a step that does not fit, unless ignore_memory is set.
+    """
+    c, options = plan.config, plan.options
+    world, shape = options.world, options.shape
+    widths = 16 * shape.n_layer * shape.n_embd + shape.vocab_size
+    parameters = sum(p.numel() for p in model.parameters())
+    small = (
+        parameters < MIN_SIZE_TO_PREDICT[0]
+        and c.batch_size * options.local_length * widths < MIN_SIZE_TO_PREDICT[1]
+    )
+    if c.eval_only or c.fsdp_offload or small:
+        return None
+    prediction = None
+    try:
+        with terminal.doing('predicting the memory'):
+            prediction = options.predict(c.batch_size, plan.accumulation)
+            collectives.broadcast_from_main(
+                lambda: c.ignore_memory or options.check_memory(prediction, plan.accumulation),
+                world,
+            )
+    except memory.NotPredicted as error:
+        notes.append(str(error))
+    return prediction

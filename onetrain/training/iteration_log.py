@@ -1,0 +1,156 @@
+"""What the log and the terminal say of the iterations."""
+
+import contextlib
+import functools
+import time
+
+from onetrain import flops
+from onetrain.distributed import collectives, layouts
+from onetrain.distributed.stragglers import Stragglers
+from onetrain.logs.terminal import progress_line
+from onetrain.ops import kernels
+from onetrain.training.startup_report import memory_gb
+
+
+class IterationLog:
+    """Times the iterations between two lines of the log, and writes them.
+
+    record() is called on every rank; of a step that it is not called for, count() alone keeps the
+    time. What runs between iterations is left out of their time within excluded().
+
+    utilization(tokens per second): the `mfu` object of the log.
+    """
+
+    def __init__(
+        self, plan, model, train_model, loader, guard, utilization, log, world, terminal, start_step
+    ):
+        self.config, self.plan, self.model, self.loader = plan.config, plan, model, loader
+        self.train_model, self.log, self.world, self.terminal = train_model, log, world, terminal
+        self.start_step = start_step
+        self.stragglers = Stragglers(world, log.say)
+        self.guard, self.utilization = guard, utilization
+        self.last_counts = guard.counts()
+        self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, True
+        self.first_step = None  # (step, time) of the first iteration
+
+    @contextlib.contextmanager
+    def excluded(self, device=None):
+        """Exclude the enclosed time from the iterations' timing; device: to synchronize first."""
+        began = kernels.synchronized_time(device) if device is not None else time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - began
+
+    def count(self, step, waited):
+        """Count the iteration `step`; waited: seconds blocked on a checkpoint, excluded from
+        timing.
+        """
+        self.interval_steps += 1
+        self.interval_start += waited
+        # the time that is left is estimated without the first iteration, which warms up
+        self.first_step = self.first_step or (step, time.monotonic())
+        self.terminal.advance(step)
+
+    def due(self, step, measured):
+        """Whether to record this step. measured: whether its gradients were."""
+        c = self.config
+        return step % c.log_interval == 0 or measured or step in (self.start_step + 1, c.max_iters)
+
+    def record(self, state, result):
+        """Log iteration state.step, for which it waits for the device; returns guard.counts().
+
+        result: StepResult.
+        """
+        c, step = self.config, state.step
+        loss = result.loss.item()  # waits for the device
+        used = memory_gb(self.world.device)
+        waited = {} if c.use_cuda_graphs else layouts.gradient_wait(self.train_model)
+        table = collectives.gather_numbers(
+            {**used, 'data_wait_s': self.loader.wait_s / self.interval_steps, **waited}, self.world
+        )
+        worst = {key: max(values) for key, values in table.items()}
+        seconds = (time.perf_counter() - self.interval_start) / self.interval_steps
+        rate = self.plan.tokens_per_step / seconds
+        mfu = None if self.warming_up else self.utilization(rate)
+        norm = result.grad_norm.item()
+        statistics = {key: value.item() for key, value in result.statistics.items()}
+        bad, moe = self.guard.counts(), self._routing(step, result.routing)
+        self.log.event(
+            'iter',
+            iter=step,
+            loss=loss,
+            lr=result.lr,
+            tokens_seen=state.tokens,
+            time_ms=1000 * seconds,
+            tokens_per_sec=rate,
+            data_wait_ms=1000 * worst['data_wait_s'],
+            comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None,
+            **self.stragglers.of(table, seconds),
+            wall_s=self.log.wall_s(),
+            mfu=mfu and {key: mfu[key] for key in flops.VARIES},
+            memory={key: worst[key] for key in used},
+            gradients={'global_norm': norm, **statistics},
+            skipped={'bad': bad['bad'], 'spikes': bad['spikes']},
+            **({'moe': moe} if moe else {}),
+        )
+        self.log.say(
+            progress_line(
+                step,
+                c.max_iters,
+                loss,
+                result.lr,
+                norm,
+                rate,
+                mfu and mfu['mfu_percent'],
+                self._seconds_left(step),
+                [f'load {moe["load_score"]:.0f}'] if moe else [],
+                self.terminal.width(),
+            )
+        )
+        self._tell_skipped(bad)
+        return bad
+
+    def reset_interval(self):
+        """Begin the interval of the next line."""
+        self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, False
+        self.loader.wait_s = 0.0
+
+    def _routing(self, step, routing):
+        """Return the `moe` object of the log, with the share of each expert every
+        expert_log_interval iterations, met or passed since the last line; None for a dense model.
+        """
+        if routing is None:
+            return None
+        every, ends = self.config.expert_log_interval, (self.start_step + 1, self.config.max_iters)
+        shares = every and (step in ends or step // every > (step - self.interval_steps) // every)
+        return self.model.routing_report(routing, self.plan.tokens_per_step, bool(shares))
+
+    def _seconds_left(self, step):
+        first, at = self.first_step
+        if step == first:
+            return None
+        return (time.monotonic() - at) / (step - first) * (self.config.max_iters - step)
+
+    def _tell_skipped(self, bad):
+        c = self.config
+        for key, what in (
+            ('bad', 'loss or gradient not finite'),
+            ('spikes', f'gradient norm above {c.spike_factor:g} times its median'),
+        ):
+            skipped = bad[key] - self.last_counts[key]
+            if skipped > 0:
+                self.log.say(
+                    f'SKIPPED {skipped} updates since the last line ({what}), {bad[key]} in all'
+                )
+        self.last_counts = bad
+
+
+def mfu_function(plan, model, world):
+    """Return a function of tokens per second that gives the `mfu` object of the log."""
+    return functools.partial(
+        flops.utilization,
+        model.flops(),
+        device_name=world.gpu_name,
+        dtype=plan.config.dtype,
+        num_devices=world.size,
+        architecture=plan.options.shape.describe(),
+    )

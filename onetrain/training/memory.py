@@ -1,0 +1,261 @@
+"""How much memory a training step will need, found out by taking one without any: on tensors that
+have shapes and no contents, each storage counted while it lives.
+
+What is counted is what the operators of a step ask for. An allocator may hold more: blocks that
+were freed and fit nothing (on a CPU, where big ones are kept for speed, a tenth to a half). With
+torch.compile it is the prediction for the same step without it.
+"""
+
+import functools
+import os
+import time
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from onetrain.config import ConfigError
+
+SHARE = 0.9  # of the free memory that find_batch_size() takes
+PATIENCE_S = 6  # in which a batch that fits is looked for
+MOST_MICRO_STEPS = 10**6  # more than anybody wants to have proposed
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes per rank. activations: all that comes and goes in a step beside parameters and
+    gradients, when the sum is largest: what backward needs, logits, gathered parameters.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self):
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def describe(self):
+        parts = ', '.join(
+            f'{what} {getattr(self, what) / 1e9:.2f}'
+            for what in ('parameters', 'gradients', 'optimizer', 'activations')
+        )
+        return f'{self.total / 1e9:.2f} GB predicted for a step ({parts})'
+
+
+class NotPredicted(ConfigError):
+    """The step could not be gone through without contents; the message says why."""
+
+
+class Counter(TorchDispatchMode):
+    """now, peak: bytes of the storages that operators made within the block, those that exist and
+    those that existed at most at a time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = self.known[storage] = storage.nbytes()
+            weakref.finalize(storage, self._gone, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, size):
+        self.now -= size
+
+
+def predict(
+    build,
+    batch_size,
+    length,
+    device,
+    autocast,
+    *,
+    accumulation=1,
+    muon=False,
+    layout='single',
+    ranks=1,
+):
+    """The Prediction for a rank's step of `accumulation` micro-steps of batch_size sequences,
+    `length` tokens of each on this rank.
+
+    build(): the model as one process has it; autocast: context of the forward pass; muon: whether
+    its matrices have one tensor of optimizer state, not two; ranks: over which the layout, one of
+    parallel's, shares out what it shares out. Raises NotPredicted where an operator needs
+    contents, as a loop over experts does.
+    """
+    try:
+        parameters, gradients, state, peak, units = _step(
+            build, batch_size, length, device, autocast, min(accumulation, 2), muon
+        )
+    except Exception as error:  # whatever an operator of this device says
+        raise NotPredicted(
+            f'the memory of a step cannot be predicted ({type(error).__name__}:'
+            f' {" ".join(str(error).split())[:150]})'
+        ) from None
+    fully = layout in ('ZeRO-2', 'ZeRO-3')
+    activations = peak - parameters - gradients
+    if fully:  # what is gathered: all, or the unit at work and the next
+        activations += parameters if layout == 'ZeRO-2' else sum(units[-2:])
+    share = ranks if fully else 1
+    return Prediction(
+        parameters // share,
+        gradients // share,
+        state // (ranks if fully or layout == 'ZeRO-1' else 1),
+        activations,
+    )
+
+
+def _step(build, batch_size, length, device, autocast, micro_steps, muon):
+    """(bytes of parameters, gradients, optimizer state, most of all at a time but for this state,
+    of each unit that FSDP gathers, ascending).
+    """
+    with FakeTensorMode(), torch.device(device), Counter() as counter:
+        model = build()
+        for p in model.parameters():
+            counter.count(p)
+        parameters = sum(p.nbytes for p in model.parameters())
+        x, y = (torch.zeros(batch_size, length, dtype=torch.int64) for _ in range(2))
+        for _ in range(micro_steps):
+            with autocast:
+                loss = model(x, y, reduction='sum')
+            loss.backward()
+            del loss
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        matrices = set(model.matrices()) if muon else ()
+        state = sum(
+            p.nbytes * (1 if name in matrices else 2) for name, p in model.named_parameters()
+        )
+        units = sorted(
+            sum(p.nbytes for p in module.parameters())
+            for module in (*model.transformer.h, model.transformer.wte, model.lm_head)
+        )
+    return parameters, gradients, state, counter.peak, units
+
+
+def available(device):
+    """Bytes that a process can have on `device`: free ones of a GPU; on a CPU what the kernel calls
+    available, shared by the processes of this machine.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    with open('/proc/meminfo') as f:
+        kilobytes = next(int(line.split()[1]) for line in f if line.startswith('MemAvailable'))
+    return 1024 * kilobytes // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+
+def refuse_too_large(model, device, shards=1):
+    """Raise ConfigError if the float32 parameters of `model` (on the meta device), split over
+    `shards` ranks, do not fit into the free memory of `device`.
+    """
+    needed, free = sum(4 * p.numel() for p in model.parameters()) / shards, available(device)
+    if needed > free:
+        largest, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
+        raise ConfigError(
+            f'the weights of this model take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of'
+            f' memory are free: make it smaller (the largest tensor is {largest},'
+            f' {tuple(parameter.shape)}), or share it out with --use_fsdp=True on more processes'
+        )
+
+
+def refuse(prediction, device, c, accumulation, sharded, predicted):
+    """Raise ConfigError for a step that does not fit into the free memory of `device`, with keys
+    that make it fit and how much they take.
+
+    c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function
+    of ({key: other value of c}, batch_size, accumulation).
+    """
+    room, sequences = available(device), c.batch_size * accumulation
+    if prediction.total <= room:
+        return
+    until, ways, recompute = time.monotonic() + PATIENCE_S, [], {}
+    taken = prediction.total
+    for how in {'none': ('selective', 'full'), 'selective': ('full',)}.get(
+        c.activation_checkpointing, ()
+    ):
+        recompute = {'activation_checkpointing': how}
+        taken = predicted(recompute, c.batch_size, accumulation).total
+        if taken <= room:
+            ways.append((f'--activation_checkpointing={how}', taken))
+    for changes, most in (({}, prediction.total), (recompute, taken)):
+        if changes and ways:  # one key suffices
+            break
+        at = functools.partial(predicted, changes)
+        size, total = _smaller_batch(at, c.batch_size, sequences, room, most, until)
+        if size:
+            words = [f'--{key}={value}' for key, value in changes.items()]
+            words += [f'--batch_size={size}']
+            if not c.total_batch_size:
+                words += [f'--gradient_accumulation_steps={sequences // size}']
+            ways.append((' '.join(words), total))
+    ways = [f'{words} takes {total / 1e9:.2f} GB' for words, total in ways] or [
+        'neither activation_checkpointing nor a batch_size of 1 makes it fit'
+    ]
+    if not sharded and device.type == 'cuda':
+        ways.append('--use_fsdp=True on several GPUs shards it')
+    raise ConfigError(
+        f'{prediction.describe()}, and {room / 1e9:.1f} GB are free: {"; ".join(ways)};'
+        ' --ignore_memory=True starts all the same'
+    )
+
+
+def _smaller_batch(predicted, batch_size, sequences, room, most, until):
+    """Return (size, bytes) of the largest batch below batch_size that divides `sequences` and fits,
+    (0, 0) where none does or none is found before the time `until`.
+
+    predicted: function of (batch_size, accumulation); most: bytes of batch_size, from which those
+    of others are estimated by a straight line before they are predicted.
+    """
+    if batch_size == 1:
+        return 0, 0
+    least = predicted(1, min(sequences, 2)).total
+    slope = (most - least) / (batch_size - 1)
+    for size in range(batch_size - 1, 0, -1):
+        steps, rest = divmod(sequences, size)
+        if rest or steps > MOST_MICRO_STEPS or least + slope * (size - 1) > room:
+            continue
+        total = predicted(size, min(steps, 2)).total
+        if total <= room:
+            return size, total
+        if time.monotonic() > until:
+            break
+    return 0, 0
+
+
+def find_batch_size(predicted, sequences, room):
+    """Return the largest batch_size that divides `sequences`, those of an iteration on a rank, for
+    which predicted(batch_size).total is at most SHARE of `room` bytes.
+
+    Raises ConfigError where not even one sequence fits.
+    """
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
+    low, high = -1, len(sizes) - 1  # the largest that fits is in between
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predicted(sizes[middle]).total <= SHARE * room:
+            low = middle
+        else:
+            high = middle - 1
+    if low < 0:
+        raise ConfigError(
+            f'find_batch_size=True: even one sequence does not fit into {SHARE:.0%} of'
+            f' {room / 1e9:.1f} GB: {predicted(1).describe()}; type a smaller --block_size,'
+            ' --activation_checkpointing=full, or share the model out with --use_fsdp=True'
+        )
+    return sizes[low]

@@ -1,0 +1,152 @@
+"""What a run writes to, opened: its folder, its copy elsewhere, its log, its checkpoints."""
+
+from dataclasses import dataclass
+
+from onetrain import __version__, flops
+from onetrain.checkpoint import resume
+from onetrain.checkpoint.async_writer import Saver
+from onetrain.checkpoint.keeper import CheckpointKeeper
+from onetrain.checkpoint.shared_upload import Machines
+from onetrain.checkpoint.uploader import Copier, place_of
+from onetrain.distributed import collectives
+from onetrain.logs.run_log import RunLog, new_run_name, now, unsaved_run
+
+
+@dataclass
+class RunOutputs:
+    """Where a run writes: name and lineage of it, copier and machines that upload; None where it
+    writes nothing or uploads nothing.
+    """
+
+    run_name: str | None = None
+    lineage: str | None = None
+    copier: Copier | None = None
+    machines: Machines | None = None
+
+
+def open_outputs(start, plan, model, folder, world, notes):
+    """Take out_dir for this run; returns a RunOutputs. Raises ConfigError where others have it."""
+    c, saved = plan.config, start.checkpoint_state
+    if c.eval_only:
+        return RunOutputs()
+    folder.acquire(make=True)
+    if saved:
+        resume.archive_rejected(c, saved, world, notes)
+    else:
+        resume.prepare_out_dir(c, world, notes)
+
+    def name():
+        # a run that died before its first checkpoint keeps its name and log
+        again = c.auto_resume and not saved
+        unsaved = again and unsaved_run(c.out_dir, resume.config_record(c))
+        return unsaved or new_run_name(c.out_dir)
+
+    run_name = (saved and saved.get('run_name')) or collectives.broadcast_from_main(name, world)
+    collectives.broadcast_from_main(
+        lambda: folder.check_room(run_name, checkpoint_bytes(model, c)), world
+    )
+    there = c.upload_to and place_of(c.upload_to, c.out_dir)
+    lineage = collectives.broadcast_from_main(lambda: resume.choose_lineage(c, saved, there), world)
+    outputs = RunOutputs(run_name, lineage)
+    if c.upload_to:
+        outputs.machines = Machines(world, c.upload_to)
+        if world.main:
+            keep = c.upload_keep_local
+            outputs.copier = Copier(c.upload_to, c.out_dir, run_name, keep, outputs.machines)
+        elif world.local_rank == 0:
+            outputs.machines.serve()
+    return outputs
+
+
+def checkpoint_bytes(model, c):
+    """Bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's matrices,
+    two for AdamW.
+    """
+    matrices = set(model.matrices()) if c.optimizer == 'muon' else ()
+    return sum(
+        4 * p.numel() * (2 if name in matrices else 3) for name, p in model.named_parameters()
+    )
+
+
+def open_log(c, start, outputs, startup, utilization, evaluated, world, terminal):
+    """Return the RunLog, with its header written, and what else it goes to opened."""
+    constants = utilization(tokens_per_sec=1.0)
+    shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
+    header = {
+        'config': resume.config_record(c),
+        'startup_info': startup,
+        'mfu_constants': {key: constants[key] for key in constants if key not in flops.VARIES},
+        'metadata': {key: getattr(c, key) for key in shown}
+        | {'world_size': world.size, 'version': __version__},
+    }
+    log = RunLog(
+        c.out_dir,
+        outputs.run_name,
+        header,
+        active=world.main,
+        write=not c.eval_only,
+        resume_step=start.step if start.checkpoint_state or c.auto_resume else None,
+        evaluated=evaluated is not None,
+        save_json=c.save_log_to_json,
+        save_interval=c.log_save_interval,
+        first=start.step,
+        terminal=terminal,
+    )
+    if world.main and not c.eval_only:
+        if c.wandb_log:
+            log.to_wandb(c.wandb_project, c.wandb_run_name)
+        if c.trackio_log:
+            log.to_trackio(c.wandb_project, c.wandb_run_name)
+        if c.tensorboard_log:
+            log.to_tensorboard()
+    if start.from_own_checkpoint and not log.has_checkpoint(start.step):
+        log.event(
+            'checkpoint',
+            iter=start.step,
+            val_loss=None,
+            path=start.checkpoint_state['path'],
+            timestamp=now(),
+            stall_ms=None,
+            total_ms=None,
+        )
+    return log
+
+
+def open_keeper(start, plan, data, evaluator, outputs, model, optimization, state, log, stop):
+    """Return the CheckpointKeeper, with the memory of its copies taken."""
+    c, world = plan.config, plan.options.world
+    saver = Saver(
+        c.out_dir,
+        world,
+        keep=c.keep_checkpoints,
+        keep_every=c.keep_every,
+        keep_all=c.keep_all_checkpoints,
+        background=c.checkpoint_async,
+        before_commit=log.sync,
+        copier=outputs.copier,
+    )
+    facts = {
+        'run_name': outputs.run_name,
+        'tokens_per_step': plan.tokens_per_step,
+        'data': data.splits,
+        'windows': evaluator.windows_hash,
+        'tokenizer': data.tokenizer_id,
+        'token_ids': data.token_ids,
+        'optimizer': type(optimization.optimizer).__name__,
+    }
+    keeper = CheckpointKeeper(
+        c,
+        state,
+        model,
+        optimization,
+        saver,
+        facts,
+        outputs.lineage,
+        log,
+        outputs.copier,
+        stop,
+        world,
+    )
+    if start.from_own_checkpoint:
+        keeper.saved_step = start.step
+    return keeper

@@ -42,7 +42,7 @@ from onetrain.checkpoint import store, uploader
 from onetrain.config import ConfigError, nearest_path
 from onetrain.files import open_url, redact, sentence
 from onetrain.logs.run_json import finite, read_records
-from onetrain.training.startup_report import settings
+from onetrain.training.startup_report import settings_lines
 
 TRIES = 4
 
@@ -290,7 +290,7 @@ def view(args, step):
         )
     )
     print('config:')
-    print('\n'.join(settings(found['config'], 2)))
+    print('\n'.join(settings_lines(found['config'], 2)))
     print(f'{"norm":>12}  {"dtype":<9} {"shape":<20} tensor')
     for tensor in tensors:
         print(
@@ -362,50 +362,7 @@ def compare(args, first, second):
 def status(args):
     """Print for each checkpoint whether it is here, and where upload_to copies it."""
     fs, runs = runs_of(args)
-    found = []
-    for run in runs:
-        states = {
-            step: store.read_state(store.path_of(run, step), fs) for step in store.steps(run, fs)
-        }
-        newest = states[max(states)]
-        url, name = newest['config'].get('upload_to'), newest.get('run_name')
-        copies, problem = set(), None
-        to_fs = target = None
-        if url and name:
-            try:
-                to_fs, root = open_url(url)
-                target = f'{uploader.place_of(root, newest["config"].get("out_dir") or run)}/{name}'
-                copies = set(store.steps(target, to_fs))
-            except Exception as error:  # each backend has its own
-                problem = f'{type(error).__name__}: {sentence(error)}'
-        for step in sorted(states.keys() | copies):
-            if args.step not in (None, step):
-                continue
-            local = step in states and store.corruption_reason(
-                store.path_of(run, step), args.verify, fs
-            )
-            remote = step in copies and store.corruption_reason(
-                store.path_of(target, step), args.verify, to_fs
-            )
-            found.append(
-                {
-                    'run': redact(run),
-                    'step': step,
-                    'here': state_of(step in states, local),
-                    'there': state_of(step in copies, remote) if url else 'no upload_to',
-                    'pending': bool(url) and step in states and step not in copies,
-                }
-            )
-        if problem:
-            found.append(
-                {
-                    'run': redact(run),
-                    'step': None,
-                    'here': '',
-                    'there': f'{redact(url)} cannot be read: {problem}',
-                    'pending': True,
-                }
-            )
+    found = [entry for run in runs for entry in places_of(run, fs, args)]
     if args.json:
         print(json.dumps(found))
     else:
@@ -414,13 +371,51 @@ def status(args):
             step = '' if entry['step'] is None else entry['step']
             there = 'pending' if entry['pending'] and entry['step'] is not None else entry['there']
             print(f'{step:>8}  {entry["here"]:<12}  {there:<12}  {entry["run"]}')
-    return (
-        1
-        if any(
-            'BROKEN' in (entry['here'], entry['there']) or entry['step'] is None for entry in found
+    broken = any('BROKEN' in (entry['here'], entry['there']) for entry in found)
+    return int(broken or any(entry['step'] is None for entry in found))
+
+
+def places_of(run, fs, args):
+    """[{'run', 'step', 'here', 'there', 'pending'}] of the checkpoints of a run; step None: its
+    upload_to cannot be read.
+    """
+    states = {step: store.read_state(store.path_of(run, step), fs) for step in store.steps(run, fs)}
+    newest = states[max(states)]
+    url, name = newest['config'].get('upload_to'), newest.get('run_name')
+    copies, problem = set(), None
+    to_fs = target = None
+    if url and name:
+        try:
+            to_fs, root = open_url(url)
+            target = f'{uploader.place_of(root, newest["config"].get("out_dir") or run)}/{name}'
+            copies = set(store.steps(target, to_fs))
+        except Exception as error:  # each backend has its own
+            problem = f'{type(error).__name__}: {sentence(error)}'
+    found = []
+    for step in sorted(states.keys() | copies):
+        if args.step not in (None, step):
+            continue
+        local = step in states and store.corruption_reason(
+            store.path_of(run, step), args.verify, fs
         )
-        else 0
-    )
+        remote = step in copies and store.corruption_reason(
+            store.path_of(target, step), args.verify, to_fs
+        )
+        found.append(
+            {
+                'run': redact(run),
+                'step': step,
+                'here': state_of(step in states, local),
+                'there': state_of(step in copies, remote) if url else 'no upload_to',
+                'pending': bool(url) and step in states and step not in copies,
+            }
+        )
+    if problem:
+        there = f'{redact(url)} cannot be read: {problem}'
+        found.append(
+            {'run': redact(run), 'step': None, 'here': '', 'there': there, 'pending': True}
+        )
+    return found
 
 
 def state_of(exists, reason):

@@ -92,111 +92,150 @@ def run(args):
             )
     if args.tokens < 0:
         raise ConfigError(f'--tokens={args.tokens} must not be negative')
-    wanted = multiple_choice.load_tasks(args.tasks, args.limit)
-    files_of_tasks = dict(multiple_choice.names_and_files(args.tasks))
+    tasks = multiple_choice.load_tasks(args.tasks, args.limit)
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
+    sources = sources_of(args, state)
+    if sources:
+        check_tokenizer(args.dataset or state['config']['dataset'], tokenizer)
+    tasks = multiple_choice.encode_items(tasks, tokenizer, model.config.block_size)
+    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    check_prompts(prompt_ids, model)
+    results = Results(args, source, model, state, world)
+    results.say(
+        f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters,'
+        f' {world.size} process{"es" * (world.size > 1)}'
+    )
+    with torch.no_grad(), autocast:
+        if sources:
+            add_losses(results, sources, model, args, tokenizer, state)
+        if tasks:
+            add_scores(results, tasks, model, args)
+        if args.speed:
+            add_speed(results, model)
+        if prompts:
+            add_texts(results, prompts, prompt_ids, model, args, tokenizer)
+    results.say(f'wrote {results.path}')
+    return 0
+
+
+class Results:
+    """What is measured of a model, kept in a JSON file as it grows. found: the object of the file;
+    conditions: under which it was measured; world: processes.World.
+
+    Raises ConfigError for a file of other weights or conditions.
+    """
+
+    def __init__(self, args, source, model, state, world):
+        self.path, self.world = place_of_results(args, state), world
+        self.found = {
+            'model': source,
+            'weights': identity(source, state),
+            'step': state and state['step'],
+            'time': now(),
+            'architecture': model.config.describe(),
+            'parameters': model.parameter_counts()['total'],
+        }
+        self.conditions = {
+            'block_size': model.config.block_size,
+            'rope_scaling': model.config.rope_scaling,
+            'rope_factor': model.config.rope_factor,
+            'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.'),
+        }
+        collectives.broadcast_from_main(
+            lambda: check_results(self.path, self.found['weights'], self.conditions), world
+        )
+        self.keep()
+
+    def keep(self):
+        """Write the file."""
+        if self.world.main:
+            record(self.path, self.found)
+
+    def say(self, line):
+        """Print a line, on the main rank."""
+        if self.world.main:
+            print(line)
+
+
+def sources_of(args, state):
+    """Return [(name, share)] of the data sets whose loss is asked for. Raises ConfigError."""
     dataset = args.dataset or state and state['config'].get('dataset')
-    if not args.no_loss and not dataset:
+    if args.no_loss:
+        return []
+    if not dataset:
         raise ConfigError('this model names no data set: give --dataset, or --no_loss')
-    sources = [] if args.no_loss else parse_mixture(dataset)
+    sources = parse_mixture(dataset)
     if args.data_url and len(sources) > 1:
         raise ConfigError(
             f'--data_url={redact(args.data_url)} holds one data set, not the mixture {dataset}:'
             ' leave one of them out'
         )
-    if sources:
-        check_tokenizer(dataset, tokenizer)
-    wanted = multiple_choice.encode(wanted, tokenizer, model.config.block_size)
-    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    check_prompts(prompt_ids, model)
-    path = place_of_results(args, state)
-    say = print if world.main else (lambda *words: None)
-    say(
-        f'{source}, {model.config.describe()}, {model.parameter_counts()["total"]:,} parameters,'
-        f' {world.size} process{"es" * (world.size > 1)}'
-    )
-    results = {
-        'model': source,
-        'weights': identity(source, state),
-        'step': state and state['step'],
-        'time': now(),
-        'architecture': model.config.describe(),
-        'parameters': model.parameter_counts()['total'],
-    }
-    conditions = {
-        'block_size': model.config.block_size,
-        'rope_scaling': model.config.rope_scaling,
-        'rope_factor': model.config.rope_factor,
-        'dtype': str(kernels.precision(args.dtype, world.device)).removeprefix('torch.'),
-    }
-    collectives.broadcast_from_main(
-        lambda: check_results(path, results['weights'], conditions), world
-    )
+    return sources
 
-    def keep():
-        if world.main:
-            record(path, results)
 
-    keep()
-    with torch.no_grad(), autocast:
-        if not args.no_loss:
-            results['losses'] = {}
-            for name, _ in sources:
-                found = losses(model, name, args, tokenizer, world, state)
-                found['conditions'] = conditions
-                results['losses'][f'{name} {found["split"]}'] = found
-                say(describe_losses(found))
-                if len(sources) == 1:
-                    results['loss'] = found
-                keep()
-            if len(sources) > 1:
-                found = results['losses'].values()
-                mean = sum(float(share) * one['loss'] for (_, share), one in zip(sources, found))
-                say(f'{dataset}: loss {mean:.4f}, by the shares of the mixture')
-        if wanted:
-            results['tasks'] = multiple_choice.evaluate(
-                wanted,
-                model,
-                args.batch_size,
-                world.device,
-                lambda values: collectives.sum_over_ranks(values, world),
-                world.rank,
-                world.size,
-            )
-            for name, found in results['tasks'].items():
-                found.update(file=files_of_tasks.get(name), limit=args.limit, conditions=conditions)
-                say(
-                    f'{name}: acc {100 * found["acc"]:.2f} %, acc_norm'
-                    f' {100 * found["acc_norm"]:.2f} % of {found["items"]} items'
-                )
-            keep()
-        if args.speed:
-            results['speed'] = speed(model, world.device)
-            say('batch  length   reading tokens/s   writing tokens/s')
-            for row in results['speed']:
-                say(
-                    f'{row["batch"]:5d}  {row["length"]:6d}  {row["prefill_tokens_per_s"]:17,.0f} '
-                    f' {row["decode_tokens_per_s"]:17,.0f}'
-                )
-            keep()
-        if prompts:
-            written = generate(
-                model,
-                prompt_ids,
-                args.max_new_tokens,
-                temperature=0,
-                stop_ids={tokenizer.eot_id} - {None},
-            )
-            results['written'] = [
-                {'prompt': prompt, 'text': decode_after(tokenizer, before, ids)}
-                for prompt, before, ids in zip(prompts, prompt_ids, written)
-            ]
-            for row in results['written']:
-                say(f'---- {row["prompt"]}\n{row["prompt"]}{row["text"]}')
-            keep()
-    say(f'wrote {path}')
-    return 0
+def add_losses(results, sources, model, args, tokenizer, state):
+    """Measure the loss of each of `sources`, [(name, share)], and that of the mixture."""
+    results.found['losses'] = {}
+    for name, _ in sources:
+        found = losses(model, name, args, tokenizer, results.world, state)
+        found['conditions'] = results.conditions
+        results.found['losses'][f'{name} {found["split"]}'] = found
+        results.say(describe_losses(found))
+        if len(sources) == 1:
+            results.found['loss'] = found
+        results.keep()
+    if len(sources) > 1:
+        all_found = results.found['losses'].values()
+        mean = sum(float(share) * one['loss'] for (_, share), one in zip(sources, all_found))
+        dataset = args.dataset or state['config']['dataset']
+        results.say(f'{dataset}: loss {mean:.4f}, by the shares of the mixture')
+
+
+def add_scores(results, tasks, model, args):
+    """Score multiple-choice tasks."""
+    world, files = results.world, dict(multiple_choice.names_and_files(args.tasks))
+    results.found['tasks'] = multiple_choice.evaluate(
+        tasks,
+        model,
+        args.batch_size,
+        world.device,
+        lambda values: collectives.sum_over_ranks(values, world),
+        world.rank,
+        world.size,
+    )
+    for name, found in results.found['tasks'].items():
+        found.update(file=files.get(name), limit=args.limit, conditions=results.conditions)
+        results.say(
+            f'{name}: acc {100 * found["acc"]:.2f} %, acc_norm {100 * found["acc_norm"]:.2f} % of'
+            f' {found["items"]} items'
+        )
+    results.keep()
+
+
+def add_speed(results, model):
+    """Measure reading and writing."""
+    results.found['speed'] = speed(model, results.world.device)
+    results.say('batch  length   reading tokens/s   writing tokens/s')
+    for row in results.found['speed']:
+        results.say(
+            f'{row["batch"]:5d}  {row["length"]:6d}  {row["prefill_tokens_per_s"]:17,.0f} '
+            f' {row["decode_tokens_per_s"]:17,.0f}'
+        )
+    results.keep()
+
+
+def add_texts(results, prompts, prompt_ids, model, args, tokenizer):
+    """Continue `prompts`, texts, always with the most likely token."""
+    stop_ids = {tokenizer.eot_id} - {None}
+    written = generate(model, prompt_ids, args.max_new_tokens, temperature=0, stop_ids=stop_ids)
+    results.found['written'] = [
+        {'prompt': prompt, 'text': decode_after(tokenizer, before, ids)}
+        for prompt, before, ids in zip(prompts, prompt_ids, written)
+    ]
+    for row in results.found['written']:
+        results.say(f'---- {row["prompt"]}\n{row["prompt"]}{row["text"]}')
+    results.keep()
 
 
 def describe_losses(found):
@@ -325,13 +364,13 @@ def speed(model, device, seconds=1.0):
             until = time.perf_counter() + seconds
             while len(times['decode']) < 4 or time.perf_counter() < until:
                 cache = cache_for(model, batch, length + 8)
-                started = synchronised(device)
+                started = synchronized(device)
                 model(idx, last_only=True, cache=cache)
-                times['prefill'].append(synchronised(device) - started)
+                times['prefill'].append(synchronized(device) - started)
                 for _ in range(7):
-                    started = synchronised(device)
+                    started = synchronized(device)
                     model(idx[:, :1], last_only=True, cache=cache)
-                    times['decode'].append(synchronised(device) - started)
+                    times['decode'].append(synchronized(device) - started)
             # the first is warm-up
             middle = {
                 what: sorted(values[1:])[len(values) // 2 - 1] for what, values in times.items()
@@ -347,7 +386,7 @@ def speed(model, device, seconds=1.0):
     return rows
 
 
-def synchronised(device):
+def synchronized(device):
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -292,73 +292,7 @@ def facts(out_dir, run_name, step):
 
 def card(shape, state, log, kind, prompt='Once'):
     """The text of a model card; prompt: a text that its tokenizer knows."""
-    c = state['config']
-    with torch.device('meta'):
-        counts = Model(shape).parameter_counts()
-    hardware = log.get('hardware', {})
-    rows = [
-        ('architecture', f'{shape.describe()} ({kind})'),
-        (
-            'parameters',
-            f'{size_of(counts["total"])} ({counts["total"]:,})'
-            + (f', {counts["active"]:,} active per token' if shape.num_experts else ''),
-        ),
-        ('context', f'{shape.block_size} tokens'),
-        (
-            'data set',
-            (
-                f'{os.path.basename(c["dataset"])}, fingerprint'
-                f' {state["data"]["train"]["fingerprint"]}'
-            ),
-        ),
-        (
-            'training tokens',
-            f'{state["tokens"]:,} in {state["step"]:,} iterations of {state["tokens_per_step"]:,}',
-        ),
-        (
-            'optimizer',
-            (
-                f'{state["optimizer"]}, learning rate {c["learning_rate"]:g} to'
-                f' {c["min_lr"] if c["decay_lr"] else c["learning_rate"]:g}, weight decay'
-                f' {c["weight_decay"]:g}, betas {c["beta1"]:g} and {c["beta2"]:g}, clipping'
-                f' {c["grad_clip"]:g}'
-            ),
-        ),
-        ('precision', f'{c["dtype"]}, float32 weights'),
-        *(
-            [
-                (
-                    'validation loss',
-                    f'{log["val_loss"]:.4f} nats per token at iteration {log["evaluated"]}',
-                )
-            ]
-            if 'val_loss' in log
-            else []
-        ),
-        *(
-            [
-                (
-                    'hardware',
-                    (
-                        f'{hardware["num_gpus"]} x {hardware["gpu_name"]}'
-                        if hardware.get('gpu_name')
-                        else hardware.get('cpu_name', 'CPU')
-                    ),
-                )
-            ]
-            if hardware
-            else []
-        ),
-        *([('time', f'{log["hours"]:.2f} hours')] if 'hours' in log else []),
-        (
-            'software',
-            (
-                f'onetrain {state["versions"].get("onetrain", "before 0.9")}, torch'
-                f' {state["versions"]["torch"]}'
-            ),
-        ),
-    ]
-    table = '\n'.join(f'| {name} | {value} |' for name, value in rows)
+    table = '\n'.join(f'| {name} | {value} |' for name, value in card_rows(shape, state, log, kind))
     return (
         f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| |'
         f' |\n|---|---|\n{table}\n\n'
@@ -369,6 +303,45 @@ def card(shape, state, log, kind, prompt='Once'):
         ' return_token_type_ids=False)\nprint(tokenizer.decode(model.generate(**ids,'
         f' max_new_tokens={max(1, min(50, shape.block_size - 8))})[0]))\n```\n'
     )
+
+
+def card_rows(shape, state, log, kind):
+    """[(name, value)] of a model and its training, texts."""
+    c, hardware = state['config'], log.get('hardware')
+    fingerprint = state['data']['train']['fingerprint']
+    with torch.device('meta'):
+        counts = Model(shape).parameter_counts()
+    active = f', {counts["active"]:,} active per token' if shape.num_experts else ''
+    rows = [
+        ('architecture', f'{shape.describe()} ({kind})'),
+        ('parameters', f'{size_of(counts["total"])} ({counts["total"]:,}){active}'),
+        ('context', f'{shape.block_size} tokens'),
+        ('data set', f'{os.path.basename(c["dataset"])}, fingerprint {fingerprint}'),
+        (
+            'training tokens',
+            f'{state["tokens"]:,} in {state["step"]:,} iterations of {state["tokens_per_step"]:,}',
+        ),
+        (
+            'optimizer',
+            f'{state["optimizer"]}, learning rate {c["learning_rate"]:g} to'
+            f' {c["min_lr"] if c["decay_lr"] else c["learning_rate"]:g}, weight decay'
+            f' {c["weight_decay"]:g}, betas {c["beta1"]:g} and {c["beta2"]:g}, clipping'
+            f' {c["grad_clip"]:g}',
+        ),
+        ('precision', f'{c["dtype"]}, float32 weights'),
+    ]
+    if 'val_loss' in log:
+        loss = f'{log["val_loss"]:.4f} nats per token at iteration {log["evaluated"]}'
+        rows.append(('validation loss', loss))
+    if hardware:
+        gpus = f'{hardware.get("num_gpus")} x {hardware.get("gpu_name")}'
+        device = gpus if hardware.get('gpu_name') else hardware.get('cpu_name', 'CPU')
+        rows.append(('hardware', device))
+    if 'hours' in log:
+        rows.append(('time', f'{log["hours"]:.2f} hours'))
+    versions = state['versions']
+    software = f'onetrain {versions.get("onetrain", "before 0.9")}, torch {versions["torch"]}'
+    return [*rows, ('software', software)]
 
 
 def hub(name):

@@ -77,7 +77,7 @@ class Attention(nn.Module):
             dropout,
         )
 
-    def forward(self, x, turn, ring, mask, cache):
+    def forward(self, x, cos_sin, ring, mask, cache):
         B, T, _ = x.shape
         # (B, heads, T, head_dim)
         qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
@@ -85,8 +85,8 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = qk.split_with_sizes(self.heads[:2], dim=1)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1).to(v.dtype)
-        if turn is not None:
-            qk = rope.apply(qk, *turn)  # all heads at once
+        if cos_sin is not None:
+            qk = rope.apply_rotary_emb(qk, *cos_sin)  # all heads at once
         q, k = qk.split_with_sizes(self.heads[:2], dim=1)
         backend = self.backend
         if cache is not None:  # masks are tensors there
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
-def bend(config):
+def activation_fn(config):
     """(function, ratio): the nonlinearity of an MLP, and how many times wider than its output its
     input is.
     """
@@ -130,13 +130,13 @@ def bend(config):
 class MLP(nn.Module):
     def __init__(self, config, d_ff, dropout):
         super().__init__()
-        self.bend, ratio = bend(config)
+        self.activation_fn, ratio = activation_fn(config)
         self.c_fc = nn.Linear(config.n_embd, d_ff * ratio, bias=config.bias)  # gated: gate, then up
         self.c_proj = nn.Linear(d_ff, config.n_embd, bias=config.bias)
         self.dropout = dropout
 
     def forward(self, x):
-        x = self.c_proj(self.bend(self.c_fc(x)))
+        x = self.c_proj(self.activation_fn(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
@@ -181,7 +181,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     def __init__(self, config, dropout, dispatch):
         super().__init__()
-        self.bend, ratio = bend(config)
+        self.activation_fn, ratio = activation_fn(config)
         self.router = Router(config)
         self.c_fc = Experts(
             config.num_experts, config.n_embd, config.expert_d_ff * ratio, config.bias
@@ -203,7 +203,7 @@ class MoE(nn.Module):
             gates,
             (self.c_fc.weight, self.c_fc.bias),
             (self.c_proj.weight, self.c_proj.bias),
-            self.bend,
+            self.activation_fn,
             self.dispatch,
         )
         if self.shared is not None:
@@ -229,14 +229,18 @@ class Block(nn.Module):
         self.post, self.parallel = config.norm_position == 'post', config.parallel_residual
         self.activation_checkpointing = 'none'
 
-    def forward(self, x, turn, ring=None, mask=None, cache=None):
+    def forward(self, x, cos_sin, ring=None, mask=None, cache=None):
         if self.activation_checkpointing == 'none' or not torch.is_grad_enabled():
-            return self._forward(x, turn, ring, mask, cache)
-        keep = {'context_fn': _keep_matmuls} if self.activation_checkpointing == 'selective' else {}
+            return self._forward(x, cos_sin, ring, mask, cache)
+        keep = (
+            {'context_fn': _selective_policy}
+            if self.activation_checkpointing == 'selective'
+            else {}
+        )
         return checkpoint(
             self._forward,
             x,
-            turn,
+            cos_sin,
             ring,
             mask,
             cache,
@@ -245,15 +249,15 @@ class Block(nn.Module):
             **keep,
         )
 
-    def _forward(self, x, turn, ring, mask, cache):
+    def _forward(self, x, cos_sin, ring, mask, cache):
         if self.parallel:
             y, statistics = self._mlp(self.ln_2(x))
-            return x + self.attn(self.ln_1(x), turn, ring, mask, cache) + y, statistics
+            return x + self.attn(self.ln_1(x), cos_sin, ring, mask, cache) + y, statistics
         if self.post:
-            x = self.ln_1(x + self.attn(x, turn, ring, mask, cache))
+            x = self.ln_1(x + self.attn(x, cos_sin, ring, mask, cache))
             y, statistics = self._mlp(x)
             return self.ln_2(x + y), statistics
-        x = x + self.attn(self.ln_1(x), turn, ring, mask, cache)
+        x = x + self.attn(self.ln_1(x), cos_sin, ring, mask, cache)
         y, statistics = self._mlp(self.ln_2(x))
         return x + y, statistics
 
@@ -261,7 +265,7 @@ class Block(nn.Module):
         return self.mlp(x) if self.routed else (self.mlp(x), None)
 
 
-def _keep_matmuls():
+def _selective_policy():
     """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention
     are kept, and all else is computed again.
     """
@@ -302,7 +306,7 @@ class Model(nn.Module):
     aux_loss, z_loss: weights of these losses of experts.routing_statistics in training;
     document_end: token after which attention and positions start anew, or None; loss_chunk: tokens
     whose logits are in memory at a time in training, 0 for all; head_z_loss: weight of the z-loss
-    of these logits; float8: what fp8.choose returned, or None. Parameters mean nothing until
+    of these logits; float8: what fp8.choose_recipe returned, or None. Parameters mean nothing until
     init_weights() or a state dict fills them. It can be built on the meta device to be counted.
     """
 
@@ -345,9 +349,11 @@ class Model(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         self.rope = config.position_encoding == 'rope'
         if self.rope:
-            for name, table in zip(('rope_cos', 'rope_sin'), rope.table(config, config.block_size)):
+            for name, table in zip(
+                ('rope_cos', 'rope_sin'), rope.cos_sin_table(config, config.block_size)
+            ):
                 self.register_buffer(name, table, persistent=False)
-        self.float8_layers = fp8.convert(parts['h'], float8) if float8 else 0
+        self.float8_layers = fp8.convert_to_float8(parts['h'], float8) if float8 else 0
         self.routed = [block.mlp for block in parts['h'] if block.routed]
         # what the micro-steps of a step add up to: tokens of each expert, and sums of the
         # statistics weighted by tokens
@@ -368,7 +374,7 @@ class Model(nn.Module):
 
     def allocate(self, device, buffers_on=None):
         """Give a model on the meta device memory on `device`: parameters that hold nothing yet,
-        without the work of torch's own initialisation. Returns it.
+        without the work of torch's own initialization. Returns it.
 
         buffers_on: device of what is no parameter where it is another.
         """
@@ -382,7 +388,7 @@ class Model(nn.Module):
         if self.rope:
             self.rope_cos, self.rope_sin = (
                 table.to(buffers_on or device)
-                for table in rope.table(self.config, self.config.block_size)
+                for table in rope.cos_sin_table(self.config, self.config.block_size)
             )
         return self
 
@@ -468,7 +474,7 @@ class Model(nn.Module):
             if cache is None or cache.static
             else cache.length + T
         )
-        turn = self._turn(positions, length) if self.rope else None
+        cos_sin = self._cos_sin(positions, length) if self.rope else None
         masks = (
             cache.masks
             if cache is not None
@@ -479,7 +485,7 @@ class Model(nn.Module):
         )
         routing = []
         for block in self.transformer.h:
-            x, statistics = block(x, turn, ring, masks[block.attn.window], cache)
+            x, statistics = block(x, cos_sin, ring, masks[block.attn.window], cache)
             routing += [statistics] if block.routed else []
         if cache is not None:
             cache.end(T)
@@ -491,22 +497,22 @@ class Model(nn.Module):
             )
         return loss
 
-    def _turn(self, positions, length):
-        """(cos, sin) for rope.apply()."""
+    def _cos_sin(self, positions, length):
+        """(cos, sin) for rope.apply_rotary_emb()."""
         if (
             self.config.rope_scaling == 'dynamic'
             and self.config.rope_original_block_size < self.config.block_size != length
         ):
             tables = (
                 t.to(self.rope_cos.device)
-                for t in rope.table(
+                for t in rope.cos_sin_table(
                     self.config, max(length, self.config.rope_original_block_size), length
                 )
             )
         else:
             tables = self.rope_cos, self.rope_sin
-        turn = tuple(table[positions] for table in tables)
-        return turn if turn[0].dim() == 2 else tuple(t[:, None] for t in turn)
+        cos_sin = tuple(table[positions] for table in tables)
+        return cos_sin if cos_sin[0].dim() == 2 else tuple(t[:, None] for t in cos_sin)
 
     def _routed(self, loss, statistics, weight, tokens):
         """`loss` with the gradients of the losses of routing, and its value as it was. Takes the
@@ -532,7 +538,7 @@ class Model(nn.Module):
         routing = collectives.sum_over_ranks(self.routing.clone(), world)
         self.routing.zero_()
         if balance_rate:
-            experts.balance(
+            experts.update_balance(
                 [moe.router.balance for moe in self.routed],
                 routing[:, : self.config.num_experts],
                 balance_rate,
@@ -544,7 +550,7 @@ class Model(nn.Module):
         """Return the `moe` object of the log of a step of `tokens` tokens, given after_step()'s
         tensor; shares: with that of each expert. Waits for the device.
         """
-        return experts.report(
+        return experts.routing_report(
             routing.cpu(),
             self.config.expert_layers,
             [moe.router.balance.cpu() for moe in self.routed],

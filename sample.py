@@ -77,7 +77,8 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv, processes.report_error)
 
 
-def run(args):
+def check_bounds(args):
+    """Raise ConfigError for numbers that mean nothing."""
     for name, low, high in (
         ('num_samples', 1, 10**4),
         ('max_new_tokens', 1, 10**7),
@@ -100,6 +101,10 @@ def run(args):
             '--stop is empty, and every text begins with that: leave it out, or give the text that'
             ' ends a sample'
         )
+
+
+def run(args):
+    check_bounds(args)
     starts = [
         text_of(start[5:], '--start=FILE:') if start.startswith('FILE:') else start
         for start in args.start or []

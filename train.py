@@ -337,7 +337,7 @@ from onetrain.training.startup_report import (
     evaluation_line,
     interpreter,
     memory_gb,
-    readings,
+    memory_readings,
     report,
     startup_info,
 )
@@ -443,26 +443,15 @@ def train(c, given, stop, terminal):
         start, plan, data, evaluator, outputs, model, optimization, state, log, stop
     )
     stop.max_hours = c.max_time
-    scaler, guard = optimization.scaler, optimization.guard
-    # DDP averages gradients over ranks: this makes it the mean over the tokens of a step
-    weight = world.size / plan.tokens_per_step
-    micro_step = ForwardBackward(
-        model, train_model, world, plan.autocast, scaler, weight, plan.accumulation
+    guard = optimization.guard
+    micro_step = build_micro_step(
+        plan, data, order, state, model, train_model, optimization, evaluator, log, terminal
     )
-    if state.step < c.max_iters and (c.compile or c.use_cuda_graphs):
-        micro_step = compile_and_capture(
-            plan, data, order, state, micro_step, evaluator, log, terminal
-        )
     gc.freeze()  # what stays for good is not searched for garbage again
     iterations = IterationLog(
         plan, model, train_model, loader, guard, mfu, log, world, terminal, start.step
     )
-    terminal.start_bar(c.max_iters, state.step)
-    if state.step >= c.max_iters:
-        log.say(
-            f'nothing to train: already at iter {state.step} of max_iters={c.max_iters}; a larger'
-            ' --max_iters goes on'
-        )
+    announce_start(c, state.step, log, terminal)
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     stop_code = 0
@@ -512,6 +501,31 @@ def train(c, given, stop, terminal):
     loader.close()
     terminal.end_bar()
     return finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, stop)
+
+
+def build_micro_step(
+    plan, data, order, state, model, train_model, optimization, evaluator, log, terminal
+):
+    """Return what computes a micro-step, compiled and recorded where the config asks for it."""
+    c, world = plan.config, plan.options.world
+    # DDP averages gradients over ranks: this makes it the mean over the tokens of a step
+    weight = world.size / plan.tokens_per_step
+    micro_step = ForwardBackward(
+        model, train_model, world, plan.autocast, optimization.scaler, weight, plan.accumulation
+    )
+    if state.step < c.max_iters and (c.compile or c.use_cuda_graphs):
+        return compile_and_capture(plan, data, order, state, micro_step, evaluator, log, terminal)
+    return micro_step
+
+
+def announce_start(c, step, log, terminal):
+    """Show the progress bar from iteration `step` on, or say that there is nothing to train."""
+    terminal.start_bar(c.max_iters, step)
+    if step >= c.max_iters:
+        log.say(
+            f'nothing to train: already at iter {step} of max_iters={c.max_iters}; a larger'
+            ' --max_iters goes on'
+        )
 
 
 @dataclass
@@ -598,7 +612,7 @@ def log_evaluation(c, state, losses, text_bytes, keeper, log):
         timestamp=now(),
         lr=learning_rate(c, max(0, state.step - 1)),
         tokens_seen=state.tokens,
-        **readings(losses['val'], text_bytes),
+        **memory_readings(losses['val'], text_bytes),
         **({'val_loss_by_source': losses['sources']} if 'sources' in losses else {}),
         **({'tasks': losses['tasks']} if 'tasks' in losses else {}),
     )

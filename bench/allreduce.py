@@ -39,7 +39,7 @@ def main():
         )
     if world.main:
         line, note = (
-            topology.describe(topology.read(torch.cuda.device_count()))
+            topology.describe_topology(topology.read_topology(torch.cuda.device_count()))
             if world.device.type == 'cuda'
             else (None, None)
         )

@@ -70,21 +70,21 @@ def main():
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for rate, colour in ((3e-3, 'tab:green'), (1e-3, 'tab:blue'), (0.0, 'tab:red')):
+    for rate, color in ((3e-3, 'tab:green'), (1e-3, 'tab:blue'), (0.0, 'tab:red')):
         with tempfile.TemporaryDirectory() as folder:
             points = run(folder, rate, args.steps)
         for layer in range(len(points[0][2])):
             axes.plot(
                 [p[0] for p in points],
                 [p[2][layer] for p in points],
-                color=colour,
+                color=color,
                 alpha=0.25,
                 linewidth=1,
             )
         axes.plot(
             [p[0] for p in points],
             [p[1] for p in points],
-            color=colour,
+            color=color,
             linewidth=2,
             label=f'balance_rate={rate:g}',
         )

@@ -342,7 +342,6 @@ def one(part, x, folder):
     """Measure a point in this process: prints its seconds and peak memory as JSON."""
     import resource
 
-    seconds = None
     if part in ('resume', 'plot'):
         written_log(x, folder)
     elif part in ('stated', 'unstated'):
@@ -358,29 +357,25 @@ def one(part, x, folder):
         import onetrain.logs.run_log  # noqa: F401 (what it takes to import is not measured)
     if part in ('log_experts', 'stated', 'unstated', 'parts'):
         import onetrain.data.dataset  # noqa: F401
+    work = {  # those that measure for themselves return seconds
+        'log': lambda: log(x, folder),
+        'log_experts': lambda: log(x, folder, experts=128),
+        'resume': lambda: resume(x, folder),
+        'plot': lambda: plot(x, folder),
+        'stated': lambda: open_data(folder),
+        'unstated': lambda: open_data(folder),
+        'parts': lambda: open_data(folder),
+        'agreement': lambda: on_ranks(x, agree),
+        'open_files': lambda: on_ranks(x, open_files),
+        'save': lambda: on_ranks(x, save, folder, 1024, False),
+        'verify': lambda: on_ranks(x, save, folder, 1024, True),
+        'save_mb': lambda: on_ranks(2, save, folder, x, False),
+        'verify_mb': lambda: on_ranks(2, save, folder, x, True),
+        'muon': lambda: on_ranks(x, muon),
+        'prepare': lambda: prepare(sys.path[0], folder),
+    }
     begun = time.perf_counter()
-    if part == 'log':
-        log(x, folder)
-    elif part == 'log_experts':
-        log(x, folder, experts=128)
-    elif part == 'resume':
-        resume(x, folder)
-    elif part == 'plot':
-        plot(x, folder)
-    elif part in ('stated', 'unstated', 'parts'):
-        open_data(folder)
-    elif part == 'agreement':
-        seconds = on_ranks(x, agree)
-    elif part == 'open_files':
-        seconds = on_ranks(x, open_files)
-    elif part in ('save', 'verify'):
-        seconds = on_ranks(x, save, folder, 1024, part == 'verify')
-    elif part in ('save_mb', 'verify_mb'):
-        seconds = on_ranks(2, save, folder, x, part == 'verify_mb')
-    elif part == 'muon':
-        seconds = on_ranks(x, muon)
-    else:
-        prepare(sys.path[0], folder)
+    seconds = work[part]()
     seconds = time.perf_counter() - begun if seconds is None else seconds
     print(
         json.dumps(

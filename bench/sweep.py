@@ -263,7 +263,7 @@ class Sweep:
         return '\n'.join(lines)
 
     def draw(self, path):
-        """A bar for each setting, the recipe as it stands in another colour."""
+        """A bar for each setting, the recipe as it stands in another color."""
         import matplotlib
 
         matplotlib.use('Agg')

@@ -86,7 +86,7 @@ def measure(c, folder, largest, iterations, warmup):
         c = dataclasses.replace(
             c,
             batch_size=memory.find_batch_size(
-                lambda size: predict(c, size), 64, memory.available(device_of(c))
+                lambda size: predict(c, size), 64, memory.available_memory(device_of(c))
             ),
             gradient_accumulation_steps=1,
             total_batch_size=0,

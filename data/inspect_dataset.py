@@ -25,10 +25,8 @@ STRETCH = 2**20  # tokens
 MOST = 2**21  # ids that are told apart
 
 
-def main(argv=None):
-    """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong.
-    Returns what was found, a dict.
-    """
+def arguments(argv):
+    """Return the parsed `argv`. Raises ValueError."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('dataset', help='a folder of data/, or a path')
     parser.add_argument('--split', default='train', choices=('train', 'val'))
@@ -57,6 +55,14 @@ def main(argv=None):
             f'--output {args.output} is no picture: name a file that ends in .png, .pdf or .svg, in'
             ' a folder that is there'
         )
+    return args
+
+
+def main(argv=None):
+    """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong.
+    Returns what was found, a dict.
+    """
+    args = arguments(argv)
     folder = next(
         (
             path

@@ -24,8 +24,8 @@ from onetrain.tokenizers.base import load_tokenizer
 from onetrain.tokenizers.train import GPT2, PATTERNS, train_bpe, train_sentencepiece
 
 
-def main(argv=None):
-    """Train and write; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+def arguments(argv):
+    """Return the parsed `argv`. Raises ValueError."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         '--input', nargs='+', required=True, metavar='PATH', help='files, folders, patterns or URLs'
@@ -69,6 +69,12 @@ def main(argv=None):
         raise ValueError(
             f'--pattern {args.pattern} has no meaning with --kind {args.kind}: leave it out'
         )
+    return args
+
+
+def main(argv=None):
+    """Train and write; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    args = arguments(argv)
     texts = Texts(args.input, args.text_field, args.max_mb * 1e6)
     os.makedirs(args.output, exist_ok=True)
     if args.kind == 'bpe':

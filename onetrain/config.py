@@ -52,10 +52,27 @@ def resolve(schema, argv, aliases=None):
                 f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help=all`'
                 ' lists all keys'
             )
-        values[key] = checked(key, value, hints[key], source)
+        values[key] = check_type(key, value, hints[key], source)
         given[key] = source
 
-    for before, word in zip(['', *argv], argv):  # as other programs take them
+    _check_pairs(argv, hints, aliases)
+    for path in (word for word in argv if not word.startswith('-')):
+        for key, value in read_file(path, values).items():
+            assign(key, value, path)
+    for word in argv:
+        if not word.startswith('-') or word in help_asked:
+            continue
+        key, value = _split(word, hints)
+        assign(key, value if hints.get(key) is str else parse_value(value), 'command line')
+    if help_asked:
+        print(help_text(schema, values, everything='--help=all' in help_asked), flush=True)
+        sys.exit(0)
+    return schema(**values), given
+
+
+def _check_pairs(argv, hints, aliases):
+    """Raise ConfigError for --key value in two words, as other programs take them."""
+    for before, word in zip(['', *argv], argv):
         key = before.removeprefix('--')
         takes = hints.get(key) is not bool or word.lower() in ('true', 'false')
         if (
@@ -68,31 +85,21 @@ def resolve(schema, argv, aliases=None):
                 f'command line: {before} {shortened(word)} are two words, did you mean'
                 f' {before}={word}?'
             )
-    for path in (word for word in argv if not word.startswith('-')):
-        for key, value in read_file(path, values).items():
-            assign(key, value, path)
-    for word in argv:
-        if not word.startswith('-') or word in help_asked:
-            continue
-        match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
-        if not match:
-            key, _, value = word.removeprefix('--').replace('-', '_').partition('=')
-            meant = (
-                f', did you mean --{key}={value or True}'
-                if hints.get(key) is bool or key in hints and value
-                else ''
-            )
-            raise ConfigError(
-                f'command line: cannot read {shortened(word)}, expected --key=value, such as'
-                f' --max_iters=10{meant}'
-            )
-        assign(
-            match[1], match[2] if hints.get(match[1]) is str else parse(match[2]), 'command line'
-        )
-    if help_asked:
-        print(help_text(schema, values, everything='--help=all' in help_asked), flush=True)
-        sys.exit(0)
-    return schema(**values), given
+
+
+def _split(word, hints):
+    """(key, value) of a word --key=value, both text. Raises ConfigError."""
+    match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
+    if match:
+        return match[1], match[2]
+    key, _, value = word.removeprefix('--').replace('-', '_').partition('=')
+    meant = ''
+    if hints.get(key) is bool or key in hints and value:
+        meant = f', did you mean --{key}={value or True}'
+    raise ConfigError(
+        f'command line: cannot read {shortened(word)}, expected --key=value, such as'
+        f' --max_iters=10{meant}'
+    )
 
 
 def read_file(path, defaults):
@@ -139,7 +146,7 @@ def read_file(path, defaults):
     }
 
 
-def parse(text):
+def parse_value(text):
     """A command-line value: a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
@@ -152,7 +159,7 @@ def parse(text):
         return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
 
 
-def checked(key, value, hint, source):
+def check_type(key, value, hint, source):
     """`value` as the type that `hint` asks for; an int serves as a float. Raises ConfigError."""
     options = (
         typing.get_args(hint)

@@ -107,7 +107,7 @@ def gpus():
     if torch.cuda.device_count() > 1:
         from onetrain.distributed import topology
 
-        line, slow = topology.describe(topology.read(torch.cuda.device_count()))
+        line, slow = topology.describe_topology(topology.read_topology(torch.cuda.device_count()))
         if line:
             text = line.removeprefix('Topology: ')
             yield Finding('Topology', 'note' if slow else 'ok', slow or text)
@@ -171,12 +171,12 @@ def data():
 
 def bucket(url):
     """Yield a Finding about whether `url` can be written to and read from."""
-    from onetrain.checkpoint.uploader import probe
+    from onetrain.checkpoint.uploader import check_writable
     from onetrain.config import ConfigError
     from onetrain.files import redact
 
     try:
-        probe(url, 'doctor')
+        check_writable(url, 'doctor')
         yield Finding('URL', 'ok', f'{redact(url)} can be written to and read from')
     except ConfigError as error:
         yield Finding('URL', 'problem', str(error), 'correct the URL or its credentials')

@@ -29,7 +29,7 @@ def cache_for(model, batch, size, dtype=None, padding=None, static=False, device
     )
 
 
-def likely(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """Probabilities (B, V) to draw from, for fp32 `logits` (B, V); temperature above 0.
 
     top_k keeps the k most likely tokens; top_p the fewest whose probability adds up to at least p
@@ -55,7 +55,7 @@ def likely(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     return probabilities
 
 
-def penalised(logits, seen, penalty):
+def apply_repetition_penalty(logits, seen, penalty):
     """`logits` (B, V) of tokens that occur in `seen` (B, V) bool divided by `penalty` where
     positive, multiplied where negative (Keskar et al., "CTRL", 2019).
     """
@@ -154,110 +154,123 @@ def generate(
     torch.compile decoding (CUDA graphs on a GPU); device: where the model computes, if its
     parameters lie elsewhere.
     """
-    c, device = model.config, device or model.transformer.wte.weight.device
     check_prompts(prompts, model)
-    # every key turns anew with the length of its row
-    by_length = (
-        c.rope_scaling == 'dynamic'
-        and max(map(len, prompts)) + max_new_tokens > c.rope_original_block_size
-    )
-    cached = cached and not by_length
+    device = device or model.transformer.wte.weight.device
     training = model.training
     model.eval()
-    rows, alive = [list(prompt) for prompt in prompts], [True] * len(prompts)
-    read = chosen = None  # the state of reading, and the last tokens
-    decode = (
-        torch.compile(
-            _read, mode='reduce-overhead' if device.type == 'cuda' else None, fullgraph=True
-        )
-        if compiled
-        else _read
-    )
-    begins = [0] * len(rows)  # what lies before is forgotten
+    rows = _Rows(model, prompts, max_new_tokens, cached, compiled, device)
+    alive = [True] * len(prompts)
     sharded = any(isinstance(p, DTensor) for p in model.parameters())  # FSDP keeps what it gathers
     with (
         contextlib.nullcontext() if compiled else kernels.eager_mode(),
         torch.no_grad() if sharded else torch.inference_mode(),
     ):
-        seen = None
-        if repetition_penalty != 1.0:
-            seen = torch.zeros(len(rows), c.vocab_size, dtype=torch.bool, device=device)
-            for row, prompt in enumerate(prompts):
-                seen[row, prompt] = True
+        seen = None if repetition_penalty == 1.0 else _tokens_of(prompts, model, device)
         for _ in range(max_new_tokens):
             if interrupted() or not any(alive):
                 break
-            widest = max(len(row) - begin for row, begin in zip(rows, begins))
-            if widest > c.block_size:
-                begins = [
-                    (
-                        len(row) - max(1, c.block_size // 2)
-                        if len(row) - begin > c.block_size
-                        else begin
-                    )
-                    for row, begin in zip(rows, begins)
-                ]
-                widest, read = max(len(row) - begin for row, begin in zip(rows, begins)), None
-            if by_length:
-                logits = torch.cat(
-                    [
-                        _read(
-                            model,
-                            torch.tensor([row[begin:]], device=device),
-                            cache_for(model, 1, len(row) - begin, device=device),
-                        )
-                        for row, begin in zip(rows, begins)
-                    ]
-                )
-            elif read is None:
-                padding = torch.tensor(
-                    [widest - len(row) + begin for row, begin in zip(rows, begins)], device=device
-                )
-                idx = torch.tensor(
-                    [
-                        [0] * (widest - len(row) + begin) + row[begin:]
-                        for row, begin in zip(rows, begins)
-                    ],
-                    device=device,
-                )
-                padding = padding if padding.any() else None
-                room = min(c.block_size, widest + max_new_tokens)
-                read = cache_for(
-                    model,
-                    len(rows),
-                    room if cached else widest,
-                    padding=padding,
-                    static=compiled and cached,
-                    device=device,
-                )
-                logits = _read(model, idx, read)
-            else:
-                logits = decode(model, chosen, read)
-            logits = logits.float()
-            if not cached:
-                read = None
+            logits = rows.next_logits().float()  # (B, V)
             if seen is not None:
-                logits = penalised(logits, seen, repetition_penalty)
+                logits = apply_repetition_penalty(logits, seen, repetition_penalty)
             if temperature == 0:
                 chosen = logits.argmax(dim=-1, keepdim=True)
             else:
-                chosen = torch.multinomial(
-                    likely(logits, temperature, top_k, top_p, min_p), 1, generator=generator
-                )
+                probabilities = logits_to_probs(logits, temperature, top_k, top_p, min_p)
+                chosen = torch.multinomial(probabilities, 1, generator=generator)
             if seen is not None:
                 seen.scatter_(1, chosen, True)
-            tokens = chosen[:, 0].tolist()
-            for row, token in zip(rows, tokens):
-                row.append(token)
+            tokens = rows.append(chosen)
             if on_tokens is not None:
                 on_tokens(tokens, list(alive))
             alive = [living and token not in stop_ids for living, token in zip(alive, tokens)]
     model.train(training)
-    new = [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
-    ends = [
-        next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids)) for ids in new
-    ]
-    return [ids[:end] for ids, end in zip(new, ends)]
+    new = [row[len(prompt) :] for row, prompt in zip(rows.ids, prompts)]
+    return [_until(ids, stop_ids) for ids in new]
+
+
+def _tokens_of(prompts, model, device):
+    """(B, V) bool: which tokens each prompt has."""
+    shape = len(prompts), model.config.vocab_size
+    seen = torch.zeros(shape, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    return seen
+
+
+def _until(ids, stop_ids):
+    """The ids up to the first of stop_ids, which is part of them."""
+    return ids[: next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))]
+
+
+class _Rows:
+    """Texts that grow by a token at a time, all at once. ids: lists of token ids; starts: where the
+    part of each begins that the model still sees.
+    """
+
+    def __init__(self, model, prompts, max_new_tokens, cached, compiled, device):
+        c = model.config
+        self.model, self.device, self.context = model, device, c.block_size
+        self.ids, self.starts = [list(prompt) for prompt in prompts], [0] * len(prompts)
+        self.max_new_tokens = max_new_tokens
+        # with dynamic RoPE every key is rotated anew with the length of its row
+        self.by_length = (
+            c.rope_scaling == 'dynamic'
+            and max(map(len, prompts)) + max_new_tokens > c.rope_original_block_size
+        )
+        self.cached = cached and not self.by_length
+        self.static = compiled and self.cached
+        self.cache = self.chosen = None  # of all tokens but the last, and the last (B, 1)
+        self.decode = _read
+        if compiled:
+            mode = 'reduce-overhead' if device.type == 'cuda' else None
+            self.decode = torch.compile(_read, mode=mode, fullgraph=True)
+
+    def next_logits(self):
+        """Return the logits (B, V) after the rows as they are."""
+        self._forget()
+        if self.by_length:
+            return torch.cat([self._logits([ids]) for ids in self._visible()])
+        if self.cache is None:
+            return self._logits(self._visible())
+        return self.decode(self.model, self.chosen, self.cache)
+
+    def append(self, chosen):
+        """Add a token (B, 1) to each row; returns them as a list."""
+        tokens = chosen[:, 0].tolist()
+        for row, token in zip(self.ids, tokens):
+            row.append(token)
+        self.chosen = chosen
+        if not self.cached:
+            self.cache = None
+        return tokens
+
+    def _visible(self):
+        return [row[start:] for row, start in zip(self.ids, self.starts)]
+
+    def _forget(self):
+        """Drop the older half of the context where it is full."""
+        lengths = [len(row) - start for row, start in zip(self.ids, self.starts)]
+        if max(lengths) > self.context:
+            self.starts = [
+                len(row) - max(1, self.context // 2) if length > self.context else start
+                for row, start, length in zip(self.ids, self.starts, lengths)
+            ]
+            self.cache = None
+
+    def _logits(self, visible):
+        """Read the lists `visible` from their beginnings, padded on the left, into a new cache."""
+        widest = max(map(len, visible))
+        padding = [widest - len(ids) for ids in visible]
+        idx = torch.tensor([[0] * n + ids for n, ids in zip(padding, visible)], device=self.device)
+        self.cache = cache_for(
+            self.model,
+            len(visible),
+            min(self.context, widest + self.max_new_tokens) if self.cached else widest,
+            padding=torch.tensor(padding, device=self.device) if any(padding) else None,
+            static=self.static,
+            device=self.device,
+        )
+        return _read(self.model, idx, self.cache)
 
 
 def _read(model, idx, cache):

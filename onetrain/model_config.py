@@ -341,6 +341,21 @@ def resolve_shape(settings, vocab_size=None):
         and not shape['bias']
     ):
         shape['normalization'] = 'layernorm_nobias'
+    if given['n_dense_layers'] is None:
+        shape['n_dense_layers'] = min(shape['n_dense_layers'], shape['n_layer'] - 1)
+    _fill(shape, preset)
+    config = ModelConfig(**shape)
+    _check(config)
+    _check_scaling(config)
+    if config.num_experts:
+        _check_experts(config)
+    return config
+
+
+def _fill(shape, preset):
+    """Compute the sizes of the dict `shape` that are left open (None) from the others. Raises
+    ConfigError for heads that do not divide.
+    """
     n_embd, n_head = shape['n_embd'], shape['n_head']
     if shape['head_dim'] is None:
         if n_embd % n_head:
@@ -361,51 +376,40 @@ def resolve_shape(settings, vocab_size=None):
     if shape['d_ff'] is None:
         multiple = preset['d_ff_multiple']
         shape['d_ff'] = math.ceil(preset['d_ff_ratio'] * n_embd / multiple) * multiple
-    if given['n_dense_layers'] is None:
-        shape['n_dense_layers'] = min(shape['n_dense_layers'], shape['n_layer'] - 1)
     if shape['expert_d_ff'] is None:
         shape['expert_d_ff'] = shape['d_ff']
     if shape['rope_original_block_size'] is None:
         shape['rope_original_block_size'] = shape['block_size']
     if shape['rope_factor'] is None:
         shape['rope_factor'] = max(1.0, shape['block_size'] / shape['rope_original_block_size'])
-    config = ModelConfig(**shape)
-    if (
-        not 0 < config.rotary_pct <= 1
-        or not 1 < config.rope_theta <= 1e15
-        or not 0 <= config.norm_eps <= 1
-    ):
+
+
+def _check(c):
+    """Raise ConfigError for a ModelConfig that cannot be built."""
+    if not 0 < c.rotary_pct <= 1 or not 1 < c.rope_theta <= 1e15 or not 0 <= c.norm_eps <= 1:
         raise ConfigError(
-            f'rotary_pct={config.rotary_pct} must be above 0 and at most 1,'
-            f' rope_theta={config.rope_theta} above 1, norm_eps={config.norm_eps} from 0 to 1'
+            f'rotary_pct={c.rotary_pct} must be above 0 and at most 1,'
+            f' rope_theta={c.rope_theta} above 1, norm_eps={c.norm_eps} from 0 to 1'
         )
-    if config.position_encoding == 'rope' and (config.rotary_dims % 2 or config.rotary_dims < 2):
+    if c.position_encoding == 'rope' and (c.rotary_dims % 2 or c.rotary_dims < 2):
         raise ConfigError(
-            f'RoPE turns pairs of dimensions, but head_dim={config.head_dim} with'
-            f' rotary_pct={config.rotary_pct} gives {config.rotary_dims} of them: choose an even'
+            f'RoPE turns pairs of dimensions, but head_dim={c.head_dim} with'
+            f' rotary_pct={c.rotary_pct} gives {c.rotary_dims} of them: choose an even'
             ' number'
         )
-    if config.parallel_residual and config.norm_position == 'post':
+    if c.parallel_residual and c.norm_position == 'post':
         raise ConfigError("parallel_residual=True needs norm_position='pre'")
-    if config.ffn_type == 'swiglu_clamped' and config.activation != 'silu':
+    if c.ffn_type == 'swiglu_clamped' and c.activation != 'silu':
         raise ConfigError(
             'ffn_type=swiglu_clamped has an activation of its own: leave'
-            f' --activation={config.activation} out'
+            f' --activation={c.activation} out'
         )
-    if (
-        config.sliding_window < 0
-        or set(config.window_pattern) - {'S', 'L'}
-        or not config.window_pattern
-    ):
+    if c.sliding_window < 0 or set(c.window_pattern) - {'S', 'L'} or not c.window_pattern:
         raise ConfigError(
-            f'sliding_window={config.sliding_window} must not be negative,'
-            f' window_pattern={config.window_pattern!r} is of the letters S (slides) and L (looks'
+            f'sliding_window={c.sliding_window} must not be negative,'
+            f' window_pattern={c.window_pattern!r} is of the letters S (slides) and L (looks'
             ' all the way back), such as SSSL'
         )
-    _check_scaling(config)
-    if config.num_experts:
-        _check_experts(config)
-    return config
 
 
 def _check_scaling(c):

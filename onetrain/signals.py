@@ -16,7 +16,7 @@ NOT_FINITE = 3
 SAVE_FAILED = 4
 
 
-def ignore():
+def ignore_signals():
     """For worker processes: signals go to the whole process group, and the trainer ends its workers
     itself.
     """
@@ -24,7 +24,7 @@ def ignore():
         signal.signal(number, signal.SIG_IGN)
 
 
-def running_s():
+def seconds_running():
     """Seconds since this process was started; under torchrun since torchrun was, so that restarts
     do not begin a new limit.
     """
@@ -38,15 +38,15 @@ def running_s():
 class StopRequest:
     """Handles SIGTERM, SIGINT and SIGUSR1 from its construction to restore().
 
-    max_hours: the time limit since running_s() began, 0 = none. at_once: True as long as a signal
-    may end the process without a save. fault: an exit code that the run itself asks for. code() is
-    0, or the exit code of what was asked for: 128 + signal number, fault, TIME_IS_UP.
+    max_hours: the time limit since seconds_running() began, 0 = none. at_once: True as long as a
+    signal may end the process without a save. fault: an exit code that the run itself asks for.
+    code() is 0, or the exit code of what was asked for: 128 + signal number, fault, TIME_IS_UP.
     """
 
     def __init__(self, talk=True):
         self.talk, self.at_once, self.max_hours = talk, True, 0.0
         self.signal, self.received, self.repeats, self.fault = None, 0.0, 0, 0
-        self.begun = time.monotonic() - running_s()
+        self.begun = time.monotonic() - seconds_running()
         # torchrun hands the signal that it got on to its workers, which may have it from the
         # terminal or from Slurm already
         self.expected_repeats = 1 if 'TORCHELASTIC_RUN_ID' in os.environ else 0

@@ -13,14 +13,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from plot_single_run import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, check_output, save
+from plot_single_run import BLUE, GRAY, GREEN, ORANGE, PURPLE, STYLE, check_output, save
 from run_log import number
 
 from onetrain.command_line import ArgumentParser, run_command
 from onetrain.config import ConfigError
 from onetrain.files import parse_json
 
-COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, GRAY)
 
 
 class EvaluationError(ConfigError):
@@ -96,38 +96,10 @@ def draw(models):
         for panel, title in enumerate(titles):
             axes = figure.add_subplot(rows, min(2, len(titles)), panel + 1)
             for place, (label, found) in enumerate(models):
-                points = [
-                    (results.get('step') or 0, values(results)[title])
-                    for results in found
-                    if title in values(results)
-                ]
-                color = COLORS[place % len(COLORS)]
-                if along_steps and points:
-                    axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
-                elif points:
-                    axes.barh(place, points[0][1], height=0.45, color=color, label=label)
-                    axes.annotate(
-                        f'{points[0][1]:.3g}',
-                        (points[0][1], place),
-                        xytext=(3, 0),
-                        textcoords='offset points',
-                        va='center',
-                        fontsize=9,
-                    )
+                draw_model(axes, place, label, found, title, along_steps)
             axes.set_title(title)
             if title.endswith('(%)'):
-                chance = [
-                    100 * number(score['chance'])
-                    for _, found in models
-                    for results in found
-                    for name, score in (results.get('tasks') or {}).items()
-                    if f'{name} (%)' == title and isinstance(score, dict) and 'chance' in score
-                ]
-                if chance:
-                    (axes.axhline if along_steps else axes.axvline)(
-                        chance[0], color='#808080', linestyle=':', linewidth=1.2, label='chance'
-                    )
-                (axes.set_ylim if along_steps else axes.set_xlim)(0, 100)
+                draw_chance(axes, models, title, along_steps)
             if along_steps:
                 axes.set_xlabel('iteration')
             else:
@@ -145,6 +117,44 @@ def draw(models):
                 named.values(), named.keys(), loc='outside upper center', ncols=min(len(models), 4)
             )
     return figure
+
+
+def draw_model(axes, place, label, found, title, along_steps):
+    """Draw one measure of one model: its curve, or the bar at `place`."""
+    color = COLORS[place % len(COLORS)]
+    points = [
+        (results.get('step') or 0, values(results)[title])
+        for results in found
+        if title in values(results)
+    ]
+    if along_steps and points:
+        axes.plot(*zip(*points), marker='o', markersize=4, color=color, label=label)
+    elif points:
+        value = points[0][1]
+        axes.barh(place, value, height=0.45, color=color, label=label)
+        axes.annotate(
+            f'{value:.3g}',
+            (value, place),
+            xytext=(3, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=9,
+        )
+
+
+def draw_chance(axes, models, title, along_steps):
+    """Mark what guessing would score in a task, from 0 to 100 %."""
+    chance = [
+        100 * number(score['chance'])
+        for _, found in models
+        for results in found
+        for name, score in (results.get('tasks') or {}).items()
+        if f'{name} (%)' == title and isinstance(score, dict) and 'chance' in score
+    ]
+    if chance:
+        draw_line = axes.axhline if along_steps else axes.axvline
+        draw_line(chance[0], color='#808080', linestyle=':', linewidth=1.2, label='chance')
+    (axes.set_ylim if along_steps else axes.set_xlim)(0, 100)
 
 
 def table(models):

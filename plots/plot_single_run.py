@@ -23,7 +23,7 @@ from onetrain.command_line import ArgumentParser, run_command
 from onetrain.config import ConfigError
 from onetrain.files import replacing
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
+BLUE, ORANGE, GREEN, PURPLE, GRAY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
 STYLE = {
     'font.size': 10,
     'axes.titlesize': 11,
@@ -47,8 +47,8 @@ STYLE = {
 
 
 def smooth(values, window):
-    """Centred moving average over `window` entries, fewer at both ends; entries that are not finite
-    count for nothing.
+    """Centered moving average over `window` entries, fewer at both ends; entries that are not
+    finite count for nothing.
     """
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -329,7 +329,7 @@ def draw_load(axes, run, window):
     axes.legend(loc='lower right')
 
 
-def draw_utilisation(axes, run, window):
+def draw_utilization(axes, run, window):
     layers, experts = run.expert_shares.shape
     times = run.expert_shares * experts
     image = axes.imshow(
@@ -354,7 +354,7 @@ def draw_router(axes, run, window):
         run.iters,
         np.min(low, axis=0),
         np.max(high, axis=0),
-        color=GREY,
+        color=GRAY,
         alpha=0.3,
         label='balancing bias, all layers',
     )
@@ -375,7 +375,7 @@ def draw_tasks(axes, run, window):
             axes,
             run.eval_iters,
             100 * values,
-            color=(BLUE, ORANGE, GREEN, PURPLE, GREY)[number % 5],
+            color=(BLUE, ORANGE, GREEN, PURPLE, GRAY)[number % 5],
             label=name,
         )
     axes.set(title='Multiple-choice tasks', ylabel='right answers (%, by length)')
@@ -398,7 +398,7 @@ PANELS = [
         draw_memory,
     ),
     (('moe.load_score',), draw_load),
-    (('moe.load_score',), draw_utilisation),
+    (('moe.load_score',), draw_utilization),
     (('moe.load_score',), draw_router),
 ]
 
@@ -463,14 +463,14 @@ def draw_run(run, window=None):
     panels = [
         draw
         for columns, draw in PANELS
-        if run.has(*columns) and (draw is not draw_utilisation or run.expert_shares.size)
+        if run.has(*columns) and (draw is not draw_utilization or run.expert_shares.size)
     ]
     panels += [draw_tasks] * bool(run.eval_tasks)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 1.2 + 4.4 + 3.3 * (len(panels) // 2)), layout='constrained')
         for axes, draw in zip(grid(figure, len(panels)), panels):
             draw(axes, run, window)
-            if draw is draw_utilisation:  # of one iteration
+            if draw is draw_utilization:  # of one iteration
                 axes.set_xlabel('expert')
                 axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
                 continue

@@ -395,14 +395,14 @@ class Thinned:
 
     def _keep(self, record):
         self.kept.append(record)
-        self._summarise()
+        self._summarize()
         # the shares of many experts are most of a record: only the newest are drawn
         if any(layer.get('utilization') for layer in layers_of(record)):
             for layer in layers_of(self.shares) if self.shares else ():
                 layer.pop('utilization', None)
             self.shares = record
 
-    def _summarise(self):
+    def _summarize(self):
         for place, name in enumerate(EXTREMES, 1):
             found = [
                 (value, entry[0])
@@ -418,7 +418,7 @@ class Thinned:
 
     def cut_after(self, step):
         """Forget what lies beyond iteration `step`."""
-        self._summarise()
+        self._summarize()
         self.kept = [record for record in self.kept if record['iter'] <= step]
         self.extremes = [record for record in self.extremes if record['iter'] <= step]
 
@@ -494,26 +494,14 @@ def build_run(log, notes):
     """The Run of a joined log: its arrays, with what the older system did not log computed where
     that is possible.
     """
-    records = log['training_iterations']
-    iters = np.array([record['iter'] for record in records])
-    columns, shares, shares_at = {}, np.empty((0, 0)), 0
-    for row, record in enumerate(records):
-        found = [
-            layer.pop('utilization')
-            for layer in layers_of(record)
-            if isinstance(layer.get('utilization'), list)
-        ]
-        if found and len({len(of_layer) for of_layer in found}) == 1:
-            shares, shares_at = (
-                np.array([[number(share) for share in of_layer] for of_layer in found]),
-                record['iter'],
-            )
-        for name, value in numbers(record):
-            if name not in columns:
-                columns[name] = np.full(len(records), np.nan)
-            columns[name][row] = value
-
-    path = log['path']
+    records, evaluations, path = log['training_iterations'], log['eval_steps'], log['path']
+    shares, shares_at = expert_shares(records)
+    tasks = {
+        name
+        for record in evaluations
+        if isinstance(record.get('tasks'), dict)
+        for name in record['tasks']
+    }
     run = Run(
         path=path,
         name=log.get('run_name') or path.stem,
@@ -521,22 +509,13 @@ def build_run(log, notes):
         config=log.get('config') or {},
         startup_info=log.get('startup_info') or {},
         metadata=log.get('metadata') or {},
-        iters=iters,
-        columns=columns,
-        eval_iters=np.array([record['iter'] for record in log['eval_steps']]),
-        eval_val_loss=np.array(
-            [number(record.get('val_loss')) for record in log['eval_steps']], dtype=float
-        ),
+        iters=np.array([record['iter'] for record in records]),
+        columns=columns_of(records),
+        eval_iters=np.array([record['iter'] for record in evaluations]),
+        eval_val_loss=np.array([number(record.get('val_loss')) for record in evaluations], float),
         eval_tasks={
-            name: np.array([accuracy(record, name) for record in log['eval_steps']], dtype=float)
-            for name in sorted(
-                {
-                    name
-                    for record in log['eval_steps']
-                    if isinstance(record.get('tasks'), dict)
-                    for name in record['tasks']
-                }
-            )
+            name: np.array([accuracy(record, name) for record in evaluations], dtype=float)
+            for name in sorted(tasks)
         },
         checkpoints=np.array([record['iter'] for record in log['checkpoints']]),
         resumes=np.array([record['iter'] for record in log['resumes']]),
@@ -547,18 +526,49 @@ def build_run(log, notes):
         notes=notes,
         expert_shares=shares,
         shares_at=shares_at,
-        extremes={
-            name: tuple(
-                np.array(
-                    [(record['iter'], record[name]) for record in log['extremes'] if name in record]
-                )
-                .reshape(-1, 2)
-                .T
-            )
-            for name in EXTREMES
-        },
+        extremes={name: extremes_of(log['extremes'], name) for name in EXTREMES},
     )
+    fill_columns(run)
+    return run
 
+
+def expert_shares(records):
+    """Take the shares of the experts out of the records; returns the last, (layers, experts), and
+    their iteration.
+    """
+    shares, shares_at = np.empty((0, 0)), 0
+    for record in records:
+        found = [
+            layer.pop('utilization')
+            for layer in layers_of(record)
+            if isinstance(layer.get('utilization'), list)
+        ]
+        if found and len({len(of_layer) for of_layer in found}) == 1:
+            shares = np.array([[number(share) for share in of_layer] for of_layer in found])
+            shares_at = record['iter']
+    return shares, shares_at
+
+
+def columns_of(records):
+    """{dotted name of a number: its values, NaN where a record has none}."""
+    columns = {}
+    for row, record in enumerate(records):
+        for name, value in numbers(record):
+            if name not in columns:
+                columns[name] = np.full(len(records), np.nan)
+            columns[name][row] = value
+    return columns
+
+
+def extremes_of(records, name):
+    """(iterations, values) of the records that have an extreme of this name."""
+    pairs = [(record['iter'], record[name]) for record in records if name in record]
+    return tuple(np.array(pairs).reshape(-1, 2).T)
+
+
+def fill_columns(run):
+    """Compute tokens, tokens per second, time and MFU where a log does not have them."""
+    iters, columns = run.iters, run.columns
     zero_based = int(iters[0] == 0)
     gaps = np.diff(iters)
     # a first record at 1010 of a run that logs every 10 iterations is a resumed one: it stands for
@@ -576,7 +586,6 @@ def build_run(log, notes):
     scalar = run.column('mfu')
     warmed_up = np.where(scalar < 0, np.nan, scalar)  # -100.0 means: still warming up
     columns['mfu_percent'] = 100 * first_known(run.column('mfu.mfu'), warmed_up)
-    return run
 
 
 def numbers(record, prefix=''):

@@ -24,8 +24,8 @@ from tokenizers import (
 
 from onetrain.tokenizers import base as tokenizer_module
 from onetrain.tokenizers.base import load_tokenizer
-from onetrain.tokenizers.byte_level import GPT2_DIGITS, KNOWN, ranks_of, twin_of
-from onetrain.tokenizers.fast_tiktoken import _SPELLED, GPT2, Quick, grouped
+from onetrain.tokenizers.byte_level import GPT2_DIGITS, KNOWN, equivalent_of, ranks_of
+from onetrain.tokenizers.fast_tiktoken import _SPELLED, GPT2, FastTiktoken, group_expression
 
 EOT = '<|endoftext|>'
 LLAMA3 = (
@@ -106,7 +106,7 @@ def trained(kind, vocab_size=2000, **settings):
 @pytest.mark.parametrize('kind', KINDS)
 def test_ids_are_the_librarys(kind):
     tokenizer = trained(kind)
-    twin = twin_of(tokenizer.to_str())
+    twin = equivalent_of(tokenizer.to_str())
     left = 0
     for text in [
         *source(),
@@ -133,7 +133,7 @@ def test_ids_are_the_librarys(kind):
 def test_what_the_library_must_see(kind):
     tokenizer = trained(kind)
     tokenizer.add_tokens(['<tool>'])
-    twin = twin_of(tokenizer.to_str())
+    twin = equivalent_of(tokenizer.to_str())
     # which is ordinary text
     assert twin.encode('a <tool> b') is None and twin.encode(f'a {EOT} b') is not None
     assert twin.encode(f'a{chr(KNOWN)}') is None
@@ -142,7 +142,7 @@ def test_what_the_library_must_see(kind):
     assert (twin.encode('\u0378') is None) == (kind == 'qwen3')
     assert (
         trained('llama3').pre_tokenizer is not None
-        and twin_of(trained('llama3').to_str()).encode("it'ſ") is None
+        and equivalent_of(trained('llama3').to_str()).encode("it'ſ") is None
     )
 
 
@@ -160,7 +160,7 @@ def test_tokenizers_that_have_no_twin():
 
         return change
 
-    assert twin_of(changed(lambda described: None)) is not None
+    assert equivalent_of(changed(lambda described: None)) is not None
     for path, value in (
         (['pre_tokenizer', 'add_prefix_space'], True),
         (['pre_tokenizer'], {'type': 'Whitespace'}),
@@ -170,7 +170,7 @@ def test_tokenizers_that_have_no_twin():
         (['model', 'end_of_word_suffix'], '</w>'),
         (['model', 'byte_fallback'], True),
     ):
-        assert twin_of(changed(set_(path, value))) is None, path
+        assert equivalent_of(changed(set_(path, value))) is None, path
     # where a line, a text and a word end differs
     for pattern, expected in (
         (LLAMA3, True),
@@ -185,11 +185,13 @@ def test_tokenizers_that_have_no_twin():
                 json.loads(BYTES.__getstate__()),
             ],
         }
-        assert (twin_of(changed(set_(['pre_tokenizer'], steps))) is not None) == expected, pattern
+        assert (equivalent_of(changed(set_(['pre_tokenizer'], steps))) is not None) == expected, (
+            pattern
+        )
     # the byte 0
-    assert twin_of(changed(lambda described: described['model']['vocab'].pop('Ā'))) is None
+    assert equivalent_of(changed(lambda described: described['model']['vocab'].pop('Ā'))) is None
     assert (
-        twin_of(
+        equivalent_of(
             changed(
                 lambda described: described['model']['merges'].append(
                     described['model']['merges'][0]
@@ -198,7 +200,7 @@ def test_tokenizers_that_have_no_twin():
         )
         is None
     )
-    assert twin_of(changed(lambda described: described['model']['merges'].reverse())) is None
+    assert equivalent_of(changed(lambda described: described['model']['merges'].reverse())) is None
 
 
 def test_tokens_that_merges_do_not_make():
@@ -218,7 +220,7 @@ def test_tokens_that_merges_do_not_make():
     assert [token for token, _ in ranks_of(hidden, tokenizers)[256:]] == [b'ab', b'bc']
     library = Tokenizer(models.BPE(hidden['vocab'], [tuple(merge) for merge in hidden['merges']]))
     library.pre_tokenizer = BY_REGEX
-    twin = twin_of(library.to_str())
+    twin = equivalent_of(library.to_str())
     for text in ('abc', 'abcabc', 'bc abc', 'xabcx'):
         assert twin.encode(text).tolist() == library.encode(text).ids
     # two ways to one token, as in LLaMA-3's list
@@ -270,8 +272,8 @@ def test_alternatives_in_a_group_find_the_same():
         (r'(\sa)++$|a', r'(\sa)++$|a'),
         (r'a$b|\s+$|b', r'a$b|(?:\s+$|b)'),
     ):
-        assert grouped(pattern) == (expected or grouped(pattern)) and (
-            grouped(pattern) != pattern or pattern in ('a', r'(\sa)++$|a')
+        assert group_expression(pattern) == (expected or group_expression(pattern)) and (
+            group_expression(pattern) != pattern or pattern in ('a', r'(\sa)++$|a')
         )
         old, new = (
             tiktoken.Encoding(
@@ -288,11 +290,13 @@ def test_alternatives_in_a_group_find_the_same():
                 },
                 special_tokens={},
             )
-            for way in (pattern, grouped(pattern))
+            for way in (pattern, group_expression(pattern))
         )
         for text in [*source(), *hard_texts(100, 3)]:
             assert old.encode_ordinary(text) == new.encode_ordinary(text)
-    assert grouped(openai_public.r50k_pat_str).startswith("(?:'(?:[sdmt]|ll|ve|re)| ?\\p{L}+|")
+    assert group_expression(openai_public.r50k_pat_str).startswith(
+        "(?:'(?:[sdmt]|ll|ve|re)| ?\\p{L}+|"
+    )
 
 
 def white_space_texts(count):
@@ -337,7 +341,7 @@ def test_white_space_that_stands_in(pattern):
     }
     assert b'\n    ' in ranks or b'\n   ' in ranks  # runs merge
     plain = tiktoken.Encoding('plain', pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    quick = Quick(pattern, ranks)
+    quick = FastTiktoken(pattern, ranks)
     texts = [
         *white_space_texts(20_000),
         *source(),
@@ -368,7 +372,7 @@ def test_characters_that_are_white_space():
         mergeable_ranks={bytes([byte]): byte for byte in range(256)},
         special_tokens={},
     ).encode_ordinary(''.join(map(chr, codes)))
-    quick = Quick(GPT2, {bytes([byte]): byte for byte in range(256)})
+    quick = FastTiktoken(GPT2, {bytes([byte]): byte for byte in range(256)})
     spaces = bytes(found).decode()
     assert len(spaces) > 20 and all(
         space in ' \t\n\x0b\x0c\r' or quick._replaced(f'a{space}') is None for space in spaces

@@ -254,7 +254,7 @@ def test_manifest_states_size_checksum_and_configuration(tmp_path):
 def test_set_aside_never_overwrites(tmp_path):
     for _ in range(2):
         save(tmp_path, 1)
-        store.set_aside_all(str(tmp_path), 'run')
+        store.rename_all_aside(str(tmp_path), 'run')
     assert sorted(os.listdir(tmp_path)) == ['checkpoints_run', 'checkpoints_run_2']
 
 

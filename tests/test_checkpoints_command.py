@@ -207,7 +207,9 @@ def test_doctor_of_a_machine_with_gpus(monkeypatch):
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
-    monkeypatch.setattr('onetrain.distributed.topology.read', lambda count: {(0, 1): 'SYS'})
+    monkeypatch.setattr(
+        'onetrain.distributed.topology.read_topology', lambda count: {(0, 1): 'SYS'}
+    )
     found = {finding.subject: finding for finding in doctor.gpus()}
     assert (
         found['GPU 0'].state == 'ok'

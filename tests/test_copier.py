@@ -343,9 +343,9 @@ def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatc
 
     monkeypatch.setattr(uploader, '_transfer', unreliable)
     # which has no log
-    copies = uploader.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
+    copies = uploader.Uploader(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert copies.finish(30)
-    news = copies.news()
+    news = copies.messages()
     assert (
         damaged
         and any('__0_0.distcp reads back differently' in line for line in news)
@@ -367,7 +367,9 @@ def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
         lambda fs, path, data: (written.append(os.path.basename(path)), write(fs, path, data)),
     )
     run_name = os.path.basename(glob.glob(f'{tmp_path / "a"}/*.jsonl')[0]).removesuffix('.jsonl')
-    assert uploader.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), run_name).finish(30)
+    assert uploader.Uploader(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), run_name).finish(
+        30
+    )
     assert written[:5] == [
         f'{run_name}.jsonl',
         f'{run_name}.log',
@@ -472,7 +474,7 @@ def test_runs_share_a_url_without_meeting(train, tmp_path, url, capsys):
 def test_a_run_that_ends_before_all_is_copied_says_how_to_copy_it(
     train, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(uploader.Copier, 'finish', lambda self, *how: False)
+    monkeypatch.setattr(uploader.Uploader, 'finish', lambda self, *how: False)
     url = f'file://{tmp_path / "there"}'
     code = train(tmp_path / 'a', '--max_iters=10', '--eval_interval=10', f'--upload_to={url}')
     assert code == 4
@@ -547,10 +549,10 @@ def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(
         return 'there is no such checkpoint' if len(asked) == 1 else real(path, *args)
 
     monkeypatch.setattr(store, 'corruption_reason', corruption_reason)
-    copies = uploader.Copier(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
+    copies = uploader.Uploader(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert (
         copies.finish(30)
-        and any('copied step 10' in line for line in copies.news())
+        and any('copied step 10' in line for line in copies.messages())
         and len(asked) >= 2
     )
 

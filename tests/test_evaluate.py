@@ -179,7 +179,7 @@ def test_scores_are_those_of_lm_eval(trained, tmp_path, monkeypatch, capsys):
         str(trained / 'run'), None, torch.device('cpu'), torch.float32
     )
     for name, items in multiple_choice.load_tasks(WORDS).items():
-        made = multiple_choice.encode({name: items}, tokenizer, 64)[name][1]
+        made = multiple_choice.encode_items({name: items}, tokenizer, 64)[name][1]
         mine = multiple_choice.log_likelihoods(loaded, made, 4, torch.device('cpu'))
         sampled = sorted(theirs['samples'][f'local_{name}'], key=lambda s: s['doc_id'])
         expected = [float(answer[0]) for s in sampled for answer in s['filtered_resps']]
@@ -210,7 +210,7 @@ def test_items_of_every_format():
 
 def test_only_the_answer_counts():
     item = multiple_choice.Item('ab', ['cd', 'c'], 0)
-    made = multiple_choice.requests([item], lambda text: [ord(c) for c in text], None, 100)
+    made = multiple_choice.make_requests([item], lambda text: [ord(c) for c in text], None, 100)
     assert made == [([97, 98, 32, 99, 100], 3), ([97, 98, 32, 99], 2)]
     logits = torch.zeros(1, 8, 128)
     logits[..., 99] = 3.0
@@ -221,14 +221,16 @@ def test_only_the_answer_counts():
     assert found[1] == pytest.approx((p[32] + p[99]).item()) and found[0] == pytest.approx(
         (p[32] + p[99] + p[100]).item()
     )
-    assert multiple_choice.score([item], [-1.0, -0.9]) == {
+    assert multiple_choice.score_items([item], [-1.0, -0.9]) == {
         'acc': 0.0,
         'acc_norm': 1.0,
         'chance': 0.5,
         'items': 1,
     }
     # a context of 2 tokens
-    assert multiple_choice.requests([item], lambda text: [ord(c) for c in text], None, 2)[0] == (
+    assert multiple_choice.make_requests([item], lambda text: [ord(c) for c in text], None, 2)[
+        0
+    ] == (
         [32, 99, 100],
         2,
     )

@@ -168,16 +168,16 @@ def test_routing_is_its_definition(
     )
 
 
-def test_balancing_moves_towards_the_mean():
+def test_balancing_moves_toward_the_mean():
     bias, counts = (
         [torch.zeros(4), torch.zeros(4)],
         torch.tensor([[10.0, 2.0, 6.0, 6.0], [0.0, 0.0, 0.0, 12.0]]),
     )
-    experts.balance(bias, counts, 0.1, 1)
+    experts.update_balance(bias, counts, 0.1, 1)
     assert torch.allclose(
         torch.stack(bias), torch.tensor([[-0.1, 0.1, 0.0, 0.0], [0.1, 0.1, 0.1, -0.1]])
     )
-    experts.balance(bias, counts, 0.1, torch.tensor(0.0))  # a step that was skipped
+    experts.update_balance(bias, counts, 0.1, torch.tensor(0.0))  # a step that was skipped
     assert torch.allclose(bias[0], torch.tensor([-0.1, 0.1, 0.0, 0.0]))
     assert experts.load_score(counts).tolist() == [20, 0]
 

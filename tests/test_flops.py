@@ -92,7 +92,7 @@ def test_peaks():
     assert peak_flops('NVIDIA H200', 'float32') is None
 
 
-def test_utilisation_divides_all_work_by_all_peaks():
+def test_utilization_divides_all_work_by_all_peaks():
     with torch.device('meta'):
         model = Model(
             resolve_shape(

@@ -40,7 +40,7 @@ def test_a_layer_computes_what_the_definition_says():
     layers = torch.nn.Sequential(torch.nn.Linear(48, 1040))
     weight, bias = layers[0].weight, layers[0].bias
     assert (
-        fp8.convert(layers, 'emulated') == 1
+        fp8.convert_to_float8(layers, 'emulated') == 1
         and layers[0].weight is weight
         and layers[0].bias is bias
     )
@@ -111,7 +111,7 @@ def test_which_layers():
     ],
 )
 def test_what_pays(inputs, outputs, expected):
-    assert fp8.pays(torch.nn.Linear(inputs, outputs, device='meta')) is expected
+    assert fp8.gains_from_float8(torch.nn.Linear(inputs, outputs, device='meta')) is expected
 
 
 def test_a_run(dataset, tmp_path, capsys):
@@ -140,15 +140,15 @@ def test_where_it_cannot_be_had(dataset, tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         with pytest.raises(ConfigError, match=told):
-            fp8.choose(dtype, torch.device('cuda'))
+            fp8.choose_recipe(dtype, torch.device('cuda'))
     assert (
-        fp8.choose(torch.bfloat16, torch.device('cuda')) == 'hardware'
-        and fp8.choose(torch.float32, torch.device('cpu')) == 'emulated'
+        fp8.choose_recipe(torch.bfloat16, torch.device('cuda')) == 'hardware'
+        and fp8.choose_recipe(torch.float32, torch.device('cpu')) == 'emulated'
     )
     monkeypatch.delitem(sys.modules, 'torchao', raising=False)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='pip install torchao'):
-        fp8.choose(torch.bfloat16, torch.device('cuda'))
+        fp8.choose_recipe(torch.bfloat16, torch.device('cuda'))
 
 
 @pytest.mark.skipif(
@@ -161,7 +161,7 @@ def test_on_a_gpu(compiled):
     for kind in ('hardware', 'emulated'):
         torch.manual_seed(0)
         layers = torch.nn.Sequential(torch.nn.Linear(1024, 2048)).cuda()
-        fp8.convert(layers, kind)
+        fp8.convert_to_float8(layers, kind)
         x = torch.randn(4096, 1024, device='cuda', dtype=torch.bfloat16, requires_grad=True)
         with torch.autocast('cuda', dtype=torch.bfloat16):
             y = torch.compile(layers)(x) if compiled else layers(x)

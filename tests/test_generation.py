@@ -7,7 +7,7 @@ import torch
 
 from model import Model
 from onetrain.config import ConfigError
-from onetrain.generation import generate, likely, penalised
+from onetrain.generation import apply_repetition_penalty, generate, logits_to_probs
 from onetrain.model_config import resolve_shape
 
 FAMILIES = {
@@ -157,20 +157,20 @@ def test_training_mode_is_given_back():
 def test_likely():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
     assert (
-        likely(logits, top_k=1).tolist() == [[1, 0, 0, 0]]
-        and (likely(logits, top_p=0.6) > 0).sum() == 2
+        logits_to_probs(logits, top_k=1).tolist() == [[1, 0, 0, 0]]
+        and (logits_to_probs(logits, top_p=0.6) > 0).sum() == 2
     )
-    assert likely(logits, top_p=0.1).tolist() == [[1, 0, 0, 0]]
-    assert torch.allclose(likely(logits, top_p=1.0, top_k=9, min_p=0.0), logits.exp())
-    assert (likely(logits, min_p=0.3) > 0).tolist() == [[True, True, True, False]] and (
-        likely(logits, min_p=0.5) > 0
+    assert logits_to_probs(logits, top_p=0.1).tolist() == [[1, 0, 0, 0]]
+    assert torch.allclose(logits_to_probs(logits, top_p=1.0, top_k=9, min_p=0.0), logits.exp())
+    assert (logits_to_probs(logits, min_p=0.3) > 0).tolist() == [[True, True, True, False]] and (
+        logits_to_probs(logits, min_p=0.5) > 0
     ).sum() == 1
-    assert torch.allclose(likely(logits, temperature=0.5), (2 * logits).softmax(-1))
+    assert torch.allclose(logits_to_probs(logits, temperature=0.5), (2 * logits).softmax(-1))
 
 
-def test_repetition_is_penalised():
+def test_repetition_is_penalized():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
-    assert penalised(logits, torch.tensor([[True, True, False]]), 2.0).tolist() == [
+    assert apply_repetition_penalty(logits, torch.tensor([[True, True, False]]), 2.0).tolist() == [
         [1.0, -4.0, 1.0]
     ]
     model = build('llama3')

@@ -199,7 +199,7 @@ def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
     )
     micro_step.CudaGraphStep(step, record=Again).prepare(batches(2), forget(step))
     warm = list(where)
-    assert micro_step.record(lambda: None, None, world.graph_stream) == 'a graph'
+    assert micro_step.record_graph(lambda: None, None, world.graph_stream) == 'a graph'
     assert (
         len(made) == 1
         and made[0] is world.graph_stream

@@ -311,7 +311,7 @@ VARIANTS = {
             },
         ),
     ),
-    'glm4-moe-unnormalised': (
+    'glm4-moe-unnormalized': (
         'Glm4Moe',
         dict(
             SIZES,
@@ -512,7 +512,7 @@ def test_what_cannot_be_computed_is_refused(pair, tmp_path):
 
     with pytest.raises(ConfigError, match="model_type 'mamba' is not one of"):
         settings(model_type='mamba')
-    with pytest.raises(ConfigError, match='its weights are quantised'):
+    with pytest.raises(ConfigError, match='its weights are quantized'):
         settings(quantization_config={'quant_method': 'mxfp4'})
     with pytest.raises(ConfigError, match='activation'):
         settings(activation_function='swish7', hidden_act='swish7')

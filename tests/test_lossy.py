@@ -248,13 +248,13 @@ def test_a_flipped_byte_in_a_part_is_made_again(tmp_path):
     unit = documents.units_of(str(path))
     from onetrain.tokenizers.base import BytesTokenizer
 
-    parts.make(str(tmp_path), 0, unit, BytesTokenizer())
+    parts.make_part(str(tmp_path), 0, unit, BytesTokenizer())
     for kind in ('bin', 'docs', 'json'):
         file = tmp_path / f'000000.{kind}'
         good = file.read_bytes()
-        assert parts.read(str(tmp_path), 0, unit) is not None
+        assert parts.read_part(str(tmp_path), 0, unit) is not None
         file.write_bytes(good[:20] + bytes([good[20] ^ 1]) + good[21:])
-        assert parts.read(str(tmp_path), 0, unit) is None, kind
+        assert parts.read_part(str(tmp_path), 0, unit) is None, kind
         file.write_bytes(good)
 
 

@@ -101,7 +101,7 @@ class openwebtext_like:
     @staticmethod
     def main(argv):
         parser = cli.corpus_parser('x', '/nowhere', val_fraction=0.05)
-        cli.corpus(parser.parse_args(argv), '/nowhere')
+        cli.prepare_corpus(parser.parse_args(argv), '/nowhere')
 
 
 def test_parts_are_bounded_and_more_than_a_few(corpus):
@@ -184,12 +184,12 @@ from onetrain.prepare import assemble, cli, documents, parts, pipeline
 from data.own_text import prepare
 from onetrain.tokenizers.base import BytesTokenizer
 pipeline.PART_BYTES, documents.UNIT_BYTES = (20_000, 20_000), 10_000
-make = parts.make
+make = parts.make_part
 import time
 def slow(*args, **more):
     time.sleep(0.02)
     return make(*args, **more)
-parts.make = slow
+parts.make_part = slow
 if __name__ == '__main__':
     cli.run(lambda: prepare.main(sys.argv[1:]))
 """
@@ -257,7 +257,7 @@ def test_killed_twenty_times_at_random_and_continued(corpus, tmp_path):
 def test_a_damaged_part_and_a_changed_file_are_made_again(corpus, tmp_path, monkeypatch):
     folder, _ = corpus
     prepare(tmp_path / 'whole', folder, tokenizer='bytes')
-    made, make = [], parts.make
+    made, make = [], parts.make_part
 
     def noted(folder, index, *more, **options):
         made.append(index)
@@ -338,7 +338,7 @@ def test_repeated_documents_are_found_in_buckets_too(tmp_path, monkeypatch):
     for bucket in (10_000, 100):
         monkeypatch.setattr(assemble, 'BUCKET', bucket)
         assert (
-            assemble.repeated(
+            assemble.find_repeated(
                 [str(tmp_path / f'{i}.docs') for i in range(4)], str(tmp_path)
             ).tolist()
             == expected
@@ -606,7 +606,7 @@ def test_tokenizers_that_are_missing_or_of_another_family(tmp_path, monkeypatch)
 
 
 def test_two_runs_of_one_command_do_not_meet(corpus, tmp_path, monkeypatch):
-    make = parts.make
+    make = parts.make_part
 
     def meets(*args, **options):
         with pytest.raises(ValueError, match='is held by another process'):
@@ -852,7 +852,7 @@ def test_a_part_is_copied_where_it_cannot_be_linked_and_fsync_fails_aloud(tmp_pa
             split='all',
             sharded=True,
         ) as writer:
-            writer.adopt(writer.place('train', 10, [10]), str(part), 9)
+            writer.link_file(writer.place('train', 10, [10]), str(part), 9)
             assert writer.place('train', 0, [0, 0]) is None  # documents without ids
             writer.append('val', np.arange(3, dtype=writer.dtype), [3])
         return (folder / 'train_000000.bin').read_bytes(), read_meta(str(folder))

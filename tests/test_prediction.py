@@ -140,7 +140,7 @@ def test_a_run_finds_its_batch_size_and_keeps_the_batch(dataset, tmp_path, monke
     wanted = ['--n_embd=128', '--max_iters=4', '--eval_interval=2', '--find_batch_size=True']
     room = []
     monkeypatch.setattr(memory, 'available', lambda device: room[0])
-    monkeypatch.setattr('onetrain.training.startup_report.available', lambda device: room[0])
+    monkeypatch.setattr('onetrain.training.startup_report.available_memory', lambda device: room[0])
     sizes = {}
     for name, free in (('much', 10**9), ('little', 12 * 10**6)):
         room[:] = [free]
@@ -226,7 +226,7 @@ def test_what_is_told(dataset, tmp_path, capsys):
 def train_with(rooms, arguments):
     """train.py on this rank, to which rooms[rank] bytes seem to be free."""
     rank = int(os.environ['RANK'])
-    with mock.patch('onetrain.training.memory.available', lambda device: rooms[rank]):
+    with mock.patch('onetrain.training.memory.available_memory', lambda device: rooms[rank]):
         return ranks._train(arguments)
 
 

@@ -639,7 +639,7 @@ def test_scheduled_state_is_in_the_checkpoint(train, tmp_path):
 
 def descendant_logits(w, idx, n_layer, n_head, n_kv, theta):
     """A LLaMA as nanoGPT's descendant computes it: q apart from kv, gate from value, RoPE as
-    complex numbers on neighbouring dimensions.
+    complex numbers on neighboring dimensions.
     """
 
     def norm(x, weight):

@@ -97,8 +97,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 
 def test_every_rank_writes_its_share():
     sizes = {'a': 100, 'b': 60, 'c': 50, 'd': 1}
-    assert store.deal(sizes, 1) == dict.fromkeys('abcd', 0)
-    assert store.deal(sizes, 2) == {'a': 0, 'b': 1, 'c': 1, 'd': 0}
+    assert store.assign_files(sizes, 1) == dict.fromkeys('abcd', 0)
+    assert store.assign_files(sizes, 2) == {'a': 0, 'b': 1, 'c': 1, 'd': 0}
 
 
 # ---- a save that fails

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT, TINY, records, run_process, run_train
 
 from onetrain.logs import terminal
-from onetrain.logs.terminal import Terminal, duration, progress_line, short
-from onetrain.training.startup_report import grouped
+from onetrain.logs.terminal import Terminal, duration, progress_line, short_number
+from onetrain.training.startup_report import group_lines
 
 
 @pytest.mark.parametrize('width', [40, 60, 79, 120])
@@ -33,7 +33,7 @@ def test_a_line_of_progress_fits(width, step, total, mfu, left, more):
 
 
 def test_numbers_and_times_are_short():
-    assert [short(n) for n in (935, 9_999, 46_112, 1_112_345, 2.5e9)] == [
+    assert [short_number(n) for n in (935, 9_999, 46_112, 1_112_345, 2.5e9)] == [
         '935',
         '9,999',
         '46.1k',
@@ -53,7 +53,7 @@ def test_numbers_and_times_are_short():
 
 def test_a_group_breaks_between_phrases():
     phrases = [f'phrase number {i} of some length' for i in range(9)]
-    lines = grouped('Title', phrases)
+    lines = group_lines('Title', phrases)
     assert (
         len(lines) > 2
         and max(map(len, lines)) <= 100

@@ -22,12 +22,12 @@ def matrix(rows, others=''):
 
 
 def test_nvlink_between_all():
-    links = topology.parse(
+    links = topology.parse_topology(
         matrix([['X', 'NV18', 'NV18'], ['NV18', 'X', 'NV18'], ['NV18', 'NV18', 'X']], '\tNIC0'),
         [0, 1, 2],
     )
     assert links == {(0, 1): 'NV18', (0, 2): 'NV18', (1, 2): 'NV18'}
-    assert topology.describe(links) == ('Topology: NVLink (NV18) between all', None)
+    assert topology.describe_topology(links) == ('Topology: NVLink (NV18) between all', None)
 
 
 def test_pairs_with_nvlink_across_sockets():
@@ -37,7 +37,7 @@ def test_pairs_with_nvlink_across_sockets():
         ['SYS', 'SYS', 'X', 'NV4'],
         ['SYS', 'SYS', 'NV4', 'X'],
     ]
-    line, note = topology.describe(topology.parse(matrix(rows), [0, 1, 2, 3]))
+    line, note = topology.describe_topology(topology.parse_topology(matrix(rows), [0, 1, 2, 3]))
     assert (
         line
         == 'Topology: NVLink (NV4) between 0-1, 2-3; the link between CPU sockets (SYS) between'
@@ -48,7 +48,7 @@ def test_pairs_with_nvlink_across_sockets():
         and 'bench/allreduce.py' in note
     )
     # only these are used
-    assert topology.describe(topology.parse(matrix(rows), [2, 3])) == (
+    assert topology.describe_topology(topology.parse_topology(matrix(rows), [2, 3])) == (
         'Topology: NVLink (NV4) between all',
         None,
     )
@@ -56,7 +56,7 @@ def test_pairs_with_nvlink_across_sockets():
 
 def test_without_nvidia_smi(monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path))
-    assert topology.read(2) == {} and topology.describe({}) == (None, None)
+    assert topology.read_topology(2) == {} and topology.describe_topology({}) == (None, None)
     program = tmp_path / 'nvidia-smi'
     program.write_text(
         '#!/bin/sh\n'
@@ -68,8 +68,8 @@ def test_without_nvidia_smi(monkeypatch, tmp_path):
         + '"\n'
     )
     program.chmod(0o755)
-    assert topology.read(2) == {(0, 1): 'PHB'}
+    assert topology.read_topology(2) == {(0, 1): 'PHB'}
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1,0')
-    assert topology.read(2) == {(0, 1): 'PHB'}
+    assert topology.read_topology(2) == {(0, 1): 'PHB'}
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '1')
-    assert topology.read(1) == {}
+    assert topology.read_topology(1) == {}

@@ -23,7 +23,7 @@ def main(argv=None):
     parser = cli.corpus_parser(
         __doc__, FOLDER, source=['hf://datasets/allenai/c4/en'], tokenizer='starcoder2_tokenizer'
     )
-    cli.corpus(
+    cli.prepare_corpus(
         parser.parse_args(argv),
         FOLDER,
         published=True,

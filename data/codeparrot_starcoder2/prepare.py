@@ -28,7 +28,7 @@ def main(argv=None):
         text_field='content',
         val_fraction=0.0005,
     )
-    cli.corpus(
+    cli.prepare_corpus(
         parser.parse_args(argv),
         FOLDER,
         tokenizer_from='bigcode/starcoder2-3b',

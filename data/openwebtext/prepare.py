@@ -73,7 +73,7 @@ def main(argv=None):
     if args.input or args.merge:
         if args.revision:
             raise ValueError('--revision has no meaning with --input: leave it out')
-        return cli.corpus(args, FOLDER, config='config/train_gpt2.py')
+        return cli.prepare_corpus(args, FOLDER, config='config/train_gpt2.py')
     for option in ('text_field', 'val_fraction', 'limit', 'dedup', 'max_broken', 'shard'):
         if getattr(args, option) != parser.get_default(option):
             raise ValueError(f'--{option} has no meaning without --input: leave it out')

@@ -34,7 +34,7 @@ def main(argv=None):
     wrong.
     """
     parser = cli.corpus_parser(__doc__, FOLDER, val_fraction=0.05)
-    cli.corpus(parser.parse_args(argv), FOLDER, cut_txt=True, config='config/own_text.py')
+    cli.prepare_corpus(parser.parse_args(argv), FOLDER, cut_txt=True, config='config/own_text.py')
 
 
 if __name__ == '__main__':

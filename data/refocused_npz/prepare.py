@@ -23,7 +23,7 @@ def main(argv=None):
     wrong.
     """
     parser = cli.corpus_parser(__doc__, FOLDER, val_fraction=0.005)
-    cli.corpus(parser.parse_args(argv), FOLDER, endings=('.npz',))
+    cli.prepare_corpus(parser.parse_args(argv), FOLDER, endings=('.npz',))
 
 
 if __name__ == '__main__':

@@ -58,7 +58,7 @@ class Saver:
 
     keep, keep_every, keep_all: see checkpoint.retain(). background=False: start() returns when all
     is done. before_commit: called on the main rank when the tensors are on disk, before the
-    checkpoint gets its name. copier: an uploader.Copier, or None.
+    checkpoint gets its name. copier: an uploader.Uploader, or None.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Saver:
         split = {
             name: tensor.nbytes for name, tensor in tensors.items() if isinstance(tensor, DTensor)
         }
-        owners = store.deal(
+        owners = store.assign_files(
             {name: tensor.nbytes for name, tensor in tensors.items() if name not in split},
             self.world.size,
         )
@@ -110,7 +110,7 @@ class Saver:
         )
         replica = self.world.mesh.get_local_rank(0) if replicas > 1 else 0
         # of groups that each have all parts of a split tensor (hybrid sharding), one writes it
-        writing = store.deal(split, replicas)
+        writing = store.assign_files(split, replicas)
         return {
             name: tensor
             for name, tensor in tensors.items()
@@ -350,7 +350,7 @@ class Saver:
     def _retain(self, step):
         with self.copier.lock if self.copier else contextlib.nullcontext():
             copying = {self.copier.current} if self.copier else ()
-            return store.retain(
+            return store.remove_old(
                 self.out_dir, step, keep=self.keep, keep_every=self.keep_every, also=copying
             )
 

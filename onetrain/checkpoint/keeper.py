@@ -74,7 +74,7 @@ class CheckpointKeeper:
         self.report_uploads()
 
     def report_uploads(self):
-        for line in self.copier.news() if self.copier else ():
+        for line in self.copier.messages() if self.copier else ():
             self.log.say(line)
 
     def _report_failure(self, outcome):

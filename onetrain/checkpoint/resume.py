@@ -11,7 +11,7 @@ import shutil
 import typing
 
 from onetrain.checkpoint import import_nanogpt, store, uploader
-from onetrain.config import ConfigError, checked
+from onetrain.config import ConfigError, check_type
 from onetrain.distributed import collectives
 from onetrain.files import HIDDEN, check_own, no_link, redact
 
@@ -66,8 +66,12 @@ def automatic(c, world):
                     + '; '.join(f'{path}: {reason}' for path, reason in rejected)
                 )
             if there is not None:
-                here = store.age(store.path_of(c.out_dir, step)) if step is not None else ('', -1)
-                if store.age(store.path_of(root, there), fs) > here:
+                here = (
+                    store.lineage_order(store.path_of(c.out_dir, step))
+                    if step is not None
+                    else ('', -1)
+                )
+                if store.lineage_order(store.path_of(root, there), fs) > here:
                     return 'resume', place
         begun = bool(store.steps(c.out_dir)) or os.path.isfile(os.path.join(c.out_dir, 'ckpt.pt'))
         return (
@@ -113,40 +117,10 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
     imported = None
     old = os.path.join(c.out_dir, 'ckpt.pt')
     if step is not None:
-        path = store.path_of(c.out_dir, step)
-        state = {**store.read_state(path), 'path': path}
-        missing = [
-            key
-            for key in (
-                'config',
-                'run_name',
-                'position',
-                'tokens_per_step',
-                'best_val_loss',
-                'scaler',
-            )
-            if key not in state
-        ]
-        if missing:
-            raise ConfigError(
-                f'{path}/state.json has no {missing[0]}: it is not the checkpoint of a run; take'
-                ' another with --resume_from'
-            )
+        state = _read_state(store.path_of(c.out_dir, step))
     elif os.path.isfile(old) and not c.resume_from:
         imported = import_nanogpt.read_checkpoint(old)
-        not_taken_over = {
-            key: value
-            for key, value in imported['config'].items()
-            if store.reaches_outside(key, value)
-        }
-        state = {
-            'step': imported['step'],
-            'best_val_loss': imported['best_val_loss'],
-            'not_taken_over': not_taken_over,
-            'config': {
-                key: value for key, value in imported['config'].items() if key not in not_taken_over
-            },
-        }
+        state = _state_of_nanogpt(imported)
         notes.append(f"imported nanoGPT's {old} at iter {imported['step']}; it stays as it is")
     else:
         why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
@@ -163,6 +137,39 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
             ' these weights with export.py and --init_from=FOLDER'
         )
     return merged, state, imported
+
+
+def _read_state(path):
+    """The state of a run's checkpoint, with its path. Raises ConfigError for one of another
+    kind.
+    """
+    state = {**store.read_state(path), 'path': path}
+    for key in (
+        'config',
+        'run_name',
+        'position',
+        'tokens_per_step',
+        'best_val_loss',
+        'scaler',
+    ):
+        if key not in state:
+            raise ConfigError(
+                f'{path}/state.json has no {key}: it is not the checkpoint of a run; take another'
+                ' with --resume_from'
+            )
+    return state
+
+
+def _state_of_nanogpt(imported):
+    """The same of nanoGPT's checkpoint, without the keys that reach outside."""
+    config = imported['config']
+    outside = {key: value for key, value in config.items() if store.reaches_outside(key, value)}
+    return {
+        'step': imported['step'],
+        'best_val_loss': imported['best_val_loss'],
+        'not_taken_over': outside,
+        'config': {key: value for key, value in config.items() if key not in outside},
+    }
 
 
 def _choose(c, world, verified):
@@ -198,7 +205,7 @@ def _merged(c, given, state, shape_keys, notes):
     saved = {
         'optimizer': 'adamw',
         **{
-            key: checked(key, value, hints[key], f'{state.get("path", c.out_dir)}/state.json')
+            key: check_type(key, value, hints[key], f'{state.get("path", c.out_dir)}/state.json')
             for key, value in state['config'].items()
             if key in hints and key not in NOT_INHERITED
         },
@@ -294,7 +301,7 @@ def check_upload(c, resumed, notes):
     there to correct it.
     """
     try:
-        uploader.probe(c.upload_to, c.out_dir)
+        uploader.check_writable(c.upload_to, c.out_dir)
     except ConfigError as error:
         if not (resumed and c.auto_resume):
             raise
@@ -396,7 +403,9 @@ def prepare_out_dir(c, world, notes):
         )
 
     if name := collectives.broadcast_from_main(look, world):
-        moved = collectives.broadcast_from_main(lambda: store.set_aside_all(c.out_dir, name), world)
+        moved = collectives.broadcast_from_main(
+            lambda: store.rename_all_aside(c.out_dir, name), world
+        )
         notes.append(
             f'{c.out_dir} held the finished run {name}: its checkpoints are now in {moved}'
         )

@@ -155,7 +155,7 @@ def corruption_reasons(path, world, level='full'):
     reason, files = collectives.broadcast_from_main(small, world)
     if reason or level != 'full':
         return reason
-    owners = deal(
+    owners = assign_files(
         {
             name: entry['size']
             for name, entry in files.items()
@@ -172,7 +172,7 @@ def corruption_reasons(path, world, level='full'):
     return next(filter(None, collectives.all_gather_objects(reason, world)), None)
 
 
-def deal(sizes, hands):
+def assign_files(sizes, hands):
     """Return {name: number below `hands`} for {name: size}: the largest first, each to the one with
     the least so far.
     """
@@ -352,7 +352,7 @@ def lineages(out_dir, fs=LOCAL):
     return {state.get('branch', '') for state in states.values()}
 
 
-def age(path, fs=LOCAL):
+def lineage_order(path, fs=LOCAL):
     """(lineage, step) of a checkpoint, which is larger for the one to continue: a run that went
     back is newer than what it left.
 
@@ -363,8 +363,8 @@ def age(path, fs=LOCAL):
 
 
 def newest_first(out_dir, fs=LOCAL):
-    """The steps under out_dir by age(); one whose state.json cannot be read counts to the newest
-    branch, so that it is told of.
+    """The steps under out_dir by lineage_order(); one whose state.json cannot be read counts to the
+    newest branch, so that it is told of.
     """
     paths = {path_of(out_dir, step): step for step in steps(out_dir, fs)}
     branches = {
@@ -603,7 +603,7 @@ def best_step(out_dir, fs=LOCAL):
 # ---- which stay
 
 
-def retain(out_dir, newest, *, keep, keep_every=0, also=()):
+def remove_old(out_dir, newest, *, keep, keep_every=0, also=()):
     """Remove the checkpoints before `newest` that no rule keeps; returns one sentence for each that
     could not be removed.
 
@@ -671,7 +671,7 @@ def rename_aside(path, prefix):
     return target
 
 
-def set_aside_all(out_dir, name):
+def rename_all_aside(out_dir, name):
     """Rename out_dir/checkpoints to out_dir/checkpoints_<name> and return the new path."""
     target = free_name(os.path.join(out_dir, f'checkpoints_{name}'))
     os.rename(folder_of(out_dir), target)

@@ -35,7 +35,7 @@ PIECE = 64 * 2**20
 APPENDED_FROM = 5 * 2**20
 
 
-def probe(url, out_dir, patience=60.0):
+def check_writable(url, out_dir, patience=60.0):
     """Write, read back and remove a small file where the copies of out_dir go. Raises ConfigError,
     with the reason, if that fails.
 
@@ -266,7 +266,7 @@ def _write(fs, path, data):
             raise ValueError(f'{path} reads back differently')
 
 
-class Copier:
+class Uploader:
     """Copies what add() names while training goes on; close() waits for the rest.
 
     keep_local: how many checkpoints stay on this machine once they are copied, beside the best,
@@ -304,7 +304,7 @@ class Copier:
             self.pending.add(step)
         self.wake.set()
 
-    def news(self):
+    def messages(self):
         """What happened since the last call, as lines of text."""
         messages, self.messages = self.messages, []
         return messages
@@ -566,7 +566,7 @@ def _fetch_one(fs, root, step, source, out_dir, run_name):
     if (
         os.path.isdir(here)
         and not store.corruption_reason(here)
-        and store.age(here) == store.age(there, fs)
+        and store.lineage_order(here) == store.lineage_order(there, fs)
     ):
         _fetch_logs(fs, root, run_name, out_dir, only_missing=True)
         return None

@@ -506,68 +506,8 @@ def _open_url(name, root, url):
     try:
         storage = Storage(url)
         listed = storage.list()
-        sizes = {file: size for file, (size, _) in listed.items()}
-        if 'meta.pkl' not in sizes:
-            raise ConfigError(
-                f'{place} has no meta.pkl: copy the whole folder of a prepared data set there'
-            )
-        os.makedirs(os.path.join(folder, 'copy'), exist_ok=True)
-        _copy(storage, folder, ['meta.pkl'], place)
-        meta = read_meta(folder)
-        stated = meta.get('tokenizer')
-        path = stated.get('path') if isinstance(stated, dict) else None
-        _copy(
-            storage,
-            folder,
-            [
-                file
-                for file in sizes
-                if file == path
-                and path == 'tokenizer.model'
-                or path == 'tokenizer'
-                and is_tokenizer_file(file)
-            ],
-            place,
-        )
-        if missing := [key for key in ('fingerprint', 'max_id', 'tokens') if key not in meta]:
-            raise ConfigError(
-                f'{place}: its meta.pkl states no {missing[0]}: prepare the data set anew and copy'
-                ' its folder there'
-            )
-        dtype, splits = token_dtype(meta), []
-        for split in SPLITS:
-            files = meta.get('files', {}).get(split) or [(f'{split}.bin', meta['tokens'][split])]
-            for file, tokens in files:
-                if sizes.get(file) != tokens * dtype.itemsize:
-                    raise ConfigError(
-                        f'{place}: {file} has {sizes.get(file, "no")} bytes, its meta.pkl says'
-                        f' {tokens * dtype.itemsize}: copy the folder there again'
-                    )
-            stated = meta['fingerprint'][split]
-            pieces = [
-                RemoteFile(
-                    storage,
-                    file,
-                    *listed[file],
-                    inside(
-                        os.path.join(folder, 'copy'),
-                        f'{stated[:8]}_{file.replace("/", "_")}',
-                        place,
-                    ),
-                    dtype,
-                )
-                for file, _ in files
-            ]
-            found = fingerprint_of_pieces(pieces)
-            if found != stated:
-                raise ConfigError(
-                    f'{place}: the files of {split} are not those that its meta.pkl describes'
-                    f' (fingerprint {found[:12]}, expected {stated[:12]}): copy the folder there'
-                    ' again'
-                )
-            splits.append(
-                Tokens(f'{redact(url)}/{split}', split, pieces, stated, meta['max_id'][split])
-            )
+        meta = _fetch_meta(storage, listed, folder, place)
+        splits = [_remote_split(storage, listed, meta, split, folder, place) for split in SPLITS]
     except ConfigError:
         raise
     except ValueError as error:
@@ -577,6 +517,65 @@ def _open_url(name, root, url):
             f'{place} cannot be reached ({type(error).__name__}: {sentence(error)})'
         ) from None
     return *splits, meta
+
+
+def _fetch_meta(storage, listed, folder, place):
+    """Copy meta.pkl and the tokenizer to `folder`; returns what meta.pkl says. listed: {file there:
+    (size, version)}.
+    """
+    if 'meta.pkl' not in listed:
+        raise ConfigError(
+            f'{place} has no meta.pkl: copy the whole folder of a prepared data set there'
+        )
+    os.makedirs(os.path.join(folder, 'copy'), exist_ok=True)
+    _copy(storage, folder, ['meta.pkl'], place)
+    meta = read_meta(folder)
+    stated = meta.get('tokenizer')
+    path = stated.get('path') if isinstance(stated, dict) else None
+    wanted = [
+        file
+        for file in listed
+        if path == 'tokenizer.model' == file or path == 'tokenizer' and is_tokenizer_file(file)
+    ]
+    _copy(storage, folder, wanted, place)
+    if missing := [key for key in ('fingerprint', 'max_id', 'tokens') if key not in meta]:
+        raise ConfigError(
+            f'{place}: its meta.pkl states no {missing[0]}: prepare the data set anew and copy its'
+            ' folder there'
+        )
+    return meta
+
+
+def _remote_split(storage, listed, meta, split, folder, place):
+    """The Tokens of a split whose files lie in `storage`, with a copy in `folder`."""
+    dtype = token_dtype(meta)
+    files = meta.get('files', {}).get(split) or [(f'{split}.bin', meta['tokens'][split])]
+    for file, tokens in files:
+        size = listed[file][0] if file in listed else 'no'
+        if size != tokens * dtype.itemsize:
+            raise ConfigError(
+                f'{place}: {file} has {size} bytes, its meta.pkl says {tokens * dtype.itemsize}:'
+                ' copy the folder there again'
+            )
+    stated, copies = meta['fingerprint'][split], os.path.join(folder, 'copy')
+    pieces = [
+        RemoteFile(
+            storage,
+            file,
+            *listed[file],
+            inside(copies, f'{stated[:8]}_{file.replace("/", "_")}', place),
+            dtype,
+        )
+        for file, _ in files
+    ]
+    found = fingerprint_of_pieces(pieces)
+    if found != stated:
+        raise ConfigError(
+            f'{place}: the files of {split} are not those that its meta.pkl describes (fingerprint'
+            f' {found[:12]}, expected {stated[:12]}): copy the folder there again'
+        )
+    name = f'{place.removeprefix("data_url=")}/{split}'
+    return Tokens(name, split, pieces, stated, meta['max_id'][split])
 
 
 def _copy(storage, folder, names, source):

@@ -233,4 +233,4 @@ class _Count:
 
 
 def _ignore_signals(worker_id):
-    signals.ignore()
+    signals.ignore_signals()

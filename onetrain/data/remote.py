@@ -20,7 +20,7 @@ from onetrain.data.token_file import fingerprint_blocks
 from onetrain.descriptors import FILES, ChangedFile
 from onetrain.files import no_link, open_url, redact, sentence
 
-BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbours at other times
+BLOCK = 2**14  # bytes: some windows, since an epoch reads neighbors at other times
 TRIES = 6
 LOOK_AFTER = 600  # seconds between two questions for the versions of all files
 

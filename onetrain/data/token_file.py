@@ -310,7 +310,7 @@ class TokenFileWriter:
             f.write(np.ascontiguousarray(ids).data)  # tofile() does not say that a disk is full
         self._saw(place, int(ids.max()))
 
-    def adopt(self, place, path, max_id):
+    def link_file(self, place, path, max_id):
         """Fill a place with the ids in the file at `path`, without reading them where the file
         system can give it a second name.
         """

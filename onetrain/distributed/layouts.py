@@ -13,7 +13,7 @@ ranks:
                                                       by unit where they are needed
 
 fsdp_replicas=r shards over groups of n/r ranks, each group a replica of the others (hybrid
-sharding). context_parallel=k splits each sequence over k neighbouring ranks
+sharding). context_parallel=k splits each sequence over k neighboring ranks
 (onetrain/ops/ring_attention.py); the layouts above then treat a rank's share of the tokens as they
 treat its share of the sequences.
 
@@ -52,39 +52,12 @@ def choose_layout(world, c, notes):
     """Decide which layout the keys of `c` ask for and set it in `world`. Raises ConfigError for
     what these ranks cannot be split into.
     """
-    k, n = c.context_parallel, world.size
-    if c.use_zero1 and c.use_fsdp:
-        raise ConfigError(
-            'use_zero1=True and use_fsdp=True are two layouts: type --use_zero1=False (FSDP shards'
-            ' the optimizer state too) or --use_fsdp=False'
-        )
-    if n % k:
-        raise ConfigError(
-            f'context_parallel={k} does not divide the {n} process{"es" * (n > 1)}: start {k} or a'
-            ' multiple of it with torchrun --nproc_per_node, or type'
-            f' --context_parallel={_divisor(n, k)}'
-        )
-    if c.block_size % k:
-        raise ConfigError(
-            f'context_parallel={k} does not divide block_size={c.block_size}: type'
-            f' --block_size={-(-c.block_size // k) * k} or'
-            f' --context_parallel={math.gcd(n, c.block_size)}'
-        )
-    if k > 1 and c.dropout:
-        raise ConfigError(
-            f'context_parallel={k} has no dropout in its attention: type --dropout=0 or'
-            ' --context_parallel=1'
-        )
+    k, n, replicas = c.context_parallel, world.size, c.fsdp_replicas
+    _check_layout(c, n)
     if processes.shares_torchruns_store() and os.environ.get('GROUP_WORLD_SIZE', '1') != '1':
         notes.append(
             'WARNING: if a machine is lost, torchrun will not let another take its place: '
             'type `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before torchrun, on every machine'
-        )
-    replicas = c.fsdp_replicas
-    if c.use_fsdp and n % replicas:
-        raise ConfigError(
-            f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type'
-            f' --fsdp_replicas={_divisor(n, replicas)}'
         )
     if c.use_fsdp and n == 1:
         notes.append(
@@ -125,6 +98,38 @@ def choose_layout(world, c, notes):
             for first in range(0, n, k)
         ]
         world.ring = Ring(groups[world.data_rank], world.rank % k, k, c.block_size, world.device)
+
+
+def _check_layout(c, n):
+    """Raise ConfigError for what `n` processes cannot be split into."""
+    k, replicas = c.context_parallel, c.fsdp_replicas
+    if c.use_zero1 and c.use_fsdp:
+        raise ConfigError(
+            'use_zero1=True and use_fsdp=True are two layouts: type --use_zero1=False (FSDP shards'
+            ' the optimizer state too) or --use_fsdp=False'
+        )
+    if n % k:
+        raise ConfigError(
+            f'context_parallel={k} does not divide the {n} process{"es" * (n > 1)}: start {k} or a'
+            ' multiple of it with torchrun --nproc_per_node, or type'
+            f' --context_parallel={_divisor(n, k)}'
+        )
+    if c.block_size % k:
+        raise ConfigError(
+            f'context_parallel={k} does not divide block_size={c.block_size}: type'
+            f' --block_size={-(-c.block_size // k) * k} or'
+            f' --context_parallel={math.gcd(n, c.block_size)}'
+        )
+    if k > 1 and c.dropout:
+        raise ConfigError(
+            f'context_parallel={k} has no dropout in its attention: type --dropout=0 or'
+            ' --context_parallel=1'
+        )
+    if c.use_fsdp and n % replicas:
+        raise ConfigError(
+            f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type'
+            f' --fsdp_replicas={_divisor(n, replicas)}'
+        )
 
 
 def _divisor(number, most):

@@ -370,7 +370,7 @@ def leave(code):
     active exception"), so a distributed process collects, waits for the others, destroys the group,
     flushes and leaves without further ado.
     """
-    signals.ignore()  # all is done: a late signal may not change the code
+    signals.ignore_signals()  # all is done: a late signal may not change the code
     if dist.is_initialized():
         _join_saver()
         gc.collect()

@@ -16,7 +16,7 @@ _PATHS = {
 _ORDER = list(_PATHS)
 
 
-def read(count):
+def read_topology(count):
     """{(i, j): kind} between the first `count` GPUs that this process may use, kind as nvidia-smi
     writes it; {} where it cannot be asked.
     """
@@ -32,10 +32,10 @@ def read(count):
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return parse(text, gpus[:count])
+    return parse_topology(text, gpus[:count])
 
 
-def parse(text, gpus):
+def parse_topology(text, gpus):
     """{(i, j): kind} for i < j among the GPU numbers `gpus`, from the matrix that `nvidia-smi topo
     -m` prints.
     """
@@ -55,7 +55,7 @@ def parse(text, gpus):
     }
 
 
-def describe(links):
+def describe_topology(links):
     """(line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk, and a
     warning where the slowest path is no NVLink.
     """

@@ -50,12 +50,12 @@ def _hellaswag(line):
 
 def _arc(line):
     return _item(
-        f'Question: {_text(line, "question")}\nAnswer:', *_labelled(line, line['answerKey'])
+        f'Question: {_text(line, "question")}\nAnswer:', *_labeled(line, line['answerKey'])
     )
 
 
 def _openbookqa(line):
-    return _item(_text(line, 'question_stem'), *_labelled(line, line['answerKey'].lstrip()))
+    return _item(_text(line, 'question_stem'), *_labeled(line, line['answerKey'].lstrip()))
 
 
 def _piqa(line):
@@ -87,8 +87,8 @@ def _texts(value, key):
     return value
 
 
-def _labelled(line, right):
-    """(texts, index of the one labelled `right`) of the field choices."""
+def _labeled(line, right):
+    """(texts, index of the one labeled `right`) of the field choices."""
     texts, labels = (_texts(line['choices'][key], f'choices.{key}') for key in ('text', 'label'))
     if len(texts) != len(labels):
         raise ValueError(f'choices has {len(texts)} texts and {len(labels)} labels')
@@ -195,15 +195,15 @@ def _lines_of_hub(name):
         ) from None
 
 
-def encode(tasks, tokenizer, context):
-    """{name: (items, requests())} of load_tasks()'s. Raises ConfigError for text that the tokenizer
-    does not know.
+def encode_items(tasks, tokenizer, context):
+    """{name: (items, make_requests())} of load_tasks()'s. Raises ConfigError for text that the
+    tokenizer does not know.
     """
     try:
         return {
             name: (
                 items,
-                requests(
+                make_requests(
                     items, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, context
                 ),
             )
@@ -218,13 +218,13 @@ def encode(tasks, tokenizer, context):
 
 
 def fingerprint(encoded):
-    """A short text that is the same for the same encode()d tasks."""
+    """A short text that is the same for the same encode_items()d tasks."""
     return hashlib.sha256(
-        repr({name: made for name, (_, made) in encoded.items()}).encode()
+        repr({name: made for name, (_, made) in encoded.items()}).encode_items()
     ).hexdigest()[:16]
 
 
-def requests(items, encode, start, context):
+def make_requests(items, encode_items, start, context):
     """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of
     which the last n are the answer's.
 
@@ -235,9 +235,9 @@ def requests(items, encode, start, context):
     made = []
     for item in items:
         question = item.question.rstrip()
-        before = encode(question)
+        before = encode_items(question)
         for choice in item.choices:
-            whole = encode(question + item.question[len(question) :] + ' ' + choice)
+            whole = encode_items(question + item.question[len(question) :] + ' ' + choice)
             shared = len(os.path.commonprefix([before, whole]))
             ids, n = whole, max(1, len(whole) - shared)
             if n >= len(ids):  # nothing comes before it
@@ -284,9 +284,9 @@ def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interru
     return found
 
 
-def score(items, values):
+def score_items(items, values):
     """{'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of
-    requests(), in their order.
+    make_requests(), in their order.
     """
     right, right_norm, at = 0, 0, 0
     for item in items:
@@ -313,8 +313,8 @@ def evaluate(
     size=1,
     interrupted=lambda: False,
 ):
-    """{name: score()} of encode()'s; total: sums a tensor over the ranks. None if interrupted()
-    became true.
+    """{name: score_items()} of encode_items()'s; total: sums a tensor over the ranks. None if
+    interrupted() became true.
     """
     results = {}
     for name, (items, made) in encoded.items():
@@ -323,5 +323,5 @@ def evaluate(
             return None
         values = torch.zeros(len(made), dtype=torch.float64)
         values[list(mine)] = torch.tensor(list(mine.values()), dtype=torch.float64)
-        results[name] = score(items, total(values.to(device)).tolist())
+        results[name] = score_items(items, total(values.to(device)).tolist())
     return results

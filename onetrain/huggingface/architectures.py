@@ -89,6 +89,14 @@ def _switches(config, windows):
     or 'some' of the layers of `config` have a sliding window.
     """
     common = dict(norm_position='pre', attention_sinks=False, num_experts=0, windows='none')
+    layernorm = dict(
+        common,
+        normalization='layernorm',
+        ffn_type='standard',
+        qk_norm=False,
+        num_key_value_heads=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+    )
     llama = dict(
         common,
         normalization='rmsnorm',
@@ -99,56 +107,25 @@ def _switches(config, windows):
         bias=False,
         qk_norm=False,
     )
-    routed = {key: value for key, value in llama.items() if key != 'num_experts'}
+    routed = _without(llama, 'num_experts')
     softmax = dict(routed, score_function='softmax', shared=False, groups=False, route_scale=1.0)
+    everywhere = dict(norm_topk_prob=True, n_dense_layers=0)  # experts in all layers
     return {
-        'gpt2': dict(
-            common,
-            normalization='layernorm',
-            ffn_type='standard',
-            position_encoding='learned_absolute',
-            qk_norm=False,
-            parallel_residual=False,
-            num_key_value_heads=config.n_head,
-            head_dim=config.n_embd // config.n_head,
-        ),
-        'llama': {key: value for key, value in llama.items() if key != 'bias'},
+        'gpt2': dict(layernorm, position_encoding='learned_absolute', parallel_residual=False),
+        'llama': _without(llama, 'bias'),
         'mistral': dict(llama, windows='all'),
-        'qwen3': {
-            key: value for key, value in dict(llama, qk_norm=True).items() if key != 'windows'
-        },
-        'gpt_neox': dict(
-            common,
-            normalization='layernorm',
-            ffn_type='standard',
-            position_encoding='rope',
-            qk_norm=False,
-            bias=True,
-            num_key_value_heads=config.n_head,
-            head_dim=config.n_embd // config.n_head,
-        ),
-        'mixtral': dict(
-            softmax,
-            norm_topk_prob=True,
-            n_dense_layers=0,
-            windows='none' if windows == 'none' else 'all',
-        ),
+        'qwen3': _without(dict(llama, qk_norm=True), 'windows'),
+        'gpt_neox': dict(layernorm, position_encoding='rope', bias=True),
+        'mixtral': dict(softmax, **everywhere)
+        | dict(windows='none' if windows == 'none' else 'all'),
         'qwen3_moe': dict(softmax, qk_norm=True),
-        'gpt_oss': {
-            key: value
-            for key, value in dict(
-                softmax,
-                norm_topk_prob=True,
-                n_dense_layers=0,
-                bias=True,
-                ffn_type='swiglu_clamped',
-                attention_sinks=True,
-            ).items()
-            if key != 'windows'
-        },
-        'glm4_moe': {
-            key: value
-            for key, value in dict(routed, score_function='sigmoid', shared=True).items()
-            if key not in ('rotary_pct', 'qk_norm')
-        },
+        'gpt_oss': _without(softmax, 'windows')
+        | everywhere
+        | dict(bias=True, ffn_type='swiglu_clamped', attention_sinks=True),
+        'glm4_moe': _without(routed, 'rotary_pct', 'qk_norm')
+        | dict(score_function='sigmoid', shared=True),
     }
+
+
+def _without(switches, *keys):
+    return {key: value for key, value in switches.items() if key not in keys}

@@ -38,8 +38,10 @@ def _rope_config(kind, config):
 
 
 def config_json(kind, config: ModelConfig, dtype, eot_id):
-    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
-    common = dict(
+    """Return the dict of a config.json: kind, a key of ARCHITECTURES; dtype: of the weights, a
+    torch.dtype; eot_id: id that ends a text, or None.
+    """
+    return dict(
         model_type=kind,
         architectures=[
             f'{ARCHITECTURES[kind].name}{"LMHeadModel" if kind == "gpt2" else "ForCausalLM"}'
@@ -49,101 +51,109 @@ def config_json(kind, config: ModelConfig, dtype, eot_id):
         torch_dtype=str(dtype).removeprefix('torch.'),
         bos_token_id=eot_id,
         eos_token_id=eot_id,
+        **(_gpt2(config) if kind == 'gpt2' else _shape(kind, config)),
     )
-    if kind == 'gpt2':
-        return dict(
-            common,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_inner=config.d_ff,
-            n_positions=config.block_size,
-            activation_function=activation,
-            layer_norm_epsilon=config.norm_eps,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    common.update(
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        hidden_size=config.n_embd,
-        intermediate_size=config.d_ff,
-        max_position_embeddings=(
-            config.rope_original_block_size
-            if config.rope_scaling == 'dynamic'
-            else config.block_size
-        ),
-        hidden_act=activation,
-        **_rope_config(kind, config),
+
+
+def _activation(config):
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    return names[config.activation]
+
+
+def _gpt2(c):
+    return dict(
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        n_inner=c.d_ff,
+        n_positions=c.block_size,
+        activation_function=_activation(c),
+        layer_norm_epsilon=c.norm_eps,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
-    # starts from max_position_embeddings, while lm-eval asks for this first
-    if config.rope_scaling == 'dynamic':
-        common.update(n_positions=config.block_size)
+
+
+def _shape(kind, c):
+    """Keys of all but GPT-2."""
+    dynamic = c.rope_scaling == 'dynamic'
+    shape = dict(
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        hidden_size=c.n_embd,
+        intermediate_size=c.d_ff,
+        max_position_embeddings=c.rope_original_block_size if dynamic else c.block_size,
+        hidden_act=_activation(c),
+        **_rope_config(kind, c),
+    )
+    if dynamic:  # starts from max_position_embeddings, while lm-eval asks for this first
+        shape.update(n_positions=c.block_size)
     if kind == 'gpt_neox':
         return dict(
-            common,
-            layer_norm_eps=config.norm_eps,
-            rotary_pct=config.rotary_pct,
-            rotary_emb_base=config.rope_theta,
-            use_parallel_residual=config.parallel_residual,
+            shape,
+            layer_norm_eps=c.norm_eps,
+            rotary_pct=c.rotary_pct,
+            rotary_emb_base=c.rope_theta,
+            use_parallel_residual=c.parallel_residual,
             attention_bias=True,
         )
-    common.update(
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.norm_eps,
-        attention_bias=config.bias,
+    shape.update(
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.norm_eps,
+        attention_bias=c.bias,
     )
-    types = [
-        'full_attention' if window is None else 'sliding_attention' for window in config.windows
-    ]
-    sliding = dict(sliding_window=config.sliding_window or None)
     if kind == 'llama':
-        return dict(common, mlp_bias=config.bias)
-    if kind == 'mistral':
-        return dict(common, **sliding)
+        shape.update(mlp_bias=c.bias)
+    if c.num_experts:
+        shape.update(num_experts_per_tok=c.num_experts_per_tok, router_aux_loss_coef=0.0)
+        shape.update(_experts(kind, c))
+    return shape | _window(kind, c)
+
+
+def _window(kind, c):
+    """Keys about a sliding window: of the families that have one."""
+    types = ['full_attention' if window is None else 'sliding_attention' for window in c.windows]
+    if kind in ('mistral', 'mixtral'):
+        return dict(sliding_window=c.sliding_window or None)
     if kind == 'qwen3':
         return dict(
-            common,
-            **sliding,
-            use_sliding_window=bool(config.sliding_window),
+            sliding_window=c.sliding_window or None,
+            use_sliding_window=bool(c.sliding_window),
             layer_types=types,
             max_window_layers=0,
         )
-    common.update(num_experts_per_tok=config.num_experts_per_tok, router_aux_loss_coef=0.0)
+    if kind == 'qwen3_moe':
+        return dict(use_sliding_window=False)
+    if kind == 'gpt_oss':
+        return dict(sliding_window=c.sliding_window or c.block_size, layer_types=types)
+    return {}
+
+
+def _experts(kind, c):
+    """Keys about the experts."""
     if kind == 'mixtral':
-        return dict(
-            common,
-            **sliding,
-            num_local_experts=config.num_experts,
-            intermediate_size=config.expert_d_ff,
-        )
+        return dict(num_local_experts=c.num_experts, intermediate_size=c.expert_d_ff)
     if kind == 'gpt_oss':
         return dict(
-            common,
-            sliding_window=config.sliding_window or config.block_size,
-            layer_types=types,
-            num_local_experts=config.num_experts,
-            intermediate_size=config.expert_d_ff,
-            swiglu_limit=7.0,
+            num_local_experts=c.num_experts, intermediate_size=c.expert_d_ff, swiglu_limit=7.0
         )
-    common.update(moe_intermediate_size=config.expert_d_ff, norm_topk_prob=config.norm_topk_prob)
+    routing = dict(moe_intermediate_size=c.expert_d_ff, norm_topk_prob=c.norm_topk_prob)
     if kind == 'qwen3_moe':
         return dict(
-            common,
-            num_experts=config.num_experts,
-            mlp_only_layers=[*range(config.n_dense_layers)],
+            routing,
+            num_experts=c.num_experts,
+            mlp_only_layers=[*range(c.n_dense_layers)],
             decoder_sparse_step=1,
-            use_sliding_window=False,
         )
     return dict(
-        common,
-        n_routed_experts=config.num_experts,
-        n_shared_experts=config.num_shared_experts,
-        first_k_dense_replace=config.n_dense_layers,
-        n_group=config.n_groups,
-        topk_group=config.topk_groups,
-        routed_scaling_factor=config.route_scale,
-        use_qk_norm=config.qk_norm,
+        routing,
+        n_routed_experts=c.num_experts,
+        n_shared_experts=c.num_shared_experts,
+        first_k_dense_replace=c.n_dense_layers,
+        n_group=c.n_groups,
+        topk_group=c.topk_groups,
+        routed_scaling_factor=c.route_scale,
+        use_qk_norm=c.qk_norm,
     )

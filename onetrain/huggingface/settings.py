@@ -140,7 +140,7 @@ def _check_supported(kind, hf, refuse):
     """Refuse a model of another kind, or with what is not read."""
     if hf.get('quantization_config'):
         refuse(
-            'its weights are quantised, which are not read: load it with transformers, dequantise'
+            'its weights are quantized, which are not read: load it with transformers, dequantize'
             ' it and save_pretrained() it'
         )
     if hf.get('is_causal', True) is not True:
@@ -339,7 +339,7 @@ def _one_of(hf, keys, refuse, *more):
 
 
 def _rope_of(kind, hf, refuse):
-    """(settings of RoPE's scaling, theta, share of each head that turns). Older files have
+    """(settings of RoPE's scaling, theta, share of each head that is rotated). Older files have
     rope_theta and rope_scaling, newer ones rope_parameters; where both are there they must not
     contradict each other.
     """
@@ -378,45 +378,36 @@ def _rope_of(kind, hf, refuse):
         refuse(
             f'rotary_emb_base and rotary_pct are keys of gpt_neox, not of {kind}: leave them out'
         )
-    stated = [
-        hf.get('rope_theta'),
-        new.get('rope_theta'),
-        old.get('rope_theta'),
-        hf.get('rotary_emb_base'),
-    ]
-    theta = (
-        float(_one_of({}, ('rope_theta',), refuse, *stated))
-        if any(value is not None for value in stated)
-        else ARCHITECTURES[kind].theta
-    )
-    shares = [
-        hf.get('rotary_pct'),
-        hf.get('partial_rotary_factor'),
-        new.get('partial_rotary_factor'),
-        old.get('partial_rotary_factor'),
-    ]
-    default = ARCHITECTURES[kind].rotary_pct
+    stated = [place.get('rope_theta') for place in (hf, new, old)] + [hf.get('rotary_emb_base')]
+    theta = ARCHITECTURES[kind].theta
+    if any(value is not None for value in stated):
+        theta = float(_one_of({}, ('rope_theta',), refuse, *stated))
+    return settings, theta, _rotary_pct(kind, hf, new, old, refuse)
+
+
+def _rotary_pct(kind, hf, new, old, refuse):
+    """Share of each head that is rotated. new, old: rope_parameters and rope_scaling."""
     if any(
         key in place and place[key] is None
         for place in (hf, new, old)
         for key in ('rotary_pct', 'partial_rotary_factor')
     ):
         refuse('partial_rotary_factor or rotary_pct is null: state a number, or leave it out')
-    share = (
-        float(_one_of({}, ('rotary_pct', 'partial_rotary_factor'), refuse, *shares))
-        if any(value is not None for value in shares)
-        else default
-    )
+    default = share = ARCHITECTURES[kind].rotary_pct
+    shares = [place.get('partial_rotary_factor') for place in (hf, new, old)]
+    shares.append(hf.get('rotary_pct'))
+    if any(value is not None for value in shares):
+        share = float(_one_of({}, ('rotary_pct', 'partial_rotary_factor'), refuse, *shares))
     if (
         kind == 'gpt_neox'
         and 'partial_rotary_factor' in hf
         and 'rotary_pct' not in hf
-        and 'partial_rotary_factor' not in settings
+        and 'partial_rotary_factor' not in {**old, **new}
     ):
         refuse('partial_rotary_factor is not read for gpt_neox: state rotary_pct')
     if default == 1.0 and share != 1.0:
         refuse(f'{kind} turns whole heads, not a share of {share}: leave partial_rotary_factor out')
-    return settings, theta, share
+    return share
 
 
 def _scaling_of(hf, settings, refuse):

@@ -17,76 +17,82 @@ def name_map(kind, config):
     """[(our name, [their names], form)]: how theirs make ours, as _join() does and _part()
     undoes.
     """
-    biases = ('weight', 'bias') if config.bias else ('weight',)
-    norms = (
-        ('weight', 'bias')
-        if config.normalization == 'layernorm' or kind in ('gpt2', 'gpt_neox')
-        else ('weight',)
-    )
-    rows = []
-
-    def add(ours, theirs, parts, form='rows'):
-        for part in parts:
-            rows.append(
-                (
-                    f'{ours}.{part}',
-                    [f'{t}.{part}' for t in theirs],
-                    'rows' if form == 'transposed' and part == 'bias' else form,
-                )
-            )
-
-    if kind == 'gpt2':
-        # GPT-2 on the hub always has biases; a model without them is written with zeros
-        biases = ('weight', 'bias')
-        add('transformer.wte', ['transformer.wte'], ('weight',))
-        add('transformer.wpe', ['transformer.wpe'], ('weight',))
-        for i in range(config.n_layer):
-            h = f'transformer.h.{i}'
-            for norm in ('ln_1', 'ln_2'):
-                add(f'{h}.{norm}', [f'{h}.{norm}'], norms)
-            for linear in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'):
-                # Conv1D keeps its weight as (in, out)
-                add(f'{h}.{linear}', [f'{h}.{linear}'], biases, 'transposed')
-        add('transformer.ln_f', ['transformer.ln_f'], norms)
-        head = 'lm_head'
-    elif kind == 'gpt_neox':
-        add('transformer.wte', ['gpt_neox.embed_in'], ('weight',))
-        for i in range(config.n_layer):
-            h, theirs = f'transformer.h.{i}', f'gpt_neox.layers.{i}'
-            for ours, name in (('ln_1', 'input_layernorm'), ('ln_2', 'post_attention_layernorm')):
-                add(f'{h}.{ours}', [f'{theirs}.{name}'], norms)
-            add(f'{h}.attn.c_attn', [f'{theirs}.attention.query_key_value'], biases, 'by head')
-            for ours, name in (
-                ('attn.c_proj', 'attention.dense'),
-                ('mlp.c_fc', 'mlp.dense_h_to_4h'),
-                ('mlp.c_proj', 'mlp.dense_4h_to_h'),
-            ):
-                add(f'{h}.{ours}', [f'{theirs}.{name}'], biases)
-        add('transformer.ln_f', ['gpt_neox.final_layer_norm'], norms)
-        head = 'embed_out'
-    else:
-        add('transformer.wte', ['model.embed_tokens'], ('weight',))
-        for i in range(config.n_layer):
-            h, theirs = f'transformer.h.{i}', f'model.layers.{i}'
-            for ours, name in (('ln_1', 'input_layernorm'), ('ln_2', 'post_attention_layernorm')):
-                add(f'{h}.{ours}', [f'{theirs}.{name}'], norms)
-            if config.qk_norm:
-                for norm in ('q_norm', 'k_norm'):
-                    add(f'{h}.attn.{norm}', [f'{theirs}.self_attn.{norm}'], ('weight',))
-            if config.attention_sinks:
-                rows.append((f'{h}.attn.sinks', [f'{theirs}.self_attn.sinks'], 'rows'))
-            add(f'{h}.attn.c_attn', [f'{theirs}.self_attn.{x}_proj' for x in 'qkv'], biases)
-            add(f'{h}.attn.c_proj', [f'{theirs}.self_attn.o_proj'], biases)
-            if i in config.expert_layers:
-                rows += _expert_rows(kind, config, h, theirs)
-            else:
-                add(f'{h}.mlp.c_fc', [f'{theirs}.mlp.gate_proj', f'{theirs}.mlp.up_proj'], biases)
-                add(f'{h}.mlp.c_proj', [f'{theirs}.mlp.down_proj'], biases)
-        add('transformer.ln_f', ['model.norm'], norms)
-        head = 'lm_head'
+    rows = {'gpt2': _gpt2_rows, 'gpt_neox': _gpt_neox_rows}.get(kind, _llama_rows)(kind, config)
     if not config.weight_tying:
-        add('lm_head', [head], ('weight',))
+        head = 'embed_out' if kind == 'gpt_neox' else 'lm_head'
+        rows += _rows('lm_head', [head], ('weight',))
     return rows
+
+
+def _rows(ours, theirs, parts, form='rows'):
+    """Rows of name_map() for the parts, such as weight and bias, of one of our modules."""
+    return [
+        (
+            f'{ours}.{part}',
+            [f'{name}.{part}' for name in theirs],
+            'rows' if form == 'transposed' and part == 'bias' else form,
+        )
+        for part in parts
+    ]
+
+
+def _gpt2_rows(kind, config):
+    # GPT-2 on the hub always has biases; a model without them is written with zeros
+    both = ('weight', 'bias')
+    rows = _rows('transformer.wte', ['transformer.wte'], ('weight',))
+    rows += _rows('transformer.wpe', ['transformer.wpe'], ('weight',))
+    for i in range(config.n_layer):
+        h = f'transformer.h.{i}'
+        for norm in ('ln_1', 'ln_2'):
+            rows += _rows(f'{h}.{norm}', [f'{h}.{norm}'], both)
+        for linear in ('attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'):
+            # Conv1D keeps its weight as (in, out)
+            rows += _rows(f'{h}.{linear}', [f'{h}.{linear}'], both, 'transposed')
+    return rows + _rows('transformer.ln_f', ['transformer.ln_f'], both)
+
+
+def _gpt_neox_rows(kind, config):
+    both = ('weight', 'bias')
+    biases = both if config.bias else ('weight',)
+    rows = _rows('transformer.wte', ['gpt_neox.embed_in'], ('weight',))
+    for i in range(config.n_layer):
+        h, theirs = f'transformer.h.{i}', f'gpt_neox.layers.{i}'
+        for ours, name in (('ln_1', 'input_layernorm'), ('ln_2', 'post_attention_layernorm')):
+            rows += _rows(f'{h}.{ours}', [f'{theirs}.{name}'], both)
+        name = f'{theirs}.attention.query_key_value'
+        rows += _rows(f'{h}.attn.c_attn', [name], biases, 'by head')
+        for ours, name in (
+            ('attn.c_proj', 'attention.dense'),
+            ('mlp.c_fc', 'mlp.dense_h_to_4h'),
+            ('mlp.c_proj', 'mlp.dense_4h_to_h'),
+        ):
+            rows += _rows(f'{h}.{ours}', [f'{theirs}.{name}'], biases)
+    return rows + _rows('transformer.ln_f', ['gpt_neox.final_layer_norm'], both)
+
+
+def _llama_rows(kind, config):
+    """Of LLaMA and all that name their weights as it does."""
+    biases = ('weight', 'bias') if config.bias else ('weight',)
+    norms = ('weight', 'bias') if config.normalization == 'layernorm' else ('weight',)
+    rows = _rows('transformer.wte', ['model.embed_tokens'], ('weight',))
+    for i in range(config.n_layer):
+        h, theirs = f'transformer.h.{i}', f'model.layers.{i}'
+        for ours, name in (('ln_1', 'input_layernorm'), ('ln_2', 'post_attention_layernorm')):
+            rows += _rows(f'{h}.{ours}', [f'{theirs}.{name}'], norms)
+        if config.qk_norm:
+            for norm in ('q_norm', 'k_norm'):
+                rows += _rows(f'{h}.attn.{norm}', [f'{theirs}.self_attn.{norm}'], ('weight',))
+        if config.attention_sinks:
+            rows.append((f'{h}.attn.sinks', [f'{theirs}.self_attn.sinks'], 'rows'))
+        rows += _rows(f'{h}.attn.c_attn', [f'{theirs}.self_attn.{x}_proj' for x in 'qkv'], biases)
+        rows += _rows(f'{h}.attn.c_proj', [f'{theirs}.self_attn.o_proj'], biases)
+        if i in config.expert_layers:
+            rows += _expert_rows(kind, config, h, theirs)
+        else:
+            gate_and_up = [f'{theirs}.mlp.gate_proj', f'{theirs}.mlp.up_proj']
+            rows += _rows(f'{h}.mlp.c_fc', gate_and_up, biases)
+            rows += _rows(f'{h}.mlp.c_proj', [f'{theirs}.mlp.down_proj'], biases)
+    return rows + _rows('transformer.ln_f', ['model.norm'], norms)
 
 
 def _expert_rows(kind, config, h, theirs):

@@ -117,11 +117,8 @@ class RunLog:
                 check_own(f'{self.path}.{ending}')
             goes_on = resume_step is not None and self._cut_after(resume_step, evaluated)
             self.text = open(f'{self.path}.log', 'a', encoding='utf-8', errors='backslashreplace')
-            self.lines, self.unwritten, self.disk_works = (
-                open(f'{self.path}.jsonl', 'ab', buffering=0),
-                b'',
-                True,
-            )
+            self.lines = open(f'{self.path}.jsonl', 'ab', buffering=0)
+            self.unwritten, self.disk_works = b'', True
         except OSError as error:
             raise ConfigError(
                 f'the log {error.filename or self.path} cannot be written ({error.strerror}): make'
@@ -139,17 +136,8 @@ class RunLog:
                 mfu_constants=header.get('mfu_constants'),
             )
         else:
-            self._append(
-                finite(
-                    {
-                        'type': 'header',
-                        'format': FORMAT,
-                        'run_name': run_name,
-                        'start_time': self.run['start_time'],
-                        **header,
-                    }
-                )
-            )
+            beginning = {'type': 'header', 'format': FORMAT, 'run_name': run_name}
+            self._append(finite({**beginning, 'start_time': self.run['start_time'], **header}))
 
     def _cut_after(self, step, evaluated):
         """Drop from the .jsonl what lies beyond `step`, and return whether any record stays.

@@ -147,7 +147,7 @@ def duration(seconds):
     return f'{hours // 24} d {hours % 24} h'
 
 
-def short(number):
+def short_number(number):
     """Return a number in few characters: 935, 46.1k, 1.11M."""
     for size, unit in ((1e9, 'G'), (1e6, 'M'), (1e4, 'k')):
         if number >= size:
@@ -163,7 +163,12 @@ def progress_line(step, total, loss, lr, norm, rate, mfu=None, left=None, more=(
     which are left out first where the line is too narrow.
     """
     begin = f'iter {step}/{total}:'
-    numbers = [f'loss {loss:.4f}', f'lr {lr:.2e}', f'norm {norm:.3f}', f'{short(rate)} tok/s']
+    numbers = [
+        f'loss {loss:.4f}',
+        f'lr {lr:.2e}',
+        f'norm {norm:.3f}',
+        f'{short_number(rate)} tok/s',
+    ]
     numbers += [] if mfu is None else [f'mfu {mfu:.1f}%']
     ends = [] if left is None else [f'{duration(left)} left']
     more = list(more)

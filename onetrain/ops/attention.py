@@ -36,7 +36,7 @@ _MODULES = {
     'flash_attn_2': 'flash_attn',
 }
 _KNOW_WINDOWS = ('flash_attn_3', 'flash_attn_2')
-# of GPUs: Hopper, and the data centre's Blackwell
+# of GPUs: Hopper, and the data center's Blackwell
 _GENERATIONS = {'flash_attn_4': (9, 10), 'flash_attn_3': (9,)}
 
 
@@ -299,7 +299,7 @@ class _WithSinks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, causal, mask):
-        out, lse = flash_lse.forward(flash_lse.kernel_for(q), q, k, v, causal, mask)
+        out, lse = flash_lse.forward(flash_lse.choose_kernel(q), q, k, v, causal, mask)
         whole = torch.logaddexp(lse, sinks.float()[:, None])
         out = _as(q, out * (lse - whole).exp()[..., None])
         ctx.save_for_backward(q, k, v, sinks, mask, out, whole)
@@ -310,7 +310,7 @@ class _WithSinks(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, sinks, mask, out, lse = ctx.saved_tensors
         dq, dk, dv = flash_lse.backward(
-            flash_lse.kernel_for(q), grad.contiguous(), q, k, v, out, lse, ctx.causal, mask
+            flash_lse.choose_kernel(q), grad.contiguous(), q, k, v, out, lse, ctx.causal, mask
         )
         weight = (sinks.float()[:, None] - lse).exp()  # (B, n_head, T)
         ds = -(weight * (grad.float() * out.float()).sum(-1)).sum((0, 2))

@@ -72,7 +72,7 @@ def choose_experts(
     """Experts and gates of each token.
 
     logits: (N, E) fp32; bias: (E,) fp32 added for the choice only, or None; score_function:
-    'sigmoid' | 'softmax'. The E experts are n_groups groups of neighbours; only the topk_groups of
+    'sigmoid' | 'softmax'. The E experts are n_groups groups of neighbors; only the topk_groups of
     a token whose two best (biased) affinities have the largest sum take part. Returns (experts (N,
     top_k) int64, gates (N, top_k) fp32, scores (N, E) fp32): gates are the affinities of the
     chosen, divided by their sum if norm_topk_prob, times route_scale.
@@ -237,8 +237,8 @@ class _Return(torch.autograd.Function):
 _DISPATCH = {'grouped': _grouped, 'loop': _loop}
 
 
-def balance(biases, counts, rate, applied):
-    """Move each layer's (E,) fp32 balancing bias, in place, by `rate` towards experts with fewer
+def update_balance(biases, counts, rate, applied):
+    """Move each layer's (E,) fp32 balancing bias, in place, by `rate` toward experts with fewer
     than the mean of its row of the (L, E) counts of a step and away from those with more. applied:
     scalar tensor, 0 for a step that was skipped.
     """
@@ -253,7 +253,7 @@ def load_score(counts):
     return 100 * counts.amin(dim=-1) / counts.amax(dim=-1).clamp(min=1)
 
 
-def report(routing, layers, biases, tokens, top_k, shares=True):
+def routing_report(routing, layers, biases, tokens, top_k, shares=True):
     """Return the `moe` object of the log.
 
     routing: (L, E + STATISTICS) on the CPU, sums over the `tokens` tokens of a step as

@@ -10,7 +10,7 @@ import math
 import torch
 
 
-def kernel_for(q):
+def choose_kernel(q):
     """'flash' where torch has it for tensors like q ((B, H, T, head_dim)), else 'manual'."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     return (

@@ -13,7 +13,7 @@ import torch
 from onetrain.config import ConfigError
 
 
-def choose(dtype, device):
+def choose_recipe(dtype, device):
     """What Model takes as fp8, 'hardware', or on a CPU 'emulated': the same rounding, then a matmul
     of `dtype`; for experiments, not for speed.
 
@@ -39,7 +39,7 @@ def choose(dtype, device):
     return 'hardware'
 
 
-def pays(layer):
+def gains_from_float8(layer):
     """Whether a torch.nn.Linear gets faster: both sizes are multiples of 16, which the kernels ask
     for, and it is large enough to pay for the rounding (by torchao's table of an H100, tensorwise:
     more than 1024 outputs or 4096 inputs).
@@ -51,9 +51,9 @@ def pays(layer):
     )
 
 
-def convert(layers, kind):
-    """Replace the torch.nn.Linear within `layers`, a module, that pays(); subclasses, such as
-    routers, stay. kind: what choose() returned. Returns how many.
+def convert_to_float8(layers, kind):
+    """Replace the torch.nn.Linear within `layers`, a module, that gains_from_float8(); subclasses,
+    such as routers, stay. kind: what choose_recipe() returned. Returns how many.
 
     Names and shapes of parameters stay, so checkpoints do too.
     """
@@ -63,7 +63,9 @@ def convert(layers, kind):
 
     logging.disable(said)
     chosen = {
-        module for module in layers.modules() if type(module) is torch.nn.Linear and pays(module)
+        module
+        for module in layers.modules()
+        if type(module) is torch.nn.Linear and gains_from_float8(module)
     }
     convert_to_float8_training(
         layers,

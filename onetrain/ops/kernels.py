@@ -1,6 +1,7 @@
 """Which kernels a run takes, from what was asked for and what this device has."""
 
 import contextlib
+import functools
 import math
 import os
 import statistics
@@ -97,14 +98,43 @@ def select_kernels(c, shape, device, dtype):
         raise ConfigError(
             'dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16'
         )
-    notes, special = (
-        [],
-        dict(
-            dropout=c.dropout,
-            documents=c.document_mask,
-            sinks=shape.attention_sinks,
-            deterministic=c.deterministic,
-        ),
+    backend, notes = _select_backend(c, shape, device, dtype)
+    if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
+        notes.append(
+            f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul'
+            f' slow on a GPU: --vocab_size={-(-shape.vocab_size // 64) * 64} adds ids that no'
+            ' text has'
+        )
+    dispatch = reason = None
+    if shape.num_experts:
+        sizes = (shape.n_embd, shape.expert_d_ff)
+        dispatch, reason = experts.choose_dispatch(c.expert_dispatch, sizes, dtype, device.type)
+    if reason:
+        notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
+    if dispatch == 'grouped' and experts.waits_for_host(device.type):
+        notes.append(
+            'expert_dispatch=grouped is slow on this GPU, where torch multiplies one expert after'
+            ' another and waits for the host at each matmul: compute capability 9.0 or 10.0 (H100,'
+            ' H200, B200) has one kernel for all'
+        )
+    float8 = fp8.choose_recipe(dtype, device) if c.fp8 else None
+    if dtype == torch.bfloat16 and device.type == 'cpu' and not cpu.has_bfloat16():
+        notes.append(
+            'WARNING: this CPU has no instructions for bfloat16, which torch emulates:'
+            ' --dtype=float32 is several times as fast'
+        )
+    if float8 == 'emulated':
+        notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
+    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
+
+
+def _select_backend(c, shape, device, dtype):
+    """(attention backend, sentences about it)."""
+    special = dict(
+        dropout=c.dropout,
+        documents=c.document_mask,
+        sinks=shape.attention_sinks,
+        deterministic=c.deterministic,
     )
     asked = c.attention_backend or default_backend(c, shape, device, dtype)
     if asked == 'auto':
@@ -119,45 +149,15 @@ def select_kernels(c, shape, device, dtype):
             window=max(shape.windows, key=lambda window: window or c.block_size) or None,
             **special,
         )
-        notes.append(f'attention_backend=auto takes {backend}: {told}')
-    else:
-        backend, passed_over = choose_backend(
-            asked, device.type, dtype, shape.head_dim, window=any(shape.windows), **special
-        )
-        if passed_over:
-            notes.append(
-                f'attention_backend={asked} falls back to {backend} ({"; ".join(passed_over)})'
-            )
-    if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
-        notes.append(
-            f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul'
-            f' slow on a GPU: --vocab_size={-(-shape.vocab_size // 64) * 64} adds ids that no'
-            ' text has'
-        )
-    dispatch, reason = (
-        experts.choose_dispatch(
-            c.expert_dispatch, (shape.n_embd, shape.expert_d_ff), dtype, device.type
-        )
-        if shape.num_experts
-        else (None, None)
+        return backend, [f'attention_backend=auto takes {backend}: {told}']
+    backend, passed_over = choose_backend(
+        asked, device.type, dtype, shape.head_dim, window=any(shape.windows), **special
     )
-    if reason:
-        notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
-    if dispatch == 'grouped' and experts.waits_for_host(device.type):
-        notes.append(
-            'expert_dispatch=grouped is slow on this GPU, where torch multiplies one expert after'
-            ' another and waits for the host at each matmul: compute capability 9.0 or 10.0 (H100,'
-            ' H200, B200) has one kernel for all'
-        )
-    float8 = fp8.choose(dtype, device) if c.fp8 else None
-    if dtype == torch.bfloat16 and device.type == 'cpu' and not cpu.has_bfloat16():
-        notes.append(
-            'WARNING: this CPU has no instructions for bfloat16, which torch emulates:'
-            ' --dtype=float32 is several times as fast'
-        )
-    if float8 == 'emulated':
-        notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
-    return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
+    if not passed_over:
+        return backend, []
+    return backend, [
+        f'attention_backend={asked} falls back to {backend} ({"; ".join(passed_over)})'
+    ]
 
 
 def default_backend(c, shape, device, dtype):
@@ -202,27 +202,16 @@ def fastest_backend(
     has it. What fails, or computes something else than `sdpa` does, is out. One that gains less
     than 2 % over sdpa does not take its place.
     """
-    generator = torch.Generator(device).manual_seed(0)
     # as many sequences as there will be, within a gigabyte or so: a kernel that fills a card with
     # 16 may leave half of it idle with 8
     B = min(batch_size, max(1, 2**17 // T) if device.type == 'cuda' else 1)
-    q, k, v, grad = (
-        torch.randn(
-            B, heads, T, head_dim, generator=generator, device=device, dtype=dtype
-        ).requires_grad_()
-        for heads in (n_head, n_kv, n_kv, n_head)
-    )
+    inputs, grad = _random_inputs(B, (n_head, n_kv, n_kv, n_head), T, head_dim, device, dtype)
     logits = torch.zeros(n_head, device=device, requires_grad=True) if sinks else None
     texts = (torch.arange(T, device=device) // max(1, T // 4)).expand(B, T) if documents else None
     seconds, failures, expected = {}, [], None
-    for backend in (
-        'sdpa',
-        *(
-            name
-            for name in BACKENDS
-            if name != 'sdpa' and (name != 'manual' or device.type == 'cpu')
-        ),
-    ):
+    for backend in sorted(BACKENDS, key=lambda name: name != 'sdpa'):  # sdpa is the reference
+        if backend == 'manual' and device.type != 'cpu':
+            continue
         reason = unsupported_reason(
             backend,
             device.type,
@@ -238,32 +227,50 @@ def fastest_backend(
             try:
                 activate_backend(backend)
                 mask = make_attention_mask(backend, T, device, window, texts)
-                found, seconds[backend] = _trial(
-                    lambda: attention(q, k, v, backend, 0.0, None, window, mask, logits),
-                    (q, k, v),
-                    grad,
+                call = functools.partial(
+                    attention, *inputs, backend, 0.0, None, window, mask, logits
                 )
+                found, took = _trial(call, inputs, grad)
                 expected = expected or found
-                off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
-                reason = (
-                    f'is off by {off:.1e}'
-                    if not off < (1e-4 if dtype == torch.float32 else 2e-2)
-                    else None
-                )
+                reason = _difference(found, expected, dtype)
+                seconds |= {} if reason else {backend: took}
             except (RuntimeError, AssertionError) as error:  # the packages assert what they want
                 reason = ' '.join(str(error).split())[:100]
-            if reason is not None:
-                seconds.pop(backend, None)
+            if reason:
                 failures.append(f'{backend} {reason}')
+    return _choose_fastest(seconds, failures)
+
+
+def _random_inputs(B, heads, T, head_dim, device, dtype):
+    """((q, k, v), gradient of the output), each (B, its number of heads, T, head_dim)."""
+    generator = torch.Generator(device).manual_seed(0)
+    *inputs, grad = (
+        torch.randn(
+            B, n, T, head_dim, generator=generator, device=device, dtype=dtype
+        ).requires_grad_()
+        for n in heads
+    )
+    return tuple(inputs), grad
+
+
+def _difference(found, expected, dtype):
+    """How far tensors are from the expected ones, in words; None where rounding explains it."""
+    off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
+    return None if off < (1e-4 if dtype == torch.float32 else 2e-2) else f'is off by {off:.1e}'
+
+
+def _choose_fastest(seconds, failures):
+    """(backend, sentence) from {backend: seconds} of those that work."""
     if not seconds:
         return 'manual', f'no other backend runs ({"; ".join(failures)})'
     best = min(seconds, key=seconds.get)
     if seconds[best] > 0.98 * seconds.get('sdpa', math.inf):
         best = 'sdpa'
-    return best, 'forward and backward of a layer take ' + ', '.join(
+    times = ', '.join(
         f'{1000 * took:.2f} ms with {name}'
         for name, took in sorted(seconds.items(), key=lambda item: item[1])
-    ) + ''.join(f'; {failure}' for failure in failures)
+    )
+    return best, '; '.join([f'forward and backward of a layer take {times}', *failures])
 
 
 def _trial(call, inputs, grad):

@@ -92,7 +92,7 @@ def ring_attention(q, k, v, ring, kernel=None):
     | None (flash where the device has it for this dtype). Every rank must call it, also for the
     backward pass.
     """
-    return ring.attend(q, k, v, ring, kernel or flash_lse.kernel_for(q))
+    return ring.attend(q, k, v, ring, kernel or flash_lse.choose_kernel(q))
 
 
 class _RingAttention(torch.autograd.Function):

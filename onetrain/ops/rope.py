@@ -15,7 +15,7 @@ import torch
 SCALINGS = ('linear', 'dynamic', 'yarn', 'llama3')
 
 
-def frequencies(c, length):
+def inverse_frequencies(c, length):
     """(d / 2,) fp32: the angle per position of each pair of the d = c.rotary_dims dimensions, for a
     sequence of `length` tokens (only dynamic depends on it). c: model.ModelConfig.
     """
@@ -52,7 +52,7 @@ def frequencies(c, length):
     return plain
 
 
-def concentration(c):
+def attention_scaling(c):
     """What cosine and sine are multiplied with: with YaRN 0.1 ln(factor) + 1 unless
     c.rope_attention_factor says otherwise, else 1.
     """
@@ -63,24 +63,26 @@ def concentration(c):
     )
 
 
-def table(c, length, size=None):
+def cos_sin_table(c, length, size=None):
     """(cos, sin), each (size, d) fp32, of the first `size` positions (None: length) of a sequence
-    of `length` tokens, as apply() takes them: each angle stands at both dimensions of its pair, the
-    first sine with a minus.
+    of `length` tokens, as apply_rotary_emb() takes them: each angle stands at both dimensions of
+    its pair, the first sine with a minus.
     """
-    angles = torch.outer(torch.arange(size or length, dtype=torch.float32), frequencies(c, length))
-    cos, sin = angles.cos() * concentration(c), angles.sin() * concentration(c)
+    angles = torch.outer(
+        torch.arange(size or length, dtype=torch.float32), inverse_frequencies(c, length)
+    )
+    cos, sin = angles.cos() * attention_scaling(c), angles.sin() * attention_scaling(c)
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
-def apply(x, cos, sin):
+def apply_rotary_emb(x, cos, sin):
     """Turn the first d = cos.size(-1) dimensions of each head, halves paired (i, i + d/2) as in
     Hugging Face models.
 
-    x: (B, heads, T, head_dim); cos, sin: (T, d) of table(), or (B, 1, T, d) where each row has
-    positions of its own. Computed in fp32, returned in x's dtype.
+    x: (B, heads, T, head_dim); cos, sin: (T, d) of cos_sin_table(), or (B, 1, T, d) where each row
+    has positions of its own. Computed in fp32, returned in x's dtype.
     """
     d = cos.size(-1)
     part = (x if d == x.size(-1) else x[..., :d]).to(cos.dtype)
-    turned = (part * cos + part.roll(d // 2, -1) * sin).to(x.dtype)
-    return turned if d == x.size(-1) else torch.cat([turned, x[..., d:]], dim=-1)
+    rotated = (part * cos + part.roll(d // 2, -1) * sin).to(x.dtype)
+    return rotated if d == x.size(-1) else torch.cat([rotated, x[..., d:]], dim=-1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from onetrain.data.token_file import SPLITS, TokenFileWriter
 from onetrain.prepare.parts import DOCUMENT
 
-BUCKET = 2**22  # documents that repeated() sorts at once
+BUCKET = 2**22  # documents that find_repeated() sorts at once
 
 
 def assemble(
@@ -39,9 +39,9 @@ def assemble(
     be able to write; sharded: one file for each part. Raises ValueError for too many broken rows,
     and when a split stays empty.
     """
-    counts = count(plan, made, max_broken)
+    counts = count_rows(plan, made, max_broken)
     counts['lost'] = count_lost(made, max_lost)
-    dropped = repeated([part.path('docs') for part in made], output) if dedup else None
+    dropped = find_repeated([part.path('docs') for part in made], output) if dedup else None
     tokenizer = plan.tokenizer
     writer = TokenFileWriter(
         output,
@@ -52,8 +52,6 @@ def assemble(
         extra=extra,
         sharded=sharded,
     )
-    number = taken = row = 0  # documents numbered so far, documents taken, rows of tables read
-    threads = min(8, len(os.sched_getaffinity(0)))  # each holds the ids of a part
     with (
         writer,
         tqdm(
@@ -64,47 +62,52 @@ def assemble(
             disable=None,
         ) as bar,
     ):
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            waiting = collections.deque()
-            for part in made:
-                table = np.fromfile(part.path('docs'), dtype=DOCUMENT)
-                own = _own_splits(plan, part)
-                keep = (
-                    np.ones(len(table), bool)
-                    if dropped is None
-                    else ~dropped[row : row + len(table)]
-                )
-                row += len(table)
-                if plan.limit is not None:
-                    keep &= taken + _before(keep & table['last']) < plan.limit
-                numbered = keep & table['last'] & (own == '')
-                to_val = own == 'val'
-                if val_every:
-                    to_val |= (own == '') & (
-                        (number + _before(numbered)) % val_every == val_every - 1
-                    )
-                number, taken = (
-                    number + int(numbered.sum()),
-                    taken + int((keep & table['last']).sum()),
-                )
-                places = _places(writer, table, {'val': keep & to_val, 'train': keep & ~to_val})
-                waiting.append((part, pool.submit(_write, writer, part, table, places)))
-                if len(waiting) > threads:
-                    _end(*waiting.popleft(), bar)
-            while waiting:
-                _end(*waiting.popleft(), bar)
+        numbered = _write_parts(plan, made, writer, dropped, val_every, bar)
         if not sum(writer.meta['tokens'].values()):
             raise ValueError('there is no text in these files')
-        if val_every and number and not writer.meta['tokens']['val']:
+        if val_every and numbered and not writer.meta['tokens']['val']:
             raise ValueError(
-                f'{number:,} documents are too few for every {val_every}th to go to val: give more,'
-                ' or type a larger share, such as --val_fraction 0.5'
+                f'{numbered:,} documents are too few for every {val_every}th to go to val: give'
+                ' more, or type a larger share, such as --val_fraction 0.5'
             )
     counts['repeated'] = 0 if dropped is None else int(dropped.sum())
     return writer, counts
 
 
-def count(plan, made, max_broken):
+def _write_parts(plan, made, writer, dropped, val_every, bar):
+    """Write each part where its documents belong; returns how many documents were numbered.
+    dropped: (rows of all tables,) bool, documents to leave out, or None.
+    """
+    number = taken = row = 0  # documents numbered so far, documents taken, rows of tables read
+    threads = min(8, len(os.sched_getaffinity(0)))  # each holds the ids of a part
+    waiting = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for part in made:
+            table = np.fromfile(part.path('docs'), dtype=DOCUMENT)
+            own = _own_splits(plan, part)
+            keep = np.ones(len(table), bool)
+            if dropped is not None:
+                keep = ~dropped[row : row + len(table)]
+            row += len(table)
+            if plan.limit is not None:
+                keep &= taken + _before(keep & table['last']) < plan.limit
+            numbered = keep & table['last'] & (own == '')
+            to_val = own == 'val'
+            if val_every:
+                turn = (number + _before(numbered)) % val_every
+                to_val |= (own == '') & (turn == val_every - 1)
+            number += int(numbered.sum())
+            taken += int((keep & table['last']).sum())
+            places = _places(writer, table, {'val': keep & to_val, 'train': keep & ~to_val})
+            waiting.append((part, pool.submit(_write, writer, part, table, places)))
+            if len(waiting) > threads:
+                _end(*waiting.popleft(), bar)
+        while waiting:
+            _end(*waiting.popleft(), bar)
+    return number
+
+
+def count_rows(plan, made, max_broken):
     """{'rows', 'broken', 'left_out': a sentence or ''}. Raises ValueError where more than
     max_broken of the rows have no text.
     """
@@ -184,7 +187,7 @@ def _write(writer, part, table, places):
     """
     if any(tokens == part.record['tokens'] for _, _, tokens in places.values()):
         ((place, _, _),) = places.values()
-        work = [functools.partial(writer.adopt, place, part.path('bin'), part.record['max_id'])]
+        work = [functools.partial(writer.link_file, place, part.path('bin'), part.record['max_id'])]
     else:
         ids = np.fromfile(part.path('bin'), dtype=writer.dtype) if places else None
         edges = np.concatenate([[0], np.cumsum(table['tokens'])]).astype(np.int64)
@@ -212,7 +215,7 @@ def _end(part, future, bar):
     bar.update(part.record['size'])
 
 
-def repeated(tables, scratch):
+def find_repeated(tables, scratch):
     """A bool array (in a file below `scratch` that is gone already) over the rows of all `tables`
     (.docs files): True for a document that came before. Memory holds BUCKET rows: they are dealt by
     hash to files, each sorted for itself.

@@ -43,9 +43,9 @@ def argument_parser(docstring, folder):
 def corpus_parser(
     docstring, folder, *, source=None, tokenizer='gpt2', text_field='text', val_fraction=None
 ):
-    """An ArgumentParser with the options of corpus(). source: default of --input, a list, or None
-    where it must be given; val_fraction: of --val_fraction, None where the source has a split of
-    its own.
+    """An ArgumentParser with the options of prepare_corpus(). source: default of --input, a list,
+    or None where it must be given; val_fraction: of --val_fraction, None where the source has a
+    split of its own.
     """
     parser = argument_parser(docstring + OPTIONS, folder)
     parser.add_argument(
@@ -72,6 +72,12 @@ def corpus_parser(
         default=val_fraction,
         help=f'share that goes to val, default: {val_fraction or "the split of the source"}',
     )
+    _add_work_options(parser)
+    return parser
+
+
+def _add_work_options(parser):
+    """Add the options of prepare_corpus() about how the work is done."""
     parser.add_argument('--num_proc', type=int, help='processes, default: one for each core')
     parser.add_argument('--limit', type=int, metavar='N', help='only the first N documents')
     parser.add_argument(
@@ -114,10 +120,9 @@ def corpus_parser(
         metavar='FOLDER',
         help='make the data set of the shares in these folders',
     )
-    return parser
 
 
-def corpus(
+def prepare_corpus(
     args,
     folder,
     *,
@@ -136,51 +141,22 @@ def corpus(
     where it is missing; eot: how the token is written that must end its texts; config: the recipe
     made for this data set; endings: of files that are taken from a folder.
     """
-    shard = check(args)
+    shard = check_arguments(args)
     # before a tokenizer is fetched or made
-    files, splits = (None, None) if args.merge else find(args, published, endings)
+    files, splits = (None, None) if args.merge else find_input(args, published, endings)
     tokenizer = find_tokenizer(
         args.tokenizer, folder, tokenizer_from, lambda: characters(args, endings)
     )
-    if eot and tokenizer.eot_token != eot:
-        raise ValueError(
-            f'{args.tokenizer} ends texts with {tokenizer.eot_token!r}, these models with {eot!r}:'
-            ' take the tokenizer of the base model'
-            + (
-                f', `hf download {tokenizer_from} --include "tokenizer*" --local-dir'
-                f' {os.path.basename(args.tokenizer)}`'
-                if tokenizer_from
-                else ''
-            )
-        )
-    val_every = round(1 / args.val_fraction) if args.val_fraction else None
+    check_end_of_text(args.tokenizer, tokenizer, eot, tokenizer_from)
+    folders = None
     if args.merge:
         plan, folders = pipeline.Plan.load(args.merge, tokenizer)
     else:
-        for said in left_out(args.input, endings):
-            print(said)
-        plan = pipeline.Plan.of_files(
-            files,
-            tokenizer,
-            splits=splits,
-            txt_val_fraction=args.val_fraction if cut_txt else None,
-            text_field=args.text_field,
-            limit=args.limit,
-        )
-    every = (
-        f'every {val_every}th document is val'
-        if val_every
-        else "the source's own validation split is val"
-    )
-    if cut_txt:
-        every = (
-            f'every {val_every}th line of .jsonl and row of .parquet is val, and the last'
-            f' {args.val_fraction:g} of each .txt, cut at a line end where one is near'
-        )
-    with pipeline.alone(plan, args.output, shard):
+        plan = plan_of_files(args, files, splits, tokenizer, cut_txt, endings)
+    with pipeline.exclusive_lock(plan, args.output, shard):
         try:
             made = (
-                pipeline.find(plan, folders)
+                pipeline.find_parts(plan, folders)
                 if args.merge
                 else pipeline.tokenize(plan, args.output, num_proc=args.num_proc, shard=shard)
             )
@@ -191,32 +167,9 @@ def corpus(
                     ' instead of --shard'
                 )
                 return
-            size = sum(part.record['size'] for part in made)
-            sharded = size > SHARDED_FROM if args.sharded is None else args.sharded
-            check_room(size, args.output, sharded)
-            if os.path.exists(os.path.join(args.output, 'meta.pkl')):
-                print(
-                    f'WARNING: {args.output} holds a data set, which is replaced: runs that were'
-                    ' trained with it will refuse another'
-                )
-            writer, counts = assemble.assemble(
-                plan,
-                made,
-                args.output,
-                split=every,
-                val_every=val_every,
-                dedup=args.dedup,
-                max_broken=args.max_broken,
-                max_lost=args.max_lost,
-                sharded=sharded,
-                extra=(
-                    {'stoi': tokenizer.stoi, 'itos': tokenizer.itos}
-                    if args.tokenizer == 'char'
-                    else None
-                ),
-            )
+            writer, counts = assemble_parts(args, plan, made, tokenizer, cut_txt)
         except BaseException as error:
-            pipeline.forget(
+            pipeline.discard(
                 plan,
                 args.output,
                 finished=not args.merge
@@ -224,14 +177,86 @@ def corpus(
                 and isinstance(error, ValueError),
             )
             raise
-        pipeline.clear(plan, args.output)
+        pipeline.remove_parts(plan, args.output)
+    report_corpus(args, tokenizer, counts)
+    report(writer, folder, config)
+
+
+def report_corpus(args, tokenizer, counts):
+    """Print what was left out of a corpus. counts: of assemble()."""
     for said in filter(None, (counts['left_out'], counts['lost'])):
         print(said)
     if args.dedup:
         print(f'{counts["repeated"]:,} documents came before and were left out')
     if tokenizer.eot_id is None and args.tokenizer != 'char':
         print(f'{args.tokenizer} names no end of text, so documents follow each other without one')
-    report(writer, folder, config)
+
+
+def plan_of_files(args, files, splits, tokenizer, cut_txt, endings):
+    """The pipeline.Plan for `files`, after telling which others are left out."""
+    for said in describe_left_out(args.input, endings):
+        print(said)
+    return pipeline.Plan.of_files(
+        files,
+        tokenizer,
+        splits=splits,
+        txt_val_fraction=args.val_fraction if cut_txt else None,
+        text_field=args.text_field,
+        limit=args.limit,
+    )
+
+
+def check_end_of_text(name, tokenizer, eot, tokenizer_from):
+    """Raise ValueError for a tokenizer that does not end its texts with the token `eot`, if that is
+    given.
+    """
+    if eot and tokenizer.eot_token != eot:
+        raise ValueError(
+            f'{name} ends texts with {tokenizer.eot_token!r}, these models with {eot!r}: take the'
+            ' tokenizer of the base model'
+            + (
+                f', `hf download {tokenizer_from} --include "tokenizer*" --local-dir'
+                f' {os.path.basename(name)}`'
+                if tokenizer_from
+                else ''
+            )
+        )
+
+
+def assemble_parts(args, plan, made, tokenizer, cut_txt):
+    """Put the finished parts `made` of a plan together; returns assemble()'s (writer, counts)."""
+    size = sum(part.record['size'] for part in made)
+    sharded = size > SHARDED_FROM if args.sharded is None else args.sharded
+    check_room(size, args.output, sharded)
+    if os.path.exists(os.path.join(args.output, 'meta.pkl')):
+        print(
+            f'WARNING: {args.output} holds a data set, which is replaced: runs that were trained'
+            ' with it will refuse another'
+        )
+    val_every = round(1 / args.val_fraction) if args.val_fraction else None
+    split = f'every {val_every}th document is val'
+    if not val_every:
+        split = "the source's own validation split is val"
+    if cut_txt:
+        split = (
+            f'every {val_every}th line of .jsonl and row of .parquet is val, and the last'
+            f' {args.val_fraction:g} of each .txt, cut at a line end where one is near'
+        )
+    extra = None
+    if args.tokenizer == 'char':
+        extra = {'stoi': tokenizer.stoi, 'itos': tokenizer.itos}
+    return assemble.assemble(
+        plan,
+        made,
+        args.output,
+        split=split,
+        val_every=val_every,
+        dedup=args.dedup,
+        max_broken=args.max_broken,
+        max_lost=args.max_lost,
+        sharded=sharded,
+        extra=extra,
+    )
 
 
 def check_room(needed, output, sharded):
@@ -244,7 +269,7 @@ def check_room(needed, output, sharded):
         )
 
 
-def check(args):
+def check_arguments(args):
     """(i, n) of --shard. Raises ValueError for numbers that mean nothing."""
     if args.val_fraction is not None and not 1e-12 < args.val_fraction <= 0.5:
         raise ValueError(
@@ -291,7 +316,7 @@ def check_output(folder):
         )
 
 
-def find(args, published, endings):
+def find_input(args, published, endings):
     """(files, {path: split} or None) that --input names. published: take the splits that the files'
     names say, or with a --val_fraction those for training.
     """
@@ -316,7 +341,7 @@ def find(args, published, endings):
     return list(splits), splits
 
 
-def left_out(inputs, endings):
+def describe_left_out(inputs, endings):
     """Sentences on the files of local folders that are not read, because of their endings."""
     for given in inputs:
         if documents.is_url(given) or not os.path.isdir(given):

@@ -104,7 +104,7 @@ def filesystem(path):
 
 
 @contextlib.contextmanager
-def reaching(path):
+def errors_as_sentences(path):
     """Errors of the network around `path` as ValueErrors that say what to do."""
     try:
         yield
@@ -134,19 +134,19 @@ def size_of(path):
     """Bytes of a file."""
     if not is_url(path):
         return os.path.getsize(path)
-    with reaching(path):
+    with errors_as_sentences(path):
         fs, there = filesystem(path)
         return fs.size(there)
 
 
 @contextlib.contextmanager
-def opened(path):
+def open_source(path):
     """A file of bytes, open to read and to seek in."""
     if not is_url(path):
         with open(path, 'rb') as f:
             yield f
         return
-    with reaching(path):
+    with errors_as_sentences(path):
         fs, there = filesystem(path)
         with fs.open(there, 'rb') as f:
             yield f
@@ -201,7 +201,7 @@ def _find_local(given, endings):
 
 def _find_url(given, endings):
     fs, there = filesystem(given)
-    with reaching(given):
+    with errors_as_sentences(given):
         if any(sign in there for sign in '*?['):
             here = fs.glob(there)
         elif there.lower().endswith(ENDINGS):
@@ -261,7 +261,7 @@ def _of_each(files, what):
         yield from pool.map(what, files)
 
 
-def joined(first, second):
+def join_path(first, second):
     """One unit for two that follow each other in a file, or None where they do not, or each is a
     document of its own.
     """
@@ -281,19 +281,19 @@ def units_of(path, split=None, txt_val_fraction=None):
     """
     lower, size = path.lower(), size_of(path)
     if lower.endswith(TEXT_ENDINGS):
-        with opened(path) as f:
+        with open_source(path) as f:
             _check_encoding(f.read(4), path)
             f.seek(0)
             return _txt_units(f, path, size, split, txt_val_fraction)
     if lower.endswith(('.jsonl', '.json')):
-        with opened(path) as f:
+        with open_source(path) as f:
             _check_json(f.read(2**16).split(b'\n')[0], path)
         return [
             Unit(path, begin, min(begin + UNIT_BYTES, size), min(UNIT_BYTES, size - begin), split)
             for begin in range(0, size, UNIT_BYTES)
         ]
     if lower.endswith('.parquet'):
-        with opened(path) as f:
+        with open_source(path) as f:
             return _parquet_units(f, path, size, split)
     return [Unit(path, 0, 0, size, split)]
 
@@ -422,7 +422,7 @@ def read(unit, text_field='text'):
     column.
     """
     lower = unit.path.lower()
-    with opened(unit.path) as f:
+    with open_source(unit.path) as f:
         if lower.endswith(TEXT_ENDINGS):
             yield Row(_text(f, unit), None, unit.size)
         elif lower.endswith('.parquet'):
@@ -460,7 +460,7 @@ def _text(f, unit):
 
 
 # what no text has: not white space, nor what separates fields, strikes over (\b), or begins a
-# terminal's colours
+# terminal's colors
 _CONTROLS = bytes({*range(28)} - {*b'\b\t\n\r\f\v\x1b'})
 
 

@@ -28,21 +28,21 @@ EVERY_S = 0.2
 
 
 class Part(NamedTuple):
-    """A finished part: its number, the folder where it is, and its record, see make()."""
+    """A finished part: its number, the folder where it is, and its record, see make_part()."""
 
     number: int
     folder: str
     record: dict
 
-    def path(self, kind):
-        return path(self.folder, self.number, kind)
+    def part_path(self, kind):
+        return part_path(self.folder, self.number, kind)
 
 
-def path(folder, index, kind):
+def part_path(folder, index, kind):
     return os.path.join(folder, f'{index:06d}.{kind}')
 
 
-def make(
+def make_part(
     folder,
     index,
     units,
@@ -62,18 +62,13 @@ def make(
     cannot be read and for ids beyond the vocabulary.
     """
     dtype = token_dtype({'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'})
-    rows, progress, digest, table = (
-        _Rows(units, text_field),
-        _Progress(advance),
-        hashlib.sha256(),
-        [],
-    )
+    rows, progress = _Rows(units, text_field), _Progress(advance)
+    losses, digest, table = _Losses(tokenizer), hashlib.sha256(), []
     tokens = texts = max_id = 0
-    losses = _Losses(tokenizer)
     modified = [_modified(unit.path) for unit in units]
     pieces = [0] * len(units)
     # the checksum in the record vouches for it, not fsync()
-    with replacing(path(folder, index, 'bin'), tidy=False) as f:
+    with replacing(part_path(folder, index, 'bin'), tidy=False) as f:
         for unit, content in rows:
             ids = _ids(unit, content, tokenizer, dtype)
             losses.look(content)
@@ -87,40 +82,36 @@ def make(
             progress(rows.done, tokens, texts)
             if texts == limit:
                 break
-    with replacing(path(folder, index, 'docs'), tidy=False) as f:
-        f.write(b''.join(table))
     progress(sum(unit.size for unit in units), tokens, texts, wait=0)
+    table = b''.join(table)
+    with replacing(part_path(folder, index, 'docs'), tidy=False) as f:
+        f.write(table)
     record = {
         'tokens': tokens,
         'documents': texts,
-        'pieces': len(table),
+        'pieces': sum(pieces),
         'unit_pieces': pieces,
         'max_id': max_id,
         'size': tokens * dtype.itemsize,
         'ids_sha256': digest.hexdigest(),
-        'docs_sha256': hashlib.sha256(b''.join(table)).hexdigest(),
-        'lines': rows.lines,
-        'rows': rows.count,
-        'broken': rows.broken,
-        'first': rows.first,
-        'characters': losses.characters,
-        'lost': losses.lost,
-        'lost_examples': losses.examples,
+        'docs_sha256': hashlib.sha256(table).hexdigest(),
+        **rows.record(),
+        **losses.record(),
         'modified': modified,
     }
-    with replacing(path(folder, index, 'json'), tidy=False) as f:
+    with replacing(part_path(folder, index, 'json'), tidy=False) as f:
         f.write(add_checksum(record))
     return record
 
 
-def read(folder, index, units=None):
+def read_part(folder, index, units=None):
     """The Part `index` in `folder`, or None where it is not whole; with `units`, their files must
     not have changed since either.
     """
     try:
-        with open(path(folder, index, 'json'), 'rb') as f:
-            record = verify_checksum(f.read())
-        sizes = [os.path.getsize(path(folder, index, kind)) for kind in ('bin', 'docs')]
+        with open(part_path(folder, index, 'json'), 'rb') as f:
+            record = verify_checksum(f.read_part())
+        sizes = [os.path.getsize(part_path(folder, index, kind)) for kind in ('bin', 'docs')]
     except (OSError, ValueError):
         return None
     if not all(
@@ -145,7 +136,7 @@ def read(folder, index, units=None):
     if units is not None and record.get('modified') != [_modified(unit.path) for unit in units]:
         return None
     whole = all(
-        _sha256(path(folder, index, kind)) == record.get(key)
+        _sha256(part_path(folder, index, kind)) == record.get(key)
         for kind, key in (('bin', 'ids_sha256'), ('docs', 'docs_sha256'))
     )
     return Part(index, folder, record) if whole else None
@@ -191,6 +182,14 @@ class _Losses:
             : self.MOST_EXAMPLES
         ]
 
+    def record(self):
+        """What is kept of the counts."""
+        return {
+            'characters': self.characters,
+            'lost': self.lost,
+            'lost_examples': self.examples,
+        }
+
 
 def _letters(text):
     """A Counter of the characters of a text, without what normalizers change on purpose."""
@@ -225,6 +224,15 @@ class _Rows:
                 elif content is not None and len(content):
                     yield unit, content
             before += unit.size
+
+    def record(self):
+        """What is kept of the counts."""
+        return {
+            'lines': self.lines,
+            'rows': self.count,
+            'broken': self.broken,
+            'first': self.first,
+        }
 
     def _note(self, unit, problem):
         self.broken += 1

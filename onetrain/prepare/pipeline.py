@@ -58,7 +58,7 @@ class Plan:
             if size >= part_bytes:
                 groups.append([unit])
                 size = 0
-            elif longer := documents.joined(groups[-1][-1], unit):
+            elif longer := documents.join_path(groups[-1][-1], unit):
                 groups[-1][-1] = longer
             else:
                 groups[-1].append(unit)
@@ -150,7 +150,7 @@ def tokenizer_digest(tokenizer):
 
 
 @contextlib.contextmanager
-def alone(plan, output, shard=(1, 1)):
+def exclusive_lock(plan, output, shard=(1, 1)):
     """Hold the parts folder of a plan and a shard, which is made, so that two runs of one command
     do not make the same parts. Raises ValueError where another holds it.
     """
@@ -169,10 +169,10 @@ def alone(plan, output, shard=(1, 1)):
 
 
 def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
-    """Make those parts of `plan` that are not in `output` yet (which alone() holds), in num_proc
-    processes (None: one for each core); shard (i, n): only the i-th of n shares. Returns the Parts
-    in order, with a limit only as many as it takes. Raises ValueError for broken input, and when a
-    process dies; what is finished stays for the next call.
+    """Make those parts of `plan` that are not in `output` yet (which exclusive_lock() holds), in
+    num_proc processes (None: one for each core); shard (i, n): only the i-th of n shares. Returns
+    the Parts in order, with a limit only as many as it takes. Raises ValueError for broken input,
+    and when a process dies; what is finished stays for the next call.
     """
     folder = plan.folder(output)
     mine = range(
@@ -185,7 +185,7 @@ def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
                 os.remove(os.path.join(folder, name))
             there.add(int(name[:6]))
     with _checked(
-        sorted(there), lambda index: parts.read(folder, index, plan.parts[index])
+        sorted(there), lambda index: parts.read_part(folder, index, plan.parts[index])
     ) as checked:
         made = {part.number: part for part in checked if part}
     if made:
@@ -239,7 +239,7 @@ def _first(limit, indices, made):
     return first
 
 
-def find(plan, folders):
+def find_parts(plan, folders):
     """The Parts of `plan` in order, each in the first of `folders` that has it whole. Raises
     ValueError for missing ones.
     """
@@ -247,7 +247,7 @@ def find(plan, folders):
     with _checked(
         range(len(plan.parts)),
         lambda index: next(
-            (part for folder in folders if (part := parts.read(folder, index))), None
+            (part for folder in folders if (part := parts.read_part(folder, index))), None
         ),
     ) as checked:
         for index, part in enumerate(checked):
@@ -255,7 +255,9 @@ def find(plan, folders):
                 missing = [
                     i
                     for i in range(len(plan.parts))
-                    if not any(os.path.exists(parts.path(folder, i, 'json')) for folder in folders)
+                    if not any(
+                        os.path.exists(parts.part_path(folder, i, 'json')) for folder in folders
+                    )
                 ] or [index]
                 raise ValueError(
                     f'{len(missing)} of {len(plan.parts)} parts are missing or damaged, the first'
@@ -364,7 +366,7 @@ def _make_here(index, units):
 
 
 def _make_one(plan, folder, index, units, advance):
-    return parts.make(
+    return parts.make_part(
         folder,
         index,
         units,
@@ -375,12 +377,12 @@ def _make_one(plan, folder, index, units, advance):
     )
 
 
-def clear(plan, output):
+def remove_parts(plan, output):
     """Remove the parts of a plan from `output`, once the data set is there."""
     shutil.rmtree(plan.folder(output), ignore_errors=True)
 
 
-def forget(plan, output, finished=False):
+def discard(plan, output, finished=False):
     """Remove what work that was given up left in `output`, unless there are finished parts that a
     next call can go on with; `finished`: these too.
     """
@@ -389,6 +391,6 @@ def forget(plan, output, finished=False):
         finished
         or not any(name[:6].isdigit() and name.endswith('.json') for name in os.listdir(folder))
     ):
-        clear(plan, output)
+        remove_parts(plan, output)
         if not os.listdir(output):
             os.rmdir(output)

@@ -49,7 +49,7 @@ def prepare(size, family, docstring, folder, argv=None):
     parser = cli.corpus_parser(docstring, folder, source=[SOURCES[size]], tokenizer=tokenizer)
     if size == '627b':
         parser.set_defaults(sharded=True)
-    cli.corpus(
+    cli.prepare_corpus(
         parser.parse_args(argv),
         folder,
         published=True,

@@ -35,8 +35,8 @@ import shutil
 import numpy as np
 
 from onetrain.files import check_own, inside, is_whole, parse_json, replacing
-from onetrain.tokenizers.byte_level import twin_of
-from onetrain.tokenizers.fast_tiktoken import Quick
+from onetrain.tokenizers.byte_level import equivalent_of
+from onetrain.tokenizers.fast_tiktoken import FastTiktoken
 
 HF_FILES = (
     'tokenizer.json',
@@ -298,7 +298,7 @@ class TiktokenTokenizer:
     encoded, quick = (
         0,
         None,
-    )  # characters so far; fast_tiktoken.Quick after some
+    )  # characters so far; fast_tiktoken.FastTiktoken after some
 
     def __init__(self, name):
         tiktoken = _library('tiktoken', name)
@@ -327,7 +327,7 @@ class TiktokenTokenizer:
         if self.quick is not None:
             return self.quick.encode(text)
         if self.encoded <= TRIAL < self.encoded + len(text):
-            self.quick = Quick(self.encoding._pat_str, self.encoding._mergeable_ranks)
+            self.quick = FastTiktoken(self.encoding._pat_str, self.encoding._mergeable_ranks)
         self.encoded += len(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
@@ -501,7 +501,7 @@ class HuggingFaceTokenizer:
                 dtype=np.uint32,
             )
         if self.encoded <= TRIAL < self.encoded + len(text):
-            self.twin = twin_of(self.files['tokenizer.json'].decode('utf-8'))
+            self.twin = equivalent_of(self.files['tokenizer.json'].decode('utf-8'))
         self.encoded += len(text)
         return ids
 

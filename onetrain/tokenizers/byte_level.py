@@ -6,11 +6,11 @@ first. They differ in what may merge: a pair that is listed, or any pair that ma
 is the same where every token of the vocabulary is what the listed merges make of its own bytes:
 merges inside a stretch of text do not depend on what is around it, as long as none crosses its
 ends, so whenever a stretch is down to two parts that make up a token, they are the two that the
-listed merges leave, and their merge is the next. twin_of() checks this token by token, and asks
-that parts come before what is made of them. A pattern with ^, $ or \b is left to the library, where
-they mean something else. Where the two engines of regular expressions do not agree on a character's
-class, which is tried with all of them, and where a text is not in the normal form that the
-tokenizer wants, or spells out an added token, Twin.encode() leaves it to the library itself.
+listed merges leave, and their merge is the next. equivalent_of() checks this token by token, and
+asks that parts come before what is made of them. A pattern with ^, $ or \b is left to the library,
+where they mean something else. Where the two engines of regular expressions do not agree on a
+character's class, which is tried with all of them, and where a text is not in the normal form that
+the tokenizer wants, or spells out an added token, Twin.encode() leaves it to the library itself.
 """
 
 import json
@@ -19,7 +19,7 @@ import unicodedata
 
 import numpy as np
 
-from onetrain.tokenizers.fast_tiktoken import ATOM, GPT2, Quick
+from onetrain.tokenizers.fast_tiktoken import ATOM, GPT2, FastTiktoken
 
 # each digit for itself, and what is before it
 GPT2_DIGITS = (
@@ -29,8 +29,8 @@ KNOWN = 0x32000
 FOLDED = 'ſK'  # characters that are an s or a k where case does not count
 
 
-class Twin:
-    """quick: fast_tiktoken.Quick of merge ranks; ids: (number of ranks,) uint32, the id of
+class TiktokenEquivalent:
+    """quick: fast_tiktoken.FastTiktoken of merge ranks; ids: (number of ranks,) uint32, the id of
     each; unsafe: (0x110000,) bool, characters that are left to the library; words: added tokens,
     whose text is too; normal: whether a text must be in NFC.
     """
@@ -53,7 +53,7 @@ class Twin:
         return self.ids[self.quick.encode(text)]
 
 
-def twin_of(content):
+def equivalent_of(content):
     """A Twin of the tokenizer.json `content` (str), or None where it is none of these or tiktoken
     is not installed.
     """
@@ -86,7 +86,7 @@ def twin_of(content):
     ranks = ranks_of(model, tokenizers)
     if ranks is None:
         return None
-    quick = Quick(pattern, {token: rank for rank, (token, _) in enumerate(ranks)})
+    quick = FastTiktoken(pattern, {token: rank for rank, (token, _) in enumerate(ranks)})
     unsafe = disagreements(pattern, tiktoken, tokenizers)
     # of characters that are younger than Python's tables the normal form is not known
     if normalizer is not None:
@@ -94,7 +94,7 @@ def twin_of(content):
     words = {
         token['content'] for token in described.get('added_tokens', []) if not token['special']
     }
-    return Twin(
+    return TiktokenEquivalent(
         quick,
         np.array([i for _, i in ranks], dtype=np.uint32),
         unsafe,

@@ -26,13 +26,13 @@ ATOM = re.compile(r'\\[pP]\{\^?\w+\}|\\[^1-9kKbBAzZG]|\[\^?(?:\\.|[^\]\\])+\]')
 HARD = re.compile(r'\(\?[=!<>]|[*+?}]\+|[$^\\]')
 
 
-class Quick:
+class FastTiktoken:
     """The ids that tiktoken gives for the regular expression `pattern` and ranks, {bytes: id}; all
     256 bytes are among these.
     """
 
     def __init__(self, pattern, ranks):
-        self.encoding, self.stood_in = _encoding(grouped(pattern), ranks), None
+        self.encoding, self.stood_in = _encoding(group_expression(pattern), ranks), None
         if pattern not in _SPELLED:
             return
         top = max(ranks.values()) + 1
@@ -92,7 +92,7 @@ def _encoding(pattern, ranks):
     )
 
 
-def grouped(pattern):
+def group_expression(pattern):
     """The same regular expression with those of its alternatives that need no looking around, one
     after the other, in a group. tiktoken's engine hands a group to a faster one as a whole, but not
     single alternatives beside one that looks around: (a|b)|c finds what a|b|c finds, in two thirds

@@ -1,7 +1,7 @@
 """A sentencepiece model as a tokenizers.Tokenizer that gives the same ids and the same text.
 
 What the `tokenizers` library has for this (Precompiled, Metaspace, added tokens) differs from
-sentencepiece in normalisation, white space and user-defined symbols. Here the .model file is read
+sentencepiece in normalization, white space and user-defined symbols. Here the .model file is read
 itself (a protobuf message, of which few fields matter), and each rule of its normalizer becomes a
 step of its own.
 
@@ -123,7 +123,7 @@ SAFE = (
     '\u0370-\u0379\u037b-\u0383\u0386-\u0482\u048a-\u052f\u2010-\u2027\u3001-\u3029'
     '\u3041-\u3096\u30a1-\u30ff\u4e00-\u9fff\uac00-\ud7a3\uff01-\uff9d'
 )
-# characters that neither begin with a combining one when normalised nor belong to the grapheme
+# characters that neither begin with a combining one when normalized nor belong to the grapheme
 # before them
 
 
@@ -182,7 +182,7 @@ def _normalizer(m, user_defined, notes):
     if rules:
         single = {k: v for k, v in rules.items() if len(k) == 1}
         hidden = []
-        for piece in user_defined:  # they are not normalised
+        for piece in user_defined:  # they are not normalized
             if (
                 any(c in single for c in piece)
                 or piece[-1] in {k[0] for k in rules if len(k) > 1}
@@ -251,106 +251,11 @@ def convert(model):
         raise ValueError('it has rules for decoding, which tokenizer.json cannot express')
     if m['model_type'] != 'unigram' and any(kind == UNUSED for _, _, kind in pieces):
         raise ValueError('it has unused pieces, which tokenizer.json cannot express')
-    user_defined = [p for p, _, kind in pieces if kind == USER_DEFINED]
     unknown = next(i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)
-    ours = {p for p, _, kind in pieces if kind in (NORMAL, USER_DEFINED)}
-    splits = []
-    if m['model_type'] == 'unigram':
-        learned = [score for _, score, kind in pieces if kind == NORMAL]
-        least = min(learned)
-        hidden = [len(p) for p, _, kind in pieces if kind not in (NORMAL, USER_DEFINED)]
-        never = least * (max(hidden) + 1) - 1  # less than any way to spell it
-        # as sentencepiece 0.2.3 (0.2.1: -0.1)
-        score = {NORMAL: lambda p, s: s, USER_DEFINED: lambda p, s: 0.1 * (len(p.encode()) - 1)}
-        made = Tokenizer(
-            models.Unigram(
-                [(p, score[kind](p, s) if kind in score else never) for p, s, kind in pieces],
-                unk_id=unknown,
-                byte_fallback=m['byte_fallback'],
-            )
-        )
-        known, cuts = {p for p in ours if len(p) == 1}, []
-        # not to be found in a text
-        for p in (p for p, _, kind in pieces if kind in (CONTROL, UNKNOWN, BYTE)):
-            if any(c not in known for c in p):  # else it costs more than its characters
-                at = next(
-                    (i for i in range(1, len(p)) if (p[i - 1] in known) != (p[i] in known)), None
-                )
-                if at is None:
-                    notes.append(f'the text {p!r}, as all of its characters are unknown')
-                else:
-                    cuts.append(
-                        f'(?<={re.escape(p[:at])}){re.escape(p[at])}'
-                        + (f'(?={re.escape(p[at + 1 :])})' if p[at + 1 :] else '')
-                    )
-        if cuts:
-            splits.append(pre_tokenizers.Split(Regex('|'.join(cuts)), 'merged_with_next'))
-        if odd := [
-            p
-            for p in ours
-            if len(p) > 1 and any(c not in ours for c in p) and p not in user_defined
-        ]:
-            notes.append(f'texts with {odd[0]!r}, of which a character is no piece')
-    else:
-        vocabulary = {p: i for i, (p, _, _) in enumerate(pieces)}
-        normal = {p for p, _, kind in pieces if kind == NORMAL}
-        merges = []
-        if m['model_type'] == 'bpe':
-            for p, s, kind in pieces:
-                if kind == NORMAL and len(p) > 1:
-                    merges += [
-                        (-s, vocabulary[p[:at]], vocabulary[p[at:]], p[:at], p[at:])
-                        for at in range(1, len(p))
-                        if p[:at] in normal and p[at:] in normal
-                    ]
-        merges.sort()
-        arguments = dict(
-            vocab=vocabulary,
-            merges=[(a, b) for *_, a, b in merges],
-            unk_token=pieces[unknown][0],
-            fuse_unk=True,
-            byte_fallback=m['byte_fallback'],
-        )
-        made = Tokenizer(models.BPE(**arguments))
-        if user_defined:
-            plain = made.model
-            unreachable = [p for p in normal if [t.value for t in plain.tokenize(p)] != [p]]
-            if unreachable:
-                notes.append(f'a text between two user-defined symbols that is {unreachable[0]!r}')
-            made = Tokenizer(models.BPE(**arguments, ignore_merges=True))
-            splits.append(
-                pre_tokenizers.Split(
-                    Regex('|'.join(map(re.escape, sorted(user_defined, key=len, reverse=True)))),
-                    'isolated',
-                )
-            )
-            # or else a control or byte piece spelled out between two of them would be taken for it
-            cuts = []
-            for p in (p for p, _, kind in pieces if kind in (CONTROL, UNKNOWN, BYTE)):
-                at = plain.tokenize(p)[0].offsets[1]
-                if at == len(p):
-                    notes.append(
-                        f'the text {p!r} between two user-defined symbols, as all of its characters'
-                        ' are unknown'
-                    )
-                else:
-                    cuts.append(f'{re.escape(p[:at])}(?={re.escape(p[at:])}\\z)')
-            splits.append(pre_tokenizers.Split(Regex(rf'\A(?:{"|".join(cuts)})'), 'isolated'))
-    if (m['remove_extra_whitespaces'] or m['charsmap']) and (
-        odd := [p for p in user_defined if '▁' in p or any(c.isspace() for c in p)]
-    ):
-        notes.append(f'white space at the user-defined symbol {odd[0]!r}')
-    if m['model_type'] != 'unigram' and (
-        odd := [p for p, _, kind in pieces if kind in (CONTROL, UNKNOWN, BYTE) and len(p) == 1]
-    ):
-        notes.append(f'the text {odd[0]!r}, a control symbol of one character')
-    if m['suffix'] and m['add_dummy_prefix'] and m['remove_extra_whitespaces']:
-        notes.append("texts of which normalisation leaves nothing, such as '▁' alone")
-    if m['charsmap']:
-        notes.append(
-            'decomposed characters of scripts that Unicode took in after version 12, and'
-            ' noncharacters U+FDD0 to U+FDD2'
-        )
+    user_defined = [p for p, _, kind in pieces if kind == USER_DEFINED]
+    build = _unigram if m['model_type'] == 'unigram' else _bpe
+    made, splits = build(m, unknown, user_defined, notes)
+    _note_differences(m, user_defined, notes)
     made.normalizer = _normalizer(m, user_defined, notes)
     if splits:
         made.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -359,3 +264,107 @@ def convert(model):
         [AddedToken(p, special=True, normalized=False) for p, _, kind in pieces if kind == CONTROL]
     )
     return made, notes
+
+
+def _unigram(m, unknown, user_defined, notes):
+    """(tokenizers.Tokenizer, pre-tokenizers) of a unigram model. unknown: id of its unknown
+    piece.
+    """
+    pieces, splits = m['pieces'], []
+    ours = {p for p, _, kind in pieces if kind in (NORMAL, USER_DEFINED)}
+    least = min(score for _, score, kind in pieces if kind == NORMAL)
+    hidden = [len(p) for p, _, kind in pieces if kind not in (NORMAL, USER_DEFINED)]
+    never = least * (max(hidden) + 1) - 1  # less than any way to spell it
+    # as sentencepiece 0.2.3 (0.2.1: -0.1)
+    score = {NORMAL: lambda p, s: s, USER_DEFINED: lambda p, s: 0.1 * (len(p.encode()) - 1)}
+    made = Tokenizer(
+        models.Unigram(
+            [(p, score[kind](p, s) if kind in score else never) for p, s, kind in pieces],
+            unk_id=unknown,
+            byte_fallback=m['byte_fallback'],
+        )
+    )
+    known, cuts = {p for p in ours if len(p) == 1}, []
+    # not to be found in a text
+    for p in (p for p, _, kind in pieces if kind in (CONTROL, UNKNOWN, BYTE)):
+        if any(c not in known for c in p):  # else it costs more than its characters
+            at = next((i for i in range(1, len(p)) if (p[i - 1] in known) != (p[i] in known)), None)
+            if at is None:
+                notes.append(f'the text {p!r}, as all of its characters are unknown')
+            else:
+                after = f'(?={re.escape(p[at + 1 :])})' if p[at + 1 :] else ''
+                cuts.append(f'(?<={re.escape(p[:at])}){re.escape(p[at])}{after}')
+    if cuts:
+        splits.append(pre_tokenizers.Split(Regex('|'.join(cuts)), 'merged_with_next'))
+    if odd := [
+        p for p in ours if len(p) > 1 and any(c not in ours for c in p) and p not in user_defined
+    ]:
+        notes.append(f'texts with {odd[0]!r}, of which a character is no piece')
+    return made, splits
+
+
+def _bpe(m, unknown, user_defined, notes):
+    """The same of a model of merges, or of characters."""
+    pieces, splits = m['pieces'], []
+    normal = {p for p, _, kind in pieces if kind == NORMAL}
+    arguments = dict(
+        vocab={p: i for i, (p, _, _) in enumerate(pieces)},
+        merges=_merges(pieces, normal) if m['model_type'] == 'bpe' else [],
+        unk_token=pieces[unknown][0],
+        fuse_unk=True,
+        byte_fallback=m['byte_fallback'],
+    )
+    made = Tokenizer(models.BPE(**arguments))
+    if not user_defined:
+        return made, splits
+    plain = made.model
+    unreachable = [p for p in normal if [t.value for t in plain.tokenize(p)] != [p]]
+    if unreachable:
+        notes.append(f'a text between two user-defined symbols that is {unreachable[0]!r}')
+    made = Tokenizer(models.BPE(**arguments, ignore_merges=True))
+    longest_first = sorted(user_defined, key=len, reverse=True)
+    splits.append(pre_tokenizers.Split(Regex('|'.join(map(re.escape, longest_first))), 'isolated'))
+    # or else a control or byte piece spelled out between two of them would be taken for it
+    cuts = []
+    for p in (p for p, _, kind in pieces if kind in (CONTROL, UNKNOWN, BYTE)):
+        at = plain.tokenize(p)[0].offsets[1]
+        if at == len(p):
+            notes.append(
+                f'the text {p!r} between two user-defined symbols, as all of its characters are'
+                ' unknown'
+            )
+        else:
+            cuts.append(f'{re.escape(p[:at])}(?={re.escape(p[at:])}\\z)')
+    splits.append(pre_tokenizers.Split(Regex(rf'\A(?:{"|".join(cuts)})'), 'isolated'))
+    return made, splits
+
+
+def _merges(pieces, normal):
+    """[(left, right)] in the order in which they are made: all ways to make a piece of two."""
+    number = {p: i for i, (p, _, _) in enumerate(pieces)}
+    merges = [
+        (-s, number[p[:at]], number[p[at:]], p[:at], p[at:])
+        for p, s, kind in pieces
+        if kind == NORMAL
+        for at in range(1, len(p))
+        if p[:at] in normal and p[at:] in normal
+    ]
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _note_differences(m, user_defined, notes):
+    """Note texts in which the two differ whatever the model is made of."""
+    if (m['remove_extra_whitespaces'] or m['charsmap']) and (
+        odd := [p for p in user_defined if '▁' in p or any(c.isspace() for c in p)]
+    ):
+        notes.append(f'white space at the user-defined symbol {odd[0]!r}')
+    special = [p for p, _, kind in m['pieces'] if kind in (CONTROL, UNKNOWN, BYTE)]
+    if m['model_type'] != 'unigram' and (odd := [p for p in special if len(p) == 1]):
+        notes.append(f'the text {odd[0]!r}, a control symbol of one character')
+    if m['suffix'] and m['add_dummy_prefix'] and m['remove_extra_whitespaces']:
+        notes.append("texts of which normalization leaves nothing, such as '▁' alone")
+    if m['charsmap']:
+        notes.append(
+            'decomposed characters of scripts that Unicode took in after version 12, and'
+            ' noncharacters U+FDD0 to U+FDD2'
+        )

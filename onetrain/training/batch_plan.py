@@ -106,7 +106,9 @@ class ModelOptions:
             return dataclasses.replace(self, config=changed).predict(batch_size, accumulation)
 
         world = self.world
-        memory.refuse(prediction, world.device, self.config, accumulation, world.fsdp, predicted)
+        memory.refuse_large_step(
+            prediction, world.device, self.config, accumulation, world.fsdp, predicted
+        )
 
 
 @dataclass
@@ -186,7 +188,7 @@ def with_largest_batch(options, terminal, notes):
     if c.total_batch_size:
         one = dataclasses.replace(c, batch_size=1)
         sequences = validate.accumulation_steps(one, world.data_size)
-    room = memory.available(world.device)
+    room = memory.available_memory(world.device)
     with terminal.doing('looking for the largest batch_size that fits'):
         size = memory.find_batch_size(
             lambda size: options.predict(size, sequences // size), sequences, room

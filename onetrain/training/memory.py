@@ -149,7 +149,7 @@ def _step(build, batch_size, length, device, autocast, micro_steps, muon):
     return parameters, gradients, state, counter.peak, units
 
 
-def available(device):
+def available_memory(device):
     """Bytes that a process can have on `device`: free ones of a GPU; on a CPU what the kernel calls
     available, shared by the processes of this machine.
     """
@@ -164,7 +164,7 @@ def refuse_too_large(model, device, shards=1):
     """Raise ConfigError if the float32 parameters of `model` (on the meta device), split over
     `shards` ranks, do not fit into the free memory of `device`.
     """
-    needed, free = sum(4 * p.numel() for p in model.parameters()) / shards, available(device)
+    needed, free = sum(4 * p.numel() for p in model.parameters()) / shards, available_memory(device)
     if needed > free:
         largest, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
         raise ConfigError(
@@ -174,14 +174,14 @@ def refuse_too_large(model, device, shards=1):
         )
 
 
-def refuse(prediction, device, c, accumulation, sharded, predicted):
+def refuse_large_step(prediction, device, c, accumulation, sharded, predicted):
     """Raise ConfigError for a step that does not fit into the free memory of `device`, with keys
     that make it fit and how much they take.
 
     c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function
     of ({key: other value of c}, batch_size, accumulation).
     """
-    room, sequences = available(device), c.batch_size * accumulation
+    room, sequences = available_memory(device), c.batch_size * accumulation
     if prediction.total <= room:
         return
     until, ways, recompute = time.monotonic() + PATIENCE_S, [], {}

@@ -67,7 +67,7 @@ def compile_ahead(micro_step, evaluate):
     return time.perf_counter() - before, error
 
 
-def record(work, pool, stream):
+def record_graph(work, pool, stream):
     """A CUDA graph of the kernels that work() launches, which it does not run.
 
     pool: that of another graph with which it is to share memory, or None; stream: on which work()
@@ -103,7 +103,7 @@ class CudaGraphStep:
     they compute on two batches with what the plain step did.
     """
 
-    def __init__(self, plain, record=record):
+    def __init__(self, plain, record=record_graph):
         self.plain, self.record = plain, record
         self.kinds = [
             (number == 0, plain.world.ddp and number == plain.accumulation - 1)
@@ -112,17 +112,17 @@ class CudaGraphStep:
         self.graphs, self.losses = {}, {}
 
     def __call__(self, x, y, number):
-        self._take(x, y)
+        self._copy_inputs(x, y)
         self.graphs[self.kinds[number]].replay()
         return self.losses[self.kinds[number]]
 
-    def _take(self, x, y):
+    def _copy_inputs(self, x, y):
         self.x.copy_(x, non_blocking=True)
         self.y.copy_(y, non_blocking=True)
 
-    def _plainly(self, x, y, number):
+    def _eager(self, x, y, number):
         """What a graph is to repeat."""
-        self._take(x, y)
+        self._copy_inputs(x, y)
         return self.plain(self.x, self.y, number)
 
     def zero_grad(self):

@@ -31,7 +31,7 @@ TOGETHER = 2**22
 
 class Muon(torch.optim.Optimizer):
     """groups: dicts of 'params', 'weight_decay' and 'muon' (True: matrices, of which gradients are
-    orthogonalised; False: AdamW). momentum: of Muon. ranks: how many processes hold all of the
+    orthogonalized; False: AdamW). momentum: of Muon. ranks: how many processes hold all of the
     parameters in full and step together. Where found_inf, a tensor of one number, is 1, step()
     leaves parameters and state alone, as torch's fused AdamW does.
 
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             with_gradients = [p for p in group['params'] if p.grad is not None]
             for p in with_gradients:
-                self.state[p] = self.state[p] or state_of(p, group['muon'])
+                self.state[p] = self.state[p] or optimizer_state(p, group['muon'])
             if group['muon'] and with_gradients:
                 self._step_of_matrices(with_gradients, group)
             elif with_gradients:
@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         mesh = matrices[0].device_mesh if isinstance(matrices[0], DTensor) else None
         ranks = mesh.size(-1) if mesh is not None else self.ranks
         # in a round each rank has as much to do as the others
-        together = sorted(group_by_shape(matrices), key=cost, reverse=True)
+        together = sorted(group_by_shape(matrices), key=multiplications, reverse=True)
         for first in range(0, len(together), ranks):
             turn = together[first : first + ranks]
             averaged = [self._average(same, group) for same in turn]
@@ -151,6 +151,29 @@ def _each_by_one(updates):
     return found
 
 
+def _exchange(parts, sizes, device, group):
+    """Send the i-th of `parts` (lists of bf16 matrices) to rank i; return from rank i as many
+    elements as sizes[i].
+    """
+    sent = [
+        (
+            torch.cat([part.flatten() for part in of_rank])
+            if of_rank
+            else torch.empty(0, dtype=torch.bfloat16, device=device)
+        )
+        for of_rank in parts
+    ]
+    received = torch.empty(sum(sizes), dtype=torch.bfloat16, device=device)
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        torch.cat(sent).view(torch.uint8),
+        [2 * size for size in sizes],
+        [2 * part.numel() for part in sent],
+        group=group,
+    )
+    return received.split(sizes)
+
+
 def _each_by_one_of_rows(updates, shapes, mesh):
     """The same for matrices of `shapes` of which every rank of the mesh's last dimension has some
     rows: rows in, rows out.
@@ -159,28 +182,6 @@ def _each_by_one_of_rows(updates, shapes, mesh):
     group = mesh.get_group(mesh.ndim - 1)
     # of a matrix of each owner, by rank
     rows = [[rank_rows(shape[0], ranks, r) for r in range(ranks)] for shape in shapes]
-
-    def exchange(parts, sizes):
-        """Send the i-th of `parts` (lists of bf16 matrices) to rank i; return from rank i as many
-        elements as sizes[i].
-        """
-        sent = [
-            (
-                torch.cat([part.flatten() for part in of_rank])
-                if of_rank
-                else torch.empty(0, dtype=torch.bfloat16, device=device)
-            )
-            for of_rank in parts
-        ]
-        received = torch.empty(sum(sizes), dtype=torch.bfloat16, device=device)
-        dist.all_to_all_single(
-            received.view(torch.uint8),
-            torch.cat(sent).view(torch.uint8),
-            [2 * size for size in sizes],
-            [2 * part.numel() for part in sent],
-            group=group,
-        )
-        return received.split(sizes)
 
     def elements(owner, r):
         """Of what `owner` works on, those that rank r has."""
@@ -193,7 +194,8 @@ def _each_by_one_of_rows(updates, shapes, mesh):
     parts = [[update.bfloat16() for update in of_owner] for of_owner in updates] + [[]] * (
         ranks - len(updates)
     )
-    arrived = exchange(parts, [elements(rank, r) if mine else 0 for r in range(ranks)])
+    sizes = [elements(rank, r) if mine else 0 for r in range(ranks)]
+    arrived = _exchange(parts, sizes, device, group)
     back = [[]] * ranks
     if mine:
         number, shape = len(updates[rank]), shapes[rank]
@@ -206,7 +208,8 @@ def _each_by_one_of_rows(updates, shapes, mesh):
         )
         found = newton_schulz(whole)
         back = [[found[:, rows[rank][r]]] for r in range(ranks)]
-    returned = exchange(back, [elements(owner, rank) for owner in range(ranks)])
+    sizes = [elements(owner, rank) for owner in range(ranks)]
+    returned = _exchange(back, sizes, device, group)
     here = [of_owner[rank] for of_owner in rows]
     return [
         part.view(len(of_owner), of.stop - of.start, shape[1])
@@ -214,7 +217,7 @@ def _each_by_one_of_rows(updates, shapes, mesh):
     ]
 
 
-def cost(matrices):
+def multiplications(matrices):
     """What it takes to make matrices of one shape orthogonal, in the order of multiplications."""
     shape = matrices[0].shape
     return len(matrices) * min(shape) ** 2 * max(shape)
@@ -230,7 +233,7 @@ def group_by_shape(parameters):
         yield from (same[first : first + number] for first in range(0, len(same), number))
 
 
-def state_of(p, muon, step_device=None):
+def optimizer_state(p, muon, step_device=None):
     """What an optimizer keeps of the parameter `p` before its first step: of a matrix of Muon's the
     momentum, else AdamW's three tensors; zeros.
     """

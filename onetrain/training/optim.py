@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from onetrain.training.muon import Muon, state_of
+from onetrain.training.muon import Muon, optimizer_state
 
 
 def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr):
@@ -166,7 +166,7 @@ def named_state(optimizer, named_parameters):
         if not p.requires_grad:
             continue
         if not optimizer.state[p]:
-            optimizer.state[p] = state_of(
+            optimizer.state[p] = optimizer_state(
                 p, p in matrices, None if optimizer.defaults.get('fused') else 'cpu'
             )
         for key, tensor in optimizer.state[p].items():

@@ -7,7 +7,7 @@ from onetrain.checkpoint import resume
 from onetrain.checkpoint.async_writer import Saver
 from onetrain.checkpoint.keeper import CheckpointKeeper
 from onetrain.checkpoint.shared_upload import Machines
-from onetrain.checkpoint.uploader import Copier, place_of
+from onetrain.checkpoint.uploader import Uploader, place_of
 from onetrain.distributed import collectives
 from onetrain.logs.run_log import RunLog, new_run_name, now, unsaved_run
 
@@ -20,7 +20,7 @@ class RunOutputs:
 
     run_name: str | None = None
     lineage: str | None = None
-    copier: Copier | None = None
+    copier: Uploader | None = None
     machines: Machines | None = None
 
 
@@ -52,7 +52,7 @@ def open_outputs(start, plan, model, folder, world, notes):
         outputs.machines = Machines(world, c.upload_to)
         if world.main:
             keep = c.upload_keep_local
-            outputs.copier = Copier(c.upload_to, c.out_dir, run_name, keep, outputs.machines)
+            outputs.copier = Uploader(c.upload_to, c.out_dir, run_name, keep, outputs.machines)
         elif world.local_rank == 0:
             outputs.machines.serve()
     return outputs

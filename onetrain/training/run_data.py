@@ -126,7 +126,7 @@ def load_prompts_and_tasks(c, data, world):
             ) from None
     prompts = prompts_of(c.sample_start, tokenizer, c.block_size) if c.sample_interval else []
     loaded = multiple_choice.load_tasks(c.eval_tasks or '', c.eval_tasks_limit)
-    encoded = multiple_choice.encode(loaded, tokenizer, c.block_size)
+    encoded = multiple_choice.encode_items(loaded, tokenizer, c.block_size)
     same = {'prompts': prompts, 'eval_tasks': multiple_choice.fingerprint(encoded)}
     collectives.assert_same_on_all_ranks(same, 'what is written or asked at evaluations', world)
     return PromptsAndTasks(tokenizer, prompts, encoded)

@@ -18,8 +18,8 @@ from onetrain.data.dataset import parse_mixture
 from onetrain.data.order import WindowOrder
 from onetrain.distributed import topology
 from onetrain.logs.run_log import now
-from onetrain.logs.terminal import duration, short
-from onetrain.training.memory import available
+from onetrain.logs.terminal import duration, short_number
+from onetrain.training.memory import available_memory
 
 VOCABULARIES = {
     50304: 'GPT-2',
@@ -264,7 +264,7 @@ def _system(c, startup, world):
     ]
 
 
-def grouped(title, phrases, width=100):
+def group_lines(title, phrases, width=100):
     """Return the lines of a group: `phrases`, none of them broken, behind its title."""
     lines = ['']
     for phrase in phrases:
@@ -296,9 +296,38 @@ def report(
     sequences_per_step = c.batch_size * c.gradient_accumulation_steps * world.data_size
     paths, slow_path = None, None
     if startup['hardware']['gpu_name'] and world.here > 1 and world.main:
-        paths, slow_path = topology.describe(topology.read(world.here))
+        paths, slow_path = topology.describe_topology(topology.read_topology(world.here))
+    groups = {
+        'Model': _model(c, startup['model']),
+        'Weights': [weights],
+        'Data': _data(c, meta, order, sequences_per_step, world.device),
+        'Batch': _batch(c, sequences_per_step, world),
+        'Optimizer': _optimizer(c, startup),
+        'System': _system(c, startup, world) + ([paths] if paths else []),
+    }
+    if startup['memory']:
+        groups['Memory'] = [f'{startup["memory"]["total"] / 1e9:.2f} GB predicted for a step']
+        if not startup['hardware'].get('assumed'):
+            groups['Memory'].append(f'{available_memory(world.device) / 1e9:.1f} GB are free')
+    if not c.eval_only:
+        groups['Checkpoints'] = _checkpoints(c)
+    where = f'evaluation of {c.out_dir}' if c.init_from == 'resume' else 'evaluation'
+    if run_name:
+        where = f'{run_name} in {c.out_dir}'
+    lines = [f'onetrain {__version__}: {where}']
+    for title, phrases in groups.items():
+        lines += group_lines(title, phrases, width)
+    notes = [*notes, *([slow_path] if slow_path else [])]
+    for note in sorted(notes, key=lambda note: note.startswith('WARNING')):
+        lines += fit_lines(
+            note if note.startswith('WARNING') else f'Note: {note}', columns and width
+        )
+    return lines
+
+
+def _batch(c, sequences_per_step, world):
     several = c.gradient_accumulation_steps > 1
-    batch = [
+    return [
         (
             f'{c.batch_size:,} sequences x {c.block_size:,} tokens x'
             f' {c.gradient_accumulation_steps:,} micro-step{"s" if several else ""} x {world.size}'
@@ -306,44 +335,9 @@ def report(
         ),
         f'{sequences_per_step * c.block_size:,} tokens per iteration',
     ]
-    groups = {
-        'Model': _model(c, startup['model']),
-        'Weights': [weights],
-        'Data': _data(c, meta, order, sequences_per_step, world.device),
-        'Batch': batch,
-        'Optimizer': _optimizer(c, startup),
-        'System': _system(c, startup, world) + ([paths] if paths else []),
-    }
-    if startup['memory']:
-        groups['Memory'] = [f'{startup["memory"]["total"] / 1e9:.2f} GB predicted for a step']
-        if not startup['hardware'].get('assumed'):
-            groups['Memory'].append(f'{available(world.device) / 1e9:.1f} GB are free')
-    if not c.eval_only:
-        groups['Checkpoints'] = _checkpoints(c)
-    where = (
-        f'{run_name} in {c.out_dir}'
-        if run_name
-        else f'evaluation of {c.out_dir}'
-        if c.init_from == 'resume'
-        else 'evaluation'
-    )
-    return [
-        f'onetrain {__version__}: {where}',
-        *(line for title, phrases in groups.items() for line in grouped(title, phrases, width)),
-        *(
-            line
-            for note in sorted(
-                [*notes, *([slow_path] if slow_path else [])],
-                key=lambda note: note.startswith('WARNING'),
-            )
-            for line in fit(
-                note if note.startswith('WARNING') else f'Note: {note}', columns and width
-            )
-        ),
-    ]
 
 
-def fit(text, columns):
+def fit_lines(text, columns):
     """Return `text` in lines of at most `columns`; in one, which can be searched for, where there
     is no terminal (None).
     """
@@ -388,11 +382,11 @@ def origins(before, c, given, start, vocabulary, columns=None):
     lines = ['Where each value comes from:']
     for source in sorted(found, key=lambda name: (name == 'default', name != 'command line', name)):
         lines.append(f'  {source}:')
-        lines += settings(found[source], 4, columns)
+        lines += settings_lines(found[source], 4, columns)
     return lines
 
 
-def settings(values, indent, columns=None):
+def settings_lines(values, indent, columns=None):
     """Return {key: value} as lines of key=value. columns: as for report()."""
     words = ', '.join(
         (
@@ -428,7 +422,7 @@ def evaluation_line(step, losses, best_before=None):
     )
 
 
-def readings(loss, text_bytes):
+def memory_readings(loss, text_bytes):
     """Return {'perplexity', 'bits_per_byte'} of a loss in nats per token, null where it is not
     finite or the text is not known.
 
@@ -460,10 +454,10 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
     groups = {
         'Done': [
             f'{summary["final_iter"]:,} iterations in {duration(summary["wall_s"] or 0)}',
-            *([f'{short(tokens)} tokens'] if tokens else []),
+            *([f'{short_number(tokens)} tokens'] if tokens else []),
             *(
                 [
-                    f'{short(speed)} tok/s'
+                    f'{short_number(speed)} tok/s'
                     + (f', MFU {100 * mfu:.1f} %' if mfu else '')
                     + ' (median)'
                 ]
@@ -492,7 +486,7 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
     lines = [
         line
         for title, phrases in groups.items()
-        for line in grouped(title, phrases, min(100, columns or 100))
+        for line in group_lines(title, phrases, min(100, columns or 100))
     ]
     python = interpreter()
     return lines + [

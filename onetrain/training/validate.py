@@ -29,62 +29,85 @@ _MOST = {
 }
 
 
+_AT_LEAST_1 = (
+    'eval_interval',
+    'log_interval',
+    'eval_iters',
+    'gradient_accumulation_steps',
+    'batch_size',
+    'block_size',
+    'max_iters',
+    'keep_checkpoints',
+    'log_save_interval',
+    'max_bad_steps',
+    'fsdp_replicas',
+    'context_parallel',
+    'dataloader_num_workers',
+    'dataloader_prefetch_factor',
+)
+_AT_LEAST_1_OR_NONE = ('checkpoint_interval', 'upload_keep_local', 'eval_tasks_limit')
+_NOT_NEGATIVE = (
+    'balance_rate',
+    'aux_loss_weight',
+    'z_loss_weight',
+    'head_z_loss_weight',
+    'sample_interval',
+    'keep_every',
+    'max_time',
+    'loss_chunk',
+    'gradient_log_interval',
+    'expert_log_interval',
+    'total_batch_size',
+    'weight_decay',
+    'grad_clip',
+    'warmup_iters',
+    'min_lr',
+    'learning_rate',
+)
+_BELOW_1 = ('dropout', 'beta1', 'beta2', 'muon_momentum')
+
+
 def validate(c):
     """Raise ConfigError for values that no run can have."""
     fault_injection.check()
-    for key in (
-        'eval_interval',
-        'log_interval',
-        'eval_iters',
-        'gradient_accumulation_steps',
-        'batch_size',
-        'block_size',
-        'max_iters',
-        'keep_checkpoints',
-        'log_save_interval',
-        'max_bad_steps',
-        'fsdp_replicas',
-        'context_parallel',
-        'dataloader_num_workers',
-        'dataloader_prefetch_factor',
-    ):
+    _check_bounds(c)
+    _check_start(c)
+    _check_packages(c)
+
+
+def _check_bounds(c):
+    for key in _AT_LEAST_1:
         if getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
     for key, most in _MOST.items():
         if getattr(c, key) > most:
             raise ConfigError(f'{key}={getattr(c, key)} must be at most {most:,}')
-    if '://' in c.out_dir:
-        raise ConfigError(
-            f'out_dir={c.out_dir!r} is a URL, and a run is written to a local folder: type'
-            f' --upload_to={c.out_dir} to copy it there'
-        )
-    for key in (
-        'balance_rate',
-        'aux_loss_weight',
-        'z_loss_weight',
-        'head_z_loss_weight',
-        'sample_interval',
-        'keep_every',
-        'max_time',
-        'loss_chunk',
-        'gradient_log_interval',
-        'expert_log_interval',
-        'total_batch_size',
-        'weight_decay',
-        'grad_clip',
-        'warmup_iters',
-        'min_lr',
-        'learning_rate',
-    ):
+    for key in _NOT_NEGATIVE:
         if (getattr(c, key) or 0) < 0:
             raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
-    for key in ('checkpoint_interval', 'upload_keep_local', 'eval_tasks_limit'):
+    for key in _AT_LEAST_1_OR_NONE:
         if getattr(c, key) is not None and getattr(c, key) < 1:
             raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
+    for key in _BELOW_1:
+        if not 0 <= getattr(c, key) < 1:
+            raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
     if c.spike_factor and c.spike_factor <= 1:
         raise ConfigError(
             f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the'
             ' gradient norm), or 0 for off'
+        )
+    if c.timeout_minutes <= 0:
+        raise ConfigError(f'timeout_minutes={c.timeout_minutes} must be above 0')
+    if not 0 <= c.seed < 2**63:
+        raise ConfigError(f'seed={c.seed} must be at least 0 and below 2**63')
+
+
+def _check_start(c):
+    """Refuse keys about where a run starts, and where it writes, that contradict each other."""
+    if '://' in c.out_dir:
+        raise ConfigError(
+            f'out_dir={c.out_dir!r} is a URL, and a run is written to a local folder: type'
+            f' --upload_to={c.out_dir} to copy it there'
         )
     if c.auto_resume and resume.is_step(c.resume_from):
         raise ConfigError(
@@ -103,19 +126,13 @@ def validate(c):
             'upcycle=True needs --init_from with the Hugging Face folder or id of a dense model'
             ' (export.py makes one of a run)'
         )
-    if c.timeout_minutes <= 0:
-        raise ConfigError(f'timeout_minutes={c.timeout_minutes} must be above 0')
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
         raise ConfigError(
             f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True'
         )
-    if not 0 <= c.dropout < 1:
-        raise ConfigError(f'dropout={c.dropout} must be at least 0 and below 1')
-    for key in ('beta1', 'beta2', 'muon_momentum'):
-        if not 0 <= getattr(c, key) < 1:
-            raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
-    if not 0 <= c.seed < 2**63:
-        raise ConfigError(f'seed={c.seed} must be at least 0 and below 2**63')
+
+
+def _check_packages(c):
     for key, package in (
         ('wandb_log', 'wandb'),
         ('trackio_log', 'trackio'),

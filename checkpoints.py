@@ -376,8 +376,8 @@ def status(args):
 
 
 def places_of(run, fs, args):
-    """[{'run', 'step', 'here', 'there', 'pending'}] of the checkpoints of a run; step None: its
-    upload_to cannot be read.
+    """Return [{'run', 'step', 'here', 'there', 'pending'}] of the checkpoints of a run; step None:
+    its upload_to cannot be read.
     """
     states = {step: store.read_state(store.path_of(run, step), fs) for step in store.steps(run, fs)}
     newest = states[max(states)]

@@ -264,7 +264,7 @@ def check_tokenizer(dataset, tokenizer):
 
 
 def place_of_results(args, state):
-    """The file of the results; its folder exists and can be written to, or ConfigError."""
+    """Return the file of the results; its folder exists and can be written to, or ConfigError."""
     path = args.json or (
         os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json')
         if args.hf
@@ -286,7 +286,7 @@ def place_of_results(args, state):
 
 
 def identity(source, state):
-    """A text that is another one for other weights at the same place."""
+    """Return a text that is another one for other weights at the same place."""
     if state:
         return f'{state["run_name"]} step {state["step"]} {state.get("time")}'
     files = sorted(name for name in os.listdir(source) if name.endswith('.safetensors'))
@@ -298,8 +298,8 @@ def identity(source, state):
 
 
 def losses(model, dataset, args, tokenizer, world, state):
-    """Loss per token over windows of the context's length, one behind the other; the last one may
-    be shorter.
+    """Return the loss per token over windows of the context's length, one behind the other; the
+    last one may be shorter.
     """
     url = args.data_url or (state['config'].get('data_url') if state and not args.dataset else None)
     train, val, meta = collectives.once_per_machine(lambda: open_dataset(dataset, ROOT, url), world)
@@ -351,8 +351,8 @@ def bytes_of_text(file, n, tokenizer):
 
 
 def speed(model, device, seconds=1.0):
-    """Tokens per second of reading a prompt and of writing after it, for batches of 1 and 8 and up
-    to three lengths; medians of what `seconds` allow.
+    """Return tokens per second of reading a prompt and of writing after it, for batches of 1 and 8
+    and up to three lengths; medians of what `seconds` allow.
     """
     rows, block = [], model.config.block_size
     for batch in (1, 8):

@@ -152,8 +152,8 @@ def check_folder(folder):
 
 
 def is_export(folder):
-    """Whether this command wrote what is in `folder`, as its model card says, and nothing there is
-    of a run, a data set or the project.
+    """Return whether this command wrote what is in `folder`, as its model card says, and nothing
+    there is of a run, a data set or the project.
     """
     path = os.path.join(folder, 'README.md')
     if any(
@@ -224,8 +224,8 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
 
 
 def check(folder, shape, tokenizer):
-    """What was found when transformers read `folder`. Raises ConfigError if its logits or token ids
-    are others than ours.
+    """Return what was found when transformers read `folder`. Raises ConfigError if its logits or
+    token ids are others than ours.
     """
     # which transformers imports, and which complains of kernels that no check needs
     os.environ.setdefault('TORCHAO_FORCE_SKIP_LOADING_SO_FILES', '1')
@@ -272,8 +272,8 @@ def check(folder, shape, tokenizer):
 
 
 def facts(out_dir, run_name, step):
-    """{'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is not
-    there is left out.
+    """Return {'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is
+    not there is left out.
     """
     found = {}
     with contextlib.suppress(OSError):
@@ -291,7 +291,7 @@ def facts(out_dir, run_name, step):
 
 
 def card(shape, state, log, kind, prompt='Once'):
-    """The text of a model card; prompt: a text that its tokenizer knows."""
+    """Return the text of a model card; prompt: a text that its tokenizer knows."""
     table = '\n'.join(f'| {name} | {value} |' for name, value in card_rows(shape, state, log, kind))
     return (
         f'---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n{TITLE}\n\n| |'
@@ -306,7 +306,7 @@ def card(shape, state, log, kind, prompt='Once'):
 
 
 def card_rows(shape, state, log, kind):
-    """[(name, value)] of a model and its training, texts."""
+    """Return [(name, value)] of a model and its training, texts."""
     c, hardware = state['config'], log.get('hardware')
     fingerprint = state['data']['train']['fingerprint']
     with torch.device('meta'):
@@ -345,7 +345,7 @@ def card_rows(shape, state, log, kind):
 
 
 def hub(name):
-    """The hub, if it can be written to under `name`. Raises ConfigError."""
+    """Return the hub, if it can be written to under `name`. Raises ConfigError."""
     from huggingface_hub import HfApi
 
     api = HfApi()

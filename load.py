@@ -20,8 +20,8 @@ from onetrain.training import memory
 
 
 def find_checkpoint(out_dir, step):
-    """(path, state) of a run's checkpoint; step None: the best, else the newest whole one. Raises
-    ConfigError.
+    """Return (path, state) of a run's checkpoint; step None: the best, else the newest whole one.
+    Raises ConfigError.
     """
     if step is None:
         step = store.best_step(out_dir)
@@ -50,8 +50,8 @@ def find_checkpoint(out_dir, step):
 
 
 def data_of(config):
-    """(folder, meta) of a run's data set, which knows its tokenizer. Raises ConfigError where it is
-    not here.
+    """Return (folder, meta) of a run's data set, which knows its tokenizer. Raises ConfigError
+    where it is not here.
     """
     if 'dataset' not in config:
         raise ConfigError(
@@ -69,8 +69,8 @@ def data_of(config):
 
 
 def tokenizer_of_run(state):
-    """(tokenizer, meta of its data set, None or a sentence that the data here is other data than
-    the run's).
+    """Return (tokenizer, meta of its data set, None or a sentence that the data here is other data
+    than the run's).
     """
     folder, meta = data_of(state['config'])
     trained_with = state.get('data', {}).get('train', {}).get('fingerprint')
@@ -95,7 +95,7 @@ def tokenizer_of_run(state):
 
 
 def load_state(out_dir, step):
-    """(ModelConfig, {name: tensor} on the CPU, path, state) of a run's checkpoint."""
+    """Return (ModelConfig, {name: tensor} on the CPU, path, state) of a run's checkpoint."""
     path, state = find_checkpoint(out_dir, step)
     shape = resolve_shape(state['config'])
     tensors = Model.on_meta(shape).allocate('cpu').tensors()
@@ -104,8 +104,8 @@ def load_state(out_dir, step):
 
 
 def load_run(out_dir, step, device, dtype, changes=None):
-    """(model, tokenizer, path of the checkpoint, its state) of a run. changes: {key: value} of the
-    shape that need no other weights, such as block_size and rope_scaling.
+    """Return (model, tokenizer, path of the checkpoint, its state) of a run. changes: {key: value}
+    of the shape that need no other weights, such as block_size and rope_scaling.
     """
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
@@ -126,7 +126,7 @@ def load_run(out_dir, step, device, dtype, changes=None):
 
 
 def load_huggingface(source, device, dtype, changes=None):
-    """(model, tokenizer, folder) of a Hugging Face folder or hub id."""
+    """Return (model, tokenizer, folder) of a Hugging Face folder or hub id."""
     folder = huggingface.fetch_source(source)
     shape = apply_context_overrides(huggingface.read_settings(folder), changes)
     model = build(shape, device, dtype, 'sdpa')
@@ -135,8 +135,8 @@ def load_huggingface(source, device, dtype, changes=None):
 
 
 def apply_context_overrides(settings, changes):
-    """The ModelConfig of `settings` with `changes`. Raises ConfigError where they need weights that
-    are not there.
+    """Return the ModelConfig of `settings` with `changes`. Raises ConfigError where they need
+    weights that are not there.
     """
     shape = resolve_shape(settings)
     if not changes:
@@ -210,7 +210,7 @@ def add_model_arguments(parser):
 
 
 def load(args):
-    """(model, tokenizer, what was loaded, state of the checkpoint or None, processes.World,
+    """Return (model, tokenizer, what was loaded, state of the checkpoint or None, processes.World,
     autocast context) for parsed add_model_arguments().
     """
     world = processes.start(args.device)

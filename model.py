@@ -108,8 +108,8 @@ class Attention(nn.Module):
 
 
 def activation_fn(config):
-    """(function, ratio): the nonlinearity of an MLP, and how many times wider than its output its
-    input is.
+    """Return (function, ratio): the nonlinearity of an MLP, and how many times wider than its
+    output its input is.
     """
     activation = ACTIVATIONS[config.activation]
     if config.ffn_type == 'standard':
@@ -368,7 +368,9 @@ class Model(nn.Module):
 
     @classmethod
     def on_meta(cls, *args, **kwargs):
-        """A model that has shapes and no memory: to be split over ranks before allocate()."""
+        """Return a model that has shapes and no memory: to be split over ranks before
+        allocate().
+        """
         with torch.device('meta'):
             return cls(*args, **kwargs)
 
@@ -393,8 +395,8 @@ class Model(nn.Module):
         return self
 
     def tensors(self):
-        """{name: tensor} of what a checkpoint holds of the model: the parameters, and the balance
-        of its experts.
+        """Return {name: tensor} of what a checkpoint holds of the model: the parameters, and the
+        balance of its experts.
         """
         return {name: p.detach() for name, p in self.named_parameters()} | {
             f'transformer.h.{layer}.mlp.router.balance': moe.router.balance
@@ -402,7 +404,7 @@ class Model(nn.Module):
         }
 
     def sharding_units(self):
-        """(units, others) for layouts.shard(): what is gathered together, in the order of
+        """Return (units, others) for layouts.shard(): what is gathered together, in the order of
         the forward pass; others holds what must be gathered in fp32. A tied table is used at both
         ends and left to the model as a whole.
         """
@@ -415,8 +417,8 @@ class Model(nn.Module):
         ]
 
     def matrices(self):
-        """Names of the parameters that Muon is for: matrices within the layers. Tables, the head
-        and routers stand for single tokens and experts, row by row, and experts are
+        """Return the names of the parameters that Muon is for: matrices within the layers. Tables,
+        the head and routers stand for single tokens and experts, row by row, and experts are
         three-dimensional.
         """
         return [
@@ -443,7 +445,7 @@ class Model(nn.Module):
             module.compile()
 
     def forward(self, idx, targets=None, reduction='mean', last_only=False, cache=None):
-        """Loss of next-token prediction, or logits.
+        """Return the loss of next-token prediction, or logits.
 
         idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the
         fp32 scalar loss and keeps no logits: the mean over the targets, or their sum with
@@ -498,7 +500,7 @@ class Model(nn.Module):
         return loss
 
     def _cos_sin(self, positions, length):
-        """(cos, sin) for rope.apply_rotary_emb()."""
+        """Return (cos, sin) for rope.apply_rotary_emb()."""
         if (
             self.config.rope_scaling == 'dynamic'
             and self.config.rope_original_block_size < self.config.block_size != length
@@ -515,8 +517,8 @@ class Model(nn.Module):
         return cos_sin if cos_sin[0].dim() == 2 else tuple(t[:, None] for t in cos_sin)
 
     def _routed(self, loss, statistics, weight, tokens):
-        """`loss` with the gradients of the losses of routing, and its value as it was. Takes the
-        statistics up into self.routing.
+        """Return `loss` with the gradients of the losses of routing, and its value as it was. Takes
+        the statistics up into self.routing.
         """
         mean = torch.ones_like(statistics[0])
         mean[self.config.num_experts :] = tokens  # counts are sums, the others means
@@ -616,9 +618,9 @@ class Model(nn.Module):
             raise ConfigError(f'there are no weights for {", ".join(missing[:3])}')
 
     def parameter_counts(self):
-        """{'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters; non_embedding
-        leaves out the token and position tables (a tied head is the token table, so it is left out
-        too); active counts of the experts as many as a token goes to.
+        """Return {'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters;
+        non_embedding leaves out the token and position tables (a tied head is the token table, so
+        it is left out too); active counts of the experts as many as a token goes to.
         """
         total = sum(p.numel() for p in self.parameters())
         tables = self.transformer.wte.weight.numel() + (
@@ -670,8 +672,8 @@ class Model(nn.Module):
 
 
 def documents_of(idx, end):
-    """(documents, positions), both (B, T) int64: the number of each token's text, which ends with
-    the token `end`, and its place there.
+    """Return (documents, positions), both (B, T) int64: the number of each token's text, which ends
+    with the token `end`, and its place there.
     """
     ends = (idx == end).long()
     documents = ends.cumsum(1) - ends

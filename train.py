@@ -589,7 +589,7 @@ def train_step(
 
 
 def evaluates_at(c, step, start_step, cached_losses):
-    """Whether the losses are to be measured at `step`, which includes the final weights.
+    """Return whether the losses are to be measured at `step`, which includes the final weights.
 
     cached_losses: of the weights that the run started from, or None.
     """

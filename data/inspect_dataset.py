@@ -95,7 +95,7 @@ def main(argv=None):
 
 
 def open_split(folder, split):
-    """(meta, Tokens) of a split. Raises ValueError where it is not here."""
+    """Return (meta, Tokens) of a split. Raises ValueError where it is not here."""
     meta = read_meta(folder)
     names = [name for name, _ in meta.get('files', {}).get(split, [])] or [f'{split}.bin']
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
@@ -114,7 +114,9 @@ def open_split(folder, split):
 
 
 def stretches(total, sample):
-    """(begin, end) of all tokens, or of evenly spaced stretches with about `sample` of them."""
+    """Yield (begin, end) of all tokens, or of evenly spaced stretches with about `sample` of
+    them.
+    """
     count = -(-total // STRETCH)
     wanted = count if total <= sample else max(1, sample // STRETCH)
     for i in range(wanted):
@@ -123,8 +125,8 @@ def stretches(total, sample):
 
 
 def use_of_ids(tokens, meta, sample):
-    """{'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd': share of
-    ids at odd places that are below 16, 'even': at even ones}.
+    """Return {'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd':
+    share of ids at odd places that are below 16, 'even': at even ones}.
     """
     counts, counted, small, largest = (
         np.zeros(min(meta.get('vocab_size', 1), MOST), np.int64),
@@ -149,8 +151,8 @@ def use_of_ids(tokens, meta, sample):
 
 
 def lengths(folder, split, meta, tokens, sample):
-    """Tokens of each document, an array: of train.ends where there is one, else by the id that ends
-    a document; None where neither tells.
+    """Return tokens of each document, an array: of train.ends where there is one, else by the id
+    that ends a document; None where neither tells.
     """
     path = os.path.join(folder, meta.get('ends', {}).get(split, 'none'))
     if os.path.isfile(path):
@@ -172,7 +174,7 @@ def lengths(folder, split, meta, tokens, sample):
 
 
 def doubts(found, tokens, meta):
-    """Sentences on what looks wrong."""
+    """Return sentences on what looks wrong."""
     said, counts, size, dtype = [], found['counts'], meta.get('vocab_size'), tokens.pieces[0].dtype
     if dtype.itemsize == 2 and found['odd'] > 0.9 and found['even'] < 0.5:
         said.append(

@@ -50,8 +50,8 @@ def check_checkout(path, root=ROOT):
 
 
 def _is_a_command():
-    """Whether the running program is one of the project's scripts, not a test or another program
-    that imports them.
+    """Return whether the running program is one of the project's scripts, not a test or another
+    program that imports them.
     """
     path = _program()
     return path.startswith(ROOT + os.sep) and os.path.relpath(path, ROOT).split(os.sep)[0] not in (

@@ -88,7 +88,7 @@ def _check_pairs(argv, hints, aliases):
 
 
 def _split(word, hints):
-    """(key, value) of a word --key=value, both text. Raises ConfigError."""
+    """Return (key, value) of a word --key=value, both text. Raises ConfigError."""
     match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
     if match:
         return match[1], match[2]
@@ -147,7 +147,7 @@ def read_file(path, defaults):
 
 
 def parse_value(text):
-    """A command-line value: a Python literal where it is one, else the text itself."""
+    """Return a command-line value: a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
     except (
@@ -160,7 +160,9 @@ def parse_value(text):
 
 
 def check_type(key, value, hint, source):
-    """`value` as the type that `hint` asks for; an int serves as a float. Raises ConfigError."""
+    """Return `value` as the type that `hint` asks for; an int serves as a float. Raises
+    ConfigError.
+    """
     options = (
         typing.get_args(hint)
         if typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -6,8 +6,8 @@ _MASK = 2**64 - 1
 
 
 def hash_ints(*numbers):
-    """A 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in, Python int
-    out.
+    """Return a 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in,
+    Python int out.
     """
     h = 0
     for number in numbers:
@@ -19,7 +19,7 @@ def hash_ints(*numbers):
 
 
 def _hash_array(x, key):
-    """The same hash for a uint64 array `x` under one key."""
+    """Return the same hash for a uint64 array `x` under one key."""
     x = x + np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -112,7 +112,7 @@ def replacing(path, mode='wb', sync=False, tidy=True):
 
 
 def no_link(path, flags):
-    """An opener for open(): follows no link."""
+    """Return an opener for open(): follows no link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -270,5 +270,5 @@ def verify_checksum(data):
 
 
 def is_whole(value, least=0, most=2**62):
-    """Whether `value` is an int from `least` to `most`; a bool is none."""
+    """Return whether `value` is an int from `least` to `most`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

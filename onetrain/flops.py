@@ -26,7 +26,7 @@ _PEAKS = [
 
 
 def peak_flops(device_name, dtype):
-    """Dense peak of one device in FLOP/s, or None where it is not known.
+    """Return the dense peak of one device in FLOP/s, or None where it is not known.
 
     device_name: as torch.cuda.get_device_name says, None for a CPU; dtype: 'bfloat16' | 'float16' |
     'float32' (no figure is kept for float32: it depends on the TF32 setting).
@@ -59,9 +59,9 @@ class TokenFlops:
 
 
 def per_token(weights, *, n_layer, width, seen):
-    """TokenFlops of a model. weights: {'attention', 'ffn', 'head'}, numbers of matmul weights that
-    a token meets, all layers together; width: n_head * head_dim; seen: for each layer the tokens
-    that attention reaches over, the length of the sequence or a window.
+    """Return TokenFlops of a model. weights: {'attention', 'ffn', 'head'}, numbers of matmul
+    weights that a token meets, all layers together; width: n_head * head_dim; seen: for each layer
+    the tokens that attention reaches over, the length of the sequence or a window.
     """
     scores = 12 * width * sum(seen)
     return TokenFlops(
@@ -74,8 +74,8 @@ VARIES = ('mfu', 'mfu_percent', 'mfu_causal', 'flops_achieved', 'tokens_per_sec'
 
 
 def utilization(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
-    """The `mfu` object of the log: achieved FLOP/s of all devices over their summed peak; null
-    where no peak is known.
+    """Return the `mfu` object of the log: achieved FLOP/s of all devices over their summed peak;
+    null where no peak is known.
     """
     peak = peak_flops(device_name, dtype)
     achieved = flops.total * tokens_per_sec

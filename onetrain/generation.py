@@ -13,7 +13,7 @@ from onetrain.tokenizers.base import decode_after
 
 
 def cache_for(model, batch, size, dtype=None, padding=None, static=False, device=None):
-    """A kv_cache.Cache for `batch` rows of up to `size` tokens of `model`. dtype: of its
+    """Return a kv_cache.Cache for `batch` rows of up to `size` tokens of `model`. dtype: of its
     matmuls; None: float32, or autocast's. device: where it computes, None: where its parameters
     are.
     """
@@ -30,7 +30,7 @@ def cache_for(model, batch, size, dtype=None, padding=None, static=False, device
 
 
 def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """Probabilities (B, V) to draw from, for fp32 `logits` (B, V); temperature above 0.
+    """Return probabilities (B, V) to draw from, for fp32 `logits` (B, V); temperature above 0.
 
     top_k keeps the k most likely tokens; top_p the fewest whose probability adds up to at least p
     (nucleus sampling, Holtzman et al., 2019); min_p those at least that fraction as likely as the
@@ -56,22 +56,22 @@ def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None)
 
 
 def apply_repetition_penalty(logits, seen, penalty):
-    """`logits` (B, V) of tokens that occur in `seen` (B, V) bool divided by `penalty` where
+    """Return `logits` (B, V) of tokens that occur in `seen` (B, V) bool divided by `penalty` where
     positive, multiplied where negative (Keskar et al., "CTRL", 2019).
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def lines_of(path, said):
-    """The prompts of a text file, one on each line. Raises ConfigError where there is none; said:
-    what the user typed before the path.
+    """Return the prompts of a text file, one on each line. Raises ConfigError where there is none;
+    said: what the user typed before the path.
     """
     return [line for line in text_of(path, said).split('\n') if line.strip()]
 
 
 def text_of(path, said):
-    """The text of a file in UTF-8. Raises ConfigError where it cannot be read; said: what the user
-    typed before the path.
+    """Return the text of a file in UTF-8. Raises ConfigError where it cannot be read; said: what
+    the user typed before the path.
     """
     if not os.path.isfile(path):
         raise ConfigError(f'{said}{path}: no such file')
@@ -96,8 +96,8 @@ def default_start(tokenizer):
 
 
 def prompts_of(start, tokenizer, block_size):
-    """Token ids of the key sample_start: of the text, or with FILE:name of each line of a file.
-    Raises ConfigError for what a model of block_size tokens cannot begin with.
+    """Return token ids of the key sample_start: of the text, or with FILE:name of each line of a
+    file. Raises ConfigError for what a model of block_size tokens cannot begin with.
     """
     prompts, start = [], default_start(tokenizer) if start == '\n' else start
     for text in (
@@ -189,7 +189,7 @@ def generate(
 
 
 def _tokens_of(prompts, model, device):
-    """(B, V) bool: which tokens each prompt has."""
+    """Return (B, V) bool: which tokens each prompt has."""
     shape = len(prompts), model.config.vocab_size
     seen = torch.zeros(shape, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
@@ -198,7 +198,7 @@ def _tokens_of(prompts, model, device):
 
 
 def _until(ids, stop_ids):
-    """The ids up to the first of stop_ids, which is part of them."""
+    """Return the ids up to the first of stop_ids, which is part of them."""
     return ids[: next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))]
 
 
@@ -274,12 +274,12 @@ class _Rows:
 
 
 def _read(model, idx, cache):
-    """Logits (B, V) after the (B, T) tokens idx, which the cache takes up."""
+    """Return logits (B, V) after the (B, T) tokens idx, which the cache takes up."""
     return model(idx, last_only=True, cache=cache)[:, -1]
 
 
 def encode_prompt(text, tokenizer):
-    """Token ids of a prompt; an empty one is the end of the text before."""
+    """Return token ids of a prompt; an empty one is the end of the text before."""
     ids = tokenizer.encode(text).tolist()
     if not ids and tokenizer.eot_id is None:
         raise ConfigError(
@@ -292,9 +292,9 @@ def encode_prompt(text, tokenizer):
 def continue_texts(
     model, tokenizer, prompts, max_new_tokens, *, stop=(), ignore_eot=False, show=None, **how
 ):
-    """What the model writes after each of `prompts` (lists of ids), as texts: each ends before the
-    first of the strings `stop`, or with the end of text unless ignore_eot. show: called with more
-    and more of the first. how: as generate() takes it.
+    """Return what the model writes after each of `prompts` (lists of ids), as texts: each ends
+    before the first of the strings `stop`, or with the end of text unless ignore_eot. show: called
+    with more and more of the first. how: as generate() takes it.
     """
     eot = {tokenizer.eot_id} - {None}
     written, shown = [[] for _ in prompts], 0
@@ -303,7 +303,7 @@ def continue_texts(
         return min((at for at in (text.find(word) for word in stop) if at >= 0), default=len(text))
 
     def text_of(row):
-        """What the new tokens of a row add to its prompt, without the end of text."""
+        """Return what the new tokens of a row add to its prompt, without the end of text."""
         ids = written[row]
         return decode_after(
             tokenizer, prompts[row], ids[:-1] if ids and ids[-1] in eot and not ignore_eot else ids

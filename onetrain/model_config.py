@@ -199,7 +199,7 @@ class ModelConfig:
 
     @property
     def windows(self):
-        """The window of each layer, None where it sees everything."""
+        """Return the window of each layer, None where it sees everything."""
         return [
             (
                 self.sliding_window
@@ -214,7 +214,7 @@ class ModelConfig:
         return range(self.n_dense_layers, self.n_layer) if self.num_experts else range(0)
 
     def describe(self):
-        """Short form for logs, such as 18L-16H-2048D-GQA8-RoPE-RMS-SwiGLU-PreNorm."""
+        """Return the short form for logs, such as 18L-16H-2048D-GQA8-RoPE-RMS-SwiGLU-PreNorm."""
         position = {'learned_absolute': 'AbsPos', 'rope': 'RoPE', 'none': 'NoPos'}[
             self.position_encoding
         ]
@@ -315,7 +315,7 @@ def _check_types(given):
 
 
 def resolve_shape(settings, vocab_size=None):
-    """ModelConfig from the trainer's keys, where None means that the preset decides.
+    """Return ModelConfig from the trainer's keys, where None means that the preset decides.
 
     settings: mapping with arch_preset, block_size and the names of ModelConfig; vocab_size: of the
     data set, used when settings leave it open. Raises ConfigError for a shape that cannot be built.

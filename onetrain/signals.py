@@ -25,8 +25,8 @@ def ignore_signals():
 
 
 def seconds_running():
-    """Seconds since this process was started; under torchrun since torchrun was, so that restarts
-    do not begin a new limit.
+    """Return seconds since this process was started; under torchrun since torchrun was, so that
+    restarts do not begin a new limit.
     """
     process = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else os.getpid()
     with open(f'/proc/{process}/stat') as f, open('/proc/uptime') as g:

@@ -28,7 +28,7 @@ class EvaluationError(ConfigError):
 
 
 def load(path):
-    """(label, [results, by step]) of an evaluation*.json or a folder of them. Raises
+    """Return (label, [results, by step]) of an evaluation*.json or a folder of them. Raises
     EvaluationError.
     """
     path = Path(path)
@@ -52,7 +52,7 @@ def load(path):
 
 
 def values(results):
-    """{title: number} of one evaluation."""
+    """Return {title: number} of one evaluation."""
 
     def of(value, key):
         return value.get(key) if isinstance(value, dict) else None
@@ -77,7 +77,9 @@ def values(results):
 
 
 def draw(models):
-    """The figure: a panel for each measure; a curve where a model has several steps, else a bar."""
+    """Return the figure: a panel for each measure; a curve where a model has several steps, else
+    a bar.
+    """
     titles = list(
         dict.fromkeys(
             title for _, found in models for results in found for title in values(results)
@@ -158,7 +160,7 @@ def draw_chance(axes, models, title, along_steps):
 
 
 def table(models):
-    """Lines of text: a row for each checkpoint."""
+    """Return lines of text: a row for each checkpoint."""
     titles = list(
         dict.fromkeys(
             title for _, found in models for results in found for title in values(results)

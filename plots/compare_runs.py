@@ -62,8 +62,8 @@ PANELS = [
 
 
 def name_runs(runs):
-    """Labels that tell the runs apart: the settings in which they differ, if these are few and
-    known of all, else where they lie.
+    """Return labels that tell the runs apart: the settings in which they differ, if these are few
+    and known of all, else where they lie.
     """
     keys = [
         key
@@ -78,8 +78,8 @@ def name_runs(runs):
 
 
 def name_places(runs):
-    """The shortest labels that tell the runs apart: the end of the folder's path, else the run's
-    name, else both.
+    """Return the shortest labels that tell the runs apart: the end of the folder's path, else the
+    run's name, else both.
     """
     folders = [run.path.resolve().parent.parts for run in runs]
     names = [run.name for run in runs]
@@ -103,8 +103,8 @@ def distinct(values):
 
 
 def x_axis(runs, x):
-    """Per run, the x value of every iteration record, all in one unit; and the label that states
-    the unit.
+    """Return per run, the x value of every iteration record, all in one unit; and the label that
+    states the unit.
     """
     if x == 'iters':
         return [run.iters for run in runs], 'iteration'
@@ -133,7 +133,9 @@ def curve(run, kind, xs):
 
 
 def draw_comparison(runs, labels, x='iters'):
-    """The figure of all runs, over iterations, tokens or wall time ('iters', 'tokens', 'time')."""
+    """Return the figure of all runs, over iterations, tokens or wall time ('iters', 'tokens',
+    'time').
+    """
     xs, x_label = x_axis(runs, x)
     panels = []
     for title, unit, kind in PANELS:
@@ -170,8 +172,8 @@ def draw_comparison(runs, labels, x='iters'):
 
 
 def table(runs, labels):
-    """The results of the runs as lines of text, '-' where a run does not say, and * where the
-    validation loss is the best of all.
+    """Return the results of the runs as lines of text, '-' where a run does not say, and * where
+    the validation loss is the best of all.
     """
     least = min(map(best_loss, runs))
     rows = [
@@ -217,7 +219,7 @@ def table(runs, labels):
 
 
 def best_loss(run):
-    """The lowest validation loss of a run, infinity where it has none."""
+    """Return the lowest validation loss of a run, infinity where it has none."""
     return np.nanmin(run.eval_val_loss) if np.isfinite(run.eval_val_loss).any() else np.inf
 
 

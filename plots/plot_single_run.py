@@ -47,8 +47,8 @@ STYLE = {
 
 
 def smooth(values, window):
-    """Centered moving average over `window` entries, fewer at both ends; entries that are not
-    finite count for nothing.
+    """Return the centered moving average over `window` entries, fewer at both ends; entries that
+    are not finite count for nothing.
     """
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -60,8 +60,8 @@ def smooth(values, window):
 
 
 def default_window(run):
-    """Records to average over when the user does not say: one fortieth of the run, an odd number,
-    at most 201.
+    """Return records to average over when the user does not say: one fortieth of the run, an odd
+    number, at most 201.
     """
     return 1 + 2 * min(len(run.iters) // 80, 100)
 
@@ -81,8 +81,8 @@ def set_limits(axes, *curves):
 
 
 def usual_top(curve):
-    """The highest value but for outliers: 2.5 sigma above the median for plain noise, the late part
-    of the descent for a loss.
+    """Return the highest value but for outliers: 2.5 sigma above the median for plain noise, the
+    late part of the descent for a loss.
     """
     if len(curve) < 20:
         return curve.max()
@@ -91,14 +91,16 @@ def usual_top(curve):
 
 
 def trained(eval_loss):
-    """The evaluations without the first, which may be that of the untrained model; all of them if
-    they are few.
+    """Return the evaluations without the first, which may be that of the untrained model; all of
+    them if they are few.
     """
     return eval_loss[1:] if len(eval_loss) > 3 else eval_loss
 
 
 def scaled(values):
-    """Divisor and word that keep the ticks of large counts short, such as (1e9, ' (billions)')."""
+    """Return the divisor and word that keep the ticks of large counts short, such as (1e9, '
+    (billions)').
+    """
     largest = np.nanmax(values)
     for divisor, word in (
         (1e12, 'trillions'),
@@ -404,7 +406,7 @@ PANELS = [
 
 
 def describe(run):
-    """What was run, in up to two lines, from as much as config and startup_info know."""
+    """Return what was run, in up to two lines, from as much as config and startup_info know."""
     config = run.config
     hardware, model = (cleaned(run.startup_info.get(key)) for key in ('hardware', 'model'))
     sizes = '-'.join(
@@ -437,7 +439,7 @@ def describe(run):
 
 
 def count(number):
-    """A large count in three digits: 1.29 B."""
+    """Return a large count in three digits: 1.29 B."""
     for divisor, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
         if number >= divisor:
             return f'{number / divisor:.3g} {letter}'
@@ -445,8 +447,8 @@ def count(number):
 
 
 def grid(figure, panels):
-    """Axes for this many panels: the first, the loss, as wide as the figure, the others in two
-    columns.
+    """Return axes for this many panels: the first, the loss, as wide as the figure, the others in
+    two columns.
     """
     rows = panels // 2
     spec = figure.add_gridspec(1 + rows, 2, height_ratios=[1.35] + [1] * rows)
@@ -456,8 +458,8 @@ def grid(figure, panels):
 
 
 def draw_run(run, window=None):
-    """The figure of one run, a panel for each thing it logged; `window` is the number of records
-    averaged for smooth lines.
+    """Return the figure of one run, a panel for each thing it logged; `window` is the number of
+    records averaged for smooth lines.
     """
     window = window or default_window(run)
     panels = [

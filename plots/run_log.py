@@ -84,7 +84,9 @@ class Run:
     notes: list = field(default_factory=list)
 
     def column(self, name):
-        """The values named `name`, one per entry of iters; all nan if the run did not log them."""
+        """Return the values named `name`, one per entry of iters; all nan if the run did not log
+        them.
+        """
         return self.columns.get(name, np.full(len(self.iters), np.nan))
 
     def raw(self, name):
@@ -100,16 +102,16 @@ class Run:
         return iters[order], values[order]
 
     def has(self, *names):
-        """Whether any of these columns holds a finite number other than 0, which is the GPU memory
-        of a run on CPU.
+        """Return whether any of these columns holds a finite number other than 0, which is the GPU
+        memory of a run on CPU.
         """
         return any(
             (np.isfinite(values) & (values != 0)).any() for values in map(self.column, names)
         )
 
     def each(self, pattern):
-        """The columns whose whole name the regular expression `pattern` matches, in the order of
-        the numbers in their names.
+        """Return the columns whose whole name the regular expression `pattern` matches, in the
+        order of the numbers in their names.
         """
         names = [name for name in self.columns if re.fullmatch(pattern, name)]
         return [
@@ -120,7 +122,7 @@ class Run:
         ]
 
     def last(self, name):
-        """The last finite value of a column, nan if there is none."""
+        """Return the last finite value of a column, nan if there is none."""
         values = self.column(name)
         values = values[np.isfinite(values)]
         return values[-1] if len(values) else np.nan
@@ -173,7 +175,9 @@ def load_runs(paths):
 
 
 def same_model(a, b):
-    """Whether two logs of one folder may be of one model: nothing that both state of it differs."""
+    """Return whether two logs of one folder may be of one model: nothing that both state of it
+    differs.
+    """
     differing = [
         name
         for name in MODEL
@@ -184,8 +188,8 @@ def same_model(a, b):
 
 
 def find_logs(paths):
-    """The log files at `paths`; of a run that lies there as .jsonl and .json, the .jsonl. Raises
-    LogError.
+    """Return the log files at `paths`; of a run that lies there as .jsonl and .json, the .jsonl.
+    Raises LogError.
     """
     found = {}
     for path in map(Path, paths):
@@ -449,7 +453,7 @@ def layers_of(record):
 
 
 def start_order(log):
-    """Key that sorts logs by their start: the digits of start_time, or of a name like
+    """Return the key that sorts logs by their start: the digits of start_time, or of a name like
     run_20261121_021500.
     """
     digits = re.sub(r'\D', '', log.get('start_time') or log['path'].stem)
@@ -457,8 +461,8 @@ def start_order(log):
 
 
 def join(earlier, later):
-    """`earlier` up to where `later` begins, then `later`, as one log; and a list of notes for the
-    user.
+    """Return `earlier` up to where `later` begins, then `later`, as one log; and a list of notes
+    for the user.
     """
     records = later['training_iterations']
     start = min(
@@ -491,8 +495,8 @@ def join(earlier, later):
 
 
 def build_run(log, notes):
-    """The Run of a joined log: its arrays, with what the older system did not log computed where
-    that is possible.
+    """Return the Run of a joined log: its arrays, with what the older system did not log computed
+    where that is possible.
     """
     records, evaluations, path = log['training_iterations'], log['eval_steps'], log['path']
     shares, shares_at = expert_shares(records)
@@ -550,7 +554,7 @@ def expert_shares(records):
 
 
 def columns_of(records):
-    """{dotted name of a number: its values, NaN where a record has none}."""
+    """Return {dotted name of a number: its values, NaN where a record has none}."""
     columns = {}
     for row, record in enumerate(records):
         for name, value in numbers(record):
@@ -561,7 +565,7 @@ def columns_of(records):
 
 
 def extremes_of(records, name):
-    """(iterations, values) of the records that have an extreme of this name."""
+    """Return (iterations, values) of the records that have an extreme of this name."""
     pairs = [(record['iter'], record[name]) for record in records if name in record]
     return tuple(np.array(pairs).reshape(-1, 2).T)
 
@@ -589,8 +593,8 @@ def fill_columns(run):
 
 
 def numbers(record, prefix=''):
-    """Every number in a record and the dicts and lists within it, as pairs of dotted name (of a
-    list: the index) and float.
+    """Yield every number in a record and the dicts and lists within it, as pairs of dotted name (of
+    a list: the index) and float.
     """
     for key, value in record.items() if isinstance(record, dict) else enumerate(record):
         if isinstance(value, (dict, list)):
@@ -600,8 +604,8 @@ def numbers(record, prefix=''):
 
 
 def number(value):
-    """A value of a log as a float, nan for what is no number or too large to draw; a number may be
-    in the bytes of its text.
+    """Return a value of a log as a float, nan for what is no number or too large to draw; a number
+    may be in the bytes of its text.
     """
     if isinstance(value, bytes):
         try:
@@ -618,7 +622,7 @@ def accuracy(record, name):
 
 
 def first_known(*choices):
-    """Per entry, the first of the choices that is not nan."""
+    """Return per entry, the first of the choices that is not nan."""
     values = choices[0]
     for other in choices[1:]:
         values = np.where(np.isnan(values), other, values)
@@ -626,7 +630,7 @@ def first_known(*choices):
 
 
 def tokens_per_iter(run):
-    """Tokens of one optimizer step, all ranks together; nan if the log does not say."""
+    """Return tokens of one optimizer step, all ranks together; nan if the log does not say."""
     hardware = run.startup_info.get('hardware')
     world_size = run.metadata.get('world_size') or (
         hardware if isinstance(hardware, dict) else {}

@@ -45,7 +45,7 @@ LEFT_OUT_FILES = ('_sysconfigdata', '_sysconfig_vars', '__phello__')
 
 
 def source_files(root):
-    """Paths of the .py files below `root` that are read, relative to it, sorted."""
+    """Return paths of the .py files below `root` that are read, relative to it, sorted."""
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [
@@ -62,7 +62,7 @@ def source_files(root):
 
 
 def read_documents(root):
-    """(split, text) of every source file that is not empty."""
+    """Return (split, text) of every source file that is not empty."""
     documents = []
     for path in source_files(root):
         with tokenize.open(os.path.join(root, path)) as f:  # obeys the coding cookie

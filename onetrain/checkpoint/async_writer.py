@@ -166,11 +166,13 @@ class Saver:
         return waited
 
     def poll(self):
-        """The Outcome of the save in flight if it has ended, else None. Each is returned once."""
+        """Return the Outcome of the save in flight if it has ended, else None. Each is returned
+        once.
+        """
         return self.wait() if self.thread is not None and not self.thread.is_alive() else None
 
     def wait(self):
-        """The Outcome of the save in flight when it has ended; None if there is none."""
+        """Return the Outcome of the save in flight when it has ended; None if there is none."""
         if self.thread is None:
             return None
         self.thread.join()
@@ -223,7 +225,7 @@ class Saver:
             self.planner = _Planner()
 
     def _stage(self, step, tensors):
-        """Copies of this rank's tensors in host memory, as they were at start()."""
+        """Return copies of this rank's tensors in host memory, as they were at start()."""
         cuda = self.world.device.type == 'cuda'
         if cuda:
             for name, tensor in tensors.items():
@@ -459,7 +461,7 @@ class _Stream:
 
 
 def _local(tensor):
-    """The part of a tensor that is in this process."""
+    """Return the part of a tensor that is in this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -487,8 +489,8 @@ def _copy(name, target, source):
 
 
 def _finite(tensor):
-    """Whether all elements are finite, by one thread: a sum in fp64 is, exactly if all terms are
-    (they are fp32 or smaller).
+    """Return whether all elements are finite, by one thread: a sum in fp64 is, exactly if all terms
+    are (they are fp32 or smaller).
     """
     if tensor.device.type != 'cpu' or tensor.dtype != torch.float32 or not tensor.is_contiguous():
         return bool(tensor.isfinite().all())

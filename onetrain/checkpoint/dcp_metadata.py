@@ -115,7 +115,7 @@ def parse(data, files):
         raise ValueError(f'{type(error).__name__}: {str(error)[:200]}') from None
 
     def fields(value, kind):
-        """The dict of what an object of the class `kind` was given; {} for anything else."""
+        """Return the dict of what an object of the class `kind` was given; {} for anything else."""
         state = getattr(value, 'state', None) if type(value) is unpickler.kinds[kind] else None
         return (
             state if isinstance(state, dict) and all(isinstance(key, str) for key in state) else {}

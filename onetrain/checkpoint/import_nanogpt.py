@@ -156,8 +156,8 @@ def _descendant(content):
 
 
 def _renamed(theirs):
-    """The descendant's state dict under our names, in float32. Raises ValueError for a weight that
-    is not known.
+    """Return the descendant's state dict under our names, in float32. Raises ValueError for a
+    weight that is not known.
     """
     model = {}
     for name, tensor in theirs.items():
@@ -201,7 +201,7 @@ def _reorder_rotary(model, heads, kv_heads, head_dim, rotary_pct):
 
 
 def _shape(model, args, n_layer, head_dim, kv_heads):
-    """Keys of the shape, read off the weights; args: what the file says."""
+    """Return keys of the shape, read off the weights; args: what the file says."""
     table, head = model['transformer.wte.weight'], model.get('lm_head.weight')
     d_ff = model['transformer.h.0.mlp.c_proj.weight'].size(1)
     gated = model['transformer.h.0.mlp.c_fc.weight'].size(0) != d_ff

@@ -31,7 +31,9 @@ class CheckpointKeeper:
         saver.reserve(optimization.tensors(model))
 
     def due(self, ending):
-        """Whether to save at this step. ending: whether it is the last, whose weights are kept."""
+        """Return whether to save at this step. ending: whether it is the last, whose weights are
+        kept.
+        """
         c, step = self.config, self.state.step
         wanted = ending or c.save_interval and step % c.save_interval == 0
         return wanted and step not in (self.saved_step, 0) and not (ending and self.stop.fault)

@@ -34,7 +34,9 @@ NOT_INHERITED = (
 
 
 def is_step(resume_from):
-    """Whether a value of resume_from is an iteration of out_dir; else it is a place, or None."""
+    """Return whether a value of resume_from is an iteration of out_dir; else it is a place, or
+    None.
+    """
     return (resume_from or '').isdecimal() and resume_from.isascii()
 
 
@@ -103,8 +105,8 @@ def _newest_whole(out_dir, level, world, wanted=None, verified=None):
 
 
 def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
-    """(config, state, nanoGPT's content or None): what c.init_from='resume' means here. verified:
-    path of a checkpoint that automatic() verified.
+    """Return (config, state, nanoGPT's content or None): what c.init_from='resume' means here.
+    verified: path of a checkpoint that automatic() verified.
 
     state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for
     archive_rejected(); 'chosen' if the user went back. Keys that the user did not set now are taken
@@ -140,7 +142,7 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
 
 
 def _read_state(path):
-    """The state of a run's checkpoint, with its path. Raises ConfigError for one of another
+    """Return the state of a run's checkpoint, with its path. Raises ConfigError for one of another
     kind.
     """
     state = {**store.read_state(path), 'path': path}
@@ -161,7 +163,7 @@ def _read_state(path):
 
 
 def _state_of_nanogpt(imported):
-    """The same of nanoGPT's checkpoint, without the keys that reach outside."""
+    """Return the same of nanoGPT's checkpoint, without the keys that reach outside."""
     config = imported['config']
     outside = {key: value for key, value in config.items() if store.reaches_outside(key, value)}
     return {
@@ -173,8 +175,8 @@ def _state_of_nanogpt(imported):
 
 
 def _choose(c, world, verified):
-    """(step or None, [(path, reason)] rejected, whether it was a certain step, whether the user
-    chose it).
+    """Return (step or None, [(path, reason)] rejected, whether it was a certain step, whether the
+    user chose it).
     """
     if not c.eval_only:
         collectives.broadcast_from_main(lambda: store.clean_partial(c.out_dir), world)
@@ -309,8 +311,8 @@ def check_upload(c, resumed, notes):
 
 
 def check_data(state, data, allowed, notes):
-    """(training split changed, validation split changed) against the checkpoint; both False where
-    it tells nothing.
+    """Return (training split changed, validation split changed) against the checkpoint; both False
+    where it tells nothing.
 
     data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises ConfigError for
     a change that is not `allowed`.

@@ -65,7 +65,7 @@ def path_of(out_dir, step):
 
 
 def steps(out_dir, fs=LOCAL):
-    """Steps that have a checkpoint folder under out_dir, ascending, whole or not."""
+    """Return steps that have a checkpoint folder under out_dir, ascending, whole or not."""
     folder = folder_of(out_dir)
     names = (
         [path.rstrip('/').rsplit('/', 1)[-1] for path in fs.ls(folder, detail=False)]
@@ -209,16 +209,16 @@ def read_manifest(path, fs=LOCAL):
 
 
 def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
-    """(step, rejected): the newest checkpoint that verifies (or `wanted`, if that does), or None,
-    and [(path, reason)] of the newer ones.
+    """Return (step, rejected): the newest checkpoint that verifies (or `wanted`, if that does), or
+    None, and [(path, reason)] of the newer ones.
     """
     candidates = newest_first(out_dir, fs) if wanted is None else [wanted]
     return first_whole(out_dir, candidates, lambda path: corruption_reason(path, level, fs))
 
 
 def first_whole(out_dir, candidates, why):
-    """(the first of the steps `candidates` whose path has why(path) None, or None; [(path, reason)]
-    of those before it).
+    """Return (the first of the steps `candidates` whose path has why(path) None, or None; [(path,
+    reason)] of those before it).
     """
     rejected = []
     for step in candidates:
@@ -353,8 +353,8 @@ def lineages(out_dir, fs=LOCAL):
 
 
 def lineage_order(path, fs=LOCAL):
-    """(lineage, step) of a checkpoint, which is larger for the one to continue: a run that went
-    back is newer than what it left.
+    """Return (lineage, step) of a checkpoint, which is larger for the one to continue: a run that
+    went back is newer than what it left.
 
     Raises ValueError or OSError if its state.json cannot be read.
     """
@@ -363,8 +363,8 @@ def lineage_order(path, fs=LOCAL):
 
 
 def newest_first(out_dir, fs=LOCAL):
-    """The steps under out_dir by lineage_order(); one whose state.json cannot be read counts to the
-    newest branch, so that it is told of.
+    """Return the steps under out_dir by lineage_order(); one whose state.json cannot be read counts
+    to the newest branch, so that it is told of.
     """
     paths = {path_of(out_dir, step): step for step in steps(out_dir, fs)}
     branches = {
@@ -442,8 +442,8 @@ def parse_state(data):
 
 
 def reaches_outside(key, value):
-    """Whether a run with this key of its configuration reads, writes or sends something outside of
-    its out_dir.
+    """Return whether a run with this key of its configuration reads, writes or sends something
+    outside of its out_dir.
     """
     if key == 'sample_start':
         return str(value).startswith('FILE:')
@@ -679,7 +679,7 @@ def rename_all_aside(out_dir, name):
 
 
 def free_name(path):
-    """`path`, or path_2, path_3, ... where it is taken."""
+    """Return `path`, or path_2, path_3, ... where it is taken."""
     number, free = 1, path
     while os.path.exists(free):
         number += 1

@@ -166,8 +166,8 @@ def _append(path, to_fs, to_path, size, end):
 
 
 def _takes_more(fs, size):
-    """Whether a file of `size` bytes in `fs` grows by sending only what is new: a bucket of S3
-    copies the rest itself, if that is one piece.
+    """Return whether a file of `size` bytes in `fs` grows by sending only what is new: a bucket of
+    S3 copies the rest itself, if that is one piece.
     """
     return (
         isinstance(fs, LocalFileSystem)
@@ -177,7 +177,7 @@ def _takes_more(fs, size):
 
 
 def _is_as_left(fs, path, size, end):
-    """Whether the file at `path` is one of `size` bytes that ends with `end`."""
+    """Return whether the file at `path` is one of `size` bytes that ends with `end`."""
     link = isinstance(fs, LocalFileSystem) and os.path.islink(path)
     return (
         not link
@@ -212,8 +212,8 @@ def _has(fs, path, entry):
 
 
 def _arrived(fs, path, to_fs, to_path, entry):
-    """Whether the copy of a file is as the manifest says: by the checksum that a bucket made of
-    what it received, else by reading all of it.
+    """Return whether the copy of a file is as the manifest says: by the checksum that a bucket made
+    of what it received, else by reading all of it.
     """
     if isinstance(fs, LocalFileSystem) and _names_checksums(to_fs):
         found = to_fs.info(to_path)
@@ -226,19 +226,19 @@ def _arrived(fs, path, to_fs, to_path, entry):
 
 
 def _names_checksums(fs):
-    """Whether `fs` is a bucket of S3, whose ETag is the MD5 of a file sent whole, and of the MD5s
-    of one sent in pieces.
+    """Return whether `fs` is a bucket of S3, whose ETag is the MD5 of a file sent whole, and of the
+    MD5s of one sent in pieces.
     """
     return 's3' in fs.protocol
 
 
 def _piece(size):
-    """Bytes in which a file of `size` bytes goes to a bucket."""
+    """Return bytes in which a file of `size` bytes goes to a bucket."""
     return max(1, size) if size < 2 * PIECE else max(PIECE, -(-size // 10_000))
 
 
 def _checksums(path):
-    """(SHA-256, ETag) of a file that _transfer() sends."""
+    """Return (SHA-256, ETag) of a file that _transfer() sends."""
     sha256, pieces = hashlib.sha256(), []
     with open(path, 'rb') as f:
         while piece := f.read(_piece(os.path.getsize(path))):
@@ -305,7 +305,7 @@ class Uploader:
         self.wake.set()
 
     def messages(self):
-        """What happened since the last call, as lines of text."""
+        """Return what happened since the last call, as lines of text."""
         messages, self.messages = self.messages, []
         return messages
 
@@ -417,13 +417,13 @@ class Uploader:
 
 
 def place_of(url, out_dir):
-    """Where the copies of the runs in out_dir are, given upload_to."""
+    """Return where the copies of the runs in out_dir are, given upload_to."""
     return f'{url.rstrip("/")}/{os.path.basename(os.path.abspath(out_dir))}'
 
 
 def runs(fs, root):
-    """Folders of runs, those with checkpoints/ in them, at `root` or up to two levels below: a run,
-    the runs of an out_dir, those of several.
+    """Return folders of runs, those with checkpoints/ in them, at `root` or up to two levels below:
+    a run, the runs of an out_dir, those of several.
     """
     level, found = [root], []
     for _ in range(3):
@@ -449,8 +449,8 @@ def lineages(place):
 
 
 def _newest_lineage(run, fs):
-    """(newest lineage of a run's checkpoints, the run's folder): the run of a folder that was begun
-    or went back last has the largest.
+    """Return (newest lineage of a run's checkpoints, the run's folder): the run of a folder that
+    was begun or went back last has the largest.
     """
     return max(store.lineages(run, fs), default=''), run
 
@@ -462,8 +462,8 @@ def _unreadable(source, error):
 
 
 def find_run(source, level='size'):
-    """(fs, folder of the run, step, rejected) of the checkpoint to continue at `source`, or of the
-    one that it names.
+    """Return (fs, folder of the run, step, rejected) of the checkpoint to continue at `source`, or
+    of the one that it names.
 
     source: URL or folder of a checkpoint, of a run, or of the runs of one out_dir, the newest of
     which counts. step is None where there is none. Raises ConfigError if the place cannot be read,

@@ -99,7 +99,7 @@ class Tokens:
         return int(self.firsts[-1])
 
     def parts(self, start, end):
-        """[(piece, begin, end)] that make up the tokens start .. end."""
+        """Return [(piece, begin, end)] that make up the tokens start .. end."""
         found, number = [], int(np.searchsorted(self.firsts, start, 'right')) - 1
         while start < end:
             stop = min(end, int(self.firsts[number + 1]))
@@ -115,7 +115,7 @@ class Tokens:
         return found
 
     def slice(self, start, end):
-        """The tokens start .. end: an array of the file's dtype."""
+        """Return the tokens start .. end: an array of the file's dtype."""
         found = self._unchanged(lambda: self._read(self.parts(start, end)))
         return self._checked(
             found[0]
@@ -126,8 +126,8 @@ class Tokens:
         )
 
     def windows(self, starts, block_size):
-        """The windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor. Raises
-        ConfigError for an id beyond max_id.
+        """Return the windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor.
+        Raises ConfigError for an id beyond max_id.
         """
         starts, width = np.asarray(starts), block_size + 1
         rows = np.empty((len(starts), width), self.pieces[0].dtype)
@@ -198,8 +198,8 @@ class Tokens:
         return ids
 
     def evaluation_starts(self, block_size, count):
-        """Where the windows of evaluation begin: `count`, or as many as there are, evenly spaced
-        and never overlapping.
+        """Return where the windows of evaluation begin: `count`, or as many as there are, evenly
+        spaced and never overlapping.
         """
         available = (len(self) - 1) // block_size
         count = min(count, available)
@@ -271,7 +271,7 @@ class Mixture:
 
 
 def parse_mixture(dataset):
-    """[(name, share)] of a `dataset`: one with the share 1, or those of a mixture such as
+    """Return [(name, share)] of a `dataset`: one with the share 1, or those of a mixture such as
     a:0.7,b:0.3. Raises ConfigError.
     """
     words = [word.strip() for word in dataset.split(',')]
@@ -295,7 +295,7 @@ def parse_mixture(dataset):
 
 
 def mixture_period(shares):
-    """The number of sequences after which the shares are met exactly."""
+    """Return the number of sequences after which the shares are met exactly."""
     return math.lcm(*(share.denominator for share in shares))
 
 
@@ -308,15 +308,15 @@ def _number(word):
 
 
 def folder_of(dataset, root):
-    """The folder of a data set under `root`/data, of a mixture that of its first: where its
+    """Return the folder of a data set under `root`/data, of a mixture that of its first: where its
     tokenizer lies.
     """
     return os.path.join(root, 'data', parse_mixture(dataset)[0][0])
 
 
 def open_dataset(dataset, root, url=None):
-    """(train, val, meta) of `dataset` under `root`/data; url: where its files are instead. Raises
-    ConfigError, naming the command that prepares it.
+    """Return (train, val, meta) of `dataset` under `root`/data; url: where its files are instead.
+    Raises ConfigError, naming the command that prepares it.
     """
     named = parse_mixture(dataset)
     if url and len(named) > 1:
@@ -428,7 +428,7 @@ def _unknown(name, root):
 
 
 def _open_split(folder, split, files, meta):
-    """Tokens of local files. Raises ConfigError for one that cannot be what meta says."""
+    """Return tokens of local files. Raises ConfigError for one that cannot be what meta says."""
     dtype, paths, pieces = token_dtype(meta), [os.path.join(folder, name) for name, _ in files], []
     for path, (_, tokens) in zip(paths, files):
         size = os.path.getsize(path)
@@ -547,7 +547,7 @@ def _fetch_meta(storage, listed, folder, place):
 
 
 def _remote_split(storage, listed, meta, split, folder, place):
-    """The Tokens of a split whose files lie in `storage`, with a copy in `folder`."""
+    """Return the Tokens of a split whose files lie in `storage`, with a copy in `folder`."""
     dtype = token_dtype(meta)
     files = meta.get('files', {}).get(split) or [(f'{split}.bin', meta['tokens'][split])]
     for file, tokens in files:

@@ -53,7 +53,7 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
 
 
 def evaluation_length(file, block_size, batch_size, n_batches, world_size=1):
-    """How many batches evaluation_batches() gives to each rank."""
+    """Return how many batches evaluation_batches() gives to each rank."""
     sources = file.sources_of(file.evaluation_starts(block_size, n_batches * batch_size))
     return sum(
         len(np.unique(sources[first : first + world_size * batch_size]))
@@ -130,8 +130,8 @@ class TrainLoader:
             threading.Thread(target=self._run_ahead, daemon=True, name='batches').start()
 
     def position_of(self, micro):
-        """Position in the stream of the first sequence of this rank's micro-step `micro`, counted
-        from the first step.
+        """Return the position in the stream of the first sequence of this rank's micro-step
+        `micro`, counted from the first step.
         """
         return self.first + (micro * self.world_size + self.rank) * self.batch_size
 
@@ -156,7 +156,9 @@ class TrainLoader:
         )
 
     def next(self, interrupted=lambda: False):
-        """The next (x, y, position), or None if interrupted() became true while waiting for it."""
+        """Return the next (x, y, position), or None if interrupted() became true while waiting
+        for it.
+        """
         started = time.perf_counter()
         window = self._wait(interrupted) if self.queue else next(self.source)
         self.wait_s += time.perf_counter() - started

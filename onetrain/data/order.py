@@ -16,8 +16,8 @@ from onetrain.data.dataset import Mixture, mixture_period
 
 class _Order:
     def starts(self, position, count):
-        """First token of the windows at positions position .. position + count - 1: (count,) int64
-        array.
+        """Return the first token of the windows at positions position .. position + count - 1:
+        (count,) int64 array.
         """
         return self.at(np.arange(position, position + count, dtype=np.int64))
 
@@ -35,7 +35,7 @@ class WindowOrder(_Order):
         self.per_epoch = (n_tokens - 1 - self.max_offset) // block_size
 
     def at(self, positions):
-        """First token of the windows at `positions`, an int64 array."""
+        """Return the first token of the windows at `positions`, an int64 array."""
         epochs = positions // self.per_epoch
         starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
@@ -85,7 +85,7 @@ class MixedOrder(_Order):
 
 
 def order_of(file, block_size, seed):
-    """The order in which training reads a dataset.Tokens or Mixture."""
+    """Return the order in which training reads a dataset.Tokens or Mixture."""
     return (
         MixedOrder(file, block_size, seed)
         if isinstance(file, Mixture)

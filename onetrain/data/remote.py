@@ -38,7 +38,7 @@ class Storage:
         return Storage, (self.url,)
 
     def connected(self):
-        """(file system, path there)."""
+        """Return (file system, path there)."""
         with self.lock:
             if self.pid != os.getpid():
                 self.fs, self.root = open_url(self.url)
@@ -46,7 +46,7 @@ class Storage:
         return self.fs, self.root
 
     def list(self):
-        """{name: (bytes, version)} of what lies there. Raises OSError."""
+        """Return {name: (bytes, version)} of what lies there. Raises OSError."""
         fs, root = self.connected()
         fs.invalidate_cache()
         return {
@@ -55,8 +55,8 @@ class Storage:
         }
 
     def versions(self):
-        """{name: version} of what lies there, as it was some minutes ago at most where the server
-        answers: asked for by a thread, for all files together.
+        """Return {name: version} of what lies there, as it was some minutes ago at most where the
+        server answers: asked for by a thread, for all files together.
         """
         if time.monotonic() - self.looked > LOOK_AFTER and (
             self.looking is None or not self.looking.is_alive()
@@ -74,13 +74,13 @@ class Storage:
             self.known = {name: version for name, (_, version) in self.list().items()}
 
     def read(self, name):
-        """All bytes of a small file."""
+        """Return all bytes of a small file."""
         fs, root = self.connected()
         return fs.cat_file(f'{root}/{name}')
 
     def ranges(self, wanted):
-        """The bytes of each (name, begin, end), fetched together; tried again a few times where the
-        network fails.
+        """Return the bytes of each (name, begin, end), fetched together; tried again a few times
+        where the network fails.
         """
         fs, root = self.connected()
         for turn in range(TRIES):
@@ -180,11 +180,11 @@ class RemoteFile:
             raise ChangedFile(self.name)
 
     def blocks_of(self, begin, end):
-        """Numbers of the blocks with the tokens begin .. end."""
+        """Return numbers of the blocks with the tokens begin .. end."""
         return range(begin * self.dtype.itemsize // BLOCK, -(-end * self.dtype.itemsize // BLOCK))
 
     def have(self, block):
-        """The bytes of a block in the local copy, or None."""
+        """Return the bytes of a block in the local copy, or None."""
         known = int.from_bytes(FILES.read(f'{self.copy}.blocks', 4, 4 * block), 'little')
         if not known:
             return None
@@ -213,8 +213,8 @@ def _sum(content):
 
 
 def read_together(wanted):
-    """Arrays of the tokens begin .. end of each (RemoteFile, begin, end), with what is not here
-    fetched at once.
+    """Return arrays of the tokens begin .. end of each (RemoteFile, begin, end), with what is not
+    here fetched at once.
     """
     blocks = {}
     for file, begin, end in wanted:

@@ -105,7 +105,7 @@ def _has_path(tokenizer):
 
 
 def _of_splits(test):
-    """A test of a dict with an entry for each split."""
+    """Return a test of a dict with an entry for each split."""
     return lambda value: (
         isinstance(value, dict)
         and set(value) == set(SPLITS)
@@ -204,7 +204,7 @@ def fingerprint(path, blocks=256):
 
 
 def fingerprint_of_files(paths, fingerprint=fingerprint):
-    """The fingerprint of a split that lies in the files `paths`: of the only one its own, of
+    """Return the fingerprint of a split that lies in the files `paths`: of the only one its own, of
     several that of theirs, with no more than 256 blocks read in all, but for one of each.
     fingerprint: function of a path and a number of blocks, for files that lie elsewhere.
     """
@@ -435,7 +435,9 @@ class TokenFileWriter:
 
 
 def check_ids(ids, vocab_size):
-    """`ids` (an integer array, not empty). Raises ValueError for one outside [0, vocab_size)."""
+    """Return `ids` (an integer array, not empty). Raises ValueError for one outside [0,
+    vocab_size).
+    """
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -445,8 +447,8 @@ def check_ids(ids, vocab_size):
 
 
 def _names(folder):
-    """The files of token ids that a data set in `folder` has, and its meta.pkl; of those that
-    meta.pkl names only the ones that are named as we name them.
+    """Return the files of token ids that a data set in `folder` has, and its meta.pkl; of those
+    that meta.pkl names only the ones that are named as we name them.
     """
     try:
         shards = {

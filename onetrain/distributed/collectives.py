@@ -7,14 +7,16 @@ from onetrain.config import ConfigError
 
 
 def sum_over_ranks(tensor, world):
-    """`tensor` summed over all ranks, in place; returns it."""
+    """Return `tensor` summed over all ranks, in place; returns it."""
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(number, world):
-    """The largest of the ranks' small ints, on every rank; agreed on the host, so no GPU waits."""
+    """Return the largest of the ranks' small ints, on every rank; agreed on the host, so no GPU
+    waits.
+    """
     if world.size == 1:
         return number
     answer = torch.tensor(number)
@@ -62,8 +64,8 @@ def gather_numbers(values, world):
 
 
 def broadcast_from_main(work, world):
-    """What work() returns on the main rank (any small builtin), on every rank; a ConfigError that
-    it raises, too. It may take long.
+    """Return what work() returns on the main rank (any small builtin), on every rank; a ConfigError
+    that it raises, too. It may take long.
     """
     box = [None, None]
     if world.main:
@@ -94,8 +96,8 @@ def once_per_machine(work, world):
 
 
 def all_gather_objects(value, world):
-    """Every rank's `value` (any small builtin), in their order, on every rank; over slow_group,
-    which a thread may have for itself.
+    """Return every rank's `value` (any small builtin), in their order, on every rank; over
+    slow_group, which a thread may have for itself.
     """
     if world.size == 1:
         return [value]

@@ -133,7 +133,7 @@ def _check_layout(c, n):
 
 
 def _divisor(number, most):
-    """The largest divisor of `number` up to `most`."""
+    """Return the largest divisor of `number` up to `most`."""
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 
@@ -191,8 +191,8 @@ def placement(parameter, ranks):
 
 
 def wrap(model, world, compile, accumulation, graphs=False):
-    """(what evaluation calls, what training calls): `model`, compiled if asked for, and the same
-    under DistributedDataParallel where the layout needs it. accumulation: micro-steps of an
+    """Return (what evaluation calls, what training calls): `model`, compiled if asked for, and the
+    same under DistributedDataParallel where the layout needs it. accumulation: micro-steps of an
     optimizer step; graphs: whether they will be recorded as CUDA graphs.
     """
     if graphs and world.device.type == 'cuda':
@@ -263,9 +263,9 @@ def forward_only(model):
 
 
 def gradient_wait(train_model):
-    """{'comm_wait_s': seconds} from the end of a rank's own backward pass until the gradients of
-    the others were there, as torch's DDP last measured it (in the steps up to the 10th, then in
-    every 100th); {} under a layout that is not measured, or before.
+    """Return {'comm_wait_s': seconds} from the end of a rank's own backward pass until the
+    gradients of the others were there, as torch's DDP last measured it (in the steps up to the
+    10th, then in every 100th); {} under a layout that is not measured, or before.
     """
     if not isinstance(train_model, torch.nn.parallel.DistributedDataParallel):
         return {}
@@ -295,14 +295,14 @@ def gradient_sync_context(model, last, world):
 
 
 def shard_rows(tensor, mesh):
-    """Slice of the rows of `tensor` that this rank has in the sharding dimension of `mesh`, as
-    torch.chunk splits: the last may have fewer, or none.
+    """Return slice of the rows of `tensor` that this rank has in the sharding dimension of `mesh`,
+    as torch.chunk splits: the last may have fewer, or none.
     """
     return rank_rows(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
 
 
 def rank_rows(length, ranks, rank):
-    """Slice of the rows that one of `ranks` has of a tensor of `length` rows."""
+    """Return slice of the rows that one of `ranks` has of a tensor of `length` rows."""
     size = -(-length // ranks)
     return slice(min(rank * size, length), min((rank + 1) * size, length))
 
@@ -318,7 +318,9 @@ def copy_into_shard(parameter, tensor):
 
 
 def local_shard(tensor, mesh):
-    """This rank's rows of a tensor that every rank holds, as a DTensor that shares its memory."""
+    """Return this rank's rows of a tensor that every rank holds, as a DTensor that shares its
+    memory.
+    """
     return DTensor.from_local(
         tensor.detach()[shard_rows(tensor, mesh)],
         mesh,
@@ -330,8 +332,8 @@ def local_shard(tensor, mesh):
 
 
 def zero1_parameters(named, world):
-    """{name: what this rank's optimizer updates} of the parameters `named`: under ZeRO-1 its rows
-    of each, else themselves.
+    """Return {name: what this rank's optimizer updates} of the parameters `named`: under ZeRO-1 its
+    rows of each, else themselves.
     """
     if world.layout != 'ZeRO-1':
         return dict(named)

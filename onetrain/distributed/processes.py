@@ -85,7 +85,7 @@ class World:
         return self.layout in ('ZeRO-2', 'ZeRO-3')
 
     def describe(self):
-        """Such as 'FSDP (ZeRO-3), 2 replicas, context parallel 2'."""
+        """Return such as 'FSDP (ZeRO-3), 2 replicas, context parallel 2'."""
         replicas = self.mesh.size(0) if self.fsdp and self.mesh.ndim == 2 else 1
         return (
             (f'FSDP ({self.layout})' if self.fsdp else self.layout)
@@ -128,7 +128,7 @@ def read_environment():
 
 
 def is_rank_0():
-    """Whether this process is the main rank, as far as the environment can be read."""
+    """Return whether this process is the main rank, as far as the environment can be read."""
     return os.environ.get('RANK', '0') in ('0', '') or os.environ.get('WORLD_SIZE', '1') == '1'
 
 
@@ -204,8 +204,8 @@ def record_collectives(out_dir):
 
 
 def shares_torchruns_store():
-    """Whether processes meet in the store of torchrun, which outlives them; else rank 0 has one of
-    its own.
+    """Return whether processes meet in the store of torchrun, which outlives them; else rank 0 has
+    one of its own.
     """
     return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
@@ -322,13 +322,13 @@ def report_error(error):
 
 
 def store():
-    """The store in which the processes of this start met; None for a single one."""
+    """Return the store in which the processes of this start met; None for a single one."""
     return _store
 
 
 def was_reported():
-    """Whether some rank told() what is wrong with the input and left: then the errors of others,
-    which miss it, say nothing.
+    """Return whether some rank told() what is wrong with the input and left: then the errors of
+    others, which miss it, say nothing.
     """
     return _store is not None and _store.check(['told'])
 

@@ -17,8 +17,8 @@ _ORDER = list(_PATHS)
 
 
 def read_topology(count):
-    """{(i, j): kind} between the first `count` GPUs that this process may use, kind as nvidia-smi
-    writes it; {} where it cannot be asked.
+    """Return {(i, j): kind} between the first `count` GPUs that this process may use, kind as
+    nvidia-smi writes it; {} where it cannot be asked.
     """
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
     gpus = (
@@ -36,8 +36,8 @@ def read_topology(count):
 
 
 def parse_topology(text, gpus):
-    """{(i, j): kind} for i < j among the GPU numbers `gpus`, from the matrix that `nvidia-smi topo
-    -m` prints.
+    """Return {(i, j): kind} for i < j among the GPU numbers `gpus`, from the matrix that
+    `nvidia-smi topo -m` prints.
     """
     rows, columns = {}, []
     for line in text.splitlines():
@@ -56,8 +56,8 @@ def parse_topology(text, gpus):
 
 
 def describe_topology(links):
-    """(line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk, and a
-    warning where the slowest path is no NVLink.
+    """Return (line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk,
+    and a warning where the slowest path is no NVLink.
     """
     if not links:
         return None, None

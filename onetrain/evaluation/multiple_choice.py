@@ -73,7 +73,9 @@ def _text(line, key):
 
 
 def _number(label):
-    """The index that a label states: a whole number, or one written as text, as the hub has it."""
+    """Return the index that a label states: a whole number, or one written as text, as the hub
+    has it.
+    """
     if is_whole(label):
         return label
     if isinstance(label, str) and label.isascii() and label.isdecimal():
@@ -88,7 +90,7 @@ def _texts(value, key):
 
 
 def _labeled(line, right):
-    """(texts, index of the one labeled `right`) of the field choices."""
+    """Return (texts, index of the one labeled `right`) of the field choices."""
     texts, labels = (_texts(line['choices'][key], f'choices.{key}') for key in ('text', 'label'))
     if len(texts) != len(labels):
         raise ValueError(f'choices has {len(texts)} texts and {len(labels)} labels')
@@ -116,15 +118,15 @@ TASKS = {  # how to read a line; where it is on the hub: repository, configurati
 
 
 def names_and_files(words):
-    """[(name, file or '')] of a comma-separated list of NAME or NAME:FILE.jsonl."""
+    """Return [(name, file or '')] of a comma-separated list of NAME or NAME:FILE.jsonl."""
     return [
         word.partition(':')[::2] for word in (word.strip() for word in words.split(',')) if word
     ]
 
 
 def load_tasks(words, limit=None):
-    """{name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file it comes
-    from the hub, through the package datasets.
+    """Return {name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file
+    it comes from the hub, through the package datasets.
 
     limit: first items of each, None for all. Raises ConfigError for a name, file or line that
     cannot be read.
@@ -162,7 +164,7 @@ def load_tasks(words, limit=None):
 
 
 def _lines_of_file(path):
-    """(number, object) of each line that is not blank, as they are asked for."""
+    """Yield (number, object) of each line that is not blank, as they are asked for."""
     try:
         with open(path, 'rb') as f:
             for number, line in enumerate(f, 1):
@@ -196,8 +198,8 @@ def _lines_of_hub(name):
 
 
 def encode_items(tasks, tokenizer, context):
-    """{name: (items, make_requests())} of load_tasks()'s. Raises ConfigError for text that the
-    tokenizer does not know.
+    """Return {name: (items, make_requests())} of load_tasks()'s. Raises ConfigError for text that
+    the tokenizer does not know.
     """
     try:
         return {
@@ -218,15 +220,15 @@ def encode_items(tasks, tokenizer, context):
 
 
 def fingerprint(encoded):
-    """A short text that is the same for the same encode_items()d tasks."""
+    """Return a short text that is the same for the same encode_items()d tasks."""
     return hashlib.sha256(
         repr({name: made for name, (_, made) in encoded.items()}).encode_items()
     ).hexdigest()[:16]
 
 
 def make_requests(items, encode_items, start, context):
-    """[(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens, of
-    which the last n are the answer's.
+    """Return [(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens,
+    of which the last n are the answer's.
 
     The answer's are those from the first on that the question alone does not have, and at least
     one: its text may begin in the middle of a token. encode: str -> list of ids; start: id to begin
@@ -254,8 +256,9 @@ def make_requests(items, encode_items, start, context):
 
 @torch.no_grad()
 def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interrupted=lambda: False):
-    """{index in `made`: sum of the log-probabilities of the answer's tokens} of this rank's share,
-    the batches rank, rank + size, ...; None if interrupted() became true, on every rank alike.
+    """Return {index in `made`: sum of the log-probabilities of the answer's tokens} of this rank's
+    share, the batches rank, rank + size, ...; None if interrupted() became true, on every rank
+    alike.
 
     logits_of: (B, T) int64 ids -> (B, T, V). Every rank calls it equally often, since ranks may
     compute together.
@@ -285,7 +288,7 @@ def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interru
 
 
 def score_items(items, values):
-    """{'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of
+    """Return {'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of
     make_requests(), in their order.
     """
     right, right_norm, at = 0, 0, 0
@@ -313,8 +316,8 @@ def evaluate(
     size=1,
     interrupted=lambda: False,
 ):
-    """{name: score_items()} of encode_items()'s; total: sums a tensor over the ranks. None if
-    interrupted() became true.
+    """Return {name: score_items()} of encode_items()'s; total: sums a tensor over the ranks. None
+    if interrupted() became true.
     """
     results = {}
     for name, (items, made) in encoded.items():

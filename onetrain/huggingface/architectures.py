@@ -42,7 +42,8 @@ ACTIVATIONS = {
 
 
 def architecture_of(config):
-    """The Hugging Face architecture (a key of ARCHITECTURES) that computes what `config` does.
+    """Return the Hugging Face architecture (a key of ARCHITECTURES) that computes what `config`
+    does.
 
     Raises ConfigError, naming the switches in the way, where there is none.
     """

@@ -76,7 +76,7 @@ def _gpt2(c):
 
 
 def _shape(kind, c):
-    """Keys of all but GPT-2."""
+    """Return keys of all but GPT-2."""
     dynamic = c.rope_scaling == 'dynamic'
     shape = dict(
         num_hidden_layers=c.n_layer,
@@ -113,7 +113,7 @@ def _shape(kind, c):
 
 
 def _window(kind, c):
-    """Keys about a sliding window: of the families that have one."""
+    """Return keys about a sliding window: of the families that have one."""
     types = ['full_attention' if window is None else 'sliding_attention' for window in c.windows]
     if kind in ('mistral', 'mixtral'):
         return dict(sliding_window=c.sliding_window or None)
@@ -132,7 +132,7 @@ def _window(kind, c):
 
 
 def _experts(kind, c):
-    """Keys about the experts."""
+    """Return keys about the experts."""
     if kind == 'mixtral':
         return dict(num_local_experts=c.num_experts, intermediate_size=c.expert_d_ff)
     if kind == 'gpt_oss':

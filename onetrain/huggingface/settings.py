@@ -34,8 +34,8 @@ FREE = (
 
 
 def is_source(init_from):
-    """Whether `init_from` names Hugging Face weights: a folder with a config.json, or a hub id such
-    as gpt2 or org/model.
+    """Return whether `init_from` names Hugging Face weights: a folder with a config.json, or a hub
+    id such as gpt2 or org/model.
     """
     return os.path.isfile(os.path.join(init_from, 'config.json')) or bool(
         re.fullmatch(r'gpt2(-\w+)?|[\w.-]+/[\w.-]+', init_from)
@@ -43,7 +43,7 @@ def is_source(init_from):
 
 
 def fetch_source(source):
-    """The local folder of `source`: itself, or a snapshot of the hub's repository. Raises
+    """Return the local folder of `source`: itself, or a snapshot of the hub's repository. Raises
     ConfigError when it cannot be had.
     """
     if os.path.isdir(source):
@@ -69,7 +69,7 @@ def fetch_source(source):
 
 
 def read_settings(folder):
-    """The trainer's model keys for the config.json in `folder`. Raises ConfigError for what
+    """Return the trainer's model keys for the config.json in `folder`. Raises ConfigError for what
     model.py cannot compute.
     """
     path = os.path.join(folder, 'config.json')
@@ -103,7 +103,7 @@ def read_settings(folder):
 
 
 def settings_of(hf, folder):
-    """The same for the dict `hf` of a config.json; `folder` names it in errors."""
+    """Return the same for the dict `hf` of a config.json; `folder` names it in errors."""
 
     def refuse(what):
         raise ConfigError(f'{folder}: {what}')
@@ -328,8 +328,8 @@ def _mixture(kind, hf, shape, rotary_pct, refuse):
 
 
 def _one_of(hf, keys, refuse, *more):
-    """The value that some of `keys` of the dict hf, or `more` values, state; refused where they
-    contradict each other, or where there is none.
+    """Return the value that some of `keys` of the dict hf, or `more` values, state; refused where
+    they contradict each other, or where there is none.
     """
     stated = {key: hf[key] for key in keys if hf.get(key) is not None}
     values = [*stated.values(), *(value for value in more if value is not None)]
@@ -339,8 +339,8 @@ def _one_of(hf, keys, refuse, *more):
 
 
 def _rope_of(kind, hf, refuse):
-    """(settings of RoPE's scaling, theta, share of each head that is rotated). Older files have
-    rope_theta and rope_scaling, newer ones rope_parameters; where both are there they must not
+    """Return (settings of RoPE's scaling, theta, share of each head that is rotated). Older files
+    have rope_theta and rope_scaling, newer ones rope_parameters; where both are there they must not
     contradict each other.
     """
     new, old = hf.get('rope_parameters') or {}, hf.get('rope_scaling') or {}
@@ -386,7 +386,7 @@ def _rope_of(kind, hf, refuse):
 
 
 def _rotary_pct(kind, hf, new, old, refuse):
-    """Share of each head that is rotated. new, old: rope_parameters and rope_scaling."""
+    """Return the share of each head that is rotated. new, old: rope_parameters and rope_scaling."""
     if any(
         key in place and place[key] is None
         for place in (hf, new, old)
@@ -411,7 +411,7 @@ def _rotary_pct(kind, hf, new, old, refuse):
 
 
 def _scaling_of(hf, settings, refuse):
-    """Our keys for the rope_parameters (or rope_scaling) of a config.json."""
+    """Return our keys for the rope_parameters (or rope_scaling) of a config.json."""
     kind = settings.get('rope_type', settings.get('type', 'default'))
     if kind == 'default':
         return dict(rope_scaling='none')
@@ -474,8 +474,8 @@ def _activation(name, refuse):
 
 
 def resolve_source(c, given, shape_keys):
-    """(config with the shape of the Hugging Face model that c.init_from names, its local folder).
-    Raises ConfigError for what contradicts it.
+    """Return (config with the shape of the Hugging Face model that c.init_from names, its local
+    folder). Raises ConfigError for what contradicts it.
     """
     if not is_source(c.init_from):
         raise ConfigError(
@@ -526,8 +526,8 @@ def resolve_source(c, given, shape_keys):
 
 
 def _upcycling(c, given, settings):
-    """The keys of a mixture of experts that begins as the dense model of `settings` (Komatsuzaki et
-    al., "Sparse Upcycling", 2023).
+    """Return the keys of a mixture of experts that begins as the dense model of `settings`
+    (Komatsuzaki et al., "Sparse Upcycling", 2023).
     """
     if settings.get('num_experts'):
         raise ConfigError(

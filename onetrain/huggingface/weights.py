@@ -14,7 +14,7 @@ from onetrain.huggingface.config_json import config_json
 
 
 def name_map(kind, config):
-    """[(our name, [their names], form)]: how theirs make ours, as _join() does and _part()
+    """Return [(our name, [their names], form)]: how theirs make ours, as _join() does and _part()
     undoes.
     """
     rows = {'gpt2': _gpt2_rows, 'gpt_neox': _gpt_neox_rows}.get(kind, _llama_rows)(kind, config)
@@ -25,7 +25,7 @@ def name_map(kind, config):
 
 
 def _rows(ours, theirs, parts, form='rows'):
-    """Rows of name_map() for the parts, such as weight and bias, of one of our modules."""
+    """Return rows of name_map() for the parts, such as weight and bias, of one of our modules."""
     return [
         (
             f'{ours}.{part}',
@@ -96,7 +96,7 @@ def _llama_rows(kind, config):
 
 
 def _expert_rows(kind, config, h, theirs):
-    """Rows of name_map() for the mixture of experts of our layer h, their layer theirs."""
+    """Return rows of name_map() for the mixture of experts of our layer h, their layer theirs."""
     if kind == 'gpt_oss':  # fused, gate and up interleaved, (E, in, out)
         mlp = f'{theirs}.mlp'
         return [
@@ -140,7 +140,7 @@ def _expert_rows(kind, config, h, theirs):
 
 
 def _join(parts, form, config):
-    """Our tensor from theirs."""
+    """Return our tensor from theirs."""
     if form == 'transposed':
         return parts[0].t().contiguous()
     # GPT-NeoX keeps q, k, v of each head together, ours all q, then all k, then all v
@@ -157,7 +157,7 @@ def _join(parts, form, config):
 
 
 def _part(tensor, number, form, config):
-    """Their tensors, `number` of them, from ours."""
+    """Return their tensors, `number` of them, from ours."""
     if form == 'transposed':
         return [tensor.t()]
     if form == 'by head':
@@ -192,8 +192,8 @@ def require_safetensors():
 
 
 def tensors_of(folder):
-    """{name: opened safetensors file} of all weights in a folder, from the files that transformers
-    reads: model.safetensors, else those of its index.
+    """Return {name: opened safetensors file} of all weights in a folder, from the files that
+    transformers reads: model.safetensors, else those of its index.
 
     Raises ConfigError where there are none, and for an index that names other files than are there.
     """
@@ -254,8 +254,8 @@ def count_tensors(folder):
 
 
 def read_weights(folder, config):
-    """(name, fp32 tensor) for each parameter of model.Model(config), from the safetensors files in
-    `folder`: read one at a time as they are asked for.
+    """Return (name, fp32 tensor) for each parameter of model.Model(config), from the safetensors
+    files in `folder`: read one at a time as they are asked for.
 
     A config.block_size below the folder's keeps the first learned positions. Raises ConfigError,
     before the first, for weights that are missing or left over.
@@ -311,8 +311,8 @@ def read_weights(folder, config):
 
 
 def upcycled(folder, config):
-    """(name, tensor) for each parameter but the routers of a mixture of experts Model(config):
-    read_weights() of the dense model in `folder`, each expert a copy.
+    """Yield (name, tensor) for each parameter but the routers of a mixture of experts
+    Model(config): read_weights() of the dense model in `folder`, each expert a copy.
     """
     dense = dataclasses.replace(config, num_experts=0)
     for name, tensor in read_weights(folder, dense):

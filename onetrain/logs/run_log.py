@@ -38,7 +38,7 @@ FORMAT = 1
 
 
 def now():
-    """Local time with its zone, ISO 8601."""
+    """Return local time with its zone, ISO 8601."""
     return datetime.datetime.now().astimezone().isoformat(timespec='seconds')
 
 
@@ -181,7 +181,7 @@ class RunLog:
         return bool(begin or kept)
 
     def wall_s(self):
-        """Seconds that this run has been going, over all its resumptions."""
+        """Return seconds that this run has been going, over all its resumptions."""
         return self.wall_before + time.perf_counter() - self.started
 
     def say(self, text='', verbatim=False):
@@ -261,8 +261,8 @@ class RunLog:
             os.fsync(self.lines.fileno())
 
     def has_checkpoint(self, step):
-        """Whether the checkpoint of `step` is recorded: a kill can come between writing it and
-        noting so.
+        """Return whether the checkpoint of `step` is recorded: a kill can come between writing it
+        and noting so.
         """
         return step in self.checkpoints
 
@@ -401,7 +401,9 @@ _BLOCK = 2**16  # bytes that are read at a time, from the end
 
 
 def scalars(kind, record):
-    """The numbers of a record as one flat dict with names such as train/loss, for dashboards."""
+    """Return the numbers of a record as one flat dict with names such as train/loss, for
+    dashboards.
+    """
     flat = {}
 
     def walk(prefix, value):

@@ -51,8 +51,8 @@ def choose_backend(
     sinks=False,
     deterministic=False,
 ):
-    """(backend, reasons): the first backend from `requested` on, in the order of BACKENDS, that can
-    run; cuDNN's only where it is asked for.
+    """Return (backend, reasons): the first backend from `requested` on, in the order of BACKENDS,
+    that can run; cuDNN's only where it is asked for.
 
     dtype: torch dtype that the kernel would see; window, documents, sinks: whether the model has
     them; deterministic: whether gradients must repeat to the last bit. reasons: one sentence for
@@ -74,7 +74,7 @@ def choose_backend(
 def unsupported_reason(
     backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic
 ):
-    """Why `backend` cannot run, or None. The arguments are those of choose_backend()."""
+    """Return why `backend` cannot run, or None. The arguments are those of choose_backend()."""
     if backend == 'manual':
         return None
     if sinks and dropout > 0:
@@ -138,8 +138,8 @@ def activate_backend(backend):
 
 
 def make_attention_mask(backend, T, device, window=None, documents=None):
-    """The `mask` of attention() for T queries and as many keys, made once for all layers of a kind;
-    None where causality is all (but for flex).
+    """Return the `mask` of attention() for T queries and as many keys, made once for all layers of
+    a kind; None where causality is all (but for flex).
 
     window: tokens that a query sees, itself included; documents: (B, T) int64, the number of each
     token's text, or None.
@@ -173,7 +173,7 @@ def make_attention_mask(backend, T, device, window=None, documents=None):
 
 
 def attention(q, k, v, backend, dropout=0.0, ring=None, window=None, mask=None, sinks=None):
-    """Causal attention, scaled by 1/sqrt(head_dim).
+    """Return causal attention, scaled by 1/sqrt(head_dim).
 
     q: (B, n_head, T, head_dim); k, v: (B, n_kv, T, head_dim) with n_head a multiple of n_kv
     (grouped queries: head h reads key/value head h // (n_head / n_kv)). Returns (B, n_head, T,

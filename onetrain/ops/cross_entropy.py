@@ -47,8 +47,8 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0
 
 
 def choose_chunk(asked, tokens, vocab_size, device_type, dtype, compiled=False):
-    """(chunk for next_token_loss, a sentence for the report or None), for micro-steps of `tokens`
-    tokens.
+    """Return (chunk for next_token_loss, a sentence for the report or None), for micro-steps of
+    `tokens` tokens.
 
     asked: the key loss_chunk; compiled: whether the loss is compiled together with what comes
     before it.
@@ -84,8 +84,8 @@ def choose_chunk(asked, tokens, vocab_size, device_type, dtype, compiled=False):
 
 
 def written_chunk(chunk, tokens, vocab_size, device_type, compiled):
-    """The chunk with which the loss as it is written takes the memory that it takes with `chunk` as
-    it is run.
+    """Return the chunk with which the loss as it is written takes the memory that it takes with
+    `chunk` as it is run.
 
     Compiled, torch's loss keeps 2 bytes for each logit; as it is written, a chunk takes 8 for each
     of its own.

@@ -24,7 +24,7 @@ STATISTICS = 3
 
 
 def choose_dispatch(requested, widths, dtype, device_type):
-    """(dispatch, reason): 'grouped' or 'loop', and why not the requested one, or None.
+    """Return (dispatch, reason): 'grouped' or 'loop', and why not the requested one, or None.
 
     widths: inner sizes of the matmuls, whose rows must be multiples of 16 bytes; dtype: torch dtype
     of the matmuls; device_type: 'cpu' | 'cuda'.
@@ -52,8 +52,8 @@ def choose_dispatch(requested, widths, dtype, device_type):
 
 
 def waits_for_host(device_type):
-    """Whether torch's grouped matmul copies the counts of tokens to the host on this device: it has
-    a kernel for all experts at once on some GPUs only.
+    """Return whether torch's grouped matmul copies the counts of tokens to the host on this device:
+    it has a kernel for all experts at once on some GPUs only.
     """
     return device_type == 'cuda' and torch.cuda.get_device_capability() not in ((9, 0), (10, 0))
 
@@ -69,7 +69,7 @@ def choose_experts(
     norm_topk_prob=True,
     route_scale=1.0,
 ):
-    """Experts and gates of each token.
+    """Return experts and gates of each token.
 
     logits: (N, E) fp32; bias: (E,) fp32 added for the choice only, or None; score_function:
     'sigmoid' | 'softmax'. The E experts are n_groups groups of neighbors; only the topk_groups of
@@ -99,11 +99,11 @@ def choose_experts(
 
 
 def routing_statistics(logits, scores, experts):
-    """(E + STATISTICS,) fp32 of one layer and N tokens: how many tokens each expert got; the mean
-    entropy of the affinities in nats; the auxiliary loss E * sum_i f_i P_i with f_i an expert's
-    share of the choices and P_i its mean share of the affinities, 1 if all are equal (Fedus et al.,
-    "Switch Transformers", 2021, eq. 4); the z-loss mean(logsumexp(logits)^2) (Zoph et al.,
-    "ST-MoE", 2022). Gradients flow through the two losses.
+    """Return (E + STATISTICS,) fp32 of one layer and N tokens: how many tokens each expert got; the
+    mean entropy of the affinities in nats; the auxiliary loss E * sum_i f_i P_i with f_i an
+    expert's share of the choices and P_i its mean share of the affinities, 1 if all are equal
+    (Fedus et al., "Switch Transformers", 2021, eq. 4); the z-loss mean(logsumexp(logits)^2) (Zoph
+    et al., "ST-MoE", 2022). Gradients flow through the two losses.
     """
     counts = torch.zeros(scores.size(-1), device=scores.device).scatter_add(
         0, experts.flatten(), torch.ones(experts.numel(), device=scores.device)
@@ -164,8 +164,8 @@ def _linear(x, weight_and_bias, owners, ends):
 # computes (fp32 on a CPU)
 @torch.library.custom_op('onetrain::grouped_mm', mutates_args=())
 def grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows ends[e - 1] to ends[e] of x (M, in) times weight[e]^T, weight (E, out, in), ends (E,)
-    int32: (M, out).
+    """Return rows ends[e - 1] to ends[e] of x (M, in) times weight[e]^T, weight (E, out, in), ends
+    (E,) int32: (M, out).
     """
     return _grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
@@ -181,8 +181,8 @@ def _grouped_mm_backward(
 
 
 def _zero_without_tokens(of_weight, ends):
-    """The gradient (E, out, in) with zeros for experts that got no token: torch's kernel for B200
-    leaves these unwritten (pytorch issue 172439).
+    """Return the gradient (E, out, in) with zeros for experts that got no token: torch's kernel for
+    B200 leaves these unwritten (pytorch issue 172439).
     """
     some = ends.diff(prepend=ends.new_zeros(1)) > 0
     return torch.where(some[:, None, None], of_weight, 0)
@@ -249,7 +249,7 @@ def update_balance(biases, counts, rate, applied):
 
 
 def load_score(counts):
-    """100 * least / most of the (..., E) counts: 100 if all experts got as many tokens."""
+    """Return 100 * least / most of the (..., E) counts: 100 if all experts got as many tokens."""
     return 100 * counts.amin(dim=-1) / counts.amax(dim=-1).clamp(min=1)
 
 

@@ -11,7 +11,7 @@ import torch
 
 
 def choose_kernel(q):
-    """'flash' where torch has it for tensors like q ((B, H, T, head_dim)), else 'manual'."""
+    """Return 'flash' where torch has it for tensors like q ((B, H, T, head_dim)), else 'manual'."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     return (
         'flash'
@@ -21,8 +21,8 @@ def choose_kernel(q):
 
 
 def forward(kernel, q, k, v, causal, mask=None):
-    """(out, lse): attention of some queries to some keys, (B, H, t, head_dim) in q's dtype, and its
-    log-sum-exp, (B, H, t) fp32.
+    """Return (out, lse): attention of some queries to some keys, (B, H, t, head_dim) in q's dtype,
+    and its log-sum-exp, (B, H, t) fp32.
 
     q, k, v: as many heads each; mask: bool, broadcastable to (B, H, t, keys), True where a query
     sees a key, or None; never with causal.
@@ -31,8 +31,8 @@ def forward(kernel, q, k, v, causal, mask=None):
 
 
 def backward(kernel, grad, q, k, v, out, lse, causal, mask=None):
-    """Gradients of q, k, v for the gradient of `out`; out and lse: of the whole softmax, of which
-    these keys may be a part.
+    """Return gradients of q, k, v for the gradient of `out`; out and lse: of the whole softmax, of
+    which these keys may be a part.
     """
     return _BACKWARD[kernel](grad, q, k, v, out, lse, causal, mask)
 

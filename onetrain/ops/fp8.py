@@ -14,8 +14,8 @@ from onetrain.config import ConfigError
 
 
 def choose_recipe(dtype, device):
-    """What Model takes as fp8, 'hardware', or on a CPU 'emulated': the same rounding, then a matmul
-    of `dtype`; for experiments, not for speed.
+    """Return what Model takes as fp8, 'hardware', or on a CPU 'emulated': the same rounding, then a
+    matmul of `dtype`; for experiments, not for speed.
 
     Raises ConfigError where it cannot be had. dtype: torch dtype of the matmuls; device:
     torch.device.
@@ -40,9 +40,9 @@ def choose_recipe(dtype, device):
 
 
 def gains_from_float8(layer):
-    """Whether a torch.nn.Linear gets faster: both sizes are multiples of 16, which the kernels ask
-    for, and it is large enough to pay for the rounding (by torchao's table of an H100, tensorwise:
-    more than 1024 outputs or 4096 inputs).
+    """Return whether a torch.nn.Linear gets faster: both sizes are multiples of 16, which the
+    kernels ask for, and it is large enough to pay for the rounding (by torchao's table of an H100,
+    tensorwise: more than 1024 outputs or 4096 inputs).
     """
     return (
         layer.in_features % 16 == 0

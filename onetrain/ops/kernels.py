@@ -24,8 +24,9 @@ from onetrain.ops.attention import (
 
 
 def precision(name, device):
-    """The torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16 on a GPU
-    that has it, float16 on others, float32 on a CPU. Raises ConfigError for float16 on a CPU.
+    """Return the torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16
+    on a GPU that has it, float16 on others, float32 on a CPU. Raises ConfigError for float16 on a
+    CPU.
     """
     name = name or (
         'float32' if device.type == 'cpu' else 'bfloat16' if _has_bfloat16() else 'float16'
@@ -36,7 +37,7 @@ def precision(name, device):
 
 
 def autocast(device_type, dtype):
-    """The context of a forward pass whose matmuls are in `dtype`, a torch dtype."""
+    """Return the context of a forward pass whose matmuls are in `dtype`, a torch dtype."""
     return (
         contextlib.nullcontext()
         if dtype == torch.float32
@@ -56,8 +57,8 @@ def eager_mode():
 
 
 def _has_bfloat16():
-    """Whether the GPU computes in bfloat16 itself: before Ampere torch emulates it, slowly and
-    without flash attention.
+    """Return whether the GPU computes in bfloat16 itself: before Ampere torch emulates it, slowly
+    and without flash attention.
     """
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -89,7 +90,7 @@ def synchronized_time(device):
 
 
 def select_kernels(c, shape, device, dtype):
-    """({'backend', 'dispatch', 'float8'} of Model, sentences about them for the report).
+    """Return ({'backend', 'dispatch', 'float8'} of Model, sentences about them for the report).
 
     c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises ConfigError for
     what has no substitute.
@@ -129,7 +130,7 @@ def select_kernels(c, shape, device, dtype):
 
 
 def _select_backend(c, shape, device, dtype):
-    """(attention backend, sentences about it)."""
+    """Return (attention backend, sentences about it)."""
     special = dict(
         dropout=c.dropout,
         documents=c.document_mask,
@@ -195,8 +196,8 @@ def fastest_backend(
     sinks=False,
     deterministic=False,
 ):
-    """(backend, told): the backend whose forward and backward pass together take least time on this
-    device, and a sentence with the times.
+    """Return (backend, told): the backend whose forward and backward pass together take least time
+    on this device, and a sentence with the times.
 
     Shapes and dtype: those of one layer; window: tokens seen, or None; the rest as choose_backend()
     has it. What fails, or computes something else than `sdpa` does, is out. One that gains less
@@ -242,7 +243,7 @@ def fastest_backend(
 
 
 def _random_inputs(B, heads, T, head_dim, device, dtype):
-    """((q, k, v), gradient of the output), each (B, its number of heads, T, head_dim)."""
+    """Return ((q, k, v), gradient of the output), each (B, its number of heads, T, head_dim)."""
     generator = torch.Generator(device).manual_seed(0)
     *inputs, grad = (
         torch.randn(
@@ -254,13 +255,15 @@ def _random_inputs(B, heads, T, head_dim, device, dtype):
 
 
 def _difference(found, expected, dtype):
-    """How far tensors are from the expected ones, in words; None where rounding explains it."""
+    """Return how far tensors are from the expected ones, in words; None where rounding explains
+    it.
+    """
     off = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected))
     return None if off < (1e-4 if dtype == torch.float32 else 2e-2) else f'is off by {off:.1e}'
 
 
 def _choose_fastest(seconds, failures):
-    """(backend, sentence) from {backend: seconds} of those that work."""
+    """Return (backend, sentence) from {backend: seconds} of those that work."""
     if not seconds:
         return 'manual', f'no other backend runs ({"; ".join(failures)})'
     best = min(seconds, key=seconds.get)
@@ -274,7 +277,7 @@ def _choose_fastest(seconds, failures):
 
 
 def _trial(call, inputs, grad):
-    """(output and gradients in float32, median seconds of 5 calls after 2)."""
+    """Return (output and gradients in float32, median seconds of 5 calls after 2)."""
     took = []
     for _ in range(7):
         started = synchronized_time(grad.device)

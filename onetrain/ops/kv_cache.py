@@ -90,7 +90,9 @@ class Cache:
         return queries[None] if self.static else slice(self.length, self.length + T)
 
     def _first(self, window):
-        """The oldest place before the new ones that a layer with this window looks back on."""
+        """Return the oldest place before the new ones that a layer with this window looks back
+        on.
+        """
         return 0 if window is None else max(0, self.length - window + 1)
 
     def extend(self, layer, k, v):

@@ -84,8 +84,8 @@ class Ring:
 
 
 def ring_attention(q, k, v, ring, kernel=None):
-    """Causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each rank of
-    `ring` holds the tokens of Ring.read_part().
+    """Return causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each
+    rank of `ring` holds the tokens of Ring.read_part().
 
     q: (B, n_head, t, head_dim); k, v: (B, n_kv, t, head_dim) with n_head a multiple of n_kv; t = 2
     * chunk local tokens. Returns (B, n_head, t, head_dim) in q's dtype. kernel: 'flash' | 'manual'
@@ -156,8 +156,8 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _seen(step, ring, t):
-    """(slice of the local queries, slice of the keys at hand, whether causality matters) in this
-    step of the ring.
+    """Return (slice of the local queries, slice of the keys at hand, whether causality matters) in
+    this step of the ring.
     """
     everything = slice(0, t)
     if step == 0:

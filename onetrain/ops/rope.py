@@ -16,8 +16,9 @@ SCALINGS = ('linear', 'dynamic', 'yarn', 'llama3')
 
 
 def inverse_frequencies(c, length):
-    """(d / 2,) fp32: the angle per position of each pair of the d = c.rotary_dims dimensions, for a
-    sequence of `length` tokens (only dynamic depends on it). c: model.ModelConfig.
+    """Return (d / 2,) fp32: the angle per position of each pair of the d = c.rotary_dims
+    dimensions, for a sequence of `length` tokens (only dynamic depends on it). c:
+    model.ModelConfig.
     """
     d, theta, factor, original = (
         c.rotary_dims,
@@ -53,7 +54,7 @@ def inverse_frequencies(c, length):
 
 
 def attention_scaling(c):
-    """What cosine and sine are multiplied with: with YaRN 0.1 ln(factor) + 1 unless
+    """Return what cosine and sine are multiplied with: with YaRN 0.1 ln(factor) + 1 unless
     c.rope_attention_factor says otherwise, else 1.
     """
     if c.rope_scaling != 'yarn':
@@ -64,9 +65,9 @@ def attention_scaling(c):
 
 
 def cos_sin_table(c, length, size=None):
-    """(cos, sin), each (size, d) fp32, of the first `size` positions (None: length) of a sequence
-    of `length` tokens, as apply_rotary_emb() takes them: each angle stands at both dimensions of
-    its pair, the first sine with a minus.
+    """Return (cos, sin), each (size, d) fp32, of the first `size` positions (None: length) of a
+    sequence of `length` tokens, as apply_rotary_emb() takes them: each angle stands at both
+    dimensions of its pair, the first sine with a minus.
     """
     angles = torch.outer(
         torch.arange(size or length, dtype=torch.float32), inverse_frequencies(c, length)

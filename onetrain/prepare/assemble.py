@@ -108,7 +108,7 @@ def _write_parts(plan, made, writer, dropped, val_every, bar):
 
 
 def count_rows(plan, made, max_broken):
-    """{'rows', 'broken', 'left_out': a sentence or ''}. Raises ValueError where more than
+    """Return {'rows', 'broken', 'left_out': a sentence or ''}. Raises ValueError where more than
     max_broken of the rows have no text.
     """
     rows, broken = (sum(part.record[key] for part in made) for key in ('rows', 'broken'))
@@ -137,8 +137,8 @@ def count_rows(plan, made, max_broken):
 
 
 def count_lost(made, max_lost):
-    """A sentence on the characters that the tokenizer cannot write, or ''. Raises ValueError where
-    they are more than max_lost of those that were looked at.
+    """Return a sentence on the characters that the tokenizer cannot write, or ''. Raises ValueError
+    where they are more than max_lost of those that were looked at.
     """
     seen, lost = (sum(part.record[key] for part in made) for key in ('characters', 'lost'))
     if not lost:
@@ -158,12 +158,12 @@ def count_lost(made, max_lost):
 
 
 def _before(ends):
-    """How many of a bool array are set before each of them."""
+    """Return how many of a bool array are set before each of them."""
     return np.cumsum(ends) - ends
 
 
 def _own_splits(plan, part):
-    """The splits that the source says, '' where it does not, of the pieces of a part."""
+    """Return the splits that the source says, '' where it does not, of the pieces of a part."""
     return np.repeat(
         [unit.split or '' for unit in plan.parts[part.number]], part.record['unit_pieces']
     )
@@ -216,9 +216,9 @@ def _end(part, future, bar):
 
 
 def find_repeated(tables, scratch):
-    """A bool array (in a file below `scratch` that is gone already) over the rows of all `tables`
-    (.docs files): True for a document that came before. Memory holds BUCKET rows: they are dealt by
-    hash to files, each sorted for itself.
+    """Return a bool array (in a file below `scratch` that is gone already) over the rows of all
+    `tables` (.docs files): True for a document that came before. Memory holds BUCKET rows: they are
+    dealt by hash to files, each sorted for itself.
     """
     rows = sum(os.path.getsize(path) // DOCUMENT.itemsize for path in tables)
     buckets = max(1, -(-rows // BUCKET))

@@ -27,8 +27,8 @@ hf://datasets/OWNER/NAME) of .txt, .md, .jsonl, .json (both also .gz and
 
 
 def argument_parser(docstring, folder):
-    """An ArgumentParser with --output, which is `folder` unless given. The docstring of the script
-    is its help.
+    """Return an ArgumentParser with --output, which is `folder` unless given. The docstring of the
+    script is its help.
     """
     parser = ArgumentParser(description=docstring)
     parser.add_argument(
@@ -43,9 +43,9 @@ def argument_parser(docstring, folder):
 def corpus_parser(
     docstring, folder, *, source=None, tokenizer='gpt2', text_field='text', val_fraction=None
 ):
-    """An ArgumentParser with the options of prepare_corpus(). source: default of --input, a list,
-    or None where it must be given; val_fraction: of --val_fraction, None where the source has a
-    split of its own.
+    """Return an ArgumentParser with the options of prepare_corpus(). source: default of --input, a
+    list, or None where it must be given; val_fraction: of --val_fraction, None where the source has
+    a split of its own.
     """
     parser = argument_parser(docstring + OPTIONS, folder)
     parser.add_argument(
@@ -193,7 +193,7 @@ def report_corpus(args, tokenizer, counts):
 
 
 def plan_of_files(args, files, splits, tokenizer, cut_txt, endings):
-    """The pipeline.Plan for `files`, after telling which others are left out."""
+    """Return the pipeline.Plan for `files`, after telling which others are left out."""
     for said in describe_left_out(args.input, endings):
         print(said)
     return pipeline.Plan.of_files(
@@ -270,7 +270,7 @@ def check_room(needed, output, sharded):
 
 
 def check_arguments(args):
-    """(i, n) of --shard. Raises ValueError for numbers that mean nothing."""
+    """Return (i, n) of --shard. Raises ValueError for numbers that mean nothing."""
     if args.val_fraction is not None and not 1e-12 < args.val_fraction <= 0.5:
         raise ValueError(
             f'--val_fraction {args.val_fraction} is not a share for val: type a number above 0 and'
@@ -317,8 +317,8 @@ def check_output(folder):
 
 
 def find_input(args, published, endings):
-    """(files, {path: split} or None) that --input names. published: take the splits that the files'
-    names say, or with a --val_fraction those for training.
+    """Return (files, {path: split} or None) that --input names. published: take the splits that the
+    files' names say, or with a --val_fraction those for training.
     """
     if not published:
         return documents.find_files(args.input, endings), None
@@ -342,7 +342,7 @@ def find_input(args, published, endings):
 
 
 def describe_left_out(inputs, endings):
-    """Sentences on the files of local folders that are not read, because of their endings."""
+    """Yield sentences on the files of local folders that are not read, because of their endings."""
     for given in inputs:
         if documents.is_url(given) or not os.path.isdir(given):
             continue
@@ -363,8 +363,8 @@ def describe_left_out(inputs, endings):
 
 
 def find_tokenizer(name, folder, tokenizer_from, texts):
-    """The tokenizer that --tokenizer names: a path is looked for here, in the script's folder and
-    in the root. texts: for 'char', a function that gives them.
+    """Return the tokenizer that --tokenizer names: a path is looked for here, in the script's
+    folder and in the root. texts: for 'char', a function that gives them.
     """
     for place in ('', folder, ROOT):
         path = os.path.join(place, name)
@@ -385,7 +385,7 @@ def find_tokenizer(name, folder, tokenizer_from, texts):
 
 
 def characters(args, endings):
-    """The texts of --input, for a vocabulary of characters."""
+    """Yield the texts of --input, for a vocabulary of characters."""
     if args.merge:
         raise ValueError(
             'the vocabulary of --tokenizer char is that of all texts: it cannot be merged; prepare'

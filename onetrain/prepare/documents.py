@@ -89,8 +89,8 @@ def is_url(path):
 
 
 def filesystem(path):
-    """(fsspec filesystem, path there) of a URL. Raises ValueError where its library is missing, or
-    for a URL that cannot be one.
+    """Return (fsspec filesystem, path there) of a URL. Raises ValueError where its library is
+    missing, or for a URL that cannot be one.
     """
     import fsspec
 
@@ -131,7 +131,7 @@ def errors_as_sentences(path):
 
 
 def size_of(path):
-    """Bytes of a file."""
+    """Return bytes of a file."""
     if not is_url(path):
         return os.path.getsize(path)
     with errors_as_sentences(path):
@@ -153,8 +153,8 @@ def open_source(path):
 
 
 def find_files(inputs, endings=FOLDER_ENDINGS):
-    """The files that `inputs` (paths of files and folders, glob patterns, URLs of them) stand for,
-    each once, in that order; a folder's sorted.
+    """Return the files that `inputs` (paths of files and folders, glob patterns, URLs of them)
+    stand for, each once, in that order; a folder's sorted.
 
     endings: of files that are taken from a folder. Raises ValueError for an input that stands for
     no file, and for a file of no known kind.
@@ -224,8 +224,8 @@ def _nothing(given, endings):
 
 
 def published_split(path, given):
-    """'train', 'val' or None (to be left out) of a file that --input `given` (a folder, pattern or
-    file) stands for, whose publisher names splits in folders or files, as in
+    """Return 'train', 'val' or None (to be left out) of a file that --input `given` (a folder,
+    pattern or file) stands for, whose publisher names splits in folders or files, as in
     validation/chunk1/a.jsonl.zst, data/test-00000-of-00001.parquet or
     c4-train.00000-of-01024.json.gz; 'train' where nothing is named.
     """
@@ -247,7 +247,7 @@ def units_of_files(files, splits=None, txt_val_fraction=None):
 
 
 def size_of_files(files):
-    """Bytes of all `files` together."""
+    """Return bytes of all `files` together."""
     return sum(_of_each(files, size_of))
 
 
@@ -262,8 +262,8 @@ def _of_each(files, what):
 
 
 def join_path(first, second):
-    """One unit for two that follow each other in a file, or None where they do not, or each is a
-    document of its own.
+    """Return one unit for two that follow each other in a file, or None where they do not, or each
+    is a document of its own.
     """
     if (
         not first.end
@@ -275,8 +275,8 @@ def join_path(first, second):
 
 
 def units_of(path, split=None, txt_val_fraction=None):
-    """The units of a file, in order. txt_val_fraction: the share of a .txt that goes to val, its
-    end, cut at a line end where one is near; None: a .txt is one document like others. Raises
+    """Return the units of a file, in order. txt_val_fraction: the share of a .txt that goes to val,
+    its end, cut at a line end where one is near; None: a .txt is one document like others. Raises
     ValueError for a file in UTF-16 or UTF-32, and for JSON that is not an object on each line.
     """
     lower, size = path.lower(), size_of(path)
@@ -350,8 +350,8 @@ def _txt_units(f, path, size, split, val_fraction):
 
 
 def _line_end(f, at, end):
-    """The end of the line that the byte `at` is in, or where that is far away a place between two
-    characters.
+    """Return the end of the line that the byte `at` is in, or where that is far away a place
+    between two characters.
     """
     f.seek(at - 1)
     line = f.readline(min(LINE_BYTES, end - at + 1))
@@ -367,8 +367,8 @@ def _line_end(f, at, end):
 
 
 def _near_line_end(f, start, size, fraction):
-    """Where the last `fraction` of the bytes start .. size begins: after the nearest newline, or
-    else at a character.
+    """Return where the last `fraction` of the bytes start .. size begins: after the nearest
+    newline, or else at a character.
     """
     cut = start + int((size - start) * (1 - fraction))
     near = min(4096, (size - cut) // 2)
@@ -418,8 +418,8 @@ def _parquet_units(f, path, size, split):
 
 
 def read(unit, text_field='text'):
-    """The Rows of a unit. Raises ValueError for a file that is damaged, not UTF-8, or without the
-    column.
+    """Yield the Rows of a unit. Raises ValueError for a file that is damaged, not UTF-8, or without
+    the column.
     """
     lower = unit.path.lower()
     with open_source(unit.path) as f:
@@ -519,8 +519,8 @@ def _packed_rows(f, unit, field):
 
 
 def _zst_lines(f, path):
-    """The lines of a .zst of one frame or more. Raises EOFError for one that is cut short, which
-    the library's own reader takes for its end.
+    """Yield the lines of a .zst of one frame or more. Raises EOFError for one that is cut short,
+    which the library's own reader takes for its end.
     """
     try:
         import zstandard
@@ -546,7 +546,7 @@ def _zst_lines(f, path):
 
 
 def _text_of(line, field):
-    """(text, problem) of a line of JSON; (None, None) of a blank one."""
+    """Return (text, problem) of a line of JSON; (None, None) of a blank one."""
     if not line or line.isspace():
         return None, None
     try:
@@ -571,7 +571,9 @@ def _text_of(line, field):
 
 
 def _field_of(row, field):
-    """(value, whether it is there) of a field of a dict; a.b is the field b of the dict a."""
+    """Return (value, whether it is there) of a field of a dict; a.b is the field b of the dict
+    a.
+    """
     if field in row:
         return row[field], True
     for name in field.split('.'):
@@ -634,7 +636,7 @@ def _parquet_rows(f, unit, field):
 
 
 def _decoded(value, field):
-    """(text, problem) of a value of a column."""
+    """Return (text, problem) of a value of a column."""
     if not isinstance(value, bytes):
         return None, f'{field!r} is a {type(value).__name__}'
     try:
@@ -678,7 +680,7 @@ def _npz_rows(f, unit):
 
 
 def _without_padding(rows, arrays, path):
-    """A bool array over `rows`: True where a token is no padding, as attention_mask and
+    """Return a bool array over `rows`: True where a token is no padding, as attention_mask and
     sequence_lengths say. Raises ValueError.
     """
     kept = np.ones(rows.shape, bool)
@@ -705,8 +707,8 @@ def _without_padding(rows, arrays, path):
 
 
 def _overlap(rows, stride):
-    """How many tokens a row repeats of the one before: what the array `stride` leaves of a row, or
-    None: what all of the first rows repeat; 0 for none.
+    """Return how many tokens a row repeats of the one before: what the array `stride` leaves of a
+    row, or None: what all of the first rows repeat; 0 for none.
     """
     width = rows.shape[1]
     if (

@@ -105,8 +105,8 @@ def make_part(
 
 
 def read_part(folder, index, units=None):
-    """The Part `index` in `folder`, or None where it is not whole; with `units`, their files must
-    not have changed since either.
+    """Return the Part `index` in `folder`, or None where it is not whole; with `units`, their files
+    must not have changed since either.
     """
     try:
         with open(part_path(folder, index, 'json'), 'rb') as f:
@@ -183,7 +183,7 @@ class _Losses:
         ]
 
     def record(self):
-        """What is kept of the counts."""
+        """Return what is kept of the counts."""
         return {
             'characters': self.characters,
             'lost': self.lost,
@@ -192,7 +192,7 @@ class _Losses:
 
 
 def _letters(text):
-    """A Counter of the characters of a text, without what normalizers change on purpose."""
+    """Return a Counter of the characters of a text, without what normalizers change on purpose."""
     folded = unicodedata.normalize('NFKD', text).casefold()
     return collections.Counter(
         c
@@ -226,7 +226,7 @@ class _Rows:
             before += unit.size
 
     def record(self):
-        """What is kept of the counts."""
+        """Return what is kept of the counts."""
         return {
             'lines': self.lines,
             'rows': self.count,
@@ -258,7 +258,7 @@ class _Progress:
 
 
 def _ids(unit, content, tokenizer, dtype):
-    """The ids of a document or a piece of one, with that which ends it; content may be ids
+    """Return the ids of a document or a piece of one, with that which ends it; content may be ids
     already.
     """
     made = isinstance(content, np.ndarray)
@@ -273,7 +273,7 @@ def _ids(unit, content, tokenizer, dtype):
 
 
 def _key(unit, content):
-    """16 bytes that tell documents apart; zeros for ids and for pieces."""
+    """Return 16 bytes that tell documents apart; zeros for ids and for pieces."""
     if (
         isinstance(content, np.ndarray)
         or not unit.last

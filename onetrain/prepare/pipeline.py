@@ -49,8 +49,8 @@ class Plan:
 
     @classmethod
     def of_files(cls, files, tokenizer, *, txt_val_fraction=None, splits=None, **options):
-        """A plan for `files` in their order. splits: {path: 'train' or 'val'} where the source says
-        it; options: those of Plan.
+        """Return a plan for `files` in their order. splits: {path: 'train' or 'val'} where the
+        source says it; options: those of Plan.
         """
         part_bytes = min(max(documents.size_of_files(files) // PARTS, PART_BYTES[0]), PART_BYTES[1])
         groups, size = [], part_bytes
@@ -66,12 +66,12 @@ class Plan:
         return cls(groups, tokenizer, **options)
 
     def size(self):
-        """Bytes of source."""
+        """Return bytes of source."""
         return sum(unit.size for part in self.parts for unit in part)
 
     @functools.cached_property
     def digest(self):
-        """Hex string that differs where the ids may."""
+        """Return Hex string that differs where the ids may."""
         known = [self.parts, tokenizer_digest(self.tokenizer), self.text_field, self.limit]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
@@ -94,8 +94,8 @@ class Plan:
 
     @classmethod
     def load(cls, folders, tokenizer):
-        """(plan, parts folders) of unfinished work in `folders`, outputs of other machines. Raises
-        ValueError unless they belong together.
+        """Return (plan, parts folders) of unfinished work in `folders`, outputs of other machines.
+        Raises ValueError unless they belong together.
         """
         found = [
             os.path.join(folder, name)
@@ -130,7 +130,7 @@ class Plan:
 
 
 def tokenizer_digest(tokenizer):
-    """Hex string of all that a tokenizer keeps in a data set."""
+    """Return Hex string of all that a tokenizer keeps in a data set."""
     with tempfile.TemporaryDirectory() as folder:
         digest = hashlib.sha256(
             repr(
@@ -225,8 +225,8 @@ def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
 
 
 def _first(limit, indices, made):
-    """The Parts of `made` from the first of `indices` on that have `limit` documents; None where
-    one of them is missing.
+    """Return the Parts of `made` from the first of `indices` on that have `limit` documents; None
+    where one of them is missing.
     """
     first, texts = [], 0
     for index in indices:
@@ -240,7 +240,7 @@ def _first(limit, indices, made):
 
 
 def find_parts(plan, folders):
-    """The Parts of `plan` in order, each in the first of `folders` that has it whole. Raises
+    """Return the Parts of `plan` in order, each in the first of `folders` that has it whole. Raises
     ValueError for missing ones.
     """
     made, texts = [], 0

@@ -20,8 +20,8 @@ def add_input(parser):
 
 
 def read(file, folder):
-    """(train text, val text): of `file`, or where that is None of `folder`/input.txt, downloaded if
-    missing.
+    """Return (train text, val text): of `file`, or where that is None of `folder`/input.txt,
+    downloaded if missing.
 
     90 % and 10 % of the characters, as nanoGPT splits them. Raises ValueError when there is no
     text.

@@ -55,7 +55,7 @@ UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
 def is_tokenizer_file(name):
-    """Whether `name` is that of a file which describe() writes to a data set's folder
+    """Return whether `name` is that of a file which describe() writes to a data set's folder
     tokenizer/.
     """
     folder, _, rest = name.partition('/')
@@ -65,7 +65,7 @@ def is_tokenizer_file(name):
 
 
 def load_tokenizer(spec, texts=None):
-    """The tokenizer that a user names with --tokenizer; see the table above.
+    """Return the tokenizer that a user names with --tokenizer; see the table above.
 
     texts: iterable of str, read only by 'char', whose vocabulary is the sorted set of their
     characters. Raises ValueError, in one sentence, for a name, file or library that is not there.
@@ -100,8 +100,8 @@ def load_tokenizer(spec, texts=None):
 
 
 def tokenizer_of(folder, meta):
-    """The tokenizer of the data set in `folder`, whose meta.pkl is the dict `meta` ({} where there
-    is none).
+    """Return the tokenizer of the data set in `folder`, whose meta.pkl is the dict `meta` ({} where
+    there is none).
 
     nanoGPT's data sets are read as its sample.py does: stoi and itos where meta has them, gpt2
     where there is no meta. Raises ValueError when meta names no tokenizer, or one whose files or
@@ -433,7 +433,7 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def of_folder(cls, folder, root=None):
-        """The one in `folder`; root: the folder of somebody else's data set of which it is a
+        """Return the one in `folder`; root: the folder of somebody else's data set of which it is a
         part.
         """
         if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
@@ -474,7 +474,7 @@ class HuggingFaceTokenizer:
         return eos
 
     def _settings(self, name):
-        """The dict in one of the JSON files, {} where there is no such file."""
+        """Return the dict in one of the JSON files, {} where there is no such file."""
         try:
             settings = parse_json(self.files.get(name, b'{}'))
         except ValueError as error:

@@ -40,7 +40,7 @@ class TiktokenEquivalent:
         self.words = re.compile('|'.join(map(re.escape, sorted(words)))) if words else None
 
     def encode(self, text):
-        """(n,) uint32 ids, or None for a text that is left to the library."""
+        """Return (n,) uint32 ids, or None for a text that is left to the library."""
         if self.words and self.words.search(text):
             return None
         if not text.isascii():
@@ -54,8 +54,8 @@ class TiktokenEquivalent:
 
 
 def equivalent_of(content):
-    """A Twin of the tokenizer.json `content` (str), or None where it is none of these or tiktoken
-    is not installed.
+    """Return a Twin of the tokenizer.json `content` (str), or None where it is none of these or
+    tiktoken is not installed.
     """
     try:
         import tiktoken
@@ -104,8 +104,8 @@ def equivalent_of(content):
 
 
 def pattern_of(pre_tokenizer):
-    """The regular expression that cuts a text as this description in a tokenizer.json does, or
-    None.
+    """Return the regular expression that cuts a text as this description in a tokenizer.json does,
+    or None.
     """
     steps = (
         pre_tokenizer['pretokenizers']
@@ -131,8 +131,8 @@ def pattern_of(pre_tokenizer):
 
 
 def characters():
-    """{character: byte} of the alphabet in which GPT-2's vocabulary spells bytes: printable ones as
-    they are, the others from U+0100 on.
+    """Return {character: byte} of the alphabet in which GPT-2's vocabulary spells bytes: printable
+    ones as they are, the others from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -143,8 +143,8 @@ def characters():
 
 
 def ranks_of(model, tokenizers):
-    """[(bytes, id)] of the tokens that a tokenizer.json's "model" can make, in the order of their
-    merges, single bytes first; None where tiktoken would merge otherwise.
+    """Return [(bytes, id)] of the tokens that a tokenizer.json's "model" can make, in the order of
+    their merges, single bytes first; None where tiktoken would merge otherwise.
     """
     alphabet, vocab = characters(), model['vocab']
     merges = [
@@ -186,8 +186,8 @@ def ranks_of(model, tokenizers):
 
 
 def _merged(token, order):
-    """Whether merging any two parts that make up a token, lowest rank first, makes `token` of its
-    characters.
+    """Return whether merging any two parts that make up a token, lowest rank first, makes `token`
+    of its characters.
     """
     parts = list(token)
     while len(parts) > 1:
@@ -201,8 +201,8 @@ def _merged(token, order):
 
 
 def disagreements(pattern, tiktoken, tokenizers):
-    """(0x110000,) bool: characters that the two libraries put into different classes of those in
-    `pattern`; from KNOWN on, where hardly any is in use, all.
+    """Return (0x110000,) bool: characters that the two libraries put into different classes of
+    those in `pattern`; from KNOWN on, where hardly any is in use, all.
     """
     codes = np.array([i for i in range(KNOWN) if not 0xD800 <= i < 0xE000])
     everything = ''.join(map(chr, codes))

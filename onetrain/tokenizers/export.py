@@ -72,8 +72,8 @@ _NAMED = (
 
 
 def _cleaned(tokenizer):
-    """{name: bytes} of a Hugging Face tokenizer's files such that tokenizer(text) gives the ids of
-    encode(text), whichever model they lie beside.
+    """Return {name: bytes} of a Hugging Face tokenizer's files such that tokenizer(text) gives the
+    ids of encode(text), whichever model they lie beside.
 
     What the training texts did not have is not added (a BOS), nothing is cut or filled up, no class
     of another project is named, and no token beyond the vocabulary; templates of conversations
@@ -152,7 +152,7 @@ def _fuse():
 
 
 def byte_characters():
-    """{byte: character} under which byte-level BPE files name the 256 bytes (GPT-2's table):
+    """Return {byte: character} under which byte-level BPE files name the 256 bytes (GPT-2's table):
     printable ones as themselves, the others from U+0100 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -164,8 +164,8 @@ def byte_characters():
 
 
 def _byte_level(ranks, pattern, special):
-    """A byte-level BPE from tiktoken's form: ranks {bytes: id}, the regular expression that splits
-    words ('' for none), special tokens {text: id}.
+    """Return a byte-level BPE from tiktoken's form: ranks {bytes: id}, the regular expression that
+    splits words ('' for none), special tokens {text: id}.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -190,7 +190,7 @@ def _byte_level(ranks, pattern, special):
 
 
 def _last_merge(token, ranks, rank):
-    """The two parts that byte pair encoding joins last on its way to `token`."""
+    """Return the two parts that byte pair encoding joins last on its way to `token`."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         at = min(

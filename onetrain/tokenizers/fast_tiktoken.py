@@ -55,14 +55,14 @@ class FastTiktoken:
             self.back[ranks[bytes([other])]] = ranks[bytes([space])]
 
     def encode(self, text):
-        """(n,) uint32 ids; what spells out a special token is ordinary text."""
+        """Return (n,) uint32 ids; what spells out a special token is ordinary text."""
         if self.stood_in is not None and (replaced := self._replaced(text)) is not None:
             return self.back.take(self.stood_in.encode_to_numpy(replaced, disallowed_special=()))
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def _replaced(self, text):
-        """`text` with its stand-ins; None where it has such characters itself, or other white space
-        than ASCII's.
+        """Return `text` with its stand-ins; None where it has such characters itself, or other
+        white space than ASCII's.
         """
         if not text.isascii() and _OTHER_SPACE.search(text):
             return None
@@ -93,10 +93,10 @@ def _encoding(pattern, ranks):
 
 
 def group_expression(pattern):
-    """The same regular expression with those of its alternatives that need no looking around, one
-    after the other, in a group. tiktoken's engine hands a group to a faster one as a whole, but not
-    single alternatives beside one that looks around: (a|b)|c finds what a|b|c finds, in two thirds
-    of the time.
+    """Return the same regular expression with those of its alternatives that need no looking
+    around, one after the other, in a group. tiktoken's engine hands a group to a faster one as a
+    whole, but not single alternatives beside one that looks around: (a|b)|c finds what a|b|c finds,
+    in two thirds of the time.
     """
     alternatives, depth, start, i = [], 0, 0, 0
     while i < len(pattern):
@@ -130,7 +130,7 @@ def group_expression(pattern):
 
 
 def _class_end(pattern, i):
-    """Index of the ] that closes the [ at i."""
+    """Return the index of the ] that closes the [ at i."""
     i += 2 if pattern.startswith('[^', i) else 1
     while pattern[i] != ']':
         i += 2 if pattern[i] == '\\' else 1

@@ -75,8 +75,8 @@ def load_of_weights(folder):
 
 
 def same_ids(folder, other_folder):
-    """Whether two data sets have the ids of one tokenizer, however it is described; None where that
-    is not known.
+    """Return whether two data sets have the ids of one tokenizer, however it is described; None
+    where that is not known.
     """
     identities = [tokenizer_identity(where, read_meta(where)) for where in (folder, other_folder)]
     if identities[0] is not None and identities[0] == identities[1]:

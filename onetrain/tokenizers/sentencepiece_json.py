@@ -20,8 +20,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds
 
 
 def _fields(data):
-    """(number, value) for each field of the message `data`: int for varints, float for fixed 32
-    bits, bytes for the others.
+    """Yield (number, value) for each field of the message `data`: int for varints, float for fixed
+    32 bits, bytes for the others.
     """
     at = 0
 
@@ -128,7 +128,7 @@ SAFE = (
 
 
 def _set(characters):
-    """A regular expression's [...] of `characters`."""
+    """Return a regular expression's [...] of `characters`."""
     codes, runs = sorted(map(ord, characters)), []
     for code in codes:
         if runs and code == runs[-1][1] + 1:
@@ -141,7 +141,9 @@ def _set(characters):
 
 
 def _joins(rules):
-    """Regular expression of the places between two characters that a rule takes together."""
+    """Return the regular expression of the places between two characters that a rule takes
+    together.
+    """
     following = defaultdict(lambda: defaultdict(set))  # {base: {marks so far: next marks}}
     for key in rules:
         if len(key) > 1:
@@ -267,7 +269,7 @@ def convert(model):
 
 
 def _unigram(m, unknown, user_defined, notes):
-    """(tokenizers.Tokenizer, pre-tokenizers) of a unigram model. unknown: id of its unknown
+    """Return (tokenizers.Tokenizer, pre-tokenizers) of a unigram model. unknown: id of its unknown
     piece.
     """
     pieces, splits = m['pieces'], []
@@ -304,7 +306,7 @@ def _unigram(m, unknown, user_defined, notes):
 
 
 def _bpe(m, unknown, user_defined, notes):
-    """The same of a model of merges, or of characters."""
+    """Return the same of a model of merges, or of characters."""
     pieces, splits = m['pieces'], []
     normal = {p for p, _, kind in pieces if kind == NORMAL}
     arguments = dict(
@@ -340,7 +342,9 @@ def _bpe(m, unknown, user_defined, notes):
 
 
 def _merges(pieces, normal):
-    """[(left, right)] in the order in which they are made: all ways to make a piece of two."""
+    """Return [(left, right)] in the order in which they are made: all ways to make a piece of
+    two.
+    """
     number = {p: i for i, (p, _, _) in enumerate(pieces)}
     merges = [
         (-s, number[p[:at]], number[p[at:]], p[:at], p[at:])

@@ -18,8 +18,8 @@ PATTERNS = {
 
 
 def train_bpe(texts, vocab_size, pattern=GPT2):
-    """A HuggingFaceTokenizer: byte-level BPE of `texts` with `vocab_size` ids, of which 0 ends a
-    text. Raises ValueError for a size below 257.
+    """Return a HuggingFaceTokenizer: byte-level BPE of `texts` with `vocab_size` ids, of which 0
+    ends a text. Raises ValueError for a size below 257.
     """
     if vocab_size < 257:
         raise ValueError(

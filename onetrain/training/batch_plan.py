@@ -34,17 +34,19 @@ class ModelOptions:
 
     @property
     def autocast(self):
-        """The context of a forward pass."""
+        """Return the context of a forward pass."""
         return kernels.autocast(self.world.device.type, self.dtype)
 
     @property
     def compiles_whole_model(self):
-        """Whether the loss is compiled together with what comes before it, not unit by unit."""
+        """Return whether the loss is compiled together with what comes before it, not unit by
+        unit.
+        """
         return self.config.compile and self.world.layout == 'single'
 
     @property
     def local_length(self):
-        """Tokens of a sequence on this rank."""
+        """Return tokens of a sequence on this rank."""
         return self.config.block_size // self.config.context_parallel
 
     def loss_chunk(self, batch_size):

@@ -51,7 +51,7 @@ class IterationLog:
         self.terminal.advance(step)
 
     def due(self, step, measured):
-        """Whether to record this step. measured: whether its gradients were."""
+        """Return whether to record this step. measured: whether its gradients were."""
         c = self.config
         return step % c.log_interval == 0 or measured or step in (self.start_step + 1, c.max_iters)
 

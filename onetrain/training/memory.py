@@ -92,8 +92,8 @@ def predict(
     layout='single',
     ranks=1,
 ):
-    """The Prediction for a rank's step of `accumulation` micro-steps of batch_size sequences,
-    `length` tokens of each on this rank.
+    """Return the Prediction for a rank's step of `accumulation` micro-steps of batch_size
+    sequences, `length` tokens of each on this rank.
 
     build(): the model as one process has it; autocast: context of the forward pass; muon: whether
     its matrices have one tensor of optimizer state, not two; ranks: over which the layout, one of
@@ -123,8 +123,8 @@ def predict(
 
 
 def _step(build, batch_size, length, device, autocast, micro_steps, muon):
-    """(bytes of parameters, gradients, optimizer state, most of all at a time but for this state,
-    of each unit that FSDP gathers, ascending).
+    """Return (bytes of parameters, gradients, optimizer state, most of all at a time but for this
+    state, of each unit that FSDP gathers, ascending).
     """
     with FakeTensorMode(), torch.device(device), Counter() as counter:
         model = build()
@@ -150,8 +150,8 @@ def _step(build, batch_size, length, device, autocast, micro_steps, muon):
 
 
 def available_memory(device):
-    """Bytes that a process can have on `device`: free ones of a GPU; on a CPU what the kernel calls
-    available, shared by the processes of this machine.
+    """Return bytes that a process can have on `device`: free ones of a GPU; on a CPU what the
+    kernel calls available, shared by the processes of this machine.
     """
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]

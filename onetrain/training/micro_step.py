@@ -68,7 +68,7 @@ def compile_ahead(micro_step, evaluate):
 
 
 def record_graph(work, pool, stream):
-    """A CUDA graph of the kernels that work() launches, which it does not run.
+    """Return a CUDA graph of the kernels that work() launches, which it does not run.
 
     pool: that of another graph with which it is to share memory, or None; stream: on which work()
     was warmed up. Where DDP was made on another one, gradients would arrive outside of the
@@ -121,7 +121,7 @@ class CudaGraphStep:
         self.y.copy_(y, non_blocking=True)
 
     def _eager(self, x, y, number):
-        """What a graph is to repeat."""
+        """Return what a graph is to repeat."""
         self._copy_inputs(x, y)
         return self.plain(self.x, self.y, number)
 
@@ -177,8 +177,8 @@ class CudaGraphStep:
         return time.perf_counter() - before
 
     def _record_all(self):
-        """A graph for each kind of micro-step, in the order in which a step replays them, since
-        they share memory. Returns what went wrong, or None.
+        """Return a graph for each kind of micro-step, in the order in which a step replays them,
+        since they share memory. Returns what went wrong, or None.
         """
         pool = None
         for number, kind in enumerate(self.kinds):
@@ -202,8 +202,8 @@ class CudaGraphStep:
         self.losses[kind] = self.plain(self.x, self.y, number)
 
     def _trial(self, call, zero_grad, batches, forget):
-        """Two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the losses
-        and gradients, summed up], their float64 losses and norms).
+        """Return two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the
+        losses and gradients, summed up], their float64 losses and norms).
         """
         bits, values = [], []
         for start in range(2):

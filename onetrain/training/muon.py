@@ -94,8 +94,8 @@ class Muon(torch.optim.Optimizer):
                 self._apply(same, local, averages, found, group)
 
     def _average(self, matrices, group):
-        """[(momentum, parameter, gradient)], what is in this process of each; the momentum after
-        this step; and what is to be made orthogonal.
+        """Return [(momentum, parameter, gradient)], what is in this process of each; the momentum
+        after this step; and what is to be made orthogonal.
         """
         local = [
             [
@@ -128,8 +128,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def _each_by_one(updates):
-    """The orthogonal of each list of matrices, which all ranks have in full: rank i does the i-th
-    and sends it to the others.
+    """Return the orthogonal of each list of matrices, which all ranks have in full: rank i does the
+    i-th and sends it to the others.
     """
     found, sent = [], []
     for owner, of_owner in enumerate(updates):
@@ -175,8 +175,8 @@ def _exchange(parts, sizes, device, group):
 
 
 def _each_by_one_of_rows(updates, shapes, mesh):
-    """The same for matrices of `shapes` of which every rank of the mesh's last dimension has some
-    rows: rows in, rows out.
+    """Return the same for matrices of `shapes` of which every rank of the mesh's last dimension has
+    some rows: rows in, rows out.
     """
     ranks, rank, device = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1), updates[0][0].device
     group = mesh.get_group(mesh.ndim - 1)
@@ -218,13 +218,15 @@ def _each_by_one_of_rows(updates, shapes, mesh):
 
 
 def multiplications(matrices):
-    """What it takes to make matrices of one shape orthogonal, in the order of multiplications."""
+    """Return what it takes to make matrices of one shape orthogonal, in the order of
+    multiplications.
+    """
     shape = matrices[0].shape
     return len(matrices) * min(shape) ** 2 * max(shape)
 
 
 def group_by_shape(parameters):
-    """Lists of those that have one shape, TOGETHER elements at most or one parameter."""
+    """Yield lists of those that have one shape, TOGETHER elements at most or one parameter."""
     shapes = {}
     for p in parameters:
         shapes.setdefault(p.shape, []).append(p)
@@ -234,8 +236,8 @@ def group_by_shape(parameters):
 
 
 def optimizer_state(p, muon, step_device=None):
-    """What an optimizer keeps of the parameter `p` before its first step: of a matrix of Muon's the
-    momentum, else AdamW's three tensors; zeros.
+    """Return what an optimizer keeps of the parameter `p` before its first step: of a matrix of
+    Muon's the momentum, else AdamW's three tensors; zeros.
     """
     if muon:
         return {'momentum': torch.zeros_like(p, memory_format=torch.preserve_format)}
@@ -249,7 +251,7 @@ def optimizer_state(p, muon, step_device=None):
 
 
 def update_scale(shape):
-    """What an orthogonal matrix of `shape` is multiplied with to be as large as an update of
+    """Return what an orthogonal matrix of `shape` is multiplied with to be as large as an update of
     AdamW.
     """
     return 0.2 * math.sqrt(max(shape))

@@ -15,8 +15,8 @@ from onetrain.training.muon import Muon, optimizer_state
 
 
 def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr):
-    """Learning rate of optimizer step `step` (0-based): linear warm-up, cosine down to min_lr at
-    lr_decay_iters (as nanoGPT).
+    """Return the learning rate of optimizer step `step` (0-based): linear warm-up, cosine down to
+    min_lr at lr_decay_iters (as nanoGPT).
     """
     if not decay_lr:
         return learning_rate
@@ -29,8 +29,8 @@ def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iter
 
 
 def decay_groups(named_parameters):
-    """(decayed, others): names of the parameters with two dimensions or more that are no biases
-    (those of experts have two), which get weight decay, and of the rest.
+    """Return (decayed, others): names of the parameters with two dimensions or more that are no
+    biases (those of experts have two), which get weight decay, and of the rest.
     """
     decays = {
         name: p.dim() >= 2 and not name.endswith('bias')
@@ -83,8 +83,8 @@ def build_optimizer(
 
 
 def build_adamw(named_parameters, *, learning_rate, betas, weight_decay, device_type):
-    """AdamW over decay_groups(), fused where this torch has it. Moments are fp32 as the parameters
-    are.
+    """Return AdamW over decay_groups(), fused where this torch has it. Moments are fp32 as the
+    parameters are.
     """
     named = dict(named_parameters)
     groups = [
@@ -118,9 +118,9 @@ def clip_gradients(parameters, max_norm):
 
 @torch.no_grad()
 def gradient_statistics(parameters):
-    """Statistics of the gradients as a dict of scalar tensors on the device: norms per parameter
-    tensor and the moments over all elements. Call it on every rank, before clipping and before they
-    are zeroed.
+    """Return statistics of the gradients as a dict of scalar tensors on the device: norms per
+    parameter tensor and the moments over all elements. Call it on every rank, before clipping and
+    before they are zeroed.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     count = sum(g.numel() for g in gradients)
@@ -152,7 +152,7 @@ def gradient_statistics(parameters):
 
 
 def named_state(optimizer, named_parameters):
-    """The optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor,
+    """Return the optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor,
     'exp_avg_sq.<name>': ..., 'step.<name>': ...}, of a matrix of Muon's {'momentum.<name>':
     tensor}; DTensors where a rank has a part.
 
@@ -263,5 +263,5 @@ class NonFiniteGuard:
         self.scaler.update()
 
     def counts(self):
-        """{'row', 'first', 'bad', 'spikes'} as ints; waits for the device."""
+        """Return {'row', 'first', 'bad', 'spikes'} as ints; waits for the device."""
         return dict(zip(('row', 'first', 'bad', 'spikes'), self.state['counts'].tolist()))

@@ -59,8 +59,8 @@ def open_outputs(start, plan, model, folder, world, notes):
 
 
 def checkpoint_bytes(model, c):
-    """Bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's matrices,
-    two for AdamW.
+    """Return bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's
+    matrices, two for AdamW.
     """
     matrices = set(model.matrices()) if c.optimizer == 'muon' else ()
     return sum(

@@ -31,7 +31,7 @@ VOCABULARIES = {
 
 
 def startup_info(c, model, optimizer, world, prediction):
-    """The `startup_info` of the log. prediction: memory.Prediction or None."""
+    """Return the `startup_info` of the log. prediction: memory.Prediction or None."""
     counts, token_flops, gpu_name = model.parameter_counts(), model.flops(), world.gpu_name
     gpu = torch.cuda.get_device_properties(world.device) if gpu_name else None
     return {
@@ -71,7 +71,7 @@ def startup_info(c, model, optimizer, world, prediction):
 
 
 def size_of(parameters):
-    """A number of parameters as people write it: ~1.545B or 60.821M."""
+    """Return a number of parameters as people write it: ~1.545B or 60.821M."""
     return (
         f'~{parameters / 1e9:.3f}B'
         if parameters >= 1e8
@@ -510,8 +510,8 @@ def interpreter():
 
 
 def memory_gb(device):
-    """Memory in 1e9 bytes: of torch's allocator on a GPU, of the whole process (resident set) on a
-    CPU.
+    """Return the memory in 1e9 bytes: of torch's allocator on a GPU, of the whole process (resident
+    set) on a CPU.
     """
     if device.type == 'cuda':
         return {

@@ -206,8 +206,8 @@ def warn_about_schedule(c, notes):
 
 
 def validate_cuda_graphs(c, device_type, dispatch, notes):
-    """Whether micro-steps are recorded as CUDA graphs. Raises ConfigError for steps that cannot be;
-    where there is no GPU, notes that it does without. dispatch: of experts, or None.
+    """Return whether micro-steps are recorded as CUDA graphs. Raises ConfigError for steps that
+    cannot be; where there is no GPU, notes that it does without. dispatch: of experts, or None.
     """
     if not c.use_cuda_graphs:
         return False
@@ -247,8 +247,8 @@ def validate_cuda_graphs(c, device_type, dispatch, notes):
 
 
 def end_of_documents(c, meta):
-    """The token after which documents are kept apart. Raises ConfigError where the data set has
-    none.
+    """Return the token after which documents are kept apart. Raises ConfigError where the data set
+    has none.
     """
     if meta.get('eot_id') is None:
         raise ConfigError(

@@ -345,7 +345,7 @@ def test_a_file_that_arrives_damaged_is_copied_again(train, tmp_path, monkeypatc
     # which has no log
     copies = uploader.Uploader(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert copies.finish(30)
-    news = copies.messages()
+    news = copies.take_messages()
     assert (
         damaged
         and any('__0_0.distcp reads back differently' in line for line in news)
@@ -552,7 +552,7 @@ def test_a_checkpoint_that_gets_its_name_while_it_is_looked_at_is_not_broken(
     copies = uploader.Uploader(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), 'run_x')
     assert (
         copies.finish(30)
-        and any('copied step 10' in line for line in copies.messages())
+        and any('copied step 10' in line for line in copies.take_messages())
         and len(asked) >= 2
     )
 

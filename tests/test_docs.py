@@ -78,6 +78,9 @@ def shrink(command):
     return f'{command} {" ".join(extra)}'
 
 
+NOT_COPIED = '.git .venv __pycache__ tests out out-* *.bin meta.pkl input.txt'.split()
+
+
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
     """A copy of the project beside small files that stand for what a user would have."""
@@ -85,9 +88,7 @@ def project(tmp_path_factory):
     shutil.copytree(
         ROOT,
         folder,
-        ignore=shutil.ignore_patterns(
-            '.git', '.venv', 'out*', '*.bin', 'meta.pkl', 'input.txt', '__pycache__', 'tests'
-        ),
+        ignore=shutil.ignore_patterns(*NOT_COPIED),
     )
     generator = np.random.default_rng(0)
     text = 'ROMEO:\nJULIET:\nMERCUTIO:\n' + '\n'.join(
@@ -198,6 +199,7 @@ def test_commands_run(document, project):
     environment = {
         **os.environ,
         'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': str(project),
         'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
     }
     # one document by torchrun itself
@@ -214,7 +216,7 @@ def test_commands_run(document, project):
         if command.startswith(NOT_RUN):
             continue
         code, output = shell.run(shrink(command))
-        assert code == 0, f'{shrink(command)}\n{output[:3000]}'
+        assert code == 0, f'{shrink(command)}\n{output[:3000]}\n...\n{output[-3000:]}'
         ran += 1
     assert ran > (8 if '/' not in document else 3)
 

@@ -116,7 +116,7 @@ def test_of_data_that_are_there_and_of_a_checkpoint(dataset, tmp_path, capsys):
 
 def test_a_step_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch, capsys):
     """Before anything is allocated, with what would make it fit; not where the user says so."""
-    monkeypatch.setattr(memory, 'available', lambda device: 60 * 10**6)
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 60 * 10**6)
     large = [
         '--n_embd=256',
         '--n_head=4',
@@ -144,13 +144,13 @@ def test_a_step_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch, cap
     assert run_train(dataset, tmp_path / 'b', *large, '--total_batch_size=2048') == 2
     assert '--batch_size=2 takes' in capsys.readouterr().err
     # recomputing alone does not suffice, nor does a smaller batch
-    monkeypatch.setattr(memory, 'available', lambda device: 100 * 10**6)
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 100 * 10**6)
     assert run_train(dataset, tmp_path / 'b', *large, '--n_layer=6') == 2
     assert (
         'free: --activation_checkpointing=full --batch_size=2 --gradient_accumulation_steps=4 takes'
         in capsys.readouterr().err
     )
-    monkeypatch.setattr(memory, 'available', lambda device: 60 * 10**6)
+    monkeypatch.setattr(memory, 'available_memory', lambda device: 60 * 10**6)
     assert run_train(dataset, tmp_path / 'b', *large, '--ignore_memory=True') == 0
     capsys.readouterr()
     assert run_train(dataset, tmp_path / 'c', *large, '--dry_run=True') == 0

@@ -476,12 +476,12 @@ def test_what_is_redacted():
 
 
 def test_no_secret_is_recorded(train, dataset, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(resume.copier, 'probe', lambda url, out_dir: None)
+    monkeypatch.setattr(resume.uploader, 'check_writable', lambda url, out_dir: None)
     monkeypatch.setattr(
         'onetrain.training.run_data.open_dataset', lambda name, root, url: open_dataset(name, root)
     )
-    monkeypatch.setattr('onetrain.training.outputs.Copier', lambda *args: None)
-    monkeypatch.setattr(resume.copier, 'lineages', lambda place: set())
+    monkeypatch.setattr('onetrain.training.outputs.Uploader', lambda *args: None)
+    monkeypatch.setattr(resume.uploader, 'lineages', lambda place: set())
     monkeypatch.setattr(
         'train.collectives.broadcast_from_main',
         lambda work, world: (

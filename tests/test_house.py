@@ -113,7 +113,7 @@ PRIVATE = re.compile(
     r'\b(why_not|why_broken|as_written|time_when_done|from_main|from_all|of_each_rank|was_told'
     r'|refuse_impossible|refuse_in_parts|note_without_effect|rows_of|part_of|make_way|set_aside\w*'
     r'|shares_of|cycle_of|last_micro_step|bend|concentration|likely|penali[sz]ed|Twin|twin_of|Quick'
-    r'|Copier|news|thin_out|adopt|alone|forget|talk|longer|ids_of|tidy|seal|unseal|age|deal|Guard'
+    r'|Copier|news|thin_out|adopt|alone|talk|longer|ids_of|tidy|seal|unseal|age|deal|Guard'
     r'|MicroStep|Graphs)\b'
 )
 

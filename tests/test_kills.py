@@ -12,9 +12,9 @@ import pytest
 @pytest.mark.parametrize(
     'options',
     [
-        ['--kills=3', '--longest=7', '--max_iters=250'],
-        ['--kills=2', '--processes=2', '--longest=12', '--max_iters=200'],
-        ['--kills=1', '--processes=2', '--signal=TERM', '--longest=14', '--max_iters=500'],
+        ['--kills=3', '--longest=6', '--max_iters=150'],
+        ['--kills=2', '--processes=2', '--longest=10', '--max_iters=100'],
+        ['--kills=1', '--processes=2', '--signal=TERM', '--longest=12', '--max_iters=150'],
     ],
     ids=['one process', 'two ranks', 'SIGTERM to two ranks'],
 )

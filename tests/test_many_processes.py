@@ -283,7 +283,7 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
     """One rank is killed, under DDP twice; --max-restarts starts both again, on a store that still
     holds the keys of the first attempt.
     """
-    last = 90 if layout else 360
+    last = 60 if layout else 120
     args = [
         f'--dataset={dataset}',
         *TINY,
@@ -291,7 +291,7 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
         '--auto_resume=True',
         f'--max_iters={last}',
         f'--eval_interval={last // 3}',
-        f'--checkpoint_interval={last // 30}',
+        f'--checkpoint_interval={last // 15}',
     ]
     process = start_process(
         '-m',

@@ -265,7 +265,7 @@ def test_a_damaged_part_and_a_changed_file_are_made_again(corpus, tmp_path, monk
             raise KeyboardInterrupt
         return make(folder, index, *more, **options)
 
-    monkeypatch.setattr(parts, 'make', noted)
+    monkeypatch.setattr(parts, 'make_part', noted)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / 'set', folder, tokenizer='bytes', num_proc=1)
     (folder_of_parts,) = (tmp_path / 'set').glob('parts-*')
@@ -611,10 +611,10 @@ def test_two_runs_of_one_command_do_not_meet(corpus, tmp_path, monkeypatch):
     def meets(*args, **options):
         with pytest.raises(ValueError, match='is held by another process'):
             prepare(tmp_path / 'set', corpus[0], tokenizer='bytes', num_proc=1)
-        monkeypatch.setattr(parts, 'make', make)
+        monkeypatch.setattr(parts, 'make_part', make)
         return make(*args, **options)
 
-    monkeypatch.setattr(parts, 'make', meets)
+    monkeypatch.setattr(parts, 'make_part', meets)
     prepare(tmp_path / 'set', corpus[0], tokenizer='bytes', num_proc=1)
 
 

@@ -89,7 +89,7 @@ def tiny_encoding(tmp_path):
         " 'special_tokens': {'<|endoftext|>': 257},\n                         'mergeable_ranks':"
         " {bytes([i]): i for i in range(256)} | {b'th': 256}}}\n"
     )
-    return {**os.environ, 'PYTHONPATH': str(tmp_path / 'plugin')}
+    return {**os.environ, 'PYTHONPATH': f'{ROOT}:{tmp_path / "plugin"}'}
 
 
 def test_every_script_runs_from_its_folder_and_from_the_root():

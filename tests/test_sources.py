@@ -89,7 +89,10 @@ def tiny_tiktoken(monkeypatch, environment):
     monkeypatch.setattr(
         tiktoken_ext,
         '__path__',
-        [*tiktoken_ext.__path__, os.path.join(environment['PYTHONPATH'], 'tiktoken_ext')],
+        [
+            *tiktoken_ext.__path__,
+            os.path.join(environment['PYTHONPATH'].split(':')[1], 'tiktoken_ext'),
+        ],
     )
     monkeypatch.setattr(tiktoken.registry, 'ENCODING_CONSTRUCTORS', None)
     monkeypatch.setattr(

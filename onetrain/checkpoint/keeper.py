@@ -16,8 +16,8 @@ class CheckpointKeeper:
     """Saves the run, one checkpoint at a time, and keeps the best validation loss.
 
     state: TrainState, of which it updates best_val_loss; optimization: optim.Optimization; facts:
-    what of state.json stays as it is in a run; lineage: of its checkpoints; copier: Copier or None.
-    failed: what kept the last save from succeeding, or None; saved_step: of it, -1 for none.
+    what of state.json stays as it is in a run; lineage: of its checkpoints; copier: Uploader or
+    None. failed: what kept the last save from succeeding, or None; saved_step: of it, -1 for none.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CheckpointKeeper:
         self.report_uploads()
 
     def report_uploads(self):
-        for line in self.copier.messages() if self.copier else ():
+        for line in self.copier.take_messages() if self.copier else ():
             self.log.say(line)
 
     def _report_failure(self, outcome):

@@ -9,7 +9,7 @@ way back.
 A thread of the main rank copies whole checkpoints, the newest first, and compares every file's
 checksum with the manifest: by the one that a bucket names, or else by reading the file back. It
 tries again until it works, waiting longer each time. On several machines each copies the files of
-its own processes (copying_together.py). Nothing at URL is ever removed; only a run that went back
+its own processes (shared_upload.py). Nothing at URL is ever removed; only a run that went back
 replaces its own checkpoint of the same iteration.
 """
 
@@ -304,7 +304,7 @@ class Uploader:
             self.pending.add(step)
         self.wake.set()
 
-    def messages(self):
+    def take_messages(self):
         """Return what happened since the last call, as lines of text."""
         messages, self.messages = self.messages, []
         return messages

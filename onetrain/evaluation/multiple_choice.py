@@ -222,7 +222,7 @@ def encode_items(tasks, tokenizer, context):
 def fingerprint(encoded):
     """Return a short text that is the same for the same encode_items()d tasks."""
     return hashlib.sha256(
-        repr({name: made for name, (_, made) in encoded.items()}).encode_items()
+        repr({name: made for name, (_, made) in encoded.items()}).encode()
     ).hexdigest()[:16]
 
 

@@ -34,7 +34,7 @@ class Part(NamedTuple):
     folder: str
     record: dict
 
-    def part_path(self, kind):
+    def path(self, kind):
         return part_path(self.folder, self.number, kind)
 
 
@@ -110,7 +110,7 @@ def read_part(folder, index, units=None):
     """
     try:
         with open(part_path(folder, index, 'json'), 'rb') as f:
-            record = verify_checksum(f.read_part())
+            record = verify_checksum(f.read())
         sizes = [os.path.getsize(part_path(folder, index, kind)) for kind in ('bin', 'docs')]
     except (OSError, ValueError):
         return None

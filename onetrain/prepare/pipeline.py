@@ -1,7 +1,7 @@
 """From documents to a data set, on any number of processes and machines.
 
     files ──(documents.py)── units ── Plan ──(workers, parts.py)── parts-DIGEST/000000.bin .docs
-                  .json ──(assembly.py)── train.bin val.bin meta.pkl
+                  .json ──(assemble.py)── train.bin val.bin meta.pkl
 
 A Plan groups the units of all files into parts of a few MB, by the files alone. A worker reads and
 tokenizes a whole part and writes it down. So no text and no ids travel between processes, a part

@@ -39,7 +39,7 @@ import time
 from fsspec.implementations.local import LocalFileSystem
 
 from onetrain.checkpoint import store, uploader
-from onetrain.config import ConfigError, nearest_path
+from onetrain.config import UserError, nearest_path
 from onetrain.files import open_url, redact, sentence
 from onetrain.logs.run_json import finite, read_records
 from onetrain.training.startup_report import settings_lines
@@ -78,7 +78,7 @@ def main(argv=None):
 
 def run(args):
     if '' in (args.place, args.copy_to):
-        raise ConfigError('an empty name is no place: give a folder or a URL')
+        raise UserError('an empty name is no place: give a folder or a URL')
     name, *steps = args.action or ['list']
     wanted = {'list': 0, 'view': 1, 'compare': 2, 'status': 0}
     if (
@@ -86,13 +86,13 @@ def run(args):
         or len(steps) != wanted[name]
         or not all(step.isascii() and step.isdigit() for step in steps)
     ):
-        raise ConfigError(
+        raise UserError(
             f'{" ".join(args.action)!r} is not understood: type view STEP, compare STEP STEP, or'
             f' status, such as `python checkpoints.py {args.place} view 1000`'
         )
     if args.copy_to is not None:
         if args.action or args.json:
-            raise ConfigError(
+            raise UserError(
                 '--copy_to copies, and takes neither --json nor an action: leave one of them out'
             )
         return copy(args)
@@ -104,7 +104,7 @@ def run(args):
 
 
 def runs_of(args):
-    """Return (file system, folders of the runs at args.place). Raises ConfigError where none has a
+    """Return (file system, folders of the runs at args.place). Raises UserError where none has a
     checkpoint, or none the step.
     """
     fs, root = open_url(args.place)
@@ -116,17 +116,17 @@ def runs_of(args):
             if (args.step is None and store.steps(run, fs)) or args.step in store.steps(run, fs)
         ]
     except Exception as error:  # each backend has its own
-        raise ConfigError(
+        raise UserError(
             f'{redact(args.place)} cannot be read ({type(error).__name__}: {sentence(error)})'
         ) from None
     if not found and '://' not in args.place and not os.path.isdir(args.place):
-        raise ConfigError(
+        raise UserError(
             f'{args.place}: no such folder{nearest_path(args.place)}; expected the folder of a run'
             ' (with checkpoints/ in it), a folder of runs, or a URL'
         )
     if not found:
         which = 'checkpoints' if args.step is None else f'checkpoint of step {args.step}'
-        raise ConfigError(
+        raise UserError(
             f"{redact(args.place)} has no {which}: expected a run's folder (with checkpoints/ in"
             ' it) or a folder of runs'
         )
@@ -185,12 +185,12 @@ def size(count):
 
 
 def here(args, *steps):
-    """Return the paths of these checkpoints of the only run at args.place. Raises ConfigError for a
+    """Return the paths of these checkpoints of the only run at args.place. Raises UserError for a
     URL, several runs, or one that is not whole.
     """
     fs, root = open_url(args.place)
     if not isinstance(fs, LocalFileSystem):
-        raise ConfigError(
+        raise UserError(
             f'{redact(args.place)} is elsewhere, and tensors are read on this machine: copy it with'
             f' --copy_to=FOLDER --step={steps[0]} first'
         )
@@ -207,7 +207,7 @@ def here(args, *steps):
                 for step in store.steps(run)
             }
         )
-        raise ConfigError(
+        raise UserError(
             f'{args.place} has {"several runs with" if runs else "no"} checkpoint of step'
             f' {" and ".join(map(str, steps))}'
             + (
@@ -219,7 +219,7 @@ def here(args, *steps):
     paths = [store.path_of(runs[0], step) for step in steps]
     for path in paths:
         if reason := store.corruption_reason(path, args.verify):
-            raise ConfigError(f'{path} is not whole: {reason}')
+            raise UserError(f'{path} is not whole: {reason}')
     return paths
 
 
@@ -447,13 +447,13 @@ def copy(args):
                 and isinstance(to_fs, LocalFileSystem)
                 and f'{os.path.realpath(target)}/'.startswith(f'{os.path.realpath(run)}/')
             ):
-                raise ConfigError(
+                raise UserError(
                     f'--copy_to={args.copy_to} would put the copy of {run} into itself: give'
                     ' another folder'
                 )
             try:
                 new = tried(lambda: copy_one(fs, run, step, to_fs, target, run_name), args.copy_to)
-            except ConfigError:  # the place cannot be reached, which says nothing of the checkpoint
+            except UserError:  # the place cannot be reached, which says nothing of the checkpoint
                 raise
             except ValueError as error:  # its bytes are not what its manifest says
                 broken += 1
@@ -503,7 +503,7 @@ def copy_one(fs, run, step, to_fs, target, run_name):
 
 
 def tried(work, place):
-    """Return work(), tried again a few times where the network or a disk fails. Raises ConfigError
+    """Return work(), tried again a few times where the network or a disk fails. Raises UserError
     after the last.
     """
     for turn in range(TRIES):
@@ -513,7 +513,7 @@ def tried(work, place):
             raise
         except Exception as error:  # each backend has its own
             if turn + 1 == TRIES:
-                raise ConfigError(
+                raise UserError(
                     f'{redact(place)}: {type(error).__name__}: {sentence(error)}: nothing more was'
                     ' copied; the same command goes on where this one stopped'
                 ) from None

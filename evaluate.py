@@ -32,7 +32,7 @@ import torch
 from load import add_model_arguments, load
 from onetrain.checkpoint import store
 from onetrain.command_line import ROOT
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.dataset import check_vocab_and_length, folder_of, open_dataset, parse_mixture
 from onetrain.data.text_bytes import bytes_of
 from onetrain.data.token_file import read_meta
@@ -87,11 +87,9 @@ def main(argv=None):
 def run(args):
     for name in ('batch_size', 'max_new_tokens') + (('limit',) if args.limit is not None else ()):
         if not 1 <= getattr(args, name) <= 2**31:
-            raise ConfigError(
-                f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31'
-            )
+            raise UserError(f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31')
     if args.tokens < 0:
-        raise ConfigError(f'--tokens={args.tokens} must not be negative')
+        raise UserError(f'--tokens={args.tokens} must not be negative')
     tasks = multiple_choice.load_tasks(args.tasks, args.limit)
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
@@ -123,7 +121,7 @@ class Results:
     """What is measured of a model, kept in a JSON file as it grows. found: the object of the file;
     conditions: under which it was measured; world: processes.World.
 
-    Raises ConfigError for a file of other weights or conditions.
+    Raises UserError for a file of other weights or conditions.
     """
 
     def __init__(self, args, source, model, state, world):
@@ -159,15 +157,15 @@ class Results:
 
 
 def sources_of(args, state):
-    """Return [(name, share)] of the data sets whose loss is asked for. Raises ConfigError."""
+    """Return [(name, share)] of the data sets whose loss is asked for. Raises UserError."""
     dataset = args.dataset or state and state['config'].get('dataset')
     if args.no_loss:
         return []
     if not dataset:
-        raise ConfigError('this model names no data set: give --dataset, or --no_loss')
+        raise UserError('this model names no data set: give --dataset, or --no_loss')
     sources = parse_mixture(dataset)
     if args.data_url and len(sources) > 1:
-        raise ConfigError(
+        raise UserError(
             f'--data_url={redact(args.data_url)} holds one data set, not the mixture {dataset}:'
             ' leave one of them out'
         )
@@ -250,28 +248,28 @@ def describe_losses(found):
 
 
 def check_tokenizer(dataset, tokenizer):
-    """Raise ConfigError if the data set was made with another tokenizer than the model's."""
+    """Raise UserError if the data set was made with another tokenizer than the model's."""
     folder = folder_of(dataset, ROOT)
     meta = read_meta(folder)
     if not meta:
         return  # open_dataset() says what is missing; nanoGPT's old sets state nothing
     same = same_tokenizer(tokenizer_of(folder, meta), tokenizer)
     if not same:
-        raise ConfigError(
+        raise UserError(
             f'the data set {dataset} was made with another tokenizer than the model: prepare it'
             " with the model's (--tokenizer FOLDER), or give another --dataset"
         )
 
 
 def place_of_results(args, state):
-    """Return the file of the results; its folder exists and can be written to, or ConfigError."""
+    """Return the file of the results; its folder exists and can be written to, or UserError."""
     path = args.json or (
         os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json')
         if args.hf
         else os.path.join(args.out_dir, f'evaluation_{state["step"]:08d}.json')
     )
     if '://' in path or os.path.lexists(path) and not os.path.isfile(path):
-        raise ConfigError(
+        raise UserError(
             f'--json={path} is a URL, a folder or a device: give the name of a file on this machine'
         )
     folder = os.path.dirname(path) or '.'
@@ -279,7 +277,7 @@ def place_of_results(args, state):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f'{path} cannot be written to ({error.strerror}): give another --json'
         ) from None
     return path
@@ -307,7 +305,7 @@ def losses(model, dataset, args, tokenizer, world, state):
     check_vocab_and_length(file, model.config.vocab_size, 1)
     n = min(args.tokens or len(file), len(file)) - 1  # tokens that have one before them
     if n < 1:
-        raise ConfigError(f'{args.split}.bin of {dataset} has too few tokens to predict one')
+        raise UserError(f'{args.split}.bin of {dataset} has too few tokens to predict one')
     started, total = time.perf_counter(), torch.zeros((), dtype=torch.float64, device=world.device)
     starts = range(0, n, block)
     # each rank computes as often as the others
@@ -394,7 +392,7 @@ def synchronized(device):
 
 def earlier_results(path):
     """Return the object in the JSON file of earlier results, {} where there is none. Raises
-    ConfigError for a file of another kind.
+    UserError for a file of another kind.
     """
     if not os.path.exists(path) or os.path.getsize(path) == 0:
         return {}
@@ -404,7 +402,7 @@ def earlier_results(path):
     except ValueError:
         before = None
     if not isinstance(before, dict) or 'weights' not in before:
-        raise ConfigError(
+        raise UserError(
             f'{path} holds something else than results of evaluate.py: give another --json, or move'
             ' it away'
         )
@@ -412,7 +410,7 @@ def earlier_results(path):
 
 
 def check_results(path, weights, conditions):
-    """Raise ConfigError where the file of the results has some of the same weights that were
+    """Raise UserError where the file of the results has some of the same weights that were
     measured under other conditions.
     """
     before = earlier_results(path)
@@ -427,7 +425,7 @@ def check_results(path, weights, conditions):
                     {key: value for key, value in one.items() if value != two.get(key)}
                     for one, two in ((other, conditions), (conditions, other))
                 )
-                raise ConfigError(
+                raise UserError(
                     f'{path} holds {name} measured under other conditions, {was} where this is'
                     f' {now_is}: give another --json, or move it away'
                 )

@@ -29,7 +29,7 @@ import torch
 from load import build, load_state, tokenizer_of_run
 from model import Model
 from onetrain import huggingface
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import is_whole, replacing
 from onetrain.logs.run_json import read_records
 from onetrain.tokenizers.base import TEMPLATES, TEXTS
@@ -59,7 +59,7 @@ def run(args):
     huggingface.require_safetensors()
     check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
-        raise ConfigError(
+        raise UserError(
             f'--shard_size={args.shard_size} is no size: type a number and a unit, such as 5GB'
         )
     shape, tensors, path, state = load_state(args.out_dir, args.step)
@@ -68,7 +68,7 @@ def run(args):
         hub(args.push_to_hub)  # known to fail before anything is written
     tokenizer, _, elsewhere = tokenizer_of_run(state)
     if elsewhere:
-        raise ConfigError(f'{elsewhere}, so its tokenizer may be another: prepare it as it was')
+        raise UserError(f'{elsewhere}, so its tokenizer may be another: prepare it as it was')
     try:
         prompt = (
             'Once'
@@ -79,7 +79,7 @@ def run(args):
             shape, state, facts(args.out_dir, state['run_name'], state['step']), kind, prompt
         )
     except (KeyError, TypeError) as error:
-        raise ConfigError(
+        raise UserError(
             f'{path}/state.json does not say what a model card needs ({type(error).__name__}:'
             f' {error}): it is not the checkpoint of a run'
         ) from None
@@ -108,9 +108,9 @@ def run(args):
 
 
 def check_folder(folder):
-    """Raise ConfigError where nothing can be written to `folder`."""
+    """Raise UserError where nothing can be written to `folder`."""
     if not folder or '://' in folder:
-        raise ConfigError(
+        raise UserError(
             f'--to={folder} is no folder: give the name of one on this machine, which is made if it'
             ' is not there'
         )
@@ -119,7 +119,7 @@ def check_folder(folder):
         os.makedirs(folder, exist_ok=True)
         others = [name for name in sorted(os.listdir(folder)) if not name.startswith('.')]
         if others and not is_export(folder):
-            raise ConfigError(
+            raise UserError(
                 f'--to={folder} holds {", ".join(others[:3])}{" and more" * (len(others) > 3)},'
                 ' which no export wrote: give a new folder'
             )
@@ -138,7 +138,7 @@ def check_folder(folder):
             for name in sorted(os.listdir(folder))
             if os.path.islink(os.path.join(folder, name))
         ]:
-            raise ConfigError(
+            raise UserError(
                 f'--to={folder} holds the link {links[0]}, and what it leads to would be written'
                 ' over: give a new folder'
             )
@@ -146,7 +146,7 @@ def check_folder(folder):
         if new:
             os.rmdir(folder)  # nothing is there before there is something to write
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f'--to={folder} cannot be written to ({error.strerror}): give another folder'
         ) from None
 
@@ -224,7 +224,7 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
 
 
 def check(folder, shape, tokenizer):
-    """Return what was found when transformers read `folder`. Raises ConfigError if its logits or
+    """Return what was found when transformers read `folder`. Raises UserError if its logits or
     token ids are others than ours.
     """
     # which transformers imports, and which complains of kernels that no check needs
@@ -245,13 +245,13 @@ def check(folder, shape, tokenizer):
         a, b = theirs(idx).logits, ours(idx)
     difference = (a - b).abs().max().item() / max(1.0, a.abs().max().item())
     if not difference <= 1e-4:
-        raise ConfigError(
+        raise UserError(
             f'{folder}: transformers computes other logits from it (largest difference'
             f' {difference:.1e}); do not use it, and report this, please'
         )
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     if len(theirs) > shape.vocab_size:
-        raise ConfigError(
+        raise UserError(
             f'{folder}: its tokenizer has {len(theirs)} ids, more than the {shape.vocab_size} of'
             ' the model; the weights are right, bring a tokenizer.json of your own'
         )
@@ -261,7 +261,7 @@ def check(folder, shape, tokenizer):
         )
         ids = tokenizer.encode(text).tolist()
         if theirs(text)['input_ids'] != ids or theirs.decode(ids) != tokenizer.decode(ids):
-            raise ConfigError(
+            raise UserError(
                 f'{folder}: its tokenizer gives other ids or another text than that of the data set'
                 f' for {text!r}; the weights are right, bring a tokenizer.json of your own'
             )
@@ -345,14 +345,14 @@ def card_rows(shape, state, log, kind):
 
 
 def hub(name):
-    """Return the hub, if it can be written to under `name`. Raises ConfigError."""
+    """Return the hub, if it can be written to under `name`. Raises UserError."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
         api.create_repo(name, exist_ok=True)
     except Exception as error:  # the hub's own errors, and any of the network's
-        raise ConfigError(
+        raise UserError(
             f'--push_to_hub={name} cannot be written to ({type(error).__name__}): log in with `hf'
             ' auth login`, check the name and the network, or leave it out'
         ) from None
@@ -362,10 +362,10 @@ def hub(name):
 def upload(name, folder):
     try:
         hub(name).upload_folder(repo_id=name, folder_path=folder)
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:
-        raise ConfigError(
+        raise UserError(
             f'{folder} is written, but could not be uploaded to {name} ({type(error).__name__}):'
             f' `hf upload {name} {folder}` tries again'
         ) from None

@@ -7,7 +7,7 @@ from model import Model
 from onetrain import huggingface
 from onetrain.checkpoint import store
 from onetrain.command_line import ROOT
-from onetrain.config import ConfigError, nearest_path
+from onetrain.config import UserError, nearest_path
 from onetrain.data.dataset import folder_of, parse_mixture
 from onetrain.data.token_file import read_meta
 from onetrain.distributed import processes
@@ -21,7 +21,7 @@ from onetrain.training import memory
 
 def find_checkpoint(out_dir, step):
     """Return (path, state) of a run's checkpoint; step None: the best, else the newest whole one.
-    Raises ConfigError.
+    Raises UserError.
     """
     if step is None:
         step = store.best_step(out_dir)
@@ -30,19 +30,19 @@ def find_checkpoint(out_dir, step):
     path = store.path_of(out_dir, step or 0)
     if step is None or step not in store.steps(out_dir):
         if not os.path.isdir(out_dir):
-            raise ConfigError(
+            raise UserError(
                 f'no checkpoint to load: there is no folder {out_dir}{nearest_path(out_dir)}'
             )
-        raise ConfigError(
+        raise UserError(
             f'no checkpoint to load: {path if step is not None else store.folder_of(out_dir)}'
             ' does not exist or is not whole; give the --out_dir of a run'
             + (f' and one of the steps {store.steps(out_dir)}' if store.steps(out_dir) else '')
         )
     if reason := store.corruption_reason(path):
-        raise ConfigError(f'{path} cannot be used: {reason}')
+        raise UserError(f'{path} cannot be used: {reason}')
     state = store.read_state(path)
     if missing := [key for key in ('config', 'run_name') if key not in state]:
-        raise ConfigError(
+        raise UserError(
             f'{path} cannot be used: its state.json has no {missing[0]}, so it is not the'
             ' checkpoint of a run'
         )
@@ -50,18 +50,18 @@ def find_checkpoint(out_dir, step):
 
 
 def data_of(config):
-    """Return (folder, meta) of a run's data set, which knows its tokenizer. Raises ConfigError
+    """Return (folder, meta) of a run's data set, which knows its tokenizer. Raises UserError
     where it is not here.
     """
     if 'dataset' not in config:
-        raise ConfigError(
+        raise UserError(
             'the checkpoint was fetched from elsewhere, and its data set is a path there, which is'
             ' not taken over: export it on the machine that trained it, or train on from it with'
             ' --dataset'
         )
     folder = folder_of(config['dataset'], ROOT)
     if not any(os.path.isfile(os.path.join(folder, name)) for name in ('meta.pkl', 'train.bin')):
-        raise ConfigError(
+        raise UserError(
             f'the tokenizer of this run is that of its data set, and {folder} has no meta.pkl:'
             f' prepare {config["dataset"]} here as it was prepared for the training'
         )
@@ -82,7 +82,7 @@ def tokenizer_of_run(state):
     if same_ids is None and state.get('tokenizer') not in (None, tokenizer_identity(folder, meta)):
         same = False
     if same_ids is False:
-        raise ConfigError(
+        raise UserError(
             f'{folder} was prepared again, with a tokenizer that gives other ids than the one that'
             ' this model was trained with: prepare it as it was, or give the later data set a'
             ' folder of its own with --output'
@@ -135,7 +135,7 @@ def load_huggingface(source, device, dtype, changes=None):
 
 
 def apply_context_overrides(settings, changes):
-    """Return the ModelConfig of `settings` with `changes`. Raises ConfigError where they need
+    """Return the ModelConfig of `settings` with `changes`. Raises UserError where they need
     weights that are not there.
     """
     shape = resolve_shape(settings)
@@ -145,12 +145,12 @@ def apply_context_overrides(settings, changes):
         shape.position_encoding == 'learned_absolute'
         and changes.get('block_size', shape.block_size) != shape.block_size
     ):
-        raise ConfigError(
+        raise UserError(
             f'--block_size={changes["block_size"]}: this model learned {shape.block_size}'
             ' positions, no more and no fewer'
         )
     if 'rope_factor' in changes and changes.get('rope_scaling', shape.rope_scaling) == 'none':
-        raise ConfigError(
+        raise UserError(
             f'--rope_factor={changes["rope_factor"]:g} needs a --rope_scaling, such as yarn'
         )
     if changes.get('rope_scaling', 'none') != 'none':
@@ -223,7 +223,7 @@ def load(args):
     }
     state = None
     if args.hf == '':
-        raise ConfigError('--hf is empty: give a Hugging Face folder or hub id, or leave it out')
+        raise UserError('--hf is empty: give a Hugging Face folder or hub id, or leave it out')
     if args.hf:
         model, tokenizer, source = load_huggingface(args.hf, device, dtype, changes)
     else:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from onetrain import flops
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.counter_rng import hash_ints
 from onetrain.distributed import collectives, layouts
 from onetrain.ops import experts, fp8, rope
@@ -601,21 +601,21 @@ class Model(nn.Module):
         """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A
         second name of a tied table is passed over.
 
-        Raises ConfigError for a parameter that has another shape or, unless `partly`, is missing.
+        Raises UserError for a parameter that has another shape or, unless `partly`, is missing.
         """
         missing = {**self.tensors(), **dict(self.named_parameters())}
         for name, tensor in weights:
             if (parameter := missing.pop(name, None)) is None:
                 continue
             if parameter.shape != tensor.shape:
-                raise ConfigError(
+                raise UserError(
                     f'the weights of {name} have the shape {tuple(tensor.shape)}, this model has'
                     f' {tuple(parameter.shape)}'
                 )
             layouts.copy_into_shard(parameter, tensor)
         missing = [name for name in missing if not name.endswith('.balance')]
         if missing and not partly:
-            raise ConfigError(f'there are no weights for {", ".join(missing[:3])}')
+            raise UserError(f'there are no weights for {", ".join(missing[:3])}')
 
     def parameter_counts(self):
         """Return {'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters;

@@ -23,7 +23,7 @@ import sys
 import torch
 
 from load import add_model_arguments, load
-from onetrain.config import ConfigError, shortened
+from onetrain.config import UserError, shortened
 from onetrain.distributed import processes
 from onetrain.generation import check_prompts, continue_texts, default_start, encode_prompt, text_of
 
@@ -78,7 +78,7 @@ def main(argv=None):
 
 
 def check_bounds(args):
-    """Raise ConfigError for numbers that mean nothing."""
+    """Raise UserError for numbers that mean nothing."""
     for name, low, high in (
         ('num_samples', 1, 10**4),
         ('max_new_tokens', 1, 10**7),
@@ -92,12 +92,12 @@ def check_bounds(args):
     ):
         value = getattr(args, name)
         if value is not None and (not low <= value <= high or name == 'top_p' and value == 0):
-            raise ConfigError(
+            raise UserError(
                 f'--{name}={shortened(value)} must be from {low:,} to {high:,}'
                 + (', and above 0' if name == 'top_p' else '')
             )
     if '' in args.stop:
-        raise ConfigError(
+        raise UserError(
             '--stop is empty, and every text begins with that: leave it out, or give the text that'
             ' ends a sample'
         )
@@ -161,7 +161,7 @@ def chat(write, tokenizer, context, max_new_tokens, history):
     """Answer prompts from standard input until it ends."""
     room = context - max_new_tokens
     if room < 1:
-        raise ConfigError(
+        raise UserError(
             f'--max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of'
             f' {context} tokens: type --max_new_tokens={context // 2}'
         )

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onetrain.command_line import check_arguments, explain, importing, resolve_early
-from onetrain.config import ConfigError, resolve
+from onetrain.config import UserError, resolve
 
 Family = Literal[
     'gpt2',
@@ -366,7 +366,7 @@ def main(argv=None, resolved=None):
         return 128 + signal.SIGPIPE
     except Exception as error:
         if 'use_deterministic_algorithms' in str(error):
-            error = ConfigError(
+            error = UserError(
                 'deterministic=True:'
                 f' {str(error).splitlines()[0].split(" but you set")[0].rstrip(",")}: type'
                 ' --deterministic=False'
@@ -374,7 +374,7 @@ def main(argv=None, resolved=None):
         elif isinstance(error, RuntimeError) and processes.was_reported():
             return 2
         sentence = explain(error)
-        if sentence is None or isinstance(error, ValueError) and not isinstance(error, ConfigError):
+        if sentence is None or isinstance(error, ValueError) and not isinstance(error, UserError):
             raise
         processes.report_error(sentence)
         return 2
@@ -689,10 +689,10 @@ def warn_about_plan(start, data, plan, order, notes):
 
 
 def check_model(c, model, world):
-    """Raise ConfigError for a model that is too large, or fp8 that has no effect."""
+    """Raise UserError for a model that is too large, or fp8 that has no effect."""
     memory.refuse_too_large(model, world.device, world.mesh.size(-1) if world.fsdp else 1)
     if c.fp8 and not model.float8_layers:
-        raise ConfigError(
+        raise UserError(
             'fp8=True finds no linear layer that would gain (sizes that are multiples of 16, more'
             ' than 1024 outputs or 4096 inputs): type --fp8=False'
         )

@@ -24,7 +24,7 @@ import time
 
 from step import ROOT, config_of, device_of, vocabulary_of, write_noise
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.ops import kernels
 from onetrain.ops.cross_entropy import choose_chunk
 from plots.run_log import load_run
@@ -48,11 +48,11 @@ def main(argv=None):
         )
     own, argv = parser.parse_known_args(argv)
     if all(word.startswith('-') for word in argv):
-        raise ConfigError(
+        raise UserError(
             'no recipe is named: give a config file, such as config/full_llama_1.36b.py'
         )
     if own.iterations < 1 or not own.minutes > 0 or own.seconds < 1:
-        raise ConfigError('--iterations and --seconds must be at least 1, --minutes above 0')
+        raise UserError('--iterations and --seconds must be at least 1, --minutes above 0')
     c = config_of(argv)
     vocabulary = vocabulary_of(c)
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ import os
 import numpy as np
 
 from onetrain.command_line import ROOT, ArgumentParser, run_command  # noqa: F401
+from onetrain.config import UserError
 from onetrain.data.dataset import LocalFile, Tokens, fingerprint_of_pieces
 from onetrain.data.token_file import read_meta, token_dtype
 from onetrain.files import replacing
@@ -26,7 +27,7 @@ MOST = 2**21  # ids that are told apart
 
 
 def arguments(argv):
-    """Return the parsed `argv`. Raises ValueError."""
+    """Return the parsed `argv`. Raises UserError."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('dataset', help='a folder of data/, or a path')
     parser.add_argument('--split', default='train', choices=('train', 'val'))
@@ -45,13 +46,13 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for name in ('tokens', 'sample'):
         if getattr(args, name) < 1:
-            raise ValueError(f'--{name} {getattr(args, name)} must be at least 1')
+            raise UserError(f'--{name} {getattr(args, name)} must be at least 1')
     if args.output and (
         not args.output.endswith(('.png', '.pdf', '.svg'))
         or os.path.isdir(args.output)
         or not os.path.isdir(os.path.dirname(args.output) or '.')
     ):
-        raise ValueError(
+        raise UserError(
             f'--output {args.output} is no picture: name a file that ends in .png, .pdf or .svg, in'
             ' a folder that is there'
         )
@@ -59,7 +60,7 @@ def arguments(argv):
 
 
 def main(argv=None):
-    """Print and draw; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong.
+    """Print and draw; argv as in sys.argv[1:]. Raises UserError for what the user got wrong.
     Returns what was found, a dict.
     """
     args = arguments(argv)
@@ -72,13 +73,13 @@ def main(argv=None):
         None,
     )
     if folder is None:
-        raise ValueError(
+        raise UserError(
             f'there is no data set {args.dataset}: type the name of a folder of data/ or a path'
         )
     meta, tokens = open_split(folder, args.split)
     total = len(tokens)
     if not -total <= args.at < total:
-        raise ValueError(f'--at {args.at} is beyond the {total:,} tokens of {args.split}')
+        raise UserError(f'--at {args.at} is beyond the {total:,} tokens of {args.split}')
     found = {
         'tokens': total,
         **use_of_ids(tokens, meta, args.sample),
@@ -95,17 +96,17 @@ def main(argv=None):
 
 
 def open_split(folder, split):
-    """Return (meta, Tokens) of a split. Raises ValueError where it is not here."""
+    """Return (meta, Tokens) of a split. Raises UserError where it is not here."""
     meta = read_meta(folder)
     names = [name for name, _ in meta.get('files', {}).get(split, [])] or [f'{split}.bin']
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        raise ValueError(f'{folder} has no {missing[0]}: run its prepare.py first')
+        raise UserError(f'{folder} has no {missing[0]}: run its prepare.py first')
     dtype = token_dtype(meta)
     for name in names:
         size = os.path.getsize(os.path.join(folder, name))
         if not size or size % dtype.itemsize:
-            raise ValueError(
+            raise UserError(
                 f'{os.path.join(folder, name)} has {size} bytes, which is no whole number of'
                 f' {dtype.name} tokens'
             )

@@ -19,13 +19,14 @@ ends a text in bpe, 2 in the others.
 import os
 
 from onetrain.command_line import ArgumentParser
+from onetrain.config import UserError
 from onetrain.prepare import cli, documents
 from onetrain.tokenizers.base import load_tokenizer
 from onetrain.tokenizers.train import GPT2, PATTERNS, train_bpe, train_sentencepiece
 
 
 def arguments(argv):
-    """Return the parsed `argv`. Raises ValueError."""
+    """Return the parsed `argv`. Raises UserError."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         '--input', nargs='+', required=True, metavar='PATH', help='files, folders, patterns or URLs'
@@ -53,27 +54,27 @@ def arguments(argv):
     args = parser.parse_args(argv)
     least = 257 if args.kind == 'bpe' else 300
     if args.vocab_size < least:
-        raise ValueError(
+        raise UserError(
             f'--vocab_size {args.vocab_size} is too small for 256 bytes and the special tokens:'
             f' type {least} or more'
         )
     if args.vocab_size > 2**24:
-        raise ValueError(
+        raise UserError(
             f'--vocab_size {args.vocab_size} is more than any text has use for: type {2**24:,} or'
             ' less'
         )
     if not 0 < args.max_mb < 1e9:
-        raise ValueError(f'--max_mb {args.max_mb} must be above 0 and below 1e9')
+        raise UserError(f'--max_mb {args.max_mb} must be above 0 and below 1e9')
     cli.check_output(args.output)
     if args.kind != 'bpe' and args.pattern != GPT2:
-        raise ValueError(
+        raise UserError(
             f'--pattern {args.pattern} has no meaning with --kind {args.kind}: leave it out'
         )
     return args
 
 
 def main(argv=None):
-    """Train and write; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong."""
+    """Train and write; argv as in sys.argv[1:]. Raises UserError for what the user got wrong."""
     args = arguments(argv)
     texts = Texts(args.input, args.text_field, args.max_mb * 1e6)
     os.makedirs(args.output, exist_ok=True)
@@ -84,7 +85,7 @@ def main(argv=None):
     else:
         train_sentencepiece(texts, args.output, args.kind, args.vocab_size)
     if not texts.bytes:
-        raise ValueError(f'--input {" ".join(args.input)}: there is no text in these files')
+        raise UserError(f'--input {" ".join(args.input)}: there is no text in these files')
     path = args.output if args.kind == 'bpe' else os.path.join(args.output, 'tokenizer.model')
     tokenizer = load_tokenizer(path)
     seen = ids = 0

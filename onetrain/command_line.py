@@ -15,7 +15,7 @@ import sys
 import threading
 
 import onetrain
-from onetrain.config import ConfigError, nearest, resolve
+from onetrain.config import UserError, nearest, resolve
 from onetrain.files import redact
 
 # where a shell has closed them (>&-) Python has None, on which every print() would fail
@@ -169,7 +169,7 @@ def resolve_early(schema, argv, aliases):
     except BrokenPipeError:  # as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get('LOCAL_RANK', '0') in ('0', ''):
             print(f'error: {redact(explain(error))}', file=sys.stderr, flush=True)
         sys.exit(2)
@@ -219,11 +219,11 @@ def number(above=0.0, most=1e9):
 
 
 def check_arguments(argv):
-    """Raise ConfigError for an argument that is not text: bytes that are not UTF-8."""
+    """Raise UserError for an argument that is not text: bytes that are not UTF-8."""
     for word in argv:
         if re.search(r'[\ud800-\udfff]', word):
             shown = word.encode('utf-8', 'backslashreplace').decode()
-            raise ConfigError(
+            raise UserError(
                 f'the argument {shown!r} is not UTF-8: type it in UTF-8, or rename the file'
             )
 
@@ -249,7 +249,7 @@ def explain(error):
 
 def _sentence(error):
     words = ' '.join(str(error).split())
-    if isinstance(error, ConfigError):
+    if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         where = f': {error.filename!r}' if error.filename is not None else ''

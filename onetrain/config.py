@@ -22,7 +22,7 @@ import types
 import typing
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
     """Something the user gave cannot be run. The message is one sentence: given, expected, what to
     type instead.
     """
@@ -35,7 +35,7 @@ def resolve(schema, argv, aliases=None):
     over files. aliases: {alias: function(value) -> {key: value}} for names that stand for other
     keys. Returns (config, given): the instance, and {key: where it was set} for every key that the
     user set. `--help` prints the keys that the schema's COMMON names, `--help=all` all of them,
-    with the values of the files given, and exits with 0. Raises ConfigError.
+    with the values of the files given, and exits with 0. Raises UserError.
     """
     hints = typing.get_type_hints(schema)
     aliases = aliases or {}
@@ -48,7 +48,7 @@ def resolve(schema, argv, aliases=None):
                 assign(target, translated, source)
             return
         if key not in hints:
-            raise ConfigError(
+            raise UserError(
                 f'{source}: unknown key {key!r}{nearest(key, [*hints, *aliases])}; `--help=all`'
                 ' lists all keys'
             )
@@ -71,7 +71,7 @@ def resolve(schema, argv, aliases=None):
 
 
 def _check_pairs(argv, hints, aliases):
-    """Raise ConfigError for --key value in two words, as other programs take them."""
+    """Raise UserError for --key value in two words, as other programs take them."""
     for before, word in zip(['', *argv], argv):
         key = before.removeprefix('--')
         takes = hints.get(key) is not bool or word.lower() in ('true', 'false')
@@ -81,14 +81,14 @@ def _check_pairs(argv, hints, aliases):
             and takes
             and not word.startswith('-')
         ):
-            raise ConfigError(
+            raise UserError(
                 f'command line: {before} {shortened(word)} are two words, did you mean'
                 f' {before}={word}?'
             )
 
 
 def _split(word, hints):
-    """Return (key, value) of a word --key=value, both text. Raises ConfigError."""
+    """Return (key, value) of a word --key=value, both text. Raises UserError."""
     match = re.fullmatch(r'--([A-Za-z_]\w*)=(.*)', word, re.DOTALL)
     if match:
         return match[1], match[2]
@@ -96,7 +96,7 @@ def _split(word, hints):
     meant = ''
     if hints.get(key) is bool or key in hints and value:
         meant = f', did you mean --{key}={value or True}'
-    raise ConfigError(
+    raise UserError(
         f'command line: cannot read {shortened(word)}, expected --key=value, such as'
         f' --max_iters=10{meant}'
     )
@@ -104,7 +104,7 @@ def _split(word, hints):
 
 def read_file(path, defaults):
     """Run the config file `path` and return {key: value} for the names it assigns, in order. Raises
-    ConfigError.
+    UserError.
 
     The file sees `defaults` (and what earlier files set) as variables, as nanoGPT's config files
     do.
@@ -116,7 +116,7 @@ def read_file(path, defaults):
             if folder
             else glob.glob('config/*.py')
         )
-        raise ConfigError(
+        raise UserError(
             f'cannot read the config file {path!r}: no such'
             f' file{nearest(path, there) or " (options are written --key=value)"}'
         )
@@ -128,7 +128,7 @@ def read_file(path, defaults):
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a user's file may raise
-        raise ConfigError(
+        raise UserError(
             f'cannot read the config file {path!r}: {type(error).__name__}: {error}'
         ) from None
     assigned = dict.fromkeys(
@@ -161,7 +161,7 @@ def parse_value(text):
 
 def check_type(key, value, hint, source):
     """Return `value` as the type that `hint` asks for; an int serves as a float. Raises
-    ConfigError.
+    UserError.
     """
     options = (
         typing.get_args(hint)
@@ -177,19 +177,19 @@ def check_type(key, value, hint, source):
     if value is None and type(None) in options:
         return None
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f'{source}: {key}={value!r} is not a finite number')
+        raise UserError(f'{source}: {key}={value!r} is not a finite number')
     if bool in options and isinstance(value, bool):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         if int in options:
             if abs(value) >= 2**63:
-                raise ConfigError(f'{source}: {key}={shortened(value)} is too large')
+                raise UserError(f'{source}: {key}={shortened(value)} is too large')
             return value
         if float in options:
             try:
                 return float(value)
             except OverflowError:
-                raise ConfigError(
+                raise UserError(
                     f'{source}: {key} is a number of about {int(value.bit_length() * 0.30103) + 1}'
                     ' digits, which is too large'
                 ) from None
@@ -199,7 +199,7 @@ def check_type(key, value, hint, source):
         return int(value)
     if str in options and isinstance(value, (str, int, float)):
         if re.search('[\0\ud800-\udfff]', str(value)):
-            raise ConfigError(
+            raise UserError(
                 f'{source}: {key}={value!r} holds a character that no path and no text may have'
             )
         return str(value)
@@ -213,7 +213,7 @@ def check_type(key, value, hint, source):
     expected = ' | '.join(words + (['None'] if type(None) in options else []))
     hint_text = nearest(str(value), [str(c) for c in choices]) if choices else ''
     shown = shortened(value)
-    raise ConfigError(
+    raise UserError(
         f'{source}: {key}={shown} is {a_type(value)}, expected {expected}{hint_text}'
         if not choices
         else f'{source}: {key}={shown} is not one of {expected}{hint_text}'

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 MOST = 128  # open at a time
 
@@ -89,7 +89,7 @@ class Descriptors:
 FILES = Descriptors()
 
 
-class ChangedFile(ConfigError):
+class ChangedFile(UserError):
     """A file is another than the one that was opened, or was written to."""
 
     def __init__(self, path):

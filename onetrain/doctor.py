@@ -172,13 +172,13 @@ def data():
 def bucket(url):
     """Yield a Finding about whether `url` can be written to and read from."""
     from onetrain.checkpoint.uploader import check_writable
-    from onetrain.config import ConfigError
+    from onetrain.config import UserError
     from onetrain.files import redact
 
     try:
         check_writable(url, 'doctor')
         yield Finding('URL', 'ok', f'{redact(url)} can be written to and read from')
-    except ConfigError as error:
+    except UserError as error:
         yield Finding('URL', 'problem', str(error), 'correct the URL or its credentials')
 
 

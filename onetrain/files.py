@@ -18,7 +18,7 @@ import re
 import secrets
 import time
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 HIDDEN = '***'  # stands for the part of a URL that redact() takes out
 
@@ -27,7 +27,7 @@ def plain_name(name, source):
     """Return `name` if it is the name of one file: text without separators, control characters or
     '..'.
 
-    source: where the name comes from, for the message. Raises ConfigError for any other value.
+    source: where the name comes from, for the message. Raises UserError for any other value.
     """
     if not (
         isinstance(name, str)
@@ -36,7 +36,7 @@ def plain_name(name, source):
         and not re.search(r'[/\\:\x00-\x1f\x7f-\x9f\ud800-\udfff]', name)
     ):
         shown = repr(name)[:100]
-        raise ConfigError(
+        raise UserError(
             f'{source} names the file {shown}, which is not a plain file name: '
             'nothing was read or written there; get the files from a source that you trust'
         )
@@ -47,7 +47,7 @@ def inside(folder, name, source):
     """Return the path of the file `name` in `folder`; `name` may lie in folders below, as in
     'tokenizer/vocab.json'.
 
-    source: where the name comes from, for the message. Raises ConfigError for a name that is
+    source: where the name comes from, for the message. Raises UserError for a name that is
     absolute or climbs.
     """
     parts = name.split('/') if isinstance(name, str) else [name]
@@ -55,7 +55,7 @@ def inside(folder, name, source):
 
 
 def check_regular(path):
-    """Raise ConfigError if `path` is something else than a file, such as a pipe or a device, which
+    """Raise UserError if `path` is something else than a file, such as a pipe or a device, which
     may have no end.
     """
     if os.path.lexists(path) and not os.path.isfile(path):
@@ -66,11 +66,11 @@ def check_regular(path):
             if os.path.exists(path)
             else 'a broken link'
         )
-        raise ConfigError(f'{path} is {kind}, expected a file: put one there, or take it away')
+        raise UserError(f'{path} is {kind}, expected a file: put one there, or take it away')
 
 
 def check_own(path, root=None):
-    """check_regular(), and raise ConfigError for a link that leads out of the folder `root`; None:
+    """check_regular(), and raise UserError for a link that leads out of the folder `root`; None:
     that of `path`.
 
     It would let whoever made the folder choose a private file to be shown, sent or written to. What
@@ -81,7 +81,7 @@ def check_own(path, root=None):
     if os.path.commonpath([real, root]) != root and not re.search(
         r'/models--[^/]+/blobs/[0-9a-f]{40,64}$', real
     ):
-        raise ConfigError(
+        raise UserError(
             f'{path} is a link out of its folder, to {real}: put a copy there if that is meant'
         )
 
@@ -152,13 +152,13 @@ def _without_secrets(text):
 def open_url(url):
     """Return (fsspec file system, path in it) of a URL or a local folder.
 
-    Nothing of the listings is cached: what others write there is seen. Raises ConfigError for what
+    Nothing of the listings is cached: what others write there is seen. Raises UserError for what
     cannot be opened.
     """
     import fsspec
 
     if re.match(r'(s3|s3a|gs|gcs)://', url) and HIDDEN + '@' in redact(url):
-        raise ConfigError(
+        raise UserError(
             f'{redact(url)} has a user or a password in it, which no bucket takes: give them in the'
             ' environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and leave them out'
             ' here'
@@ -172,7 +172,7 @@ def open_url(url):
             **({'auto_mkdir': True} if local else {}),
         )
     except Exception as error:  # each backend has its own
-        raise ConfigError(
+        raise UserError(
             f'{redact(url)!r} cannot be opened ({type(error).__name__}: {sentence(error)}): '
             'expected a folder or a URL such as s3://bucket/folder'
         ) from None

@@ -6,7 +6,7 @@ import os
 import torch
 from torch.distributed.tensor import DTensor
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.ops import kernels
 from onetrain.ops.kv_cache import Cache
 from onetrain.tokenizers.base import decode_after
@@ -63,28 +63,28 @@ def apply_repetition_penalty(logits, seen, penalty):
 
 
 def lines_of(path, said):
-    """Return the prompts of a text file, one on each line. Raises ConfigError where there is none;
+    """Return the prompts of a text file, one on each line. Raises UserError where there is none;
     said: what the user typed before the path.
     """
     return [line for line in text_of(path, said).split('\n') if line.strip()]
 
 
 def text_of(path, said):
-    """Return the text of a file in UTF-8. Raises ConfigError where it cannot be read; said: what
+    """Return the text of a file in UTF-8. Raises UserError where it cannot be read; said: what
     the user typed before the path.
     """
     if not os.path.isfile(path):
-        raise ConfigError(f'{said}{path}: no such file')
+        raise UserError(f'{said}{path}: no such file')
     try:
         with open(path, encoding='utf-8-sig') as f:
             return f.read()
     except UnicodeDecodeError as error:
-        raise ConfigError(
+        raise UserError(
             f'{said}{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at'
             f' {error.start:,}): convert it, for instance with `iconv -f latin1 -t utf-8`'
         ) from None
     except OSError as error:
-        raise ConfigError(f'{said}{path} cannot be read ({error.strerror})') from None
+        raise UserError(f'{said}{path} cannot be read ({error.strerror})') from None
 
 
 def default_start(tokenizer):
@@ -97,7 +97,7 @@ def default_start(tokenizer):
 
 def prompts_of(start, tokenizer, block_size):
     """Return token ids of the key sample_start: of the text, or with FILE:name of each line of a
-    file. Raises ConfigError for what a model of block_size tokens cannot begin with.
+    file. Raises UserError for what a model of block_size tokens cannot begin with.
     """
     prompts, start = [], default_start(tokenizer) if start == '\n' else start
     for text in (
@@ -106,9 +106,9 @@ def prompts_of(start, tokenizer, block_size):
         try:
             prompts.append(tokenizer.encode(text).tolist())
         except ValueError as error:
-            raise ConfigError(f'sample_start={text!r}: {error}') from None
+            raise UserError(f'sample_start={text!r}: {error}') from None
         if not 0 < len(prompts[-1]) <= block_size:
-            raise ConfigError(
+            raise UserError(
                 f'sample_start={text!r} has {len(prompts[-1])} tokens, expected 1 to'
                 f' block_size={block_size}: give the text that samples begin with, or'
                 ' --sample_interval=0'
@@ -117,10 +117,10 @@ def prompts_of(start, tokenizer, block_size):
 
 
 def check_prompts(prompts, model):
-    """Raise ConfigError for a prompt (list of ids) that the model cannot begin with."""
+    """Raise UserError for a prompt (list of ids) that the model cannot begin with."""
     for prompt in prompts:
         if not 0 < len(prompt) <= model.config.block_size:
-            raise ConfigError(
+            raise UserError(
                 f'a prompt of {len(prompt)} tokens: expected 1 to {model.config.block_size}, the'
                 ' context of this model; shorten it'
             )
@@ -282,7 +282,7 @@ def encode_prompt(text, tokenizer):
     """Return token ids of a prompt; an empty one is the end of the text before."""
     ids = tokenizer.encode(text).tolist()
     if not ids and tokenizer.eot_id is None:
-        raise ConfigError(
+        raise UserError(
             '--start is empty, and this tokenizer has no end-of-text token to start from: give some'
             ' text'
         )

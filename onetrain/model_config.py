@@ -7,7 +7,7 @@ import math
 import typing
 from dataclasses import dataclass
 
-from onetrain.config import ConfigError, a_type, shortened
+from onetrain.config import UserError, a_type, shortened
 from onetrain.ops.rope import SCALINGS
 
 # A preset only fills what the user left open. d_ff is d_ff_ratio * n_embd, rounded up to a multiple
@@ -276,7 +276,7 @@ _POSITIVE = (
 
 
 def _check_types(given):
-    """Raise ConfigError for a value (None: left open) that is not of the type of its field in
+    """Raise UserError for a value (None: left open) that is not of the type of its field in
     ModelConfig, or out of its bounds.
 
     They may come from the configuration of a checkpoint or of a Hugging Face folder, which anybody
@@ -298,31 +298,29 @@ def _check_types(given):
             )
         )
         if fits and number and not abs(value) < 2**63:  # nan is not
-            raise ConfigError(f'{name}={shortened(value)} must be a number below 2**63')
+            raise UserError(f'{name}={shortened(value)} must be a number below 2**63')
         if not fits:
-            raise ConfigError(
+            raise UserError(
                 f'{name}={shortened(value)} is {a_type(value)}, expected'
                 f' {" or ".join(k.__name__ for k in kinds if k is not type(None))}'
             )
         if name in _CHOICES and value not in _CHOICES[name]:
-            raise ConfigError(
-                f'{name}={shortened(value)} is not one of {", ".join(_CHOICES[name])}'
-            )
+            raise UserError(f'{name}={shortened(value)} is not one of {", ".join(_CHOICES[name])}')
         if name in _POSITIVE and value < 1:
-            raise ConfigError(f'{name}={value} must be at least 1')
+            raise UserError(f'{name}={value} must be at least 1')
         if name in _MOST and value > _MOST[name]:
-            raise ConfigError(f'{name}={value} must be at most {_MOST[name]:,}')
+            raise UserError(f'{name}={value} must be at most {_MOST[name]:,}')
 
 
 def resolve_shape(settings, vocab_size=None):
     """Return ModelConfig from the trainer's keys, where None means that the preset decides.
 
     settings: mapping with arch_preset, block_size and the names of ModelConfig; vocab_size: of the
-    data set, used when settings leave it open. Raises ConfigError for a shape that cannot be built.
+    data set, used when settings leave it open. Raises UserError for a shape that cannot be built.
     """
     name = settings.get('arch_preset')
     if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(f'arch_preset={shortened(name)} is not one of {", ".join(PRESETS)}')
+        raise UserError(f'arch_preset={shortened(name)} is not one of {", ".join(PRESETS)}')
     preset = PRESETS[name]
     given = {field.name: settings.get(field.name) for field in dataclasses.fields(ModelConfig)}
     _check_types(given)
@@ -330,11 +328,11 @@ def resolve_shape(settings, vocab_size=None):
     if missing := [
         name for name in ('n_layer', 'n_head', 'n_embd', 'block_size') if shape[name] is None
     ]:
-        raise ConfigError(f'{missing[0]} is not given, and no preset has it')
+        raise UserError(f'{missing[0]} is not given, and no preset has it')
     if given['vocab_size'] is None and vocab_size is not None:
         shape['vocab_size'] = vocab_size
     if shape['vocab_size'] is None:
-        raise ConfigError('vocab_size is not given, and neither a preset nor a data set has it')
+        raise UserError('vocab_size is not given, and neither a preset nor a data set has it')
     if (
         given['normalization'] is None
         and shape['normalization'] == 'layernorm'
@@ -354,14 +352,14 @@ def resolve_shape(settings, vocab_size=None):
 
 def _fill(shape, preset):
     """Compute the sizes of the dict `shape` that are left open (None) from the others. Raises
-    ConfigError for heads that do not divide.
+    UserError for heads that do not divide.
     """
     n_embd, n_head = shape['n_embd'], shape['n_head']
     if shape['head_dim'] is None:
         if n_embd % n_head:
             close = [h for h in range(1, n_embd + 1) if n_embd % h == 0]
             close = min(close, key=lambda h: abs(h - n_head))
-            raise ConfigError(
+            raise UserError(
                 f'n_embd={n_embd} is not divisible by n_head={n_head}: type --n_head={close}, or'
                 ' give --head_dim'
             )
@@ -369,7 +367,7 @@ def _fill(shape, preset):
     if shape['num_key_value_heads'] is None:
         shape['num_key_value_heads'] = n_head
     if n_head % shape['num_key_value_heads']:
-        raise ConfigError(
+        raise UserError(
             f'n_head={n_head} is not a multiple of'
             f' num_key_value_heads={shape["num_key_value_heads"]}'
         )
@@ -385,27 +383,27 @@ def _fill(shape, preset):
 
 
 def _check(c):
-    """Raise ConfigError for a ModelConfig that cannot be built."""
+    """Raise UserError for a ModelConfig that cannot be built."""
     if not 0 < c.rotary_pct <= 1 or not 1 < c.rope_theta <= 1e15 or not 0 <= c.norm_eps <= 1:
-        raise ConfigError(
+        raise UserError(
             f'rotary_pct={c.rotary_pct} must be above 0 and at most 1,'
             f' rope_theta={c.rope_theta} above 1, norm_eps={c.norm_eps} from 0 to 1'
         )
     if c.position_encoding == 'rope' and (c.rotary_dims % 2 or c.rotary_dims < 2):
-        raise ConfigError(
+        raise UserError(
             f'RoPE turns pairs of dimensions, but head_dim={c.head_dim} with'
             f' rotary_pct={c.rotary_pct} gives {c.rotary_dims} of them: choose an even'
             ' number'
         )
     if c.parallel_residual and c.norm_position == 'post':
-        raise ConfigError("parallel_residual=True needs norm_position='pre'")
+        raise UserError("parallel_residual=True needs norm_position='pre'")
     if c.ffn_type == 'swiglu_clamped' and c.activation != 'silu':
-        raise ConfigError(
+        raise UserError(
             'ffn_type=swiglu_clamped has an activation of its own: leave'
             f' --activation={c.activation} out'
         )
     if c.sliding_window < 0 or set(c.window_pattern) - {'S', 'L'} or not c.window_pattern:
-        raise ConfigError(
+        raise UserError(
             f'sliding_window={c.sliding_window} must not be negative,'
             f' window_pattern={c.window_pattern!r} is of the letters S (slides) and L (looks'
             ' all the way back), such as SSSL'
@@ -416,11 +414,11 @@ def _check_scaling(c):
     if c.rope_scaling == 'none':
         return
     if c.position_encoding != 'rope':
-        raise ConfigError(
+        raise UserError(
             f'rope_scaling={c.rope_scaling} needs position_encoding=rope, not {c.position_encoding}'
         )
     if not 1 <= c.rope_factor <= 1e6 or c.rope_scaling == 'dynamic' and c.rotary_dims <= 2:
-        raise ConfigError(
+        raise UserError(
             f'rope_factor={c.rope_factor} must be from 1 to 1e6: type the number of times that the'
             ' context became longer'
         )
@@ -430,7 +428,7 @@ def _check_scaling(c):
         or c.rope_scaling == 'yarn'
         and not 0 < c.rope_beta_slow < c.rope_beta_fast < 1e6
     ):
-        raise ConfigError(
+        raise UserError(
             'rope_scaling: rope_low_freq_factor must be below rope_high_freq_factor, rope_beta_slow'
             ' below rope_beta_fast, all above 0'
         )
@@ -438,23 +436,23 @@ def _check_scaling(c):
 
 def _check_experts(c):
     if not 1 <= c.num_experts_per_tok <= c.num_experts:
-        raise ConfigError(
+        raise UserError(
             f'num_experts_per_tok={c.num_experts_per_tok} must be at least 1 and at most'
             f' num_experts={c.num_experts}'
         )
     if not 1 <= c.topk_groups <= c.n_groups or c.num_experts % c.n_groups:
-        raise ConfigError(
+        raise UserError(
             f'num_experts={c.num_experts} must be a multiple of n_groups={c.n_groups}, and'
             f' topk_groups={c.topk_groups} from 1 to n_groups'
         )
     within = c.topk_groups * c.num_experts // c.n_groups
     if c.num_experts_per_tok > within:
-        raise ConfigError(
+        raise UserError(
             f'num_experts_per_tok={c.num_experts_per_tok} is more than the {within} experts of'
             f' topk_groups={c.topk_groups} groups of {c.num_experts // c.n_groups}'
         )
     if c.num_shared_experts < 0 or not 0 <= c.n_dense_layers <= c.n_layer or c.route_scale <= 0:
-        raise ConfigError(
+        raise UserError(
             f'num_shared_experts={c.num_shared_experts} must not be negative,'
             f' n_dense_layers={c.n_dense_layers} from 0 to n_layer={c.n_layer},'
             f' route_scale={c.route_scale} above 0'

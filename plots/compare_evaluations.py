@@ -17,13 +17,13 @@ from plot_single_run import BLUE, GRAY, GREEN, ORANGE, PURPLE, STYLE, check_outp
 from run_log import number
 
 from onetrain.command_line import ArgumentParser, run_command
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import parse_json
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GRAY)
 
 
-class EvaluationError(ConfigError):
+class EvaluationError(UserError):
     """A path that holds no evaluation."""
 
 
@@ -42,9 +42,9 @@ def load(path):
         try:
             found.append(parse_json(file.read_bytes()))
             if not isinstance(found[-1], dict) or 'architecture' not in found[-1]:
-                raise ValueError('it has other keys')
+                raise UserError('it has other keys')
             if not isinstance(found[-1].get('step'), (int, type(None))):
-                raise ValueError('its step is no whole number')
+                raise UserError('its step is no whole number')
         except (OSError, ValueError) as error:
             raise EvaluationError(f'{file} is not a result of evaluate.py: {error}') from None
     folder = path if path.is_dir() else path.parent

@@ -26,7 +26,7 @@ from plot_single_run import (
 from run_log import NothingLogged, cleaned, load_run
 
 from onetrain.command_line import ArgumentParser, run_command, whole
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']
@@ -269,7 +269,7 @@ def run(args):
     check_output(args.output)
     given = args.labels.split(',') if args.labels else [None] * len(args.path)
     if len(given) != len(args.path):
-        raise ConfigError(f'--labels names {len(given)} runs, but {len(args.path)} were given')
+        raise UserError(f'--labels names {len(given)} runs, but {len(args.path)} were given')
     runs, named = [], []
     for path, name in zip(args.path, given):
         try:
@@ -280,7 +280,7 @@ def run(args):
                 raise
             print(f'note: {error}; left out')
     if not runs:
-        raise ConfigError(f'no iterations logged in {", ".join(args.path)}')
+        raise UserError(f'no iterations logged in {", ".join(args.path)}')
     if args.latest:
         newest = sorted(range(len(runs)), key=lambda i: runs[i].name)[-args.latest :]
         runs, named = [runs[i] for i in sorted(newest)], [named[i] for i in sorted(newest)]
@@ -303,7 +303,7 @@ def run(args):
                 ' the picture'
             )
     if not drawn:
-        raise ConfigError(f'none of the runs can be drawn over {args.x}; try --x iters')
+        raise UserError(f'none of the runs can be drawn over {args.x}; try --x iters')
     save(draw_comparison(*zip(*drawn), args.x), args.output)
 
 

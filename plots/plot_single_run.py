@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMeth
 from run_log import cleaned, load_runs
 
 from onetrain.command_line import ArgumentParser, run_command
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import replacing
 
 BLUE, ORANGE, GREEN, PURPLE, GRAY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
@@ -488,15 +488,15 @@ def draw_run(run, window=None):
 
 
 def check_output(path):
-    """Raise ConfigError for a path that no picture can be written to."""
+    """Raise UserError for a path that no picture can be written to."""
     if path.suffix not in ('.png', '.pdf', '.svg') or path.is_dir():
-        raise ConfigError(f'--output must be a file that ends in .png, .pdf or .svg, got {path}')
+        raise UserError(f'--output must be a file that ends in .png, .pdf or .svg, got {path}')
     if not path.parent.is_dir():
-        raise ConfigError(f'no such folder for the picture: {path.parent}')
+        raise UserError(f'no such folder for the picture: {path.parent}')
 
 
 def save(figure, path):
-    """Write the picture and print where. Raises ConfigError for a path that cannot be one."""
+    """Write the picture and print where. Raises UserError for a path that cannot be one."""
     check_output(path)
     with matplotlib.rc_context(STYLE):  # ticks are made while drawing
         with replacing(path) as f:
@@ -533,12 +533,12 @@ def main(argv=None):
 
 def run(args):
     if args.smooth is not None and not 1 <= args.smooth <= 10**9:
-        raise ConfigError(f'--smooth must be at least 1 and at most 10**9, got {args.smooth}')
+        raise UserError(f'--smooth must be at least 1 and at most 10**9, got {args.smooth}')
     if args.output:
         check_output(args.output)
     runs = load_runs(args.path)
     if args.output and len(runs) > 1:
-        raise ConfigError(
+        raise UserError(
             f'these are logs of {len(runs)} models ({", ".join(run.name for run in runs)}), and'
             ' --output names one picture: leave it out, or draw them over each other with'
             ' compare_runs.py'

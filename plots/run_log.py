@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onetrain.config import ConfigError, nearest_path
+from onetrain.config import UserError, nearest_path
 from onetrain.files import check_regular, is_whole, parse_json
 
 # what tells models apart
@@ -44,7 +44,7 @@ KEPT = 10_000  # iterations of a longer log, or up to twice as many
 EXTREMES = ('loss', 'gradients.global_norm', 'tokens_per_sec')
 
 
-class LogError(ConfigError):
+class LogError(UserError):
     """What the user named is not a readable log; the message is one sentence for them."""
 
 

@@ -11,7 +11,7 @@ import torch
 
 from onetrain.checkpoint import import_nanogpt, store
 from onetrain.checkpoint.async_writer import Saver
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.distributed.processes import World
 
 ONE = World(0, 1, torch.device('cpu'))
@@ -219,7 +219,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
         store.load(path, tensors())
     assert not (tmp_path / 'executed').exists()
     torch.save({'model': Evil()}, tmp_path / 'ckpt.pt')
-    with pytest.raises(ConfigError, match='is not a checkpoint of nanoGPT'):
+    with pytest.raises(UserError, match='is not a checkpoint of nanoGPT'):
         import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))
     assert not (tmp_path / 'executed').exists()
 
@@ -227,14 +227,14 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 def test_shapes_and_names_must_match(tmp_path):
     path = save(tmp_path, 1)
     with pytest.raises(
-        ConfigError,
+        UserError,
         match=(
             r'has model.a of shape \(5, 3\), and the model of its settings has model.a of shape'
             r' \(4, 3\)'
         ),
     ):
         store.load(path, {'model.a': torch.zeros(4, 3)})
-    with pytest.raises(ConfigError, match='has no model.b'):
+    with pytest.raises(UserError, match='has no model.b'):
         store.load(path, {'model.b': torch.zeros(5, 3)})
 
 

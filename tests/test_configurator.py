@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from onetrain.config import ConfigError, resolve
+from onetrain.config import UserError, resolve
 from train import ALIASES, Config
 
 
@@ -68,17 +68,17 @@ def test_types(tmp_path):
         ('--n_layer', 'expected --key=value'),
     ):
         with pytest.raises(
-            ConfigError, match=message.replace('|', r'\|') if r'\|' not in message else message
+            UserError, match=message.replace('|', r'\|') if r'\|' not in message else message
         ):
             resolve(Schema, [word])
 
 
 def test_unknown_keys_name_the_nearest(tmp_path):
     with pytest.raises(
-        ConfigError, match="command line: unknown key 'n_layers', did you mean 'n_layer'"
+        UserError, match="command line: unknown key 'n_layers', did you mean 'n_layer'"
     ):
         resolve(Schema, ['--n_layers=2'])
-    with pytest.raises(ConfigError, match="c.py: unknown key 'nlayer', did you mean 'n_layer'"):
+    with pytest.raises(UserError, match="c.py: unknown key 'nlayer', did you mean 'n_layer'"):
         given(tmp_path, 'nlayer = 2\n')
 
 
@@ -96,7 +96,7 @@ def test_a_file_may_compute(tmp_path):
         'def _f():\n    global n_layer\n    n_layer = 7\n_f()',
     ):
         assert given(tmp_path, line)[0].n_layer == 7
-    with pytest.raises(ConfigError, match='n_layer=.* expected int'):
+    with pytest.raises(UserError, match='n_layer=.* expected int'):
         given(tmp_path, 'n_layer = int')
     # a file may assign to a key what the key holds already
     assert given(tmp_path, 'n_layer = 12\n')[1] == {'n_layer': str(tmp_path / 'c.py')}
@@ -113,9 +113,9 @@ def test_a_file_may_compute(tmp_path):
     ],
 )
 def test_broken_files(tmp_path, text):
-    with pytest.raises(ConfigError, match='cannot read the config file'):
+    with pytest.raises(UserError, match='cannot read the config file'):
         given(tmp_path, text)
-    with pytest.raises(ConfigError, match='no such file'):
+    with pytest.raises(UserError, match='no such file'):
         resolve(Schema, ['config/nowhere.py'])
 
 
@@ -123,7 +123,7 @@ def test_aliases():
     assert resolve(Config, ['--intermediate_size=99', '--flash_attn=True'], ALIASES)[0].d_ff == 99
     assert resolve(Config, ['--flash_attn=True'], ALIASES)[0].attention_backend == 'flash_attn_2'
     for word in ('--intermediate_size=wide', '--flash_attn=maybe'):
-        with pytest.raises(ConfigError, match='expected int|is not one of'):
+        with pytest.raises(UserError, match='expected int|is not one of'):
             resolve(Config, [word], ALIASES)
 
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, TINY, losses, records, run_train, write_dataset
 from ranks import train as ranks_train
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data import loader, remote
 from onetrain.data.dataset import check_vocab_and_length, open_dataset, parse_mixture
 from onetrain.data.loader import evaluation_batches
@@ -86,14 +86,14 @@ def test_damaged_and_missing_files_of_many(pair):
     path = os.path.join(pair[1], 'train_000004.bin')
     with open(path, 'r+b') as f:
         f.write(b'xx')
-    with pytest.raises(ConfigError, match='not the file that its meta.pkl describes'):
+    with pytest.raises(UserError, match='not the file that its meta.pkl describes'):
         open_dataset(pair[1], '/')
     with open(path, 'ab') as f:
         f.write(b'xx')
-    with pytest.raises(ConfigError, match='has 1402 bytes, which is not 700 uint16 tokens'):
+    with pytest.raises(UserError, match='has 1402 bytes, which is not 700 uint16 tokens'):
         open_dataset(pair[1], '/')
     os.remove(path)
-    with pytest.raises(ConfigError, match='train_000004.bin'):
+    with pytest.raises(UserError, match='train_000004.bin'):
         open_dataset(pair[1], '/')
 
 
@@ -119,7 +119,7 @@ def test_a_file_that_changes_while_it_is_read(pair, which, how):
     if how in ('touched', 'put back'):
         assert train.slice(0, 50).tolist() == right == train.slice(0, 50).tolist()
     else:
-        with pytest.raises(ConfigError, match='train.*bin was changed while it was read'):
+        with pytest.raises(UserError, match='train.*bin was changed while it was read'):
             train.slice(0, 50)
 
 
@@ -172,14 +172,14 @@ def test_what_is_not_a_data_set_is_told_with_what_to_type(tmp_path):
         ('nothing', 'prepared are books2, mybooks; for text of your own run'),
         ('mybooks:1,books2:1', 'char makes its own for each text'),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             open_dataset(name, str(tmp_path))
     train, val, _ = open_dataset('mybooks', str(tmp_path))
     check_vocab_and_length(val, 2, 199)
-    with pytest.raises(ConfigError, match='type --block_size=199 or less'):
+    with pytest.raises(UserError, match='type --block_size=199 or less'):
         check_vocab_and_length(val, 2, 200)
     small = write_dataset(str(tmp_path / 'small'), np.arange(9) % 2, [1], vocab_size=2)
-    with pytest.raises(ConfigError, match='has 1 token, and nothing to predict: prepare more text'):
+    with pytest.raises(UserError, match='has 1 token, and nothing to predict: prepare more text'):
         check_vocab_and_length(open_dataset(small, '/')[1], 2, 1)
 
 
@@ -197,7 +197,7 @@ def test_names_and_weights():
         ('a:1,a:2', 'different'),
         ('a:0.123457,b:0.654321', 'round them'),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             parse_mixture(bad)
 
 
@@ -374,7 +374,7 @@ def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
     other = write_dataset(
         str(tmp_path / 'other'), np.arange(5000), np.arange(1000), vocab_size=5000
     )
-    with pytest.raises(ConfigError, match='were made with different tokenizers'):
+    with pytest.raises(UserError, match='were made with different tokenizers'):
         open_dataset(f'{three[0]}:1,{other}:1', '/')
     for folder, content in ((three[0], b'x'), (three[1], b'y')):
         os.makedirs(os.path.join(folder, 'tokenizer'))
@@ -387,9 +387,9 @@ def test_sources_of_different_tokenizers_do_not_mix(three, tmp_path):
             meta = pickle.load(f)
         with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
             pickle.dump({**meta, 'tokenizer': {'kind': 'hf', 'path': 'tokenizer'}}, f)
-    with pytest.raises(ConfigError, match='were made with different tokenizers'):
+    with pytest.raises(UserError, match='were made with different tokenizers'):
         open_dataset(f'{three[0]}:1,{three[1]}:1', '/')
-    with pytest.raises(ConfigError, match='no data set'):
+    with pytest.raises(UserError, match='no data set'):
         open_dataset(f'{three[0]}:1,{tmp_path}/none:1', ROOT)
 
 
@@ -425,11 +425,11 @@ def test_sources_whose_tokenizers_give_the_same_ids_mix(tmp_path):
     vocabulary = described['model']['vocab']
     vocabulary['a'], vocabulary['b'] = vocabulary['b'], vocabulary['a']
     path.write_text(json.dumps(described))
-    with pytest.raises(ConfigError, match='were made with different tokenizers: prepare'):
+    with pytest.raises(UserError, match='were made with different tokenizers: prepare'):
         open_dataset(f'{folders[0]}:1,{folders[2]}:1', '/')
     path.write_text('{')
     with pytest.raises(
-        ConfigError, match='different tokenizers, or with one that cannot be loaded here'
+        UserError, match='different tokenizers, or with one that cannot be loaded here'
     ):
         open_dataset(f'{folders[0]}:1,{folders[2]}:1', '/')
 
@@ -511,7 +511,7 @@ def test_a_file_there_that_changes_while_it_is_read(stored, pair, monkeypatch):
     storage.looking.join()
     storage.list = real
     looked()
-    with pytest.raises(ConfigError, match='/train was changed while it was read'):
+    with pytest.raises(UserError, match='/train was changed while it was read'):
         far.slice(1000, 1200)
     fs.pipe(f'{place}/train.bin', content)
     looked()
@@ -582,16 +582,16 @@ def test_urls_that_are_no_data_set(stored, pair, s3):
         (f'{urls[0]}/none', 'has no meta.pkl'),
         ('nonsense://x', 'cannot be reached|nonsense'),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             open_dataset('x', str(root), url)
-    with pytest.raises(ConfigError, match='holds a data set already'):
+    with pytest.raises(UserError, match='holds a data set already'):
         open_dataset(near, '/', urls[0])
-    with pytest.raises(ConfigError, match='holds one data set, not the mixture'):
+    with pytest.raises(UserError, match='holds one data set, not the mixture'):
         open_dataset('a:1,b:1', str(root), urls[0])
     import fsspec
 
     fsspec.filesystem('s3', endpoint_url=s3.environment['AWS_ENDPOINT_URL']).pipe(
         f'{urls[0]}/train.bin', b'xx'
     )
-    with pytest.raises(ConfigError, match='train.bin has 2 bytes, its meta.pkl says 10000'):
+    with pytest.raises(UserError, match='train.bin has 2 bytes, its meta.pkl says 10000'):
         open_dataset('x', str(root), urls[0])

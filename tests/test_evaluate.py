@@ -16,7 +16,7 @@ import evaluate
 import export
 from load import load_run
 from onetrain import generation
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.token_file import TokenFileWriter
 from onetrain.evaluation import multiple_choice
 
@@ -392,9 +392,9 @@ def test_labels_are_whole_numbers(tmp_path, label):
     (tmp_path / 'a.jsonl').write_text(
         json.dumps({'goal': 'a', 'sol1': 'b', 'sol2': 'c', 'label': label}) + '\n'
     )
-    with pytest.raises(ConfigError, match='line 1: not an item of piqa'):
+    with pytest.raises(UserError, match='line 1: not an item of piqa'):
         multiple_choice.load_tasks(f'piqa:{tmp_path}/a.jsonl')
-    with pytest.raises(ConfigError, match='piqa is named twice'):
+    with pytest.raises(UserError, match='piqa is named twice'):
         multiple_choice.load_tasks(f'piqa:{FILES["piqa"]},piqa:{tmp_path}/a.jsonl')
 
 
@@ -444,7 +444,7 @@ def test_data_of_another_tokenizer_and_tasks_it_cannot_spell(trained, dataset, t
 def test_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(
-        ConfigError,
+        UserError,
         match=(
             'hellaswag (could not be fetched from the hub|comes from the hub, which needs the'
             ' package datasets)'

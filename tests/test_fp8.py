@@ -10,7 +10,7 @@ import torch
 from conftest import equal, losses, run_train, weights
 
 from model import Model
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.model_config import resolve_shape
 from onetrain.ops import fp8
 
@@ -139,7 +139,7 @@ def test_where_it_cannot_be_had(dataset, tmp_path, monkeypatch, capsys):
         ((9, 0), torch.float32, 'not of float32: type --dtype=bfloat16'),
     ):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(UserError, match=told):
             fp8.choose_recipe(dtype, torch.device('cuda'))
     assert (
         fp8.choose_recipe(torch.bfloat16, torch.device('cuda')) == 'hardware'
@@ -147,7 +147,7 @@ def test_where_it_cannot_be_had(dataset, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.delitem(sys.modules, 'torchao', raising=False)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ConfigError, match='pip install torchao'):
+    with pytest.raises(UserError, match='pip install torchao'):
         fp8.choose_recipe(torch.bfloat16, torch.device('cuda'))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import Model
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.generation import apply_repetition_penalty, generate, logits_to_probs
 from onetrain.model_config import resolve_shape
 
@@ -182,5 +182,5 @@ def test_repetition_is_penalized():
 
 @pytest.mark.parametrize('prompt', [[], list(range(49))])
 def test_prompts_that_do_not_fit_are_told(prompt):
-    with pytest.raises(ConfigError, match=f'a prompt of {len(prompt)} tokens: expected 1 to 48'):
+    with pytest.raises(UserError, match=f'a prompt of {len(prompt)} tokens: expected 1 to 48'):
         generate(build('gpt2'), [prompt], 3)

@@ -9,7 +9,7 @@ import torch
 from conftest import equal, losses, records, run_train, weights
 
 from model import Model
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.distributed import layouts, processes
 from onetrain.model_config import resolve_shape
 from onetrain.ops import kernels
@@ -216,7 +216,7 @@ def test_ddp_is_made_warmed_up_and_recorded_on_one_stream(monkeypatch):
 def test_experts_are_recorded_where_one_kernel_multiplies_all(capability, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
     if refused:
-        with pytest.raises(ConfigError, match='grouped matmul waits for the host'):
+        with pytest.raises(UserError, match='grouped matmul waits for the host'):
             validate.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
     else:
         assert validate.validate_cuda_graphs(Config(use_cuda_graphs=True), 'cuda', 'grouped', [])
@@ -266,7 +266,7 @@ class Impossible:
 @pytest.mark.parametrize('accumulation', [1, 2])
 def test_what_is_not_repeated_is_refused(record, told, accumulation):
     step = plain(accumulation=accumulation)
-    with pytest.raises(ConfigError, match='use_cuda_graphs=True: ') as error:
+    with pytest.raises(UserError, match='use_cuda_graphs=True: ') as error:
         micro_step.CudaGraphStep(step, record=record).prepare(batches(2), forget(step))
     assert told in str(error.value) and '--use_cuda_graphs=False' in str(error.value)
 
@@ -278,7 +278,7 @@ def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
     step.train_model = lambda *args, **kwargs: call(*args, **kwargs) * (1 + 1e-5 * next(noise))
     micro_step.CudaGraphStep(step, record=Again).prepare(batches(2), forget(step))
     step.train_model = lambda *args, **kwargs: call(*args, **kwargs) * (1 + next(noise))
-    with pytest.raises(ConfigError, match='does not compute'):
+    with pytest.raises(UserError, match='does not compute'):
         micro_step.CudaGraphStep(step, record=Again).prepare(batches(2), forget(step))
 
 
@@ -291,7 +291,7 @@ def test_kernels_that_do_not_repeat_themselves_are_compared_by_norms():
     ],
 )
 def test_what_cannot_be_recorded(options, told):
-    with pytest.raises(ConfigError, match='use_cuda_graphs=True cannot record') as error:
+    with pytest.raises(UserError, match='use_cuda_graphs=True cannot record') as error:
         validate.validate_cuda_graphs(
             Config(use_cuda_graphs=True, **options), 'cuda', options.get('expert_dispatch'), []
         )

@@ -16,7 +16,7 @@ from ranks import ranks
 
 from onetrain import descriptors
 from onetrain.checkpoint import store
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data import dataset as datasets
 from onetrain.data.loader import TrainLoader
 from onetrain.data.order import order_of
@@ -156,7 +156,7 @@ def test_what_is_stated_is_not_read_and_every_batch_is_held_to_it(tmp_path, monk
     train = datasets.open_dataset(str(tmp_path / 'set'), '/')[0]
     for read in (lambda: train.windows(np.array([0, 5000]), 64), lambda: train.slice(300, 400)):
         with pytest.raises(
-            ConfigError,
+            UserError,
             match='train.bin holds token id 60000, and 0 is the largest that it is known to have',
         ):
             read()

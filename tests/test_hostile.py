@@ -31,7 +31,7 @@ import export
 import sample
 from onetrain import files
 from onetrain.checkpoint import dcp_metadata, resume, store
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.dataset import open_dataset
 from onetrain.data.token_file import read_meta
 from onetrain.logs.run_log import new_run_name
@@ -200,7 +200,7 @@ def test_no_pickle_in_a_checkpoint_runs(kind, run, train, tmp_path, monkeypatch,
     assert 'metadata is damaged' in store.corruption_reason(
         path
     ) and '.metadata is damaged' in store.corruption_reason(path, 'size')
-    with pytest.raises(ConfigError, match='nothing was read from it'):
+    with pytest.raises(UserError, match='nothing was read from it'):
         store.load(path, {'model.transformer.wte.weight': torch.zeros(44, 32)})
     for command, args in (
         (sample.main, []),
@@ -257,12 +257,12 @@ def test_tensors_of_another_shape_than_the_metadata_say_are_an_error(run):
         pickle.dump(metadata, f)
     seal(path)
     with pytest.raises(
-        ConfigError, match=r'has model.transformer.ln_f.weight of shape \(4, 8\), and the model'
+        UserError, match=r'has model.transformer.ln_f.weight of shape \(4, 8\), and the model'
     ):
         store.load(path, {OTHER: torch.zeros(32)})
-    with pytest.raises(ConfigError, match='cannot be read|ln_f.weight'):
+    with pytest.raises(UserError, match='cannot be read|ln_f.weight'):
         store.load(path, {OTHER: torch.zeros(4, 8)})
-    with pytest.raises(ConfigError, match='has no model.nothing'):
+    with pytest.raises(UserError, match='has no model.nothing'):
         store.load(path, {'model.nothing': torch.zeros(4, 8)})
 
 
@@ -290,9 +290,7 @@ def test_what_is_a_plain_name():
         '..\\x',
         'a/',
     ):
-        with pytest.raises(
-            ConfigError, match='x names the file .*, which is not a plain file name'
-        ):
+        with pytest.raises(UserError, match='x names the file .*, which is not a plain file name'):
             files.inside('/f', name, 'x')
 
 
@@ -606,7 +604,7 @@ def test_a_remote_file_replaced_by_another_of_its_size_is_refused(stored, tmp_pa
     train_file, _, _ = open_dataset('set', root, url)
     write('train.bin', bytes(2 * len(train_file)))
     with pytest.raises(
-        ConfigError, match='the files of train are not those that its meta.pkl describes'
+        UserError, match='the files of train are not those that its meta.pkl describes'
     ):
         open_dataset('set', root, url)
 
@@ -641,7 +639,7 @@ def test_the_clock_decides_nothing(train, tmp_path, monkeypatch, capsys):
     )
     assert store.newest_first(str(tmp_path))[0] == 6
     assert store.new_lineage(['20991231T235959.999999Z']) == '21000101T000000.000000Z'
-    with pytest.raises(ConfigError, match='after which no other can come'):
+    with pytest.raises(UserError, match='after which no other can come'):
         store.new_lineage(['99991231T235959.999999Z'])
     assert new_run_name(str(tmp_path)) > max(
         name[:-6] for name in os.listdir(tmp_path) if name.endswith('.jsonl')
@@ -867,7 +865,7 @@ def test_a_data_set_elsewhere_brings_its_tokenizer_and_no_other_file(tmp_path, d
     (tmp_path / 'there' / 'meta.pkl').write_bytes(
         pickle.dumps({**meta, 'tokenizer': {'kind': 'sentencepiece', 'path': 'prepare.py'}})
     )
-    with pytest.raises(ConfigError, match="expected 'tokenizer' or 'tokenizer.model'"):
+    with pytest.raises(UserError, match="expected 'tokenizer' or 'tokenizer.model'"):
         open_dataset('x', str(tmp_path), f'file://{tmp_path}/there')
     assert (tmp_path / 'data' / 'x' / 'prepare.py').read_text() == 'precious'
 
@@ -954,7 +952,7 @@ def test_folders_of_the_hub_link_to_their_blobs(tmp_path):
         (snapshot / 'above.json', None),
         (tmp_path / 'mine' / 'templates' / 'a.jinja', str(tmp_path / 'mine')),
     ):
-        with pytest.raises(ConfigError, match='is a link out of its folder'):
+        with pytest.raises(UserError, match='is a link out of its folder'):
             files.check_own(str(path), root)
 
 
@@ -1249,7 +1247,7 @@ def test_a_tokenizer_that_panics_is_refused(content, message, tmp_path):
 
 def test_credentials_in_the_url_of_a_bucket_are_refused_and_hidden():
     for url in ('s3://AKIA:hunter2/hunter2@bucket/x', 'gs://AKIA:hunter2@bucket/x'):
-        with pytest.raises(ConfigError, match='has a user or a password in it') as error:
+        with pytest.raises(UserError, match='has a user or a password in it') as error:
             files.open_url(url)
         assert 'hunter2' not in str(error.value)
 
@@ -1303,7 +1301,7 @@ def test_a_copy_of_data_and_a_tokenizer_write_through_no_link(tmp_path, dataset)
     (tmp_path / 'thesis').write_text('precious')
     stated = read_meta(dataset)['fingerprint']['train']
     os.symlink(tmp_path / 'thesis', tmp_path / 'data' / 'x' / 'copy' / f'{stated[:8]}_train.bin')
-    with pytest.raises(ConfigError, match='cannot be reached'):
+    with pytest.raises(UserError, match='cannot be reached'):
         open_dataset('x', str(tmp_path), f'file://{dataset}')
     from onetrain.tokenizers.base import HuggingFaceTokenizer
 
@@ -1393,5 +1391,5 @@ def test_an_odd_checkpoint_of_nanogpt_is_none(change, tmp_path):
     torch.save(content, tmp_path / 'ckpt.pt')
     assert import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))['step'] == 3
     torch.save({**content, **change}, tmp_path / 'ckpt.pt')
-    with pytest.raises(ConfigError, match='is not a checkpoint of nanoGPT'):
+    with pytest.raises(UserError, match='is not a checkpoint of nanoGPT'):
         import_nanogpt.read_checkpoint(str(tmp_path / 'ckpt.pt'))

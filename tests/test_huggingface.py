@@ -10,7 +10,7 @@ import torch
 
 from model import Model
 from onetrain import huggingface
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.huggingface import weights
 from onetrain.model_config import resolve_shape
 
@@ -510,23 +510,23 @@ def test_what_cannot_be_computed_is_refused(pair, tmp_path):
         (tmp_path / 'config.json').write_text(json.dumps({**config, **changes}))
         return huggingface.read_settings(str(tmp_path))
 
-    with pytest.raises(ConfigError, match="model_type 'mamba' is not one of"):
+    with pytest.raises(UserError, match="model_type 'mamba' is not one of"):
         settings(model_type='mamba')
-    with pytest.raises(ConfigError, match='its weights are quantized'):
+    with pytest.raises(UserError, match='its weights are quantized'):
         settings(quantization_config={'quant_method': 'mxfp4'})
-    with pytest.raises(ConfigError, match='activation'):
+    with pytest.raises(UserError, match='activation'):
         settings(activation_function='swish7', hidden_act='swish7')
     if config['model_type'] != 'gpt2':
-        with pytest.raises(ConfigError, match="RoPE scaling 'longrope' is not supported"):
+        with pytest.raises(UserError, match="RoPE scaling 'longrope' is not supported"):
             settings(rope_parameters={'rope_type': 'longrope', 'factor': 4})
-        with pytest.raises(ConfigError, match="RoPE scaling 'yarn' with mscale is not supported"):
+        with pytest.raises(UserError, match="RoPE scaling 'yarn' with mscale is not supported"):
             settings(rope_parameters={'rope_type': 'yarn', 'factor': 4, 'mscale': 1.0})
     post = resolve_shape(
         dict(
             arch_preset='llama', n_layer=1, n_head=2, n_embd=16, block_size=8, norm_position='post'
         )
     )
-    with pytest.raises(ConfigError, match="in the way are norm_position='post'"):
+    with pytest.raises(UserError, match="in the way are norm_position='post'"):
         huggingface.write_model(str(tmp_path), post, {})
 
 
@@ -535,12 +535,12 @@ def test_damaged_folders_are_named(pair, tmp_path):
     config = resolve_shape(huggingface.read_settings(folder))
     with open(os.path.join(folder, 'model.safetensors'), 'rb') as f:
         (tmp_path / 'model.safetensors').write_bytes(f.read()[:-100])
-    with pytest.raises(ConfigError, match='model.safetensors is damaged'):
+    with pytest.raises(UserError, match='model.safetensors is damaged'):
         huggingface.read_weights(str(tmp_path), config)
-    with pytest.raises(ConfigError, match='config.json is missing'):
+    with pytest.raises(UserError, match='config.json is missing'):
         huggingface.read_settings(str(tmp_path))
     (tmp_path / 'config.json').write_text('{"model_type": "llama"')
-    with pytest.raises(ConfigError, match='is not the config.json of a model'):
+    with pytest.raises(UserError, match='is not the config.json of a model'):
         huggingface.read_settings(str(tmp_path))
 
 
@@ -555,7 +555,7 @@ def test_missing_and_left_over_weights_are_named(pair, tmp_path):
         {**{n: t for n, t in tensors.items() if n != name}, 'extra.weight': torch.zeros(1)},
         str(tmp_path / 'model.safetensors'),
     )
-    with pytest.raises(ConfigError, match='missing .*left over .*extra.weight'):
+    with pytest.raises(UserError, match='missing .*left over .*extra.weight'):
         huggingface.read_weights(str(tmp_path), config)
 
 

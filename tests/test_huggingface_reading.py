@@ -12,7 +12,7 @@ from test_huggingface import VARIANTS
 
 from model import Model
 from onetrain import huggingface
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.model_config import resolve_shape
 
 transformers = pytest.importorskip('transformers')
@@ -112,7 +112,7 @@ def ours(folder):
         shape = resolve_shape(huggingface.read_settings(folder))
         model = Model(shape)
         model.fill(huggingface.read_weights(folder, shape))
-    except ConfigError as error:
+    except UserError as error:
         assert '\n' not in str(error)
         return None
     with torch.no_grad():

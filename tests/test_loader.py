@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import write_dataset
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.counter_rng import permute
 from onetrain.data.dataset import check_vocab_and_length, open_dataset
 from onetrain.data.loader import TrainLoader, evaluation_batches
@@ -189,7 +189,7 @@ def test_uint32_without_meta_is_recognised_not_misread(tmp_path):
         np.random.default_rng(0).integers(0, 128256, 3000).astype(np.uint32).tofile(
             folder / f'{split}.bin'
         )
-    with pytest.raises(ConfigError, match='looks like uint32'):
+    with pytest.raises(UserError, match='looks like uint32'):
         open_dataset(str(folder), '/')
     with open(folder / 'meta.pkl', 'wb') as f:
         pickle.dump({'dtype': 'uint32'}, f)
@@ -200,20 +200,20 @@ def test_damaged_files_are_refused(counting):
     path = os.path.join(counting, 'train.bin')
     with open(path, 'ab') as f:
         f.write(b'x')
-    with pytest.raises(ConfigError, match='not a whole number of uint16 tokens'):
+    with pytest.raises(UserError, match='not a whole number of uint16 tokens'):
         open_split(counting)
     with open(path, 'r+b') as f:
         f.truncate(5000 * 2 - 2)
-    with pytest.raises(ConfigError, match='not the file that its meta.pkl describes'):
+    with pytest.raises(UserError, match='not the file that its meta.pkl describes'):
         open_split(counting)
 
 
 def test_ids_and_sizes_are_checked(counting):
     file = open_split(counting)
     check_vocab_and_length(file, 5000, 4999)
-    with pytest.raises(ConfigError, match='token id 4999, beyond vocab_size=4000'):
+    with pytest.raises(UserError, match='token id 4999, beyond vocab_size=4000'):
         check_vocab_and_length(file, 4000, 32)
-    with pytest.raises(ConfigError, match='--block_size=4999 or less'):
+    with pytest.raises(UserError, match='--block_size=4999 or less'):
         check_vocab_and_length(file, 5000, 5000)
 
 
@@ -221,5 +221,5 @@ def test_missing_data_names_the_command():
     from conftest import ROOT
 
     os.makedirs(os.path.join(ROOT, 'data'), exist_ok=True)
-    with pytest.raises(ConfigError, match='own_text/prepare.py'):
+    with pytest.raises(UserError, match='own_text/prepare.py'):
         open_dataset('no_such_set', ROOT)

@@ -33,7 +33,7 @@ from conftest import (
 from ranks import ranks, train
 
 from onetrain.checkpoint import store
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.distributed import processes
 
 PLANT = '''
@@ -403,7 +403,7 @@ def rendezvous(address, ranks, size, seconds=20.0):
             found = processes.rendezvous(client(), rank, size, datetime.timedelta(seconds=seconds))
             found.add('here', 1)
             return found
-        except ConfigError as error:
+        except UserError as error:
             return error
 
     with concurrent.futures.ThreadPoolExecutor(len(ranks)) as pool:
@@ -429,7 +429,7 @@ def test_ranks_meet_whatever_earlier_starts_left_behind():
         for found in rendezvous(address, [0, 1], 3, 1.0)
     )
     # the one with rank 0
-    assert all(isinstance(found, ConfigError) for found in rendezvous(address, [1, 2], 3, 1.0))
+    assert all(isinstance(found, UserError) for found in rendezvous(address, [1, 2], 3, 1.0))
     whole([1, 0, 2])
     assert server.num_keys() > 0
 
@@ -437,7 +437,7 @@ def test_ranks_meet_whatever_earlier_starts_left_behind():
 def test_a_rank_that_comes_before_rank_0_waits_for_it():
     address = ('127.0.0.1', free_port())
     server = dist.TCPStore(*address, is_master=True, wait_for_workers=False)
-    assert not isinstance(rendezvous(address, [0, 1], 2)[1], ConfigError)
+    assert not isinstance(rendezvous(address, [0, 1], 2)[1], UserError)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         early = pool.submit(rendezvous, address, [1], 2)  # finds the name of the start before
         time.sleep(0.5)

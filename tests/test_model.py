@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from model import Model
-from onetrain.config import ConfigError, resolve
+from onetrain.config import UserError, resolve
 from onetrain.model_config import PRESETS, resolve_shape
 from onetrain.ops.cross_entropy import next_token_loss
 from train import ALIASES, Config
@@ -207,7 +207,7 @@ def test_vocabulary_comes_from_the_user_then_the_data_then_the_preset():
     ],
 )
 def test_impossible_shapes(settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         shape(**settings)
 
 

@@ -184,7 +184,7 @@ def test_numbers_of_the_trainer(key, tmp_path, capsys, monkeypatch):
 
 
 def stop_here(*args):
-    raise command_line.ConfigError('that can be run')
+    raise command_line.UserError('that can be run')
 
 
 @pytest.mark.parametrize('args', WORDS, ids=lambda args: args[0][:40])

@@ -14,6 +14,7 @@ the files. Each document is closed by <|endoftext|>.
 
 import os
 
+from onetrain.config import UserError
 from onetrain.data.token_file import TokenFileWriter
 from onetrain.prepare import cli
 from onetrain.tokenizers.base import load_tokenizer
@@ -26,14 +27,14 @@ def write_hub(writer, tokenizer, revision, num_proc):
     try:
         import datasets
     except ImportError:
-        raise ValueError(
+        raise UserError(
             'the library datasets, which fetches OpenWebText, is not installed: type `pip install'
             ' datasets`, or name local files with --input'
         ) from None
     try:
         dataset = datasets.load_dataset('openwebtext', revision=revision, num_proc=num_proc)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f'this version of datasets refused OpenWebText ({error}): type'
             ' --revision=refs/convert/parquet, or name local files with --input'
         ) from None
@@ -58,7 +59,7 @@ def write_hub(writer, tokenizer, revision, num_proc):
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    """Prepare the data set; argv as in sys.argv[1:]. Raises UserError for what the user got
     wrong.
     """
     parser = cli.corpus_parser(__doc__, FOLDER, source=[], val_fraction=0.0005)
@@ -72,11 +73,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.input or args.merge:
         if args.revision:
-            raise ValueError('--revision has no meaning with --input: leave it out')
+            raise UserError('--revision has no meaning with --input: leave it out')
         return cli.prepare_corpus(args, FOLDER, config='config/train_gpt2.py')
     for option in ('text_field', 'val_fraction', 'limit', 'dedup', 'max_broken', 'shard'):
         if getattr(args, option) != parser.get_default(option):
-            raise ValueError(f'--{option} has no meaning without --input: leave it out')
+            raise UserError(f'--{option} has no meaning without --input: leave it out')
     tokenizer = load_tokenizer(args.tokenizer)
     with TokenFileWriter(
         args.output,

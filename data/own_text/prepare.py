@@ -30,7 +30,7 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 def main(argv=None):
-    """Prepare the data set; argv as in sys.argv[1:]. Raises ValueError for what the user got
+    """Prepare the data set; argv as in sys.argv[1:]. Raises UserError for what the user got
     wrong.
     """
     parser = cli.corpus_parser(__doc__, FOLDER, val_fraction=0.05)

@@ -17,7 +17,7 @@ point costs one comparison per save.
 
 import os
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 POINTS = (
     'staging',
@@ -33,9 +33,9 @@ _POINT, _, _STEP = os.environ.get('ONETRAIN_FAULT', '').partition(':')
 
 
 def check():
-    """Raise ConfigError for a value of ONETRAIN_FAULT that names no point."""
+    """Raise UserError for a value of ONETRAIN_FAULT that names no point."""
     if _POINT and (_POINT not in POINTS or not (_STEP or '0').isdigit()):
-        raise ConfigError(
+        raise UserError(
             f'ONETRAIN_FAULT={os.environ["ONETRAIN_FAULT"]} is not POINT or POINT:STEP with POINT'
             f' one of {", ".join(POINTS)}'
         )

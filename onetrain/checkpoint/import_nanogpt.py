@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import is_whole
 
 
@@ -16,7 +16,7 @@ def read_checkpoint(path):
     'config', 'step', 'best_val_loss'}.
 
     'optimizer' is empty if nothing had been trained yet. Read with weights_only, so no code in it
-    runs. Raises ConfigError for a file that is none.
+    runs. Raises UserError for a file that is none.
     """
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
@@ -34,7 +34,7 @@ def read_checkpoint(path):
         pickle.UnpicklingError,
     ) as error:
         said = str(error).splitlines() or ['it is empty']
-        raise ConfigError(
+        raise UserError(
             f'{path} is not a checkpoint of nanoGPT ({type(error).__name__}:'
             f' {said[0].split(". ")[0][:120]})'
         ) from None

@@ -11,7 +11,7 @@ import shutil
 import typing
 
 from onetrain.checkpoint import import_nanogpt, store, uploader
-from onetrain.config import ConfigError, check_type
+from onetrain.config import UserError, check_type
 from onetrain.distributed import collectives
 from onetrain.files import HIDDEN, check_own, no_link, redact
 
@@ -58,12 +58,12 @@ def automatic(c, world):
             place = uploader.place_of(c.upload_to, c.out_dir)
             try:
                 fs, root, there, rejected = uploader.find_run(place)
-            except ConfigError:
+            except UserError:
                 if step is None:
                     raise  # starting anew while the run may be there would fork it
                 return 'resume', None
             if there is None and rejected and step is None:
-                raise ConfigError(
+                raise UserError(
                     f'{redact(place)} has no checkpoint that can be used: '
                     + '; '.join(f'{path}: {reason}' for path, reason in rejected)
                 )
@@ -110,7 +110,7 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
 
     state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for
     archive_rejected(); 'chosen' if the user went back. Keys that the user did not set now are taken
-    from the checkpoint; shape_keys and the seed cannot be changed. Raises ConfigError.
+    from the checkpoint; shape_keys and the seed cannot be changed. Raises UserError.
     """
     step, rejected, certain, chosen = _choose(c, world, verified)
     if certain and not is_step(c.resume_from):
@@ -126,7 +126,7 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
         notes.append(f"imported nanoGPT's {old} at iter {imported['step']}; it stays as it is")
     else:
         why = ''.join(f'; {path}: {reason}' for path, reason in rejected)
-        raise ConfigError(
+        raise UserError(
             f'init_from=resume, but {store.folder_of(c.out_dir)} has no checkpoint that can be'
             f' used{why}: type --init_from=scratch to start, or the --out_dir of the run to'
             ' continue'
@@ -134,7 +134,7 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
     state.update(rejected=[path for path, _ in rejected], certain=certain, chosen=chosen)
     merged = _merged(c, given, state, shape_keys, notes)
     if imported and merged.optimizer != 'adamw':
-        raise ConfigError(
+        raise UserError(
             f'{old} has the state of AdamW: leave --optimizer={merged.optimizer} out, or start from'
             ' these weights with export.py and --init_from=FOLDER'
         )
@@ -142,7 +142,7 @@ def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
 
 
 def _read_state(path):
-    """Return the state of a run's checkpoint, with its path. Raises ConfigError for one of another
+    """Return the state of a run's checkpoint, with its path. Raises UserError for one of another
     kind.
     """
     state = {**store.read_state(path), 'path': path}
@@ -155,7 +155,7 @@ def _read_state(path):
         'scaler',
     ):
         if key not in state:
-            raise ConfigError(
+            raise UserError(
                 f'{path}/state.json has no {key}: it is not the checkpoint of a run; take another'
                 ' with --resume_from'
             )
@@ -195,7 +195,7 @@ def _choose(c, world, verified):
         and wanted is not None
         and (steps := collectives.broadcast_from_main(lambda: store.steps(c.out_dir), world))
     ):
-        raise ConfigError(
+        raise UserError(
             f'resume_from={c.resume_from}: {more[0][0]}: {more[0][1]}; {c.out_dir} has steps'
             f' {steps}'
         )
@@ -229,7 +229,7 @@ def _merged(c, given, state, shape_keys, notes):
                 if source == 'command line'
                 else f'leave {source} out (the checkpoint holds every key)'
             )
-            raise ConfigError(
+            raise UserError(
                 f'{source}: {key}={value!r}, but the checkpoint in {c.out_dir} has'
                 f' {key}={saved[key]!r}, which cannot change: {leave_out}, or start in another'
                 ' --out_dir'
@@ -252,7 +252,7 @@ def _merged(c, given, state, shape_keys, notes):
 
 def _ask_again(c, given, state, saved, notes):
     """Note the keys of a fetched checkpoint, or of nanoGPT's, that are not taken over; raise
-    ConfigError for one without which the run cannot go on.
+    UserError for one without which the run cannot go on.
 
     That is its data set where it is a path, and a URL whose secret part was never recorded.
     """
@@ -264,11 +264,11 @@ def _ask_again(c, given, state, saved, notes):
             f' since it reaches outside of {c.out_dir}'
         )
         if key == 'dataset':
-            raise ConfigError(f'{said}: give the --dataset here')
+            raise UserError(f'{said}: give the --dataset here')
         notes.append(f'{said}: give --{key} to have it')
     for key, value in saved.items():
         if isinstance(value, str) and HIDDEN in value and '://' in value and key not in given:
-            raise ConfigError(
+            raise UserError(
                 f'{key}={value} of the checkpoint had a user, a password or a query, which is never'
                 f' recorded: give --{key} again'
             )
@@ -297,14 +297,14 @@ def choose_lineage(c, resumed, place=None):
 
 
 def check_upload(c, resumed, notes):
-    """Raise ConfigError where nothing can be written to upload_to.
+    """Raise UserError where nothing can be written to upload_to.
 
     A run that auto_resume continues goes on all the same, and copies when it can: nobody may be
     there to correct it.
     """
     try:
         uploader.check_writable(c.upload_to, c.out_dir)
-    except ConfigError as error:
+    except UserError as error:
         if not (resumed and c.auto_resume):
             raise
         notes.append(f'WARNING: {error}; the run goes on, and copies when it can')
@@ -314,7 +314,7 @@ def check_data(state, data, allowed, notes):
     """Return (training split changed, validation split changed) against the checkpoint; both False
     where it tells nothing.
 
-    data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises ConfigError for
+    data: {'train': {'fingerprint': str, 'tokens': int}, 'val': ...} of now. Raises UserError for
     a change that is not `allowed`.
     """
     changed = [
@@ -324,7 +324,7 @@ def check_data(state, data, allowed, notes):
     ]
     if changed and not allowed:
         was, is_now = state['data'][changed[0]], data[changed[0]]
-        raise ConfigError(
+        raise UserError(
             f'{changed[0]}.bin is not the one that this run was trained with ({is_now["tokens"]:,}'
             f' tokens, fingerprint {is_now["fingerprint"][:12]}; it was {was["tokens"]:,} tokens,'
             f' {was["fingerprint"][:12]}): give the --dataset it had, or type'
@@ -385,7 +385,7 @@ def archive_newer(out_dir, step):
 
 def prepare_out_dir(c, world, notes):
     """Before a new run in a folder with checkpoints: set those of a finished run aside; raise
-    ConfigError if the run could go on.
+    UserError if the run could go on.
     """
 
     def look():
@@ -398,7 +398,7 @@ def prepare_out_dir(c, world, notes):
             state = store.read_state(path)
             if state['step'] >= state.get('config', {}).get('max_iters', float('inf')):
                 return state.get('run_name', 'before')
-        raise ConfigError(
+        raise UserError(
             f'{c.out_dir} holds an unfinished run, up to {path}: continue it with'
             ' --init_from=resume (or --auto_resume=True, which starts and continues), start this'
             f' one in another --out_dir, or move {store.folder_of(c.out_dir)} away'
@@ -434,7 +434,7 @@ class OutDirLock:
         """Hold it until this process ends or release() is called; where there is no folder, make it
         or leave it at that.
 
-        Raises ConfigError where nothing can be written, or if another process holds it. A file
+        Raises UserError where nothing can be written, or if another process holds it. A file
         system without locks is trusted.
         """
         if not self.held:
@@ -454,7 +454,7 @@ class OutDirLock:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 self.file.seek(0)
-                raise ConfigError(
+                raise UserError(
                     f'{self.path} is in use by process {self.file.read().strip()}: wait for its'
                     ' end, or give another --out_dir'
                 ) from None
@@ -468,7 +468,7 @@ class OutDirLock:
         return True
 
     def check_room(self, run_name, size):
-        """Raise ConfigError where the logs of run_name or a checkpoint of `size` bytes cannot be
+        """Raise UserError where the logs of run_name or a checkpoint of `size` bytes cannot be
         written. To be called on the main rank.
         """
         folder = store.folder_of(self.path)
@@ -486,18 +486,18 @@ class OutDirLock:
             raise self._unwritable(error) from None
         free, most = shutil.disk_usage(folder).free, _largest_file()
         if most < size:
-            raise ConfigError(
+            raise UserError(
                 f'no file may be larger than {most:,} bytes here (ulimit -f), and a checkpoint of'
                 f' this run takes {size:,}: type `ulimit -f unlimited`'
             )
         if free < size:
-            raise ConfigError(
+            raise UserError(
                 f'{folder} has {free / 1e6:,.1f} MB free, and a checkpoint of this run takes'
                 f' {size / 1e6:,.1f} MB: make room, or give an --out_dir on another disk'
             )
 
     def _unwritable(self, error):
-        return ConfigError(
+        return UserError(
             f'out_dir={self.path!r} cannot be made or written ({error.strerror}:'
             f' {error.filename or self.path}): make room or move what is in the way, or give'
             ' another --out_dir'

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
 from onetrain.checkpoint import dcp_metadata, fault_injection
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.distributed import collectives
 from onetrain.files import (
     add_checksum,
@@ -324,7 +324,7 @@ def new_lineage(known=()):
     the newest.
 
     It sorts after each of `known`, the lineages there are, whatever the clock of this machine says.
-    Raises ConfigError where none can.
+    Raises UserError where none can.
     """
     now = datetime.datetime.now(datetime.timezone.utc).strftime(_LINEAGE_TIME)
     last = max(known, default='')
@@ -335,7 +335,7 @@ def new_lineage(known=()):
             datetime.datetime.strptime(last, _LINEAGE_TIME) + datetime.timedelta(microseconds=1)
         ).strftime(_LINEAGE_TIME)
     except (ValueError, OverflowError):
-        raise ConfigError(
+        raise UserError(
             f'a checkpoint has the lineage {last!r}, after which no other can come: its state.json'
             ' is damaged; start from its weights with export.py and --init_from=FOLDER'
         ) from None
@@ -487,7 +487,7 @@ def load(path, tensors, world=None):
 
     world: the processes.World whose ranks all call this, or None for one process. Of a DTensor each
     rank reads its part, however it was written; a tensor that all have in full is read by the main
-    rank and sent to the others. Raises ConfigError for metadata that describe anything but tensors
+    rank and sent to the others. Raises UserError for metadata that describe anything but tensors
     in the files of the checkpoint, for a name or shape that it does not have, and for tensors that
     are not what the metadata say.
     """
@@ -504,12 +504,12 @@ def load(path, tensors, world=None):
 
 def read_tensors(path, kind=''):
     """Return {name: tensor} of all that the checkpoint `path` holds whose name begins with `kind`,
-    such as 'model.'. Raises ConfigError.
+    such as 'model.'. Raises UserError.
     """
     try:
         stored = read_metadata(path).state_dict_metadata
     except ValueError as error:
-        raise ConfigError(
+        raise UserError(
             f'{path}/.metadata is damaged ({error}): nothing was read from it; take another'
             ' checkpoint'
         ) from None
@@ -526,14 +526,14 @@ def _load(path, tensors, world=None):
     try:
         metadata = read_metadata(path)
     except ValueError as error:
-        raise ConfigError(
+        raise UserError(
             f'{path}/.metadata is damaged ({error}): nothing was read from it; take another'
             ' checkpoint'
         ) from None
     for name, tensor in tensors.items():
         stored = metadata.state_dict_metadata.get(name)
         if stored is None or tuple(stored.size) != tuple(tensor.shape):
-            raise ConfigError(
+            raise UserError(
                 f'{path} has {f"{name} of shape {tuple(stored.size)}" if stored else f"no {name}"},'
                 f' and the model of its settings has {name} of shape {tuple(tensor.shape)}: it is'
                 ' not the checkpoint of such a run; take another'
@@ -548,7 +548,7 @@ def _load(path, tensors, world=None):
         )
     except dcp.api.CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise ConfigError(
+        raise UserError(
             f'{path} cannot be read ({type(reason).__name__}: {sentence(reason)}): take another'
             ' checkpoint'
         ) from None
@@ -761,7 +761,7 @@ class _TensorPlanner(dcp.DefaultLoadPlanner):
     """Refuses what torch would unpickle: an entry of bytes, which may be any object."""
 
     def load_bytes(self, read_item, value):
-        raise ConfigError(
+        raise UserError(
             f'the checkpoint holds {read_item.dest_index.fqn} as bytes, not as a tensor: nothing'
             ' was read from it; take another checkpoint'
         )

@@ -24,7 +24,7 @@ import time
 from fsspec.implementations.local import LocalFileSystem
 
 from onetrain.checkpoint import fault_injection, store
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import check_own, no_link, open_url, redact, replacing, sentence
 
 LONGEST_WAIT = 60.0  # seconds between two tries
@@ -36,7 +36,7 @@ APPENDED_FROM = 5 * 2**20
 
 
 def check_writable(url, out_dir, patience=60.0):
-    """Write, read back and remove a small file where the copies of out_dir go. Raises ConfigError,
+    """Write, read back and remove a small file where the copies of out_dir go. Raises UserError,
     with the reason, if that fails.
 
     patience: seconds after which a server that does not answer counts as a failure.
@@ -61,7 +61,7 @@ def check_writable(url, out_dir, patience=60.0):
         thread.join(patience - 4)
     reason = result[0] if result else f'no answer within {patience:.0f} s'
     if reason:
-        raise ConfigError(
+        raise UserError(
             f'upload_to={redact(url)} cannot be written to ({reason}): correct the URL, its'
             ' credentials or their rights, or leave --upload_to out'
         )
@@ -438,7 +438,7 @@ def runs(fs, root):
 
 
 def lineages(place):
-    """Return the lineages of all checkpoints of the runs at the URL `place`. Raises ConfigError if
+    """Return the lineages of all checkpoints of the runs at the URL `place`. Raises UserError if
     it cannot be read.
     """
     fs, root = open_url(place)
@@ -456,9 +456,7 @@ def _newest_lineage(run, fs):
 
 
 def _unreadable(source, error):
-    return ConfigError(
-        f'{redact(source)} cannot be read ({type(error).__name__}: {sentence(error)})'
-    )
+    return UserError(f'{redact(source)} cannot be read ({type(error).__name__}: {sentence(error)})')
 
 
 def find_run(source, level='size'):
@@ -466,7 +464,7 @@ def find_run(source, level='size'):
     of the one that it names.
 
     source: URL or folder of a checkpoint, of a run, or of the runs of one out_dir, the newest of
-    which counts. step is None where there is none. Raises ConfigError if the place cannot be read,
+    which counts. step is None where there is none. Raises UserError if the place cannot be read,
     or holds the runs of several out_dirs.
     """
     fs, root = open_url(source)
@@ -487,7 +485,7 @@ def find_run(source, level='size'):
             {path.rsplit('/', 1)[0] if re.search(r'/run_[^/]*$', path) else path for path in found}
         )
         if len(stories) > 1:
-            raise ConfigError(
+            raise UserError(
                 f'{redact(source)} has runs of'
                 f' {", ".join(path.rsplit("/", 1)[-1] for path in stories)}: add the one to'
                 ' continue to the URL'
@@ -498,7 +496,7 @@ def find_run(source, level='size'):
             else max((_newest_lineage(run, fs) for run in found), default=('', root))[1]
         )
         return fs, root, *store.newest_whole(root, level, fs)
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # each backend has its own
         raise _unreadable(source, error) from None
@@ -510,7 +508,7 @@ def fetch_run(source, out_dir):
 
     Every byte is verified after the copy; a checkpoint that fails gives way to the one before. What
     out_dir holds of the same run and step is used as it is; logs that are replaced are renamed to
-    *.before_fetch. The copy is marked as fetched. Raises ConfigError if there is none, or if
+    *.before_fetch. The copy is marked as fetched. Raises UserError if there is none, or if
     out_dir holds another run.
     """
     fs, root, step, rejected = find_run(source)
@@ -536,12 +534,12 @@ def fetch_run(source, out_dir):
                 ),
                 None,
             )
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # each backend has its own
         raise _unreadable(source, error) from None
     if step is None:
-        raise ConfigError(
+        raise UserError(
             f'{redact(source)} has no checkpoint that can be used'
             + ''.join(f'; {path}: {reason}' for path, reason in rejected)
         )
@@ -559,7 +557,7 @@ def _fetch_one(fs, root, step, source, out_dir, run_name):
             not store.corruption_reason(path, 'size')
             and (name := store.read_state(path).get('run_name')) != run_name
         ):
-            raise ConfigError(
+            raise UserError(
                 f'{redact(source)} is {run_name}, but {out_dir} holds {name}: give another'
                 ' --out_dir'
             )

@@ -18,7 +18,7 @@ import os
 import numpy as np
 import torch
 
-from onetrain.config import ConfigError, nearest
+from onetrain.config import UserError, nearest
 from onetrain.data.remote import RemoteFile, Storage, read_together
 from onetrain.data.token_file import SPLITS, fingerprint_of_files, read_meta, token_dtype
 from onetrain.descriptors import FILES, ChangedFile, version
@@ -29,7 +29,7 @@ from onetrain.tokenizers.matching import same_ids
 MAX_CYCLE = 100_000  # sequences after which the shares of a mixture are met to the last one
 
 
-class NotPrepared(ConfigError):
+class NotPrepared(UserError):
     """The data set is not there yet; the message says which command makes it."""
 
 
@@ -127,7 +127,7 @@ class Tokens:
 
     def windows(self, starts, block_size):
         """Return the windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor.
-        Raises ConfigError for an id beyond max_id.
+        Raises UserError for an id beyond max_id.
         """
         starts, width = np.asarray(starts), block_size + 1
         rows = np.empty((len(starts), width), self.pieces[0].dtype)
@@ -171,14 +171,14 @@ class Tokens:
         )
 
     def _unchanged(self, read):
-        """Return read(). Raises ConfigError where a file was changed since it was opened."""
+        """Return read(). Raises UserError where a file was changed since it was opened."""
         try:
             return read()
         except ChangedFile:  # or only touched: its bytes tell
             for piece in self.pieces:
                 piece.look()
             if fingerprint_of_pieces(self.pieces) != self.fingerprint:
-                raise ConfigError(
+                raise UserError(
                     f'{self.path} was changed while it was read: a run that goes on would learn'
                     ' from a mixture of both; put the file back that was there, and continue with'
                     ' --init_from=resume'
@@ -186,11 +186,11 @@ class Tokens:
             return self._unchanged(read)
 
     def _checked(self, ids):
-        """Return `ids`, an array of tokens of this split. Raises ConfigError for one beyond max_id,
+        """Return `ids`, an array of tokens of this split. Raises UserError for one beyond max_id,
         which no table of embeddings has a row for.
         """
         if self.max_id is not None and ids.size and (largest := int(ids.max())) > self.max_id:
-            raise ConfigError(
+            raise UserError(
                 f'{self.path} holds token id {largest}, and {self.max_id} is the largest that it is'
                 ' known to have: the file was changed or damaged; run the prepare.py of this data'
                 ' set again'
@@ -272,22 +272,22 @@ class Mixture:
 
 def parse_mixture(dataset):
     """Return [(name, share)] of a `dataset`: one with the share 1, or those of a mixture such as
-    a:0.7,b:0.3. Raises ConfigError.
+    a:0.7,b:0.3. Raises UserError.
     """
     words = [word.strip() for word in dataset.split(',')]
     pairs = [word.rpartition(':') for word in words]
     if len(words) == 1 and not (pairs[0][1] and _number(pairs[0][2])):
         return [(dataset, fractions.Fraction(1))]
     if not all(name and _number(weight) for name, _, weight in pairs):
-        raise ConfigError(
+        raise UserError(
             f'dataset={dataset!r} is no mixture: type names and weights as in --dataset=a:0.7,b:0.3'
         )
     weights = [fractions.Fraction(weight) for _, _, weight in pairs]
     if min(weights) <= 0 or len({name for name, _, _ in pairs}) < len(pairs):
-        raise ConfigError(f'dataset={dataset!r}: weights must be above 0 and names different')
+        raise UserError(f'dataset={dataset!r}: weights must be above 0 and names different')
     shares = [weight / sum(weights) for weight in weights]
     if mixture_period(shares) > MAX_CYCLE:
-        raise ConfigError(
+        raise UserError(
             f'dataset={dataset!r}: these weights repeat after {mixture_period(shares):,} sequences'
             ' only: round them'
         )
@@ -316,11 +316,11 @@ def folder_of(dataset, root):
 
 def open_dataset(dataset, root, url=None):
     """Return (train, val, meta) of `dataset` under `root`/data; url: where its files are instead.
-    Raises ConfigError, naming the command that prepares it.
+    Raises UserError, naming the command that prepares it.
     """
     named = parse_mixture(dataset)
     if url and len(named) > 1:
-        raise ConfigError(
+        raise UserError(
             f'data_url={redact(url)} holds one data set, not the mixture {dataset}: leave one of'
             ' them out'
         )
@@ -338,7 +338,7 @@ def open_dataset(dataset, root, url=None):
             unstated or same_ids(*folders)
         )
         if not same:
-            raise ConfigError(
+            raise UserError(
                 f'{named[0][0]} and {name} were made with different tokenizers'
                 + (', or with one that cannot be loaded here' if same is None else '')
                 + ': prepare them with the same one'
@@ -361,7 +361,7 @@ def _open(name, root):
     try:
         meta = read_meta(folder)
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
     if not meta and (
         beside := [
             file
@@ -369,7 +369,7 @@ def _open(name, root):
             if os.path.exists(os.path.join(folder, file))
         ]
     ):
-        raise ConfigError(
+        raise UserError(
             f'{folder} has no meta.pkl, which prepare.py wrote beside {beside[0]}: put it back or'
             ' prepare the data set again, since without it '
             f"train.bin would be read as GPT-2's tokens"
@@ -390,17 +390,17 @@ def _open(name, root):
                 f' `python data/{name}/prepare.py{options}` first'
             )
         if meta.get('files'):
-            raise ConfigError(
+            raise UserError(
                 f'{folder} has no {missing[0]}, which its meta.pkl names: copy it there, or prepare'
                 ' the data set again'
             )
         raise NotPrepared(_unknown(name, root))
     try:
         return *(_open_split(folder, split, files[split], meta) for split in SPLITS), meta
-    except ConfigError:
+    except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def _unknown(name, root):
@@ -428,12 +428,12 @@ def _unknown(name, root):
 
 
 def _open_split(folder, split, files, meta):
-    """Return tokens of local files. Raises ConfigError for one that cannot be what meta says."""
+    """Return tokens of local files. Raises UserError for one that cannot be what meta says."""
     dtype, paths, pieces = token_dtype(meta), [os.path.join(folder, name) for name, _ in files], []
     for path, (_, tokens) in zip(paths, files):
         size = os.path.getsize(path)
         if size == 0 or size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
-            raise ConfigError(
+            raise UserError(
                 f'{path} has {size} bytes, which is not'
                 f' {"a whole number of" if tokens is None else f"{tokens:,}"} {dtype.name} tokens:'
                 ' the file is damaged or its dtype is another; run the prepare.py of this data set'
@@ -443,12 +443,12 @@ def _open_split(folder, split, files, meta):
     path = paths[0] if len(paths) == 1 else f'{os.path.join(folder, split)}_*.bin'
     known, stated = fingerprint_of_pieces(pieces), meta.get('fingerprint', {}).get(split)
     if stated and stated != known:
-        raise ConfigError(
+        raise UserError(
             f'{path} is not the file that its meta.pkl describes (fingerprint {known[:12]}, '
             f'expected {stated[:12]}): run the prepare.py of this data set again'
         )
     if 'dtype' not in meta and _looks_like_uint32(pieces[0]):
-        raise ConfigError(
+        raise UserError(
             f'{path} looks like uint32 tokens (every second 16-bit number is tiny), but no meta.pkl'
             ' says so, '
             f"which means uint16: write a meta.pkl with dtype 'uint32', or prepare the data set"
@@ -498,7 +498,7 @@ def _open_url(name, root, url):
         or not os.path.isdir(os.path.join(folder, 'copy'))
         and os.path.isfile(os.path.join(folder, 'meta.pkl'))
     ):
-        raise ConfigError(
+        raise UserError(
             f'{folder} holds a data set already, so it cannot keep the copy of'
             f' data_url={redact(url)}: leave --data_url out, or give another --dataset name'
         )
@@ -508,12 +508,12 @@ def _open_url(name, root, url):
         listed = storage.list()
         meta = _fetch_meta(storage, listed, folder, place)
         splits = [_remote_split(storage, listed, meta, split, folder, place) for split in SPLITS]
-    except ConfigError:
+    except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(str(error)) from None
     except Exception as error:  # each file system has its own
-        raise ConfigError(
+        raise UserError(
             f'{place} cannot be reached ({type(error).__name__}: {sentence(error)})'
         ) from None
     return *splits, meta
@@ -524,7 +524,7 @@ def _fetch_meta(storage, listed, folder, place):
     (size, version)}.
     """
     if 'meta.pkl' not in listed:
-        raise ConfigError(
+        raise UserError(
             f'{place} has no meta.pkl: copy the whole folder of a prepared data set there'
         )
     os.makedirs(os.path.join(folder, 'copy'), exist_ok=True)
@@ -539,7 +539,7 @@ def _fetch_meta(storage, listed, folder, place):
     ]
     _copy(storage, folder, wanted, place)
     if missing := [key for key in ('fingerprint', 'max_id', 'tokens') if key not in meta]:
-        raise ConfigError(
+        raise UserError(
             f'{place}: its meta.pkl states no {missing[0]}: prepare the data set anew and copy its'
             ' folder there'
         )
@@ -553,7 +553,7 @@ def _remote_split(storage, listed, meta, split, folder, place):
     for file, tokens in files:
         size = listed[file][0] if file in listed else 'no'
         if size != tokens * dtype.itemsize:
-            raise ConfigError(
+            raise UserError(
                 f'{place}: {file} has {size} bytes, its meta.pkl says {tokens * dtype.itemsize}:'
                 ' copy the folder there again'
             )
@@ -570,7 +570,7 @@ def _remote_split(storage, listed, meta, split, folder, place):
     ]
     found = fingerprint_of_pieces(pieces)
     if found != stated:
-        raise ConfigError(
+        raise UserError(
             f'{place}: the files of {split} are not those that its meta.pkl describes (fingerprint'
             f' {found[:12]}, expected {stated[:12]}): copy the folder there again'
         )
@@ -587,21 +587,21 @@ def _copy(storage, folder, names, source):
 
 
 def check_vocab_and_length(file, vocab_size, block_size):
-    """Raise ConfigError unless `file` has ids for this vocabulary and tokens for one block."""
+    """Raise UserError unless `file` has ids for this vocabulary and tokens for one block."""
     for source in file.sources:
         if source.max_id >= vocab_size:
-            raise ConfigError(
+            raise UserError(
                 f'{source.path} holds token id {source.max_id}, beyond vocab_size={vocab_size}:'
                 f' type --vocab_size={source.max_id + 1} or more, or prepare the data with the'
                 ' tokenizer of this model'
             )
         if len(source) < 2:
-            raise ConfigError(
+            raise UserError(
                 f'{source.path} has {len(source)} token{"s" * (len(source) != 1)}, and nothing to'
                 ' predict: prepare more text, or give the split a larger share'
             )
         if len(source) < block_size + 1:
-            raise ConfigError(
+            raise UserError(
                 f'{source.path} has {len(source)} tokens, too few for one block of'
                 f' block_size={block_size} and its target: type --block_size={len(source) - 1} or'
                 ' less, or prepare more text'

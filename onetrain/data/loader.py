@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from onetrain import signals
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.ops.cross_entropy import IGNORE
 
 STARTS_AHEAD = 64  # micro-steps
@@ -141,7 +141,7 @@ class TrainLoader:
         """
         try:
             return self.windows(micro)
-        except (ConfigError, OSError) as error:
+        except (UserError, OSError) as error:
             return error
 
     def windows(self, micro):

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 
 def sum_over_ranks(tensor, world):
@@ -64,19 +64,19 @@ def gather_numbers(values, world):
 
 
 def broadcast_from_main(work, world):
-    """Return what work() returns on the main rank (any small builtin), on every rank; a ConfigError
+    """Return what work() returns on the main rank (any small builtin), on every rank; a UserError
     that it raises, too. It may take long.
     """
     box = [None, None]
     if world.main:
         try:
             box = [work(), None]
-        except ConfigError as error:
+        except UserError as error:
             box = [None, str(error)]
     if world.size > 1:
         dist.broadcast_object_list(box, src=0, group=world.slow_group)
     if box[1] is not None:
-        raise ConfigError(box[1])
+        raise UserError(box[1])
     return box[0]
 
 
@@ -89,7 +89,7 @@ def send_from_main(tensors, world):
 def once_per_machine(work, world):
     """Return what work() returns on the main rank (it must pickle). The first rank of each other
     machine does the work too and returns its own, to be compared, so that a hundred processes do
-    not all ask for the same ten thousand files. Raises a ConfigError of the main rank on all.
+    not all ask for the same ten thousand files. Raises a UserError of the main rank on all.
     """
     result = broadcast_from_main(work, world)
     return work() if world.local_rank == 0 and not world.main else result
@@ -107,14 +107,14 @@ def all_gather_objects(value, world):
 
 
 def assert_same_on_all_ranks(values, what, world):
-    """Raise ConfigError on every rank unless the dict `values` is the same on all, naming the first
+    """Raise UserError on every rank unless the dict `values` is the same on all, naming the first
     difference.
     """
     everyone = all_gather_objects(values, world)
     for rank, theirs in enumerate(everyone):
         for key in everyone[0]:
             if theirs.get(key) != everyone[0][key]:
-                raise ConfigError(
+                raise UserError(
                     f'{what} differs between processes: {key}={everyone[0][key]!r} on rank 0,'
                     f' {theirs.get(key)!r} on rank {rank}: start all with the same command, files'
                     ' and data'

@@ -40,7 +40,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.distributed import processes
 from onetrain.ops.ring_attention import Ring
 
@@ -49,7 +49,7 @@ gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_t
 
 
 def choose_layout(world, c, notes):
-    """Decide which layout the keys of `c` ask for and set it in `world`. Raises ConfigError for
+    """Decide which layout the keys of `c` ask for and set it in `world`. Raises UserError for
     what these ranks cannot be split into.
     """
     k, n, replicas = c.context_parallel, world.size, c.fsdp_replicas
@@ -101,32 +101,32 @@ def choose_layout(world, c, notes):
 
 
 def _check_layout(c, n):
-    """Raise ConfigError for what `n` processes cannot be split into."""
+    """Raise UserError for what `n` processes cannot be split into."""
     k, replicas = c.context_parallel, c.fsdp_replicas
     if c.use_zero1 and c.use_fsdp:
-        raise ConfigError(
+        raise UserError(
             'use_zero1=True and use_fsdp=True are two layouts: type --use_zero1=False (FSDP shards'
             ' the optimizer state too) or --use_fsdp=False'
         )
     if n % k:
-        raise ConfigError(
+        raise UserError(
             f'context_parallel={k} does not divide the {n} process{"es" * (n > 1)}: start {k} or a'
             ' multiple of it with torchrun --nproc_per_node, or type'
             f' --context_parallel={_divisor(n, k)}'
         )
     if c.block_size % k:
-        raise ConfigError(
+        raise UserError(
             f'context_parallel={k} does not divide block_size={c.block_size}: type'
             f' --block_size={-(-c.block_size // k) * k} or'
             f' --context_parallel={math.gcd(n, c.block_size)}'
         )
     if k > 1 and c.dropout:
-        raise ConfigError(
+        raise UserError(
             f'context_parallel={k} has no dropout in its attention: type --dropout=0 or'
             ' --context_parallel=1'
         )
     if c.use_fsdp and n % replicas:
-        raise ConfigError(
+        raise UserError(
             f'fsdp_replicas={replicas} does not divide the {n} process{"es" * (n > 1)}: type'
             f' --fsdp_replicas={_divisor(n, replicas)}'
         )

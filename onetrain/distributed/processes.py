@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from onetrain import signals
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.descriptors import raise_limit
 from onetrain.distributed.heartbeat import Heartbeat
 from onetrain.files import redact
@@ -96,13 +96,13 @@ class World:
 
 def read_environment():
     """Return (rank, local rank, world size, processes on this machine), as torchrun says it in the
-    environment. Raises ConfigError.
+    environment. Raises UserError.
     """
 
     def number(name, default, low, high):
         text = os.environ.get(name, str(default))
         if not (text.isascii() and text.isdecimal() and low <= int(text[:10]) <= high):
-            raise ConfigError(
+            raise UserError(
                 f'the environment says {name}={text!r}, expected a whole number from {low} to'
                 f' {high}: start several processes with torchrun, or type `unset RANK LOCAL_RANK'
                 ' WORLD_SIZE LOCAL_WORLD_SIZE`'
@@ -120,7 +120,7 @@ def read_environment():
                 raise OSError('it is not set')
             socket.getaddrinfo(host, None)
         except OSError as error:
-            raise ConfigError(
+            raise UserError(
                 f'the environment says WORLD_SIZE={size}, and MASTER_ADDR={host!r} cannot be found'
                 f' ({error}): start several processes with torchrun'
             ) from None
@@ -137,41 +137,41 @@ def start(device=None, backend=None, timeout_minutes=10.0, out_dir=None):
 
     device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' |
     None (what fits). timeout_minutes: how long a rank waits for another in training before it gives
-    up; out_dir: where each rank then writes what it was exchanging. Raises ConfigError for a device
+    up; out_dir: where each rank then writes what it was exchanging. Raises UserError for a device
     or backend that this machine does not have.
     """
     rank, local_rank, size, here = read_environment()
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     match = re.fullmatch(r'cpu|cuda(?::(\d+))?', device)
     if not match:
-        raise ConfigError(f"device={device!r} is not one of 'cpu', 'cuda', 'cuda:N'")
+        raise UserError(f"device={device!r} is not one of 'cpu', 'cuda', 'cuda:N'")
     device_type = device.split(':')[0]
     if device_type == 'cuda' and not torch.cuda.is_available():
-        raise ConfigError(
+        raise UserError(
             f'device={device!r} was asked for, but torch {torch.__version__} sees no GPU here: type'
             ' --device=cpu'
         )
     if match[1] and size > 1:
-        raise ConfigError(
+        raise UserError(
             f'device={device!r} names one GPU, but torchrun started {size} processes, which take'
             ' one each: type --device=cuda'
         )
     # every rank sees it, so that the main one can say it
     if device_type == 'cuda' and here > torch.cuda.device_count():
-        raise ConfigError(
+        raise UserError(
             f'{here} processes were started on this machine, which has {torch.cuda.device_count()}'
             ' GPUs: lower --nproc_per_node'
         )
     backend = backend or ('nccl' if device_type == 'cuda' else 'gloo')
     if backend not in ('nccl', 'gloo') or backend == 'nccl' and device_type == 'cpu':
-        raise ConfigError(
+        raise UserError(
             f'backend={backend!r} does not serve device={device_type!r}: type'
             f' --backend={"nccl" if device_type == "cuda" else "gloo"}'
         )
     if device_type == 'cuda':
         index = local_rank if size > 1 else int(match[1] or 0)
         if index >= torch.cuda.device_count():
-            raise ConfigError(
+            raise UserError(
                 f'device={device!r}: there are {torch.cuda.device_count()} GPUs, the first is'
                 ' cuda:0'
             )
@@ -218,10 +218,10 @@ def rendezvous(store, rank, size, timeout):
     says which start it belongs to: torchrun on each machine counts its own restarts, so that after
     the loss of a machine the counts differ. So rank 0 makes up a name, and each other rank joins it
     once; a name under which its rank has been counted before, or that nobody answers, is of an
-    earlier start. Raises ConfigError after `timeout`.
+    earlier start. Raises UserError after `timeout`.
     """
     deadline, tried, pause = time.monotonic() + timeout.total_seconds(), set(), 0.02
-    late = ConfigError(
+    late = UserError(
         f'not all of the {size} processes came within {timeout.total_seconds() / 60:g} minutes'
         f' (this is rank {rank}): start all with the same --nnodes and --nproc_per_node, or wait'
         ' longer with --timeout_minutes'

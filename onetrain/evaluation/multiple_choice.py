@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from onetrain.config import ConfigError, nearest
+from onetrain.config import UserError, nearest
 from onetrain.files import is_whole, parse_json
 from onetrain.ops import kernels
 
@@ -68,7 +68,7 @@ def _piqa(line):
 
 def _text(line, key):
     if not isinstance(line[key], str):
-        raise ValueError(f'{key} is a {type(line[key]).__name__}, expected a text')
+        raise UserError(f'{key} is a {type(line[key]).__name__}, expected a text')
     return line[key]
 
 
@@ -80,12 +80,12 @@ def _number(label):
         return label
     if isinstance(label, str) and label.isascii() and label.isdecimal():
         return int(label[:9])
-    raise ValueError(f'label is {str(label)[:40]!r}, expected the number of a choice')
+    raise UserError(f'label is {str(label)[:40]!r}, expected the number of a choice')
 
 
 def _texts(value, key):
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError(f'{key} is not a list of texts')
+        raise UserError(f'{key} is not a list of texts')
     return value
 
 
@@ -93,18 +93,18 @@ def _labeled(line, right):
     """Return (texts, index of the one labeled `right`) of the field choices."""
     texts, labels = (_texts(line['choices'][key], f'choices.{key}') for key in ('text', 'label'))
     if len(texts) != len(labels):
-        raise ValueError(f'choices has {len(texts)} texts and {len(labels)} labels')
+        raise UserError(f'choices has {len(texts)} texts and {len(labels)} labels')
     if labels.count(right) != 1:
-        raise ValueError(f'answerKey {right!r} is not one of the labels {labels}')
+        raise UserError(f'answerKey {right!r} is not one of the labels {labels}')
     return texts, labels.index(right)
 
 
 def _item(question, choices, answer):
-    """Return an Item that can be answered. Raises ValueError."""
+    """Return an Item that can be answered. Raises UserError."""
     if not 0 <= answer < len(choices) or len(choices) < 2:
-        raise ValueError(f'the label {answer} is not one of {len(choices)} choices')
+        raise UserError(f'the label {answer} is not one of {len(choices)} choices')
     if not all(choice.strip() for choice in choices):
-        raise ValueError('a choice is empty')
+        raise UserError('a choice is empty')
     return Item(question, choices, answer)
 
 
@@ -128,18 +128,18 @@ def load_tasks(words, limit=None):
     """Return {name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file
     it comes from the hub, through the package datasets.
 
-    limit: first items of each, None for all. Raises ConfigError for a name, file or line that
+    limit: first items of each, None for all. Raises UserError for a name, file or line that
     cannot be read.
     """
     tasks = {}
     for name, path in names_and_files(words):
         if name not in TASKS:
-            raise ConfigError(
+            raise UserError(
                 f'unknown task {name!r}{nearest(name, [*TASKS])}: known are {", ".join(TASKS)};'
                 ' others through `lm_eval` on the folder that export.py writes'
             )
         if name in tasks:
-            raise ConfigError(f'the task {name} is named twice: ask one file at a time')
+            raise UserError(f'the task {name} is named twice: ask one file at a time')
         lines = _lines_of_file(path) if path else _lines_of_hub(name)
         items = []
         for number, line in itertools.islice(lines, limit):
@@ -153,12 +153,12 @@ def load_tasks(words, limit=None):
                 IndexError,
                 OverflowError,
             ) as error:
-                raise ConfigError(
+                raise UserError(
                     f'{path or name}, line {number}: not an item of {name} ({type(error).__name__}:'
                     f' {error}); onetrain/evaluation/multiple_choice.py lists the fields'
                 ) from None
         if not items:
-            raise ConfigError(f'{path or name} has no items')
+            raise UserError(f'{path or name} has no items')
         tasks[name] = items
     return tasks
 
@@ -172,9 +172,9 @@ def _lines_of_file(path):
                     try:
                         yield number, parse_json(line)
                     except ValueError as error:
-                        raise ConfigError(f'{path}, line {number}: {error}') from None
+                        raise UserError(f'{path}, line {number}: {error}') from None
     except OSError as error:
-        raise ConfigError(
+        raise UserError(
             f'{path} cannot be read ({error.strerror}): tasks are written NAME or NAME:FILE.jsonl'
         ) from None
 
@@ -184,21 +184,21 @@ def _lines_of_hub(name):
     try:
         import datasets
     except ImportError:
-        raise ConfigError(
+        raise UserError(
             f'the task {name} comes from the hub, which needs the package datasets: pip install'
             f' datasets, or give a file: {name}:FILE.jsonl'
         ) from None
     try:
         return enumerate(datasets.load_dataset(repository, configuration, split=split), 1)
     except Exception as error:  # the hub's own errors, and any of the network's
-        raise ConfigError(
+        raise UserError(
             f'the task {name} could not be fetched from the hub ({repository},'
             f' {type(error).__name__}): give a file, {name}:FILE.jsonl'
         ) from None
 
 
 def encode_items(tasks, tokenizer, context):
-    """Return {name: (items, make_requests())} of load_tasks()'s. Raises ConfigError for text that
+    """Return {name: (items, make_requests())} of load_tasks()'s. Raises UserError for text that
     the tokenizer does not know.
     """
     try:
@@ -211,10 +211,10 @@ def encode_items(tasks, tokenizer, context):
             )
             for name, items in tasks.items()
         }
-    except ConfigError:
+    except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(
+        raise UserError(
             f'the tasks {", ".join(tasks)} cannot be asked with this tokenizer: {error}'
         ) from None
 
@@ -244,12 +244,12 @@ def make_requests(items, encode_items, start, context):
             ids, n = whole, max(1, len(whole) - shared)
             if n >= len(ids):  # nothing comes before it
                 if start is None:
-                    raise ConfigError(
+                    raise UserError(
                         'a question without text needs a tokenizer with an end-of-text token'
                     )
                 ids, n = [start, *ids], len(ids)
             if not n:
-                raise ConfigError(f'the answer {choice!r} has no tokens')
+                raise UserError(f'the answer {choice!r} has no tokens')
             made.append((ids[-(context + 1) :], min(n, context)))
     return made
 

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def architecture_of(config):
     """Return the Hugging Face architecture (a key of ARCHITECTURES) that computes what `config`
     does.
 
-    Raises ConfigError, naming the switches in the way, where there is none.
+    Raises UserError, naming the switches in the way, where there is none.
     """
     have = dataclasses.asdict(config)
     have['windows'] = (
@@ -74,12 +74,12 @@ def architecture_of(config):
     }
     kind = min(in_the_way, key=lambda k: len(in_the_way[k]))
     if in_the_way[kind]:
-        raise ConfigError(
+        raise UserError(
             f'no Hugging Face architecture computes this model; nearest is {kind}, in the way are'
             f' {", ".join(in_the_way[kind])}'
         )
     if config.activation not in ACTIVATIONS.values():
-        raise ConfigError(
+        raise UserError(
             f'no Hugging Face architecture computes this model: activation={config.activation!r}'
         )
     return kind

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import check_regular, is_whole, parse_json
 from onetrain.huggingface.architectures import ACTIVATIONS, ARCHITECTURES
 from onetrain.model_config import ROUTING
@@ -44,14 +44,14 @@ def is_source(init_from):
 
 def fetch_source(source):
     """Return the local folder of `source`: itself, or a snapshot of the hub's repository. Raises
-    ConfigError when it cannot be had.
+    UserError when it cannot be had.
     """
     if os.path.isdir(source):
         return source
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ConfigError(
+        raise UserError(
             f'init_from={source!r} needs the package huggingface_hub: pip install huggingface_hub,'
             ' or give a local folder'
         ) from None
@@ -62,14 +62,14 @@ def fetch_source(source):
             ignore_patterns=['consolidated*', 'original/*', 'metal/*'],
         )
     except Exception as error:  # the hub's own errors, and any of the network's
-        raise ConfigError(
+        raise UserError(
             f'init_from={source!r} is no local folder and could not be fetched from the hub '
             f'({type(error).__name__}): give a folder with config.json and safetensors files'
         ) from None
 
 
 def read_settings(folder):
-    """Return the trainer's model keys for the config.json in `folder`. Raises ConfigError for what
+    """Return the trainer's model keys for the config.json in `folder`. Raises UserError for what
     model.py cannot compute.
     """
     path = os.path.join(folder, 'config.json')
@@ -81,11 +81,11 @@ def read_settings(folder):
             raise ValueError('it holds no object')
         return settings_of(hf, folder)
     except FileNotFoundError:
-        raise ConfigError(
+        raise UserError(
             f'{path} is missing: give a folder with config.json and safetensors files'
         ) from None
     except OSError as error:
-        raise ConfigError(f'{path} cannot be read ({error.strerror})') from None
+        raise UserError(f'{path} cannot be read ({error.strerror})') from None
     except (
         ValueError,
         KeyError,
@@ -95,9 +95,9 @@ def read_settings(folder):
         IndexError,
         StopIteration,
     ) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, UserError):
             raise
-        raise ConfigError(
+        raise UserError(
             f'{path} is not the config.json of a model: {type(error).__name__} {error}'
         ) from None
 
@@ -106,7 +106,7 @@ def settings_of(hf, folder):
     """Return the same for the dict `hf` of a config.json; `folder` names it in errors."""
 
     def refuse(what):
-        raise ConfigError(f'{folder}: {what}')
+        raise UserError(f'{folder}: {what}')
 
     kind = hf.get('model_type')
     _check_supported(kind, hf, refuse)
@@ -475,10 +475,10 @@ def _activation(name, refuse):
 
 def resolve_source(c, given, shape_keys):
     """Return (config with the shape of the Hugging Face model that c.init_from names, its local
-    folder). Raises ConfigError for what contradicts it.
+    folder). Raises UserError for what contradicts it.
     """
     if not is_source(c.init_from):
-        raise ConfigError(
+        raise UserError(
             f"init_from={c.init_from!r} is not 'scratch', 'resume', 'gpt2...', a Hugging Face"
             ' folder (with config.json) or a hub id (org/name)'
         )
@@ -488,13 +488,13 @@ def resolve_source(c, given, shape_keys):
         {settings['arch_preset']},
         {'llama', 'llama3'},
     ):
-        raise ConfigError(
+        raise UserError(
             f'{given["arch_preset"]}: arch_preset={c.arch_preset!r}, but {c.init_from} is'
             f' {settings["arch_preset"]!r}: leave --arch_preset out'
         )
     longer = c.rope_scaling not in (None, 'none') or settings.get('rope_scaling') == 'dynamic'
     if c.block_size > settings['block_size'] and given.get('block_size') and not longer:
-        raise ConfigError(
+        raise UserError(
             f'block_size={c.block_size} is beyond the {settings["block_size"]} positions of'
             f' {c.init_from}: type --block_size={settings["block_size"]} or less'
             + (
@@ -518,7 +518,7 @@ def resolve_source(c, given, shape_keys):
             and key in settings
             and getattr(c, key) != settings[key]
         ):
-            raise ConfigError(
+            raise UserError(
                 f'{given[key]}: {key}={getattr(c, key)!r}, but {c.init_from} has'
                 f' {key}={settings[key]!r}: leave --{key} out'
             )
@@ -530,11 +530,11 @@ def _upcycling(c, given, settings):
     (Komatsuzaki et al., "Sparse Upcycling", 2023).
     """
     if settings.get('num_experts'):
-        raise ConfigError(
+        raise UserError(
             f'upcycle=True, but {c.init_from} is a mixture of experts already: leave --upcycle out'
         )
     if not c.num_experts:
-        raise ConfigError('upcycle=True needs --num_experts, such as --num_experts=8')
+        raise UserError('upcycle=True needs --num_experts, such as --num_experts=8')
     for key, value in (
         ('num_shared_experts', 0),
         ('expert_d_ff', settings['d_ff']),
@@ -542,7 +542,7 @@ def _upcycling(c, given, settings):
         ('route_scale', 1.0),
     ):
         if given.get(key) and getattr(c, key) not in (None, value):
-            raise ConfigError(
+            raise UserError(
                 'upcycle=True makes each expert a copy of the dense layer, so that gates must add'
                 f' up to 1: {key} must be {value}, not {getattr(c, key)}; leave --{key} out'
             )

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import parse_json, plain_name, replacing, sentence
 from onetrain.huggingface.architectures import architecture_of
 from onetrain.huggingface.config_json import config_json
@@ -180,12 +180,12 @@ def _reordered(tensor, first, second, head_dim):
 
 
 def require_safetensors():
-    """Raise ConfigError where the packages that read and write these files are missing."""
+    """Raise UserError where the packages that read and write these files are missing."""
     try:
         import huggingface_hub  # noqa: F401
         import safetensors.torch  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
+        raise UserError(
             f'Hugging Face folders need the packages safetensors and huggingface_hub ({error}):'
             ' pip install safetensors huggingface_hub'
         ) from None
@@ -195,13 +195,13 @@ def tensors_of(folder):
     """Return {name: opened safetensors file} of all weights in a folder, from the files that
     transformers reads: model.safetensors, else those of its index.
 
-    Raises ConfigError where there are none, and for an index that names other files than are there.
+    Raises UserError where there are none, and for an index that names other files than are there.
     """
     require_safetensors()
     from safetensors import SafetensorError, safe_open
 
     if os.path.isfile(os.path.join(folder, 'adapter_config.json')):
-        raise ConfigError(
+        raise UserError(
             f'{folder} holds an adapter (adapter_config.json), which is not read: merge it into its'
             ' model and save that'
         )
@@ -216,15 +216,15 @@ def tensors_of(folder):
             with open(index, 'rb') as f:
                 wanted = parse_json(f.read())['weight_map']
             files = sorted({plain_name(file, index) for file in wanted.values()})
-        except ConfigError:
+        except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ConfigError(
+            raise UserError(
                 f'{index} is not the index of a model ({type(error).__name__}: {error}): fetch it'
                 ' again'
             ) from None
     else:
-        raise ConfigError(
+        raise UserError(
             f'{folder} has no model.safetensors and no model.safetensors.index.json (weights under'
             ' other names and in other formats are not read)'
         )
@@ -234,14 +234,14 @@ def tensors_of(folder):
             opened = safe_open(os.path.join(folder, file), framework='pt')
             names = opened.keys()
         except (SafetensorError, OSError) as error:
-            raise ConfigError(
+            raise UserError(
                 f'{os.path.join(folder, file)} is damaged or missing: {error}'
             ) from None
         holder.update(
             {name: opened for name in names if wanted is None or wanted.get(name) == file}
         )
     if wanted is not None and (missing := [name for name in wanted if name not in holder]):
-        raise ConfigError(
+        raise UserError(
             f'{index} says that {missing[0]} is in {wanted[missing[0]]}, which does not hold it:'
             ' fetch the folder again'
         )
@@ -257,7 +257,7 @@ def read_weights(folder, config):
     """Return (name, fp32 tensor) for each parameter of model.Model(config), from the safetensors
     files in `folder`: read one at a time as they are asked for.
 
-    A config.block_size below the folder's keeps the first learned positions. Raises ConfigError,
+    A config.block_size below the folder's keeps the first learned positions. Raises UserError,
     before the first, for weights that are missing or left over.
     """
     holder = tensors_of(folder)
@@ -279,7 +279,7 @@ def read_weights(folder, config):
         if head in holder and not torch.equal(
             holder[head].get_tensor(head), holder[table].get_tensor(table)
         ):
-            raise ConfigError(
+            raise UserError(
                 f'{folder}: config.json says tie_word_embeddings=true, but its weights hold another'
                 f' {head}: set tie_word_embeddings to false, or save the weights without it'
             )
@@ -293,7 +293,7 @@ def read_weights(folder, config):
         and not (kind == 'glm4_moe' and name.startswith(f'model.layers.{config.n_layer}.'))
     ]
     if missing or left:
-        raise ConfigError(
+        raise UserError(
             f'{folder} does not hold the weights of its config.json: missing {missing[:3]}, left'
             f' over {left[:3]}'
         )
@@ -332,7 +332,7 @@ def write_model(folder, config, state_dict, dtype=torch.float32, eot_id=None, sh
     config.json, generation_config.json and safetensors files of at most shard_size with their
     index.
 
-    eot_id: id that ends a text, or None. Raises ConfigError where no architecture computes this
+    eot_id: id that ends a text, or None. Raises UserError where no architecture computes this
     model.
     """
     from huggingface_hub import save_torch_state_dict
@@ -342,7 +342,7 @@ def write_model(folder, config, state_dict, dtype=torch.float32, eot_id=None, sh
     if kind != 'glm4_moe' and any(
         bool(tensor.any()) for name, tensor in state_dict.items() if name.endswith('router.balance')
     ):
-        raise ConfigError(
+        raise UserError(
             f'the experts of this model were balanced by a bias, which {kind} does not have: train'
             ' with --balance_rate=0 (and --aux_loss_weight=0.01), or with sigmoid affinities and a'
             ' shared expert, which is glm4_moe'
@@ -366,7 +366,7 @@ def write_model(folder, config, state_dict, dtype=torch.float32, eot_id=None, sh
     try:
         save_torch_state_dict(theirs, folder, max_shard_size=shard_size)
     except SafetensorError as error:
-        raise ConfigError(
+        raise UserError(
             f'the weights could not be written to {folder} ({sentence(error)}): make room and type'
             ' the same command again'
         ) from None

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.files import check_own, no_link, redact
 from onetrain.logs.run_json import (
     Summary,
@@ -120,7 +120,7 @@ class RunLog:
             self.lines = open(f'{self.path}.jsonl', 'ab', buffering=0)
             self.unwritten, self.disk_works = b'', True
         except OSError as error:
-            raise ConfigError(
+            raise UserError(
                 f'the log {error.filename or self.path} cannot be written ({error.strerror}): make'
                 ' room or move what is in the way, or give another --out_dir'
             ) from None

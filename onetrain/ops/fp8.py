@@ -10,29 +10,29 @@ import sys
 
 import torch
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 
 def choose_recipe(dtype, device):
     """Return what Model takes as fp8, 'hardware', or on a CPU 'emulated': the same rounding, then a
     matmul of `dtype`; for experiments, not for speed.
 
-    Raises ConfigError where it cannot be had. dtype: torch dtype of the matmuls; device:
+    Raises UserError where it cannot be had. dtype: torch dtype of the matmuls; device:
     torch.device.
     """
     if 'torchao' not in sys.modules and importlib.util.find_spec('torchao') is None:
-        raise ConfigError(
+        raise UserError(
             'fp8=True needs the package torchao: pip install torchao, or type --fp8=False'
         )
     if device.type == 'cpu':
         return 'emulated'
     if torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError(
+        raise UserError(
             'fp8=True needs a GPU that multiplies float8 (H100, L40S, RTX 4090 or newer), not'
             f' {torch.cuda.get_device_name(device)}: type --fp8=False'
         )
     if dtype != torch.bfloat16:
-        raise ConfigError(
+        raise UserError(
             'fp8=True takes the place of bfloat16 matmuls, not of'
             f' {str(dtype).removeprefix("torch.")}: type --dtype=bfloat16, or --fp8=False'
         )

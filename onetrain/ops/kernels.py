@@ -11,7 +11,7 @@ import time
 import torch
 
 from onetrain import cpu
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.ops import experts, fp8
 from onetrain.ops.attention import (
     BACKENDS,
@@ -25,14 +25,14 @@ from onetrain.ops.attention import (
 
 def precision(name, device):
     """Return the torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16
-    on a GPU that has it, float16 on others, float32 on a CPU. Raises ConfigError for float16 on a
+    on a GPU that has it, float16 on others, float32 on a CPU. Raises UserError for float16 on a
     CPU.
     """
     name = name or (
         'float32' if device.type == 'cpu' else 'bfloat16' if _has_bfloat16() else 'float16'
     )
     if name == 'float16' and device.type == 'cpu':
-        raise ConfigError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
+        raise UserError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     return getattr(torch, name)
 
 
@@ -92,11 +92,11 @@ def synchronized_time(device):
 def select_kernels(c, shape, device, dtype):
     """Return ({'backend', 'dispatch', 'float8'} of Model, sentences about them for the report).
 
-    c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises ConfigError for
+    c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises UserError for
     what has no substitute.
     """
     if dtype == torch.float16 and c.use_fsdp and c.fsdp_offload:
-        raise ConfigError(
+        raise UserError(
             'dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16'
         )
     backend, notes = _select_backend(c, shape, device, dtype)

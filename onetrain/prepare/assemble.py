@@ -11,6 +11,7 @@ import tempfile
 import numpy as np
 from tqdm import tqdm
 
+from onetrain.config import UserError
 from onetrain.data.token_file import SPLITS, TokenFileWriter
 from onetrain.prepare.parts import DOCUMENT
 
@@ -36,7 +37,7 @@ def assemble(
     split: one sentence for meta.pkl; val_every: every k-th document of those whose source does not
     say goes to val, None: none; dedup: leave out a document whose text came before; max_broken:
     fraction of rows that may be without a text; max_lost: of characters that the tokenizer may not
-    be able to write; sharded: one file for each part. Raises ValueError for too many broken rows,
+    be able to write; sharded: one file for each part. Raises UserError for too many broken rows,
     and when a split stays empty.
     """
     counts = count_rows(plan, made, max_broken)
@@ -64,9 +65,9 @@ def assemble(
     ):
         numbered = _write_parts(plan, made, writer, dropped, val_every, bar)
         if not sum(writer.meta['tokens'].values()):
-            raise ValueError('there is no text in these files')
+            raise UserError('there is no text in these files')
         if val_every and numbered and not writer.meta['tokens']['val']:
-            raise ValueError(
+            raise UserError(
                 f'{numbered:,} documents are too few for every {val_every}th to go to val: give'
                 ' more, or type a larger share, such as --val_fraction 0.5'
             )
@@ -108,7 +109,7 @@ def _write_parts(plan, made, writer, dropped, val_every, bar):
 
 
 def count_rows(plan, made, max_broken):
-    """Return {'rows', 'broken', 'left_out': a sentence or ''}. Raises ValueError where more than
+    """Return {'rows', 'broken', 'left_out': a sentence or ''}. Raises UserError where more than
     max_broken of the rows have no text.
     """
     rows, broken = (sum(part.record[key] for part in made) for key in ('rows', 'broken'))
@@ -127,7 +128,7 @@ def count_rows(plan, made, max_broken):
         first = f'{unit.path} {kind} {lines + line:,} ({problem})'
         said = f'{broken:,} of {rows:,} rows have no text and were left out, the first is {first}'
         if broken > max_broken * rows:
-            raise ValueError(
+            raise UserError(
                 f'{broken:,} of {rows:,} rows have no text, more than {100 * max_broken:g} %, so'
                 f' nothing was written; the first is {first}: correct the file, or name the field'
                 ' that holds the text with --text_field, or type --max_broken'
@@ -137,7 +138,7 @@ def count_rows(plan, made, max_broken):
 
 
 def count_lost(made, max_lost):
-    """Return a sentence on the characters that the tokenizer cannot write, or ''. Raises ValueError
+    """Return a sentence on the characters that the tokenizer cannot write, or ''. Raises UserError
     where they are more than max_lost of those that were looked at.
     """
     seen, lost = (sum(part.record[key] for part in made) for key in ('characters', 'lost'))
@@ -149,7 +150,7 @@ def count_lost(made, max_lost):
         f' as {examples!r}) are lost: this tokenizer cannot write them'
     )
     if lost > max_lost * seen:
-        raise ValueError(
+        raise UserError(
             f'{said}, more than {100 * max_lost:g} %, so nothing was written: name another'
             ' --tokenizer, such as one with bytes for what it does not know, or type --max_lost'
             f' {-(-1000 * lost // seen) / 1000:g}'

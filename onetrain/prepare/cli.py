@@ -9,6 +9,7 @@ import shutil
 import sys
 
 from onetrain.command_line import ROOT, ArgumentParser, run_command
+from onetrain.config import UserError
 from onetrain.prepare import assemble, documents, pipeline
 from onetrain.tokenizers.base import load_tokenizer
 
@@ -133,7 +134,7 @@ def prepare_corpus(
     config=None,
     endings=documents.FOLDER_ENDINGS,
 ):
-    """Prepare the data set that `args` (of corpus_parser) describe. Raises ValueError for what the
+    """Prepare the data set that `args` (of corpus_parser) describe. Raises UserError for what the
     user got wrong.
 
     published: the source has a validation split, told by names of files; cut_txt: a .txt is cut in
@@ -207,11 +208,11 @@ def plan_of_files(args, files, splits, tokenizer, cut_txt, endings):
 
 
 def check_end_of_text(name, tokenizer, eot, tokenizer_from):
-    """Raise ValueError for a tokenizer that does not end its texts with the token `eot`, if that is
+    """Raise UserError for a tokenizer that does not end its texts with the token `eot`, if that is
     given.
     """
     if eot and tokenizer.eot_token != eot:
-        raise ValueError(
+        raise UserError(
             f'{name} ends texts with {tokenizer.eot_token!r}, these models with {eot!r}: take the'
             ' tokenizer of the base model'
             + (
@@ -260,49 +261,47 @@ def assemble_parts(args, plan, made, tokenizer, cut_txt):
 
 
 def check_room(needed, output, sharded):
-    """Raise ValueError where the disk has no room for `needed` bytes of ids once more."""
+    """Raise UserError where the disk has no room for `needed` bytes of ids once more."""
     # sharded files are the parts themselves
     if not sharded and (free := shutil.disk_usage(output).free) < needed:
-        raise ValueError(
+        raise UserError(
             f'{output} needs {needed / 1e9:.1f} GB more and has {free / 1e9:.1f} GB: make room and'
             ' type the same command again; the tokenized parts are kept'
         )
 
 
 def check_arguments(args):
-    """Return (i, n) of --shard. Raises ValueError for numbers that mean nothing."""
+    """Return (i, n) of --shard. Raises UserError for numbers that mean nothing."""
     if args.val_fraction is not None and not 1e-12 < args.val_fraction <= 0.5:
-        raise ValueError(
+        raise UserError(
             f'--val_fraction {args.val_fraction} is not a share for val: type a number above 0 and'
             ' up to 0.5'
         )
     for name in ('max_broken', 'max_lost'):
         if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(
+            raise UserError(
                 f'--{name} {getattr(args, name)} is not a fraction: type a number from 0 to 1'
             )
     check_output(args.output)
     for name in ('num_proc', 'limit'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f'--{name} {getattr(args, name)} must be at least 1')
+            raise UserError(f'--{name} {getattr(args, name)} must be at least 1')
     words = (args.shard or '1/1').split('/')
     if (
         len(words) != 2
         or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words)
         or not 1 <= int(words[0]) <= int(words[1])
     ):
-        raise ValueError(
-            f'--shard {args.shard} is no share: type 1/3, 2/3 or 3/3 on three machines'
-        )
+        raise UserError(f'--shard {args.shard} is no share: type 1/3, 2/3 or 3/3 on three machines')
     if args.merge and args.shard:
-        raise ValueError('--merge makes the data set of all shares: leave --shard out')
+        raise UserError('--merge makes the data set of all shares: leave --shard out')
     return int(words[0]), int(words[1])
 
 
 def check_output(folder):
-    """Raise ValueError for an --output that is no folder and cannot become one."""
+    """Raise UserError for an --output that is no folder and cannot become one."""
     if not folder or '://' in folder:
-        raise ValueError(
+        raise UserError(
             f'--output {folder!r} is no folder: name one on this machine, which is made if it is'
             ' not there'
         )
@@ -310,7 +309,7 @@ def check_output(folder):
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     if not os.path.isdir(above) or not os.access(above, os.W_OK):
-        raise ValueError(
+        raise UserError(
             f'--output {folder}: {above} is'
             f' {"no folder" if not os.path.isdir(above) else "not writable"}: name another'
         )
@@ -332,7 +331,7 @@ def find_input(args, published, endings):
         return [path for path in splits if splits[path] == 'train'], None
     if set(splits.values()) != {'train', 'val'}:
         missing = 'val' if 'train' in splits.values() else 'train'
-        raise ValueError(
+        raise UserError(
             f'--input {" ".join(args.input)}: no file is named as'
             f' {"the validation split" if missing == "val" else "one for training"}, such as'
             f' {"validation" if missing == "val" else "train"}/a.jsonl: add them, or type'
@@ -376,7 +375,7 @@ def find_tokenizer(name, folder, tokenizer_from, texts):
             break
     else:
         if tokenizer_from and name.endswith('_tokenizer'):
-            raise ValueError(
+            raise UserError(
                 f'there is no tokenizer {name}: type `hf download {tokenizer_from} --include'
                 f' "tokenizer*" --local-dir {name}` (after `hf auth login` where its terms ask for'
                 ' it), or name another with --tokenizer'
@@ -387,7 +386,7 @@ def find_tokenizer(name, folder, tokenizer_from, texts):
 def characters(args, endings):
     """Yield the texts of --input, for a vocabulary of characters."""
     if args.merge:
-        raise ValueError(
+        raise UserError(
             'the vocabulary of --tokenizer char is that of all texts: it cannot be merged; prepare'
             ' them on one machine'
         )

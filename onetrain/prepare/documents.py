@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onetrain.config import UserError
 from onetrain.files import redact, sentence
 
 PIECE_BYTES = 4 * 2**20
@@ -89,7 +90,7 @@ def is_url(path):
 
 
 def filesystem(path):
-    """Return (fsspec filesystem, path there) of a URL. Raises ValueError where its library is
+    """Return (fsspec filesystem, path there) of a URL. Raises UserError where its library is
     missing, or for a URL that cannot be one.
     """
     import fsspec
@@ -97,7 +98,7 @@ def filesystem(path):
     try:
         return fsspec.core.url_to_fs(path)
     except Exception as error:  # each backend has its own
-        raise ValueError(
+        raise UserError(
             f'{redact(path)} cannot be opened ({type(error).__name__}: {sentence(error)}): expected'
             ' a file, a folder or a URL such as s3://bucket/folder'
         ) from None
@@ -119,12 +120,12 @@ def errors_as_sentences(path):
                 if path.startswith('hf://')
                 else path
             )
-            raise ValueError(
+            raise UserError(
                 f'{path}: no access ({type(error).__name__}): accept its terms at {page}, then type'
                 ' `hf auth login`; or name files that you have with --input'
             ) from None
         reason = ' '.join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f'{path} cannot be reached ({type(error).__name__}: {reason}): connect this machine, or'
             ' fetch the files and name them with --input'
         ) from None
@@ -156,7 +157,7 @@ def find_files(inputs, endings=FOLDER_ENDINGS):
     """Return the files that `inputs` (paths of files and folders, glob patterns, URLs of them)
     stand for, each once, in that order; a folder's sorted.
 
-    endings: of files that are taken from a folder. Raises ValueError for an input that stands for
+    endings: of files that are taken from a folder. Raises UserError for an input that stands for
     no file, and for a file of no known kind.
     """
     found = []
@@ -164,7 +165,7 @@ def find_files(inputs, endings=FOLDER_ENDINGS):
         here = _find_url(given, endings) if is_url(given) else _find_local(given, endings)
         for path in here:
             if not path.lower().endswith(ENDINGS):
-                raise ValueError(
+                raise UserError(
                     f'--input {path}: expected {", ".join(ENDINGS[:-1])} or {ENDINGS[-1]}; rename'
                     ' it if it is one of these'
                 )
@@ -192,7 +193,7 @@ def _find_local(given, endings):
             if re.fullmatch(r'[\w.-]+/[\w.-]+', given)
             else ''
         )
-        raise ValueError(
+        raise UserError(
             f'--input {given}: there is no such file or folder, and no file matches it as a'
             f' pattern{hub}'
         )
@@ -216,7 +217,7 @@ def _wanted(name, endings):
 
 
 def _nothing(given, endings):
-    raise ValueError(
+    raise UserError(
         f'--input {given}: this folder holds no'
         f' {", ".join(endings[:-1])}{" or " if len(endings) > 1 else ""}{endings[-1]} file; '
         f"Markdown and .json are taken from patterns: --input '{given.rstrip('/')}/**/*.md'"
@@ -299,7 +300,7 @@ def units_of(path, split=None, txt_val_fraction=None):
 
 
 def _check_encoding(head, path):
-    """Raise ValueError for a file that begins with the byte order mark of another encoding than
+    """Raise UserError for a file that begins with the byte order mark of another encoding than
     UTF-8.
     """
     for mark, name in (
@@ -309,25 +310,25 @@ def _check_encoding(head, path):
         (codecs.BOM_UTF16_BE, 'UTF-16'),
     ):
         if head.startswith(mark):
-            raise ValueError(
+            raise UserError(
                 f'{path} is {name}, as its byte order mark says, expected UTF-8: convert it, `iconv'
                 f' -f {name} -t UTF-8 {path} > NEW`'
             )
 
 
 def _check_json(head, path):
-    """Raise ValueError for a first line which shows that a file is JSON in another form than an
+    """Raise UserError for a first line which shows that a file is JSON in another form than an
     object on each line.
     """
     _check_encoding(head, path)
     line = head.removeprefix(codecs.BOM_UTF8).strip()
     if line.startswith(b'['):
-        raise ValueError(
+        raise UserError(
             f'{path} is one JSON array, expected a JSON object on each line: split it, `jq -c ".[]"'
             f' {path} > NEW.jsonl`'
         )
     if line == b'{':
-        raise ValueError(
+        raise UserError(
             f'{path} is JSON spread over several lines, expected a JSON object on each line: put it'
             f' on lines, `jq -c . {path} > NEW.jsonl`'
         )
@@ -389,13 +390,13 @@ def _parquet_file(f, path):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f'{path} needs the library pyarrow, which is not installed: type `pip install pyarrow`'
         ) from None
     try:
         return pyarrow.parquet.ParquetFile(f)
     except (ValueError, OSError) as error:
-        raise ValueError(f'{path} cannot be read as parquet ({error}): fetch it again') from None
+        raise UserError(f'{path} cannot be read as parquet ({error}): fetch it again') from None
 
 
 def _parquet_units(f, path, size, split):
@@ -418,7 +419,7 @@ def _parquet_units(f, path, size, split):
 
 
 def read(unit, text_field='text'):
-    """Yield the Rows of a unit. Raises ValueError for a file that is damaged, not UTF-8, or without
+    """Yield the Rows of a unit. Raises UserError for a file that is damaged, not UTF-8, or without
     the column.
     """
     lower = unit.path.lower()
@@ -444,14 +445,14 @@ def _text(f, unit):
             codecs.getincrementaldecoder('utf-8')(), translate=True
         ).decode(content, final=True)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f'{unit.path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at'
             f' {unit.begin + error.start:,}): convert it, for instance with `iconv -f latin1 -t'
             ' utf-8`'
         ) from None
     controls = len(content) - len(content.translate(None, _CONTROLS))
     if controls > max(8, len(content) // 20):
-        raise ValueError(
+        raise UserError(
             f'{unit.path} has {100 * controls / len(content):.0f} % control characters, so it is no'
             f' text in UTF-8: convert it, for instance with `iconv -f UTF-16LE -t UTF-8 {unit.path}'
             ' > NEW`'
@@ -465,7 +466,7 @@ _CONTROLS = bytes({*range(28)} - {*b'\b\t\n\r\f\v\x1b'})
 
 
 def _refuse_utf16(content, path):
-    """Raise ValueError for bytes that are UTF-16 without a byte order mark, much of which is UTF-8
+    """Raise UserError for bytes that are UTF-16 without a byte order mark, much of which is UTF-8
     as well.
 
     Every second byte is then that of a script, such as 00 of Latin letters, 04 of Cyrillic or 06 of
@@ -480,7 +481,7 @@ def _refuse_utf16(content, path):
             and (half == 0).any()
             and (half == often).sum() > 0.6 * len(half)
         ):
-            raise ValueError(
+            raise UserError(
                 f'{path} has the byte {often:02x} at most {"odd" if name == "UTF-16LE" else "even"}'
                 f' places, as {name} without a byte order mark has, expected UTF-8: convert it,'
                 f' `iconv -f {name} -t UTF-8 {path} > NEW`'
@@ -513,7 +514,7 @@ def _packed_rows(f, unit, field):
                 line = line.removeprefix(codecs.BOM_UTF8)
             yield Row(*_text_of(line, field), f.tell())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
+        raise UserError(
             f'{unit.path} is damaged after line {number:,} ({error}): fetch it again'
         ) from None
 
@@ -525,7 +526,7 @@ def _zst_lines(f, path):
     try:
         import zstandard
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f'{path} needs the library zstandard, which is not installed: type `pip install'
             ' zstandard`'
         ) from None
@@ -599,7 +600,7 @@ def _parquet_rows(f, unit, field):
                 else None
             )
         if kind is None:
-            raise ValueError(
+            raise UserError(
                 f'{unit.path} has no column {field!r}: name one of {", ".join(names)} with'
                 ' --text_field, as a.b for b within a'
             )
@@ -629,7 +630,7 @@ def _parquet_rows(f, unit, field):
                     number += 1
                     yield Row(*_decoded(value, field), unit.size * number // rows)
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(
+            raise UserError(
                 f'{unit.path} is damaged after row {number:,}'
                 f' ({" ".join(str(error).split())[:200]}): fetch it again'
             ) from None
@@ -658,15 +659,15 @@ def _npz_rows(f, unit):
                 if name in names
             }
     except Exception as error:  # the archive and the headers in it can be damaged in many ways
-        raise ValueError(
+        raise UserError(
             f'{unit.path} cannot be read as .npz ({type(error).__name__}:'
             f' {" ".join(str(error).split())[:200]}): fetch it again'
         ) from None
     if not isinstance(arrays.get(TOKENS), np.ndarray):
-        raise ValueError(f'{unit.path} has no array {TOKENS!r}, only {", ".join(names)}')
+        raise UserError(f'{unit.path} has no array {TOKENS!r}, only {", ".join(names)}')
     ids = arrays[TOKENS]
     if ids.dtype.kind not in 'iu' or ids.ndim not in (1, 2):
-        raise ValueError(
+        raise UserError(
             f'{unit.path}: {TOKENS} is {ids.ndim}-dimensional {ids.dtype}, expected one or two'
             ' dimensions of integers'
         )
@@ -681,12 +682,12 @@ def _npz_rows(f, unit):
 
 def _without_padding(rows, arrays, path):
     """Return a bool array over `rows`: True where a token is no padding, as attention_mask and
-    sequence_lengths say. Raises ValueError.
+    sequence_lengths say. Raises UserError.
     """
     kept = np.ones(rows.shape, bool)
     if (mask := arrays.get('attention_mask')) is not None:
         if mask.shape not in (rows.shape, arrays[TOKENS].shape) or mask.dtype.kind not in 'biuf':
-            raise ValueError(
+            raise UserError(
                 f'{path}: attention_mask is {mask.dtype} of shape {mask.shape}, expected numbers of'
                 f' the shape of {TOKENS}, {rows.shape}'
             )
@@ -698,7 +699,7 @@ def _without_padding(rows, arrays, path):
             or lengths.min(initial=0) < 0
             or lengths.max(initial=0) > rows.shape[1]
         ):
-            raise ValueError(
+            raise UserError(
                 f'{path}: sequence_lengths is {lengths.dtype} of shape {lengths.shape}, expected'
                 f' {len(rows)} whole numbers from 0 to {rows.shape[1]}'
             )

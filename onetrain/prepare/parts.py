@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onetrain.config import UserError
 from onetrain.data.token_file import check_ids, token_dtype
 from onetrain.files import add_checksum, is_whole, replacing, verify_checksum
 from onetrain.prepare import documents
@@ -58,7 +59,7 @@ def make_part(
     tokens, documents, max_id; ids_sha256 (hex) and size of the ids, docs_sha256 and number of
     pieces, of each unit too; lines of each unit; rows that are not blank, broken ones among them,
     the first (unit, line, problem) or None; characters that were decoded again, those of them that
-    were lost, examples of these; modified: times of the files. Raises ValueError for a file that
+    were lost, examples of these; modified: times of the files. Raises UserError for a file that
     cannot be read and for ids beyond the vocabulary.
     """
     dtype = token_dtype({'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'})
@@ -238,7 +239,7 @@ class _Rows:
         self.broken += 1
         self.first = self.first or (len(self.lines) - 1, self.lines[-1], problem)
         if self.broken == self.count == 1000:
-            raise ValueError(
+            raise UserError(
                 '1,000 of 1,000 rows have no text, so nothing was written; the last is in'
                 f' {unit.path} ({problem}): correct the file, or name the field that holds the text'
                 ' with --text_field'
@@ -266,7 +267,7 @@ def _ids(unit, content, tokenizer, dtype):
         ids = content if made else tokenizer.encode(content)
         ids = (check_ids(ids, tokenizer.vocab_size) if len(ids) else ids).astype(dtype)
     except ValueError as error:
-        raise ValueError(f'{unit.path}: {error}') from None
+        raise UserError(f'{unit.path}: {error}') from None
     if made or not unit.last or tokenizer.eot_id is None:
         return ids
     return np.concatenate([ids, np.array([tokenizer.eot_id], dtype)])

@@ -27,6 +27,7 @@ import time
 
 from tqdm import tqdm
 
+from onetrain.config import UserError
 from onetrain.files import no_link, replacing
 from onetrain.prepare import documents, parts
 from onetrain.prepare.documents import Unit
@@ -95,7 +96,7 @@ class Plan:
     @classmethod
     def load(cls, folders, tokenizer):
         """Return (plan, parts folders) of unfinished work in `folders`, outputs of other machines.
-        Raises ValueError unless they belong together.
+        Raises UserError unless they belong together.
         """
         found = [
             os.path.join(folder, name)
@@ -104,12 +105,12 @@ class Plan:
             if name.startswith('parts-') and os.path.isfile(os.path.join(folder, name, 'plan.json'))
         ]
         if not found:
-            raise ValueError(
+            raise UserError(
                 f'--merge {" ".join(folders)}: there is no parts-… folder: name the output folders'
                 ' of the machines that ran --shard'
             )
         if len({os.path.basename(path) for path in found}) > 1:
-            raise ValueError(
+            raise UserError(
                 f'--merge: {", ".join(found)} are parts of different work: delete those that do not'
                 ' belong, or name their folders one by one'
             )
@@ -122,7 +123,7 @@ class Plan:
             saved['limit'],
         )
         if saved['tokenizer'] != tokenizer_digest(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f'{found[0]} was made with another tokenizer: give the --tokenizer that the'
                 ' machines had'
             )
@@ -152,7 +153,7 @@ def tokenizer_digest(tokenizer):
 @contextlib.contextmanager
 def exclusive_lock(plan, output, shard=(1, 1)):
     """Hold the parts folder of a plan and a shard, which is made, so that two runs of one command
-    do not make the same parts. Raises ValueError where another holds it.
+    do not make the same parts. Raises UserError where another holds it.
     """
     plan.save(output)
     path = os.path.join(plan.folder(output), f'shard-{shard[0]}-of-{shard[1]}.lock')
@@ -161,7 +162,7 @@ def exclusive_lock(plan, output, shard=(1, 1)):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise ValueError(
+                raise UserError(
                     f'{path} is held by another process that makes the same data set: wait for it'
                 ) from None
             # a file system without locks
@@ -171,7 +172,7 @@ def exclusive_lock(plan, output, shard=(1, 1)):
 def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
     """Make those parts of `plan` that are not in `output` yet (which exclusive_lock() holds), in
     num_proc processes (None: one for each core); shard (i, n): only the i-th of n shares. Returns
-    the Parts in order, with a limit only as many as it takes. Raises ValueError for broken input,
+    the Parts in order, with a limit only as many as it takes. Raises UserError for broken input,
     and when a process dies; what is finished stays for the next call.
     """
     folder = plan.folder(output)
@@ -259,7 +260,7 @@ def find_parts(plan, folders):
                         os.path.exists(parts.part_path(folder, i, 'json')) for folder in folders
                     )
                 ] or [index]
-                raise ValueError(
+                raise UserError(
                     f'{len(missing)} of {len(plan.parts)} parts are missing or damaged, the first'
                     f' is {missing[0]}: run each --shard to its end and name all their folders'
                 )
@@ -328,7 +329,7 @@ def _make(plan, folder, todo, num_proc, advance):
             for future in done:
                 yield waiting.pop(future), future.result()
     except concurrent.futures.process.BrokenProcessPool:
-        raise ValueError(
+        raise UserError(
             'a process that tokenizes was killed, for want of memory perhaps: what is finished is'
             f' kept in {folder}; type the same command again, with fewer than --num_proc {num_proc}'
             ' if it happens again'

@@ -43,7 +43,7 @@ FAMILIES = {
 def prepare(size, family, docstring, folder, argv=None):
     """Prepare the data set of `size`, a key of SOURCES, in the tokens of `family`, a key of
     FAMILIES, with the split of the source; that of 627b in a file for each part. docstring, folder:
-    of the script; argv as in sys.argv[1:]. Raises ValueError for what the user got wrong.
+    of the script; argv as in sys.argv[1:]. Raises UserError for what the user got wrong.
     """
     tokenizer, tokenizer_from, eot, config = FAMILIES[family]
     parser = cli.corpus_parser(docstring, folder, source=[SOURCES[size]], tokenizer=tokenizer)

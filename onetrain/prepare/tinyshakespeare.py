@@ -4,6 +4,7 @@ import http.client
 import os
 import urllib.request
 
+from onetrain.config import UserError
 from onetrain.files import replacing
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -23,19 +24,19 @@ def read(file, folder):
     """Return (train text, val text): of `file`, or where that is None of `folder`/input.txt,
     downloaded if missing.
 
-    90 % and 10 % of the characters, as nanoGPT splits them. Raises ValueError when there is no
+    90 % and 10 % of the characters, as nanoGPT splits them. Raises UserError when there is no
     text.
     """
     path = os.path.join(folder, 'input.txt') if file is None else file
     if file is None and not os.path.exists(path):
         _download(path)
     if not os.path.isfile(path):
-        raise ValueError(f'--input {path}: there is no such file')
+        raise UserError(f'--input {path}: there is no such file')
     try:
         with open(path, encoding='utf-8') as f:
             text = f.read()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f'--input {path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at'
             f' {error.start:,}): convert it, for instance with `iconv -f latin1 -t utf-8`'
         ) from None
@@ -49,7 +50,7 @@ def _download(path):
         with urllib.request.urlopen(URL, timeout=60) as response:
             content = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(
+        raise UserError(
             f'{URL} could not be downloaded ({error}): put the file at {path}, or name it with'
             ' --input FILE'
         ) from None

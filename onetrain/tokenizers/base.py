@@ -34,6 +34,7 @@ import shutil
 
 import numpy as np
 
+from onetrain.config import UserError
 from onetrain.files import check_own, inside, is_whole, parse_json, replacing
 from onetrain.tokenizers.byte_level import equivalent_of
 from onetrain.tokenizers.fast_tiktoken import FastTiktoken
@@ -68,13 +69,13 @@ def load_tokenizer(spec, texts=None):
     """Return the tokenizer that a user names with --tokenizer; see the table above.
 
     texts: iterable of str, read only by 'char', whose vocabulary is the sorted set of their
-    characters. Raises ValueError, in one sentence, for a name, file or library that is not there.
+    characters. Raises UserError, in one sentence, for a name, file or library that is not there.
     """
     if spec == 'bytes':
         return BytesTokenizer()
     if spec == 'char':
         if texts is None:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer 'char' is made from a text, and there is none here: name another,"
                 ' such as bytes'
             )
@@ -86,16 +87,16 @@ def load_tokenizer(spec, texts=None):
         return HuggingFaceTokenizer.of_folder(folder)
     if os.path.isdir(spec):
         if os.path.isfile(os.path.join(spec, 'tokenizer.model')):
-            raise ValueError(
+            raise UserError(
                 f'the folder {spec} has no tokenizer.json: type --tokenizer'
                 f' {os.path.join(spec, "tokenizer.model")}'
             )
-        raise ValueError(
+        raise UserError(
             f'the folder {spec} has no tokenizer.json: write one with '
             f"`transformers.AutoTokenizer.from_pretrained('{spec}').save_pretrained('{spec}')`"
         )
     if near := difflib.get_close_matches(spec, ['char', 'bytes'], 1, 0.75):
-        raise ValueError(f'unknown tokenizer {spec!r}, did you mean {near[0]!r}')
+        raise UserError(f'unknown tokenizer {spec!r}, did you mean {near[0]!r}')
     return TiktokenTokenizer(spec)
 
 
@@ -104,7 +105,7 @@ def tokenizer_of(folder, meta):
     there is none).
 
     nanoGPT's data sets are read as its sample.py does: stoi and itos where meta has them, gpt2
-    where there is no meta. Raises ValueError when meta names no tokenizer, or one whose files or
+    where there is no meta. Raises UserError when meta names no tokenizer, or one whose files or
     library are missing.
     """
     stated = meta.get('tokenizer')
@@ -122,7 +123,7 @@ def tokenizer_of(folder, meta):
         return HuggingFaceTokenizer.of_folder(inside(folder, stated.get('path'), place), folder)
     if kind == 'sentencepiece':
         return SentencePieceTokenizer.of_file(inside(folder, stated.get('path'), place))
-    raise ValueError(
+    raise UserError(
         f'{os.path.join(folder, "meta.pkl")} names the tokenizer {stated!r}, expected a dict whose'
         " 'kind' is bytes, char, tiktoken, hf or sentencepiece: run the prepare.py of this data"
         ' set again'
@@ -270,11 +271,11 @@ class CharTokenizer:
         return cls({character: i for i, character in itos.items()}, itos)
 
     def encode(self, text):
-        """Raises ValueError for a character that the data set does not have."""
+        """Raises UserError for a character that the data set does not have."""
         try:
             return np.fromiter(map(self.stoi.__getitem__, text), dtype=np.uint32, count=len(text))
         except KeyError as error:
-            raise ValueError(
+            raise UserError(
                 f'the character {error.args[0]!r} is not among the {self.vocab_size} of this data'
                 ' set: leave it out'
             ) from None
@@ -305,7 +306,7 @@ class TiktokenTokenizer:
         names = tiktoken.list_encoding_names()
         if name not in names:
             near = difflib.get_close_matches(name, ['bytes', 'char', *names], n=1)
-            raise ValueError(
+            raise UserError(
                 f'unknown tokenizer {name!r}{f", did you mean {near[0]!r}" if near else ""}: type'
                 ' bytes, char, a tiktoken encoding '
                 f'({", ".join(names)}), a folder with a tokenizer.json or a sentencepiece .model'
@@ -314,7 +315,7 @@ class TiktokenTokenizer:
         try:
             self.encoding = tiktoken.get_encoding(name)
         except OSError as error:  # what requests raises too
-            raise ValueError(
+            raise UserError(
                 f'tiktoken could not download the encoding {name!r} ({type(error).__name__}):'
                 ' connect this machine once, set TIKTOKEN_CACHE_DIR to a folder that has it, or'
                 ' name another tokenizer, such as bytes'
@@ -353,7 +354,7 @@ class TiktokenTokenizer:
 
 @contextlib.contextmanager
 def _panics_are_errors(say):
-    """Raise ValueError(say(error)) for any error of the library `tokenizers`, whose panics are no
+    """Raise UserError(say(error)) for any error of the library `tokenizers`, whose panics are no
     Exception.
     """
     try:
@@ -361,11 +362,11 @@ def _panics_are_errors(say):
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
             raise
-        raise ValueError(say(str(error)[:200])) from None
+        raise UserError(say(str(error)[:200])) from None
 
 
 def refuse_unfit(content, path):
-    """Raise ValueError for a tokenizer.json, as bytes, that gives other ids of the same text each
+    """Raise UserError for a tokenizer.json, as bytes, that gives other ids of the same text each
     time, or on which its library ends the process.
     """
     try:
@@ -376,7 +377,7 @@ def refuse_unfit(content, path):
     if not isinstance(model, dict):
         return
     if model.get('dropout'):
-        raise ValueError(
+        raise UserError(
             f'{path} has dropout={str(model["dropout"])[:20]}, which gives other ids of the same'
             ' text each time: set it to null there'
         )
@@ -393,7 +394,7 @@ def refuse_unfit(content, path):
             for pair in merges
         ]
         if not all(isinstance(piece, str) and piece.startswith(str(prefix)) for piece in right):
-            raise ValueError(
+            raise UserError(
                 f'{path} has merges without its continuing_subword_prefix {str(prefix)[:20]!r}:'
                 ' fetch it again'
             )
@@ -437,7 +438,7 @@ class HuggingFaceTokenizer:
         part.
         """
         if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
-            raise ValueError(
+            raise UserError(
                 f'the folder {folder} has no tokenizer.json: name one that has, or run the'
                 ' prepare.py of this data set again'
             )
@@ -467,7 +468,7 @@ class HuggingFaceTokenizer:
             if eos is not None and not is_whole(eos):
                 eos = None
         if token is not None and (eos is None or eos >= self.vocab_size):
-            raise ValueError(
+            raise UserError(
                 f'the eos token {token!r} that {self.source} names is not in its tokenizer.json: '
                 'correct eos_token in its tokenizer_config.json'
             )
@@ -478,11 +479,11 @@ class HuggingFaceTokenizer:
         try:
             settings = parse_json(self.files.get(name, b'{}'))
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f'{os.path.join(self.source, name)} cannot be read ({error}): fetch it again'
             ) from None
         if not isinstance(settings, dict):
-            raise ValueError(f'{os.path.join(self.source, name)} holds no object: fetch it again')
+            raise UserError(f'{os.path.join(self.source, name)} holds no object: fetch it again')
         return settings
 
     def encode(self, text):
@@ -516,7 +517,7 @@ class HuggingFaceTokenizer:
     def describe(self, folder):
         path = os.path.join(folder, 'tokenizer')
         if os.path.islink(path):
-            raise ValueError(
+            raise UserError(
                 f'{path} is a link, and the files of a tokenizer are to be written there: remove it'
             )
         for name in HF_FILES:  # of the tokenizer that was here before
@@ -543,7 +544,7 @@ class SentencePieceTokenizer:
         except RuntimeError:
             self.vocab_size = 0
         if not self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f'{source} is no sentencepiece model: fetch it again, or name another tokenizer'
             )
         self.eot_id = self.processor.eos_id() if self.processor.eos_id() >= 0 else None
@@ -555,7 +556,7 @@ class SentencePieceTokenizer:
     @classmethod
     def of_file(cls, path):
         if not os.path.isfile(path):
-            raise ValueError(
+            raise UserError(
                 f'there is no sentencepiece model {path}: type the path of an existing .model file'
             )
         return cls(_read(path), path)
@@ -575,7 +576,7 @@ def _library(name, spec):
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(
+        raise UserError(
             f'the tokenizer {spec!r} needs the library {name}, which is not installed: type `pip'
             f' install {name}`, or name another tokenizer, such as bytes'
         ) from None

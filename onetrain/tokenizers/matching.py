@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.token_file import read_meta
 from onetrain.files import inside
 from onetrain.tokenizers.base import ids_digest, load_tokenizer, same_tokenizer, tokenizer_of
@@ -87,7 +87,7 @@ def same_ids(folder, other_folder):
 
 def check_weights(hf_folder, data_folder, dataset):
     """Return a sentence on whether the tokenizer of a Hugging Face folder is that of the data.
-    Raises ConfigError if it is not.
+    Raises UserError if it is not.
     """
     theirs, reason = load_of_weights(hf_folder)
     ours, other_reason = load_of_dataset(data_folder)
@@ -102,7 +102,7 @@ def check_weights(hf_folder, data_folder, dataset):
             if os.path.isfile(os.path.join(data_folder, 'prepare.py'))
             else 'data/own_text/prepare.py'
         )
-        raise ConfigError(
+        raise UserError(
             f'the data set {dataset} was made with another tokenizer than that of {hf_folder}, so'
             f' its ids mean nothing to these weights: type `python {script} --tokenizer'
             f' {hf_folder}`, with the --input and --output of the data set, or give another'
@@ -128,14 +128,14 @@ def same_digest(gave, gives):
 
 
 def check_resumed(resumed, folder, meta, dataset, notes):
-    """Raise ConfigError if the data that a run resumes with were made with another tokenizer than
+    """Raise UserError if the data that a run resumes with were made with another tokenizer than
     those it was trained with.
 
     resumed: the state of its checkpoint; folder, meta: of the data set now.
     """
     same = same_digest(resumed.get('token_ids'), digest_of_dataset(folder))
     if same is False:
-        raise ConfigError(
+        raise UserError(
             f'the tokenizer of {dataset} gives other ids than the one that this run was trained'
             ' with: prepare the data with the same --tokenizer, or give the --dataset it had'
         )
@@ -160,7 +160,7 @@ def check_resumed(resumed, folder, meta, dataset, notes):
             f' is not known: {reason or other_reason}'
         )
     elif not same_tokenizer(old, new):
-        raise ConfigError(
+        raise UserError(
             f'the data set {dataset} was made with another tokenizer than {before}, with which this'
             ' run was trained: prepare it with the same --tokenizer, or give another --dataset'
         )

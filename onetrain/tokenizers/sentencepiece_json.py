@@ -16,6 +16,8 @@ from collections import defaultdict
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from onetrain.config import UserError
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces
 
 
@@ -49,7 +51,7 @@ def _fields(data):
             size = varint()
             value, at = data[at : at + size], at + size
         else:
-            raise ValueError(f'wire type {kind}')
+            raise UserError(f'wire type {kind}')
         yield key >> 3, value
 
 
@@ -243,16 +245,16 @@ def convert(model):
     """Return (tokenizers.Tokenizer, notes) of the bytes of a .model file; notes: in which texts the
     two may differ, one phrase each.
 
-    Raises ValueError for a model that tokenizer.json cannot express.
+    Raises UserError for a model that tokenizer.json cannot express.
     """
     m, notes = read_model(model), []
     pieces = m['pieces']
     if m['model_type'] == 'word':
-        raise ValueError('its type is word, which tokenizer.json cannot express')
+        raise UserError('its type is word, which tokenizer.json cannot express')
     if m['denormalizer']:
-        raise ValueError('it has rules for decoding, which tokenizer.json cannot express')
+        raise UserError('it has rules for decoding, which tokenizer.json cannot express')
     if m['model_type'] != 'unigram' and any(kind == UNUSED for _, _, kind in pieces):
-        raise ValueError('it has unused pieces, which tokenizer.json cannot express')
+        raise UserError('it has unused pieces, which tokenizer.json cannot express')
     unknown = next(i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN)
     user_defined = [p for p, _, kind in pieces if kind == USER_DEFINED]
     build = _unigram if m['model_type'] == 'unigram' else _bpe

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+from onetrain.config import UserError
 from onetrain.tokenizers.base import EOT, HuggingFaceTokenizer
 
 GPT2, LLAMA3 = 'gpt2', 'llama3'
@@ -19,17 +20,17 @@ PATTERNS = {
 
 def train_bpe(texts, vocab_size, pattern=GPT2):
     """Return a HuggingFaceTokenizer: byte-level BPE of `texts` with `vocab_size` ids, of which 0
-    ends a text. Raises ValueError for a size below 257.
+    ends a text. Raises UserError for a size below 257.
     """
     if vocab_size < 257:
-        raise ValueError(
+        raise UserError(
             f'--vocab_size {vocab_size} is too small for 256 bytes and the end of text: type 257 or'
             ' more'
         )
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise ValueError(
+        raise UserError(
             'byte-level BPE is trained with the library tokenizers, which is not installed: type'
             ' `pip install tokenizers`'
         ) from None
@@ -68,7 +69,7 @@ def train_bpe(texts, vocab_size, pattern=GPT2):
 
 def train_sentencepiece(texts, folder, kind, vocab_size):
     """Write tokenizer.model of `texts` to `folder`: kind 'unigram' or 'sp_bpe', as LLaMA-2's.
-    Raises ValueError for a vocab_size that the text does not give.
+    Raises UserError for a vocab_size that the text does not give.
     """
     import sentencepiece
 
@@ -99,7 +100,7 @@ def train_sentencepiece(texts, folder, kind, vocab_size):
             if 'smaller than required' in text or 'Increase vocab_size' in text
             else 'a smaller'
         )
-        raise ValueError(
+        raise UserError(
             f'sentencepiece cannot make {vocab_size} pieces of this text ({text[-200:]}): type'
             f' {advice} --vocab_size'
         ) from None

@@ -101,7 +101,7 @@ class ModelOptions:
         )
 
     def check_memory(self, prediction, accumulation):
-        """Raise ConfigError for a step that does not fit into memory, with what would fit."""
+        """Raise UserError for a step that does not fit into memory, with what would fit."""
 
         def predicted(changes, batch_size, accumulation):
             changed = dataclasses.replace(self.config, **changes)
@@ -205,7 +205,7 @@ def with_largest_batch(options, terminal, notes):
 
 def predict_memory(plan, model, terminal, notes):
     """Return the memory.Prediction of a step, None where it is small or cannot be told. Raises
-    ConfigError for a step that does not fit, unless ignore_memory is set.
+    UserError for a step that does not fit, unless ignore_memory is set.
     """
     c, options = plan.config, plan.options
     world, shape = options.world, options.shape

@@ -6,7 +6,7 @@ import torch
 
 from onetrain import huggingface
 from onetrain.checkpoint import resume
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.dataset import NotPrepared, folder_of, open_dataset, parse_mixture
 from onetrain.data.order import order_of
 from onetrain.data.token_file import read_meta
@@ -25,7 +25,7 @@ def dry_run(c, given, shape_keys, root):
     comes from; returns the exit code.
 
     given: {key: where it was given}; shape_keys: keys that come from a checkpoint; root: folder of
-    data/. Raises ConfigError for what no run can have.
+    data/. Raises UserError for what no run can have.
     """
     notes, before = [], dataclasses.replace(c)
     validate.validate(c)
@@ -48,7 +48,7 @@ def dry_run(c, given, shape_keys, root):
         prediction = plan.options.predict(c.batch_size, plan.accumulation)
         if not assumed:
             plan.options.check_memory(prediction, plan.accumulation)
-    except ConfigError as error:  # not predicted, or too much
+    except UserError as error:  # not predicted, or too much
         problem = str(error)
     model = plan.model(world)
     shown = plan.config

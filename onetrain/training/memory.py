@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 
 SHARE = 0.9  # of the free memory that find_batch_size() takes
 PATIENCE_S = 6  # in which a batch that fits is looked for
@@ -47,7 +47,7 @@ class Prediction:
         return f'{self.total / 1e9:.2f} GB predicted for a step ({parts})'
 
 
-class NotPredicted(ConfigError):
+class NotPredicted(UserError):
     """The step could not be gone through without contents; the message says why."""
 
 
@@ -161,13 +161,13 @@ def available_memory(device):
 
 
 def refuse_too_large(model, device, shards=1):
-    """Raise ConfigError if the float32 parameters of `model` (on the meta device), split over
+    """Raise UserError if the float32 parameters of `model` (on the meta device), split over
     `shards` ranks, do not fit into the free memory of `device`.
     """
     needed, free = sum(4 * p.numel() for p in model.parameters()) / shards, available_memory(device)
     if needed > free:
         largest, parameter = max(model.named_parameters(), key=lambda item: item[1].numel())
-        raise ConfigError(
+        raise UserError(
             f'the weights of this model take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of'
             f' memory are free: make it smaller (the largest tensor is {largest},'
             f' {tuple(parameter.shape)}), or share it out with --use_fsdp=True on more processes'
@@ -175,7 +175,7 @@ def refuse_too_large(model, device, shards=1):
 
 
 def refuse_large_step(prediction, device, c, accumulation, sharded, predicted):
-    """Raise ConfigError for a step that does not fit into the free memory of `device`, with keys
+    """Raise UserError for a step that does not fit into the free memory of `device`, with keys
     that make it fit and how much they take.
 
     c: train.Config; accumulation: micro-steps; sharded: whether parameters are; predicted: function
@@ -209,7 +209,7 @@ def refuse_large_step(prediction, device, c, accumulation, sharded, predicted):
     ]
     if not sharded and device.type == 'cuda':
         ways.append('--use_fsdp=True on several GPUs shards it')
-    raise ConfigError(
+    raise UserError(
         f'{prediction.describe()}, and {room / 1e9:.1f} GB are free: {"; ".join(ways)};'
         ' --ignore_memory=True starts all the same'
     )
@@ -242,7 +242,7 @@ def find_batch_size(predicted, sequences, room):
     """Return the largest batch_size that divides `sequences`, those of an iteration on a rank, for
     which predicted(batch_size).total is at most SHARE of `room` bytes.
 
-    Raises ConfigError where not even one sequence fits.
+    Raises UserError where not even one sequence fits.
     """
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
     low, high = -1, len(sizes) - 1  # the largest that fits is in between
@@ -253,7 +253,7 @@ def find_batch_size(predicted, sequences, room):
         else:
             high = middle - 1
     if low < 0:
-        raise ConfigError(
+        raise UserError(
             f'find_batch_size=True: even one sequence does not fit into {SHARE:.0%} of'
             f' {room / 1e9:.1f} GB: {predicted(1).describe()}; type a smaller --block_size,'
             ' --activation_checkpointing=full, or share the model out with --use_fsdp=True'

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.loader import inputs_and_targets, read_batch
 from onetrain.distributed import collectives, layouts
 from onetrain.logs.run_log import now
@@ -132,7 +132,7 @@ class CudaGraphStep:
         """Record and compare. batches: two pairs (x, y); forget(): called after each trial, resets
         what a forward pass leaves in the model beside gradients. Returns the seconds that it took.
 
-        Raises ConfigError on every rank where a step cannot be recorded, or its graphs do not
+        Raises UserError on every rank where a step cannot be recorded, or its graphs do not
         repeat it.
         """
         before, world = time.perf_counter(), self.plain.world
@@ -157,7 +157,7 @@ class CudaGraphStep:
         error = self._record_all()
         forget()
         if collectives.all_reduce_max(int(error is not None), self.plain.world):
-            raise ConfigError(
+            raise UserError(
                 'use_cuda_graphs=True: the step cannot be recorded'
                 f' ({error or "on another process"}): type --use_cuda_graphs=False'
             )
@@ -169,7 +169,7 @@ class CudaGraphStep:
             else torch.allclose(expected[1], found[1], rtol=0.01)
         )
         if collectives.all_reduce_max(int(not alike), self.plain.world):
-            raise ConfigError(
+            raise UserError(
                 'use_cuda_graphs=True: the recorded step does not compute what the plain one does'
                 f' (losses and norms of gradients {found[1].tolist()[:6]}, expected'
                 f' {expected[1].tolist()[:6]}): type --use_cuda_graphs=False'

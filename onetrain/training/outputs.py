@@ -25,7 +25,7 @@ class RunOutputs:
 
 
 def open_outputs(start, plan, model, folder, world, notes):
-    """Take out_dir for this run; returns a RunOutputs. Raises ConfigError where others have it."""
+    """Take out_dir for this run; returns a RunOutputs. Raises UserError where others have it."""
     c, saved = plan.config, start.checkpoint_state
     if c.eval_only:
         return RunOutputs()

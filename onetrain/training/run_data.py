@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from onetrain.checkpoint import resume
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.data.dataset import (
     Mixture,
     Tokens,
@@ -50,7 +50,7 @@ class RunData:
 
 
 def open_data(start, given, root, world, terminal, notes):
-    """Return the RunData of start.config, from `root`/data or from data_url. Raises ConfigError for
+    """Return the RunData of start.config, from `root`/data or from data_url. Raises UserError for
     data that the model or the checkpoint does not fit.
 
     start: StartPoint; given: {key: where it was given}.
@@ -114,14 +114,14 @@ class PromptsAndTasks:
 
 def load_prompts_and_tasks(c, data, world):
     """Return the PromptsAndTasks that sample_interval and eval_tasks ask for. Raises
-    ConfigError.
+    UserError.
     """
     tokenizer = None
     if c.sample_interval or c.eval_tasks:
         try:
             tokenizer = data.tokenizer()
         except ValueError as error:
-            raise ConfigError(
+            raise UserError(
                 f'sample_interval and eval_tasks need the tokenizer of {c.dataset}: {error}'
             ) from None
     prompts = prompts_of(c.sample_start, tokenizer, c.block_size) if c.sample_interval else []

@@ -10,7 +10,7 @@ import torch
 
 from onetrain import huggingface
 from onetrain.checkpoint import resume, store
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.distributed import collectives, layouts
 from onetrain.tokenizers import matching
 from onetrain.training import optim, validate
@@ -47,7 +47,7 @@ class StartPoint:
         """Find what `c` asks for: settings now, weights once there is a model.
 
         given: {key: where it was given}; shape_keys: keys that come from the checkpoint; folder:
-        resume.OutDirLock. Raises ConfigError.
+        resume.OutDirLock. Raises UserError.
         """
         fetching = c.resume_from and not resume.is_step(c.resume_from)
         if fetching or not c.eval_only:  # evaluating alone only reads
@@ -58,8 +58,8 @@ class StartPoint:
             start = cls(*resume.find_checkpoint(c, given, shape_keys, world, notes, verified))
             try:
                 validate.validate(start.config)
-            except ConfigError as error:
-                raise ConfigError(
+            except UserError as error:
+                raise UserError(
                     f'the checkpoint in {c.out_dir} has settings that no run can have: {error}'
                 ) from None
         elif c.init_from != 'scratch':
@@ -86,7 +86,7 @@ class StartPoint:
         return self.checkpoint_state is not None and self.nanogpt is None
 
     def describe_weights(self, data_folder, world):
-        """Return the sentence of the report about where the weights come from. Raises ConfigError
+        """Return the sentence of the report about where the weights come from. Raises UserError
         for those of another tokenizer than the data set's.
         """
         c = self.config

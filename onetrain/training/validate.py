@@ -7,7 +7,7 @@ import os
 import sys
 
 from onetrain.checkpoint import fault_injection, resume
-from onetrain.config import ConfigError
+from onetrain.config import UserError
 from onetrain.ops import experts
 
 _MOST = {
@@ -68,7 +68,7 @@ _BELOW_1 = ('dropout', 'beta1', 'beta2', 'muon_momentum')
 
 
 def validate(c):
-    """Raise ConfigError for values that no run can have."""
+    """Raise UserError for values that no run can have."""
     fault_injection.check()
     _check_bounds(c)
     _check_start(c)
@@ -78,39 +78,39 @@ def validate(c):
 def _check_bounds(c):
     for key in _AT_LEAST_1:
         if getattr(c, key) < 1:
-            raise ConfigError(f'{key}={getattr(c, key)} must be at least 1')
+            raise UserError(f'{key}={getattr(c, key)} must be at least 1')
     for key, most in _MOST.items():
         if getattr(c, key) > most:
-            raise ConfigError(f'{key}={getattr(c, key)} must be at most {most:,}')
+            raise UserError(f'{key}={getattr(c, key)} must be at most {most:,}')
     for key in _NOT_NEGATIVE:
         if (getattr(c, key) or 0) < 0:
-            raise ConfigError(f'{key}={getattr(c, key)} must not be negative')
+            raise UserError(f'{key}={getattr(c, key)} must not be negative')
     for key in _AT_LEAST_1_OR_NONE:
         if getattr(c, key) is not None and getattr(c, key) < 1:
-            raise ConfigError(f'{key}={getattr(c, key)} must be at least 1, or None')
+            raise UserError(f'{key}={getattr(c, key)} must be at least 1, or None')
     for key in _BELOW_1:
         if not 0 <= getattr(c, key) < 1:
-            raise ConfigError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
+            raise UserError(f'{key}={getattr(c, key)} must be at least 0 and below 1')
     if c.spike_factor and c.spike_factor <= 1:
-        raise ConfigError(
+        raise UserError(
             f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the'
             ' gradient norm), or 0 for off'
         )
     if c.timeout_minutes <= 0:
-        raise ConfigError(f'timeout_minutes={c.timeout_minutes} must be above 0')
+        raise UserError(f'timeout_minutes={c.timeout_minutes} must be above 0')
     if not 0 <= c.seed < 2**63:
-        raise ConfigError(f'seed={c.seed} must be at least 0 and below 2**63')
+        raise UserError(f'seed={c.seed} must be at least 0 and below 2**63')
 
 
 def _check_start(c):
     """Refuse keys about where a run starts, and where it writes, that contradict each other."""
     if '://' in c.out_dir:
-        raise ConfigError(
+        raise UserError(
             f'out_dir={c.out_dir!r} is a URL, and a run is written to a local folder: type'
             f' --upload_to={c.out_dir} to copy it there'
         )
     if c.auto_resume and resume.is_step(c.resume_from):
-        raise ConfigError(
+        raise UserError(
             f'resume_from={c.resume_from} with auto_resume=True would go back to iteration'
             f' {c.resume_from} at every start: type --init_from=resume'
             f' --resume_from={c.resume_from} once, with --auto_resume=False'
@@ -120,14 +120,14 @@ def _check_start(c):
         and (meant := difflib.get_close_matches(c.init_from, ['scratch', 'resume'], 1, 0.75))
         and c.init_from not in meant
     ):
-        raise ConfigError(f'init_from={c.init_from!r} is no folder, did you mean {meant[0]!r}')
+        raise UserError(f'init_from={c.init_from!r} is no folder, did you mean {meant[0]!r}')
     if c.upcycle and c.init_from == 'scratch':
-        raise ConfigError(
+        raise UserError(
             'upcycle=True needs --init_from with the Hugging Face folder or id of a dense model'
             ' (export.py makes one of a run)'
         )
     if c.resume_from and c.init_from != 'resume' and not c.auto_resume:
-        raise ConfigError(
+        raise UserError(
             f'resume_from={c.resume_from!r} needs --init_from=resume or --auto_resume=True'
         )
 
@@ -143,7 +143,7 @@ def _check_packages(c):
             and package not in sys.modules
             and importlib.util.find_spec(package) is None
         ):
-            raise ConfigError(
+            raise UserError(
                 f'{key}=True needs the package {package}: pip install {package}, or leave it out'
             )
 
@@ -206,13 +206,13 @@ def warn_about_schedule(c, notes):
 
 
 def validate_cuda_graphs(c, device_type, dispatch, notes):
-    """Return whether micro-steps are recorded as CUDA graphs. Raises ConfigError for steps that
+    """Return whether micro-steps are recorded as CUDA graphs. Raises UserError for steps that
     cannot be; where there is no GPU, notes that it does without. dispatch: of experts, or None.
     """
     if not c.use_cuda_graphs:
         return False
     if dispatch == 'grouped' and experts.waits_for_host(device_type):
-        raise ConfigError(
+        raise UserError(
             'use_cuda_graphs=True cannot record experts on this GPU, whose grouped matmul waits for'
             ' the host (compute capability 9.0 and 10.0 have one that does not): type'
             ' --use_cuda_graphs=False'
@@ -235,7 +235,7 @@ def validate_cuda_graphs(c, device_type, dispatch, notes):
         ),
     ):
         if there:
-            raise ConfigError(
+            raise UserError(
                 f'use_cuda_graphs=True cannot record {what}: type --use_cuda_graphs=False, or'
                 f' {instead}'
             )
@@ -247,11 +247,11 @@ def validate_cuda_graphs(c, device_type, dispatch, notes):
 
 
 def end_of_documents(c, meta):
-    """Return the token after which documents are kept apart. Raises ConfigError where the data set
+    """Return the token after which documents are kept apart. Raises UserError where the data set
     has none.
     """
     if meta.get('eot_id') is None:
-        raise ConfigError(
+        raise UserError(
             f'document_mask=True needs an end-of-text token, and the meta.pkl of {c.dataset} names'
             ' none: prepare it with a tokenizer that has one, or leave --document_mask out'
         )
@@ -259,7 +259,7 @@ def end_of_documents(c, meta):
 
 
 def validate_context_parallel(c, shape):
-    """Raise ConfigError for what attention and experts cannot do when a sequence is spread over
+    """Raise UserError for what attention and experts cannot do when a sequence is spread over
     ranks.
     """
     for there, key in (
@@ -268,12 +268,12 @@ def validate_context_parallel(c, shape):
         (c.document_mask, 'document_mask'),
     ):
         if there:
-            raise ConfigError(
+            raise UserError(
                 f'context_parallel={c.context_parallel} knows plain causal attention only, not'
                 f' {key}: type --context_parallel=1'
             )
     if shape.num_experts and c.block_size % (2 * c.context_parallel):
-        raise ConfigError(
+        raise UserError(
             f'a mixture of experts with context_parallel={c.context_parallel} needs a block_size'
             f' that {2 * c.context_parallel} divides, not {c.block_size}: type'
             f' --block_size={-(-c.block_size // (2 * c.context_parallel)) * 2 * c.context_parallel}'
@@ -338,7 +338,7 @@ def warn_ignored_keys(c, given, shape, routing, notes):
 
 
 def accumulation_steps(c, world_size):
-    """Micro-steps per iteration on each rank. Raises ConfigError if total_batch_size is no multiple
+    """Micro-steps per iteration on each rank. Raises UserError if total_batch_size is no multiple
     of one micro-step.
     """
     if not c.total_batch_size:
@@ -357,7 +357,7 @@ def accumulation_steps(c, world_size):
             for n in range(1, 2 * world_size)
             if c.total_batch_size % (c.batch_size * c.block_size * n) == 0
         ]
-        raise ConfigError(
+        raise UserError(
             f'total_batch_size={c.total_batch_size} is not a multiple of batch_size {c.batch_size}'
             f' x block_size {c.block_size} x {world_size} ranks = {micro_step} tokens: type'
             f' --total_batch_size={near}'
@@ -370,7 +370,7 @@ def accumulation_steps(c, world_size):
         )
     steps = c.total_batch_size // micro_step
     if steps > _MOST['gradient_accumulation_steps']:
-        raise ConfigError(
+        raise UserError(
             f'total_batch_size={c.total_batch_size} is {steps:,} micro-steps of {micro_step}'
             ' tokens: type a smaller one, or a larger --batch_size'
         )

@@ -227,10 +227,8 @@ def speed(path, step):
     """Return the tokens per second that the log beside a checkpoint has for its iteration, or
     None.
     """
-    folder, name = (
-        os.path.dirname(os.path.dirname(path)),
-        store.read_state(path).get('run_name'),
-    )
+    folder = os.path.dirname(os.path.dirname(path))
+    name = store.read_state(path).get('run_name')
     log = os.path.join(folder, f'{name}.jsonl')
     if not os.path.isfile(log):
         return None
@@ -430,10 +428,8 @@ def copy(args):
         names = set()
         for step in reversed(steps_of(run, fs, args)):
             path = store.path_of(run, step)
-            started, reason = (
-                time.monotonic(),
-                tried(lambda: store.corruption_reason(path, 'size', fs), args.place),
-            )
+            started = time.monotonic()
+            reason = tried(lambda: store.corruption_reason(path, 'size', fs), args.place)
             if reason is None and (run_name := store.read_state(path, fs).get('run_name')) is None:
                 reason = 'its state.json has no run_name'
             if reason:

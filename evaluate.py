@@ -355,10 +355,8 @@ def speed(model, device, seconds=1.0):
     rows, block = [], model.config.block_size
     for batch in (1, 8):
         for length in sorted({max(1, min(block - 8, n)) for n in (64, 512, 4096)}):
-            idx, times = (
-                torch.zeros(batch, length, dtype=torch.int64, device=device),
-                {'prefill': [], 'decode': []},
-            )
+            idx = torch.zeros(batch, length, dtype=torch.int64, device=device)
+            times = {'prefill': [], 'decode': []}
             until = time.perf_counter() + seconds
             while len(times['decode']) < 4 or time.perf_counter() < until:
                 cache = cache_for(model, batch, length + 8)

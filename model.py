@@ -60,6 +60,10 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention of layer number `layer`, with grouped queries where there are fewer
+    heads of keys and values.
+    """
+
     def __init__(self, config, layer, backend, dropout):
         super().__init__()
         self.heads = (config.n_head, config.num_key_value_heads, config.num_key_value_heads)
@@ -70,17 +74,14 @@ class Attention(nn.Module):
         self.q_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, 'rmsnorm', config.norm_eps) if config.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(config.n_head)) if config.attention_sinks else None
-        self.layer, self.window, self.backend, self.dropout = (
-            layer,
-            config.windows[layer],
-            backend,
-            dropout,
-        )
+        self.layer, self.window = layer, config.windows[layer]
+        self.backend, self.dropout = backend, dropout
 
     def forward(self, x, cos_sin, ring, mask, cache):
-        B, T, _ = x.shape
-        # (B, heads, T, head_dim)
+        B, T, _ = x.shape  # (B, T, n_embd)
+        # (B, n_head + 2 n_kv, T, head_dim)
         qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
+        # queries and keys stay together until both are normalized and rotated
         qk, v = qkv.split_with_sizes((self.heads[0] + self.heads[1], self.heads[2]), dim=1)
         if self.q_norm is not None:
             q, k = qk.split_with_sizes(self.heads[:2], dim=1)
@@ -102,8 +103,8 @@ class Attention(nn.Module):
             self.window,
             mask,
             self.sinks,
-        )
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        )  # (B, n_head, T, head_dim)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, n_embd)
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
@@ -128,6 +129,10 @@ def activation_fn(config):
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them, (B, T, n_embd) to the same; gated kinds
+    compute gate and up in one matmul.
+    """
+
     def __init__(self, config, d_ff, dropout):
         super().__init__()
         self.activation_fn, ratio = activation_fn(config)
@@ -179,6 +184,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
+    """Mixture of experts: each token goes through the experts that the router chooses for it, and
+    through those that all tokens share.
+    """
+
     def __init__(self, config, dropout, dispatch):
         super().__init__()
         self.activation_fn, ratio = activation_fn(config)
@@ -195,8 +204,8 @@ class MoE(nn.Module):
         self.dropout, self.dispatch = dropout, dispatch
 
     def forward(self, x):
-        flat = x.flatten(0, -2)
-        chosen, gates, statistics = self.router(flat)
+        flat = x.flatten(0, -2)  # (tokens, n_embd)
+        chosen, gates, statistics = self.router(flat)  # (tokens, top_k) twice
         y = experts.run_experts(
             flat,
             chosen,
@@ -326,13 +335,11 @@ class Model(nn.Module):
         float8=None,
     ):
         super().__init__()
-        self.config, self.backend, self.dropout, self.ring, self.document_end = (
-            config,
-            backend,
-            dropout,
-            ring,
-            document_end,
-        )
+        self.config = config
+        self.backend = backend
+        self.dropout = dropout
+        self.ring = ring
+        self.document_end = document_end
         self.aux_loss, self.z_loss = aux_loss, z_loss
         parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
         if config.position_encoding == 'learned_absolute':
@@ -456,6 +463,7 @@ class Model(nn.Module):
         takes up these.
         """
         T = idx.size(1)
+        # sequences are split over ranks in training only
         ring = self.ring if targets is not None else None
         positions, documents = slice(0, T), None
         if ring is not None:
@@ -464,7 +472,7 @@ class Model(nn.Module):
             positions = cache.begin(T)
         elif self.document_end is not None:
             documents, positions = documents_of(idx, self.document_end)
-        x = self.transformer.wte(idx)
+        x = self.transformer.wte(idx)  # (B, T, n_embd)
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
@@ -477,6 +485,7 @@ class Model(nn.Module):
             else cache.length + T
         )
         cos_sin = self._cos_sin(positions, length) if self.rope else None
+        # one for each width of window, shared by its layers
         masks = (
             cache.masks
             if cache is not None
@@ -492,6 +501,7 @@ class Model(nn.Module):
         if cache is not None:
             cache.end(T)
         x = self.transformer.ln_f(x)
+        # the head computes the loss itself, so that not all logits need be there at a time
         loss = self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
         if routing and targets is not None and self.training:
             loss = self._routed(

@@ -51,10 +51,8 @@ def main():
     sizes = [size for size in (1, 4, 16, 64, 256, 1024, 4096) if size <= args.largest]
     for size in sizes:
         count = size * 10**6 // 4 // n * n
-        full, part = (
-            torch.ones(count, device=world.device),
-            torch.ones(count // n, device=world.device),
-        )
+        full = torch.ones(count, device=world.device)
+        part = torch.ones(count // n, device=world.device)
         for name, call, factor in (
             ('all-reduce', lambda: dist.all_reduce(full), 2),
             ('reduce-scatter', lambda: scatter(part, full), 1),

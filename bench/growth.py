@@ -86,10 +86,8 @@ def iteration(step, experts=0):
 
         from onetrain.ops import experts as of_experts
 
-        routing, every = (
-            torch.rand(48, 128 + of_experts.STATISTICS),
-            of_experts.report.__code__.co_argcount > 5,
-        )
+        routing = torch.rand(48, 128 + of_experts.STATISTICS)
+        every = of_experts.report.__code__.co_argcount > 5
         shares = (step % 100 == 1,) if every else ()
         fields['moe'] = of_experts.report(
             routing, range(48), [torch.zeros(128)] * 48, 4096, 8, *shares

@@ -98,11 +98,9 @@ def reference_loop(
         **rates,
         **({'fused': True} if device == 'cuda' else {}),
     )
-    call, scaler, iteration = (
-        torch.compile(model) if compiled else model,
-        torch.amp.GradScaler(device, enabled=False),
-        0,
-    )
+    call = torch.compile(model) if compiled else model
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    iteration = 0
     x, y = batch()
     while True:
         if learning_rate:

@@ -329,11 +329,9 @@ def measure(args, folder):
 
     for peer in args.peers:
         ask(peer, args.warmup)
-    tokens, seconds, alone = (
-        args.batch_size * args.block_size,
-        {peer: [] for peer in args.peers},
-        [],
-    )
+    tokens = args.batch_size * args.block_size
+    seconds = {peer: [] for peer in args.peers}
+    alone = []
     for turn in range(args.rounds):
         for peer in [*args.peers][:: 1 if turn % 2 else -1]:
             seconds[peer] += [ask(peer, args.steps)[0] / args.steps]
@@ -398,10 +396,8 @@ def main():
         return serve(args)
     wanted = [peer for peer in args.peers if peer != 'litgpt' or importlib.util.find_spec('litgpt')]
     for family in [args.family] if args.family else VOCABULARIES:
-        args.family, args.peers = (
-            family,
-            [peer for peer in wanted if family == 'llama' or peer != 'litgpt'],
-        )
+        args.family = family
+        args.peers = [peer for peer in wanted if family == 'llama' or peer != 'litgpt']
         with tempfile.TemporaryDirectory() as folder:
             measure(args, folder)
 

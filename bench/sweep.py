@@ -240,10 +240,8 @@ class Sweep:
             problem = f'more than {self.own.seconds} s'
         if not problem:
             columns = load_run([out]).columns
-            speed, memory = (
-                float(statistics.median(columns['tokens_per_sec'][1:])),
-                float(columns['memory.max_allocated_gb'].max()),
-            )
+            speed = float(statistics.median(columns['tokens_per_sec'][1:]))
+            memory = float(columns['memory.max_allocated_gb'].max())
         self.rows.append((settings, speed, memory, problem))
         print(
             f'{" ".join(words) or "as it stands"}: '

@@ -129,12 +129,10 @@ def use_of_ids(tokens, meta, sample):
     """Return {'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd':
     share of ids at odd places that are below 16, 'even': at even ones}.
     """
-    counts, counted, small, largest = (
-        np.zeros(min(meta.get('vocab_size', 1), MOST), np.int64),
-        0,
-        np.zeros(2, np.int64),
-        0,
-    )
+    counts = np.zeros(min(meta.get('vocab_size', 1), MOST), np.int64)
+    counted = 0
+    small = np.zeros(2, np.int64)
+    largest = 0
     for begin, end in stretches(len(tokens), sample):
         ids = tokens.slice(begin, end)
         largest = max(largest, int(ids.max()))

@@ -108,10 +108,8 @@ class Texts:
 
     def __init__(self, inputs, text_field, max_bytes):
         self.units = list(documents.units_of_files(documents.find_files(inputs)))
-        self.text_field, self.every = (
-            text_field,
-            max(1.0, sum(unit.size for unit in self.units) / max_bytes),
-        )
+        self.text_field = text_field
+        self.every = max(1.0, sum(unit.size for unit in self.units) / max_bytes)
 
     def __iter__(self):
         self.bytes = self.count = 0
@@ -122,10 +120,8 @@ class Texts:
                     number += 1
                     if number > wanted:
                         wanted += self.every
-                        self.bytes, self.count = (
-                            self.bytes + len(row.content.encode('utf-8', 'replace')),
-                            self.count + 1,
-                        )
+                        self.bytes = self.bytes + len(row.content.encode('utf-8', 'replace'))
+                        self.count = self.count + 1
                         yield row.content
 
 

@@ -94,10 +94,8 @@ class Run:
         entries.
         """
         iters, values = self.extremes.get(name, (self.iters[:0], self.iters[:0]))
-        iters, values = (
-            np.concatenate([self.iters, iters]),
-            np.concatenate([self.column(name), values]),
-        )
+        iters = np.concatenate([self.iters, iters])
+        values = np.concatenate([self.column(name), values])
         order = np.argsort(iters, kind='stable')
         return iters[order], values[order]
 
@@ -355,14 +353,12 @@ class Thinned:
     """
 
     def __init__(self, stride):
-        self.stride, self.kept, self.extremes, self.between, self.last, self.shares = (
-            stride,
-            [],
-            [],
-            [],
-            None,
-            None,
-        )
+        self.stride = stride
+        self.kept = []
+        self.extremes = []
+        self.between = []
+        self.last = None
+        self.shares = None
 
     def pass_over(self, line):
         """Return whether the line of a .jsonl records an iteration that is not kept: its numbers

@@ -26,10 +26,8 @@ class Forked:
 
     def __init__(self, command, cwd, env):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        self.command, self.process = (
-            command,
-            CONTEXT.Process(target=_become, args=(list(command), cwd, env, theirs)),
-        )
+        self.command = command
+        self.process = CONTEXT.Process(target=_become, args=(list(command), cwd, env, theirs))
         self.process.start()
         theirs.close()
         self.pid, self.stdout = self.process.pid, os.fdopen(os.dup(ours.fileno()))

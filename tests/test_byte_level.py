@@ -32,10 +32,8 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
-BYTES, BY_REGEX = (
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    pre_tokenizers.ByteLevel(add_prefix_space=False),
-)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+BY_REGEX = pre_tokenizers.ByteLevel(add_prefix_space=False)
 KINDS = {
     'gpt2': (None, BY_REGEX),
     'starcoder2': (

@@ -112,10 +112,8 @@ def project(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         [text],
         trainers.BpeTrainer(
@@ -172,11 +170,9 @@ class Shell:
         environments = [{}]
         if kind == 'torchrun':
             own = words[: [word.endswith('.py') for word in words].index(True)]
-            words, size = (
-                words[len(own) :],
-                int(
-                    next(word.split('=')[1] for word in own if word.startswith('--nproc_per_node='))
-                ),
+            words = words[len(own) :]
+            size = int(
+                next(word.split('=')[1] for word in own if word.startswith('--nproc_per_node='))
             )
             common = {
                 'MASTER_ADDR': '127.0.0.1',
@@ -203,11 +199,9 @@ def test_commands_run(document, project):
         'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
     }
     # one document by torchrun itself
-    ran, shell = (
-        0,
-        Shell(
-            project, environment, ('python',) if document == 'README.md' else ('python', 'torchrun')
-        ),
+    ran = 0
+    shell = Shell(
+        project, environment, ('python',) if document == 'README.md' else ('python', 'torchrun')
     )
     # the guide compares with a second run, which the reader makes the same way
     for command in ['python train.py config/full_gpt2_1.36b.py'] * (

@@ -43,14 +43,10 @@ def test_changing_one_document_does_not_change_another(settings, backend):
         document_end=END,
     )
     model.init_weights(0)
-    first, second = (
-        torch.tensor([[9, 10, 11, 12, END]]),
-        torch.randint(10, 40, (1, 12), generator=torch.Generator().manual_seed(0)),
-    )
-    together, other = (
-        model(torch.cat([first, second], 1)),
-        model(torch.cat([torch.tensor([[20, 21, 22, 23, END]]), second], 1)),
-    )
+    first = torch.tensor([[9, 10, 11, 12, END]])
+    second = torch.randint(10, 40, (1, 12), generator=torch.Generator().manual_seed(0))
+    together = model(torch.cat([first, second], 1))
+    other = model(torch.cat([torch.tensor([[20, 21, 22, 23, END]]), second], 1))
     # experts multiply more or fewer rows at once, which rounds otherwise
     assert torch.allclose(
         together[:, 5:], other[:, 5:], atol=1e-6 if model.routed else 0, rtol=0

@@ -311,10 +311,8 @@ def test_documents_are_kept_apart_if_they_were_in_training(trained, tmp_path):
     )
     model, _, _, _ = load_run(str(tmp_path / 'run'), None, torch.device('cpu'), torch.float32)
     assert model.document_end is not None
-    found, logged = (
-        json.loads((tmp_path / 'x.json').read_text())['loss']['loss'],
-        records(tmp_path / 'run', 'eval')[-1]['val_loss'],
-    )
+    found = json.loads((tmp_path / 'x.json').read_text())['loss']['loss']
+    logged = records(tmp_path / 'run', 'eval')[-1]['val_loss']
     # the last window, which is shorter, is not in the run's
     assert found == pytest.approx(logged, abs=0.02)
 

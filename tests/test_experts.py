@@ -135,10 +135,8 @@ def test_routing_is_its_definition(
     score_function, n_groups, topk_groups, norm_topk_prob, route_scale
 ):
     generator = torch.Generator().manual_seed(n_groups)
-    logits, bias = (
-        torch.randn(30, 12, generator=generator),
-        0.3 * torch.randn(12, generator=generator),
-    )
+    logits = torch.randn(30, 12, generator=generator)
+    bias = 0.3 * torch.randn(12, generator=generator)
     options = dict(
         top_k=3,
         score_function=score_function,
@@ -169,10 +167,8 @@ def test_routing_is_its_definition(
 
 
 def test_balancing_moves_toward_the_mean():
-    bias, counts = (
-        [torch.zeros(4), torch.zeros(4)],
-        torch.tensor([[10.0, 2.0, 6.0, 6.0], [0.0, 0.0, 0.0, 12.0]]),
-    )
+    bias = [torch.zeros(4), torch.zeros(4)]
+    counts = torch.tensor([[10.0, 2.0, 6.0, 6.0], [0.0, 0.0, 0.0, 12.0]])
     experts.update_balance(bias, counts, 0.1, 1)
     assert torch.allclose(
         torch.stack(bias), torch.tensor([[-0.1, 0.1, 0.0, 0.0], [0.1, 0.1, 0.1, -0.1]])

@@ -47,11 +47,9 @@ def test_a_layer_computes_what_the_definition_says():
     x, g = torch.randn(20, 48, requires_grad=True), torch.randn(20, 1040)
     y = layers(x)
     y.backward(g)
-    x8, w8, g8 = (
-        rounded(x.detach(), torch.float8_e4m3fn),
-        rounded(weight.detach(), torch.float8_e4m3fn),
-        rounded(g, torch.float8_e5m2),
-    )
+    x8 = rounded(x.detach(), torch.float8_e4m3fn)
+    w8 = rounded(weight.detach(), torch.float8_e4m3fn)
+    g8 = rounded(g, torch.float8_e5m2)
     for found, expected, plain in (
         (y, x8 @ w8.T + bias, x @ weight.T + bias),
         (x.grad, g8 @ w8, g @ weight),

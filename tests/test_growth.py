@@ -31,10 +31,8 @@ from onetrain.tokenizers.base import load_tokenizer
 @pytest.fixture(scope='module')
 def parts(tmp_path_factory):
     """A data set in 400 files, and the same in one."""
-    folder, ids = (
-        tmp_path_factory.mktemp('parts'),
-        np.random.default_rng(0).integers(0, 61, (400, 50)),
-    )
+    folder = tmp_path_factory.mktemp('parts')
+    ids = np.random.default_rng(0).integers(0, 61, (400, 50))
     settings = dict(vocab_size=61, eot_id=None, tokenizer={'kind': 'char'}, split='as given')
     for name, sharded in (('many', True), ('one', False)):
         with TokenFileWriter(str(folder / name), sharded=sharded, **settings) as writer:
@@ -353,10 +351,8 @@ def reductions_over_replicas(arguments):
         )
         return real(tensor, *args, **kwargs)
 
-    dist.all_reduce, layouts.choose_layout = (
-        note,
-        lambda world, *args: (arrange(world, *args), worlds.append(world))[0],
-    )
+    dist.all_reduce = note
+    layouts.choose_layout = lambda world, *args: (arrange(world, *args), worlds.append(world))[0]
     try:
         return train.main(arguments), sum(found)
     finally:

@@ -129,12 +129,10 @@ def run_guard(norms, losses=None, **options):
     optimizer = optim.build_adamw(
         {'p': p}, learning_rate=0.1, betas=(0.9, 0.95), weight_decay=0.1, device_type='cpu'
     )
-    guard, values = (
-        optim.NonFiniteGuard(
-            [p], torch.amp.GradScaler('cpu', enabled=False), options.pop('max_bad', 3), **options
-        ),
-        [],
+    guard = optim.NonFiniteGuard(
+        [p], torch.amp.GradScaler('cpu', enabled=False), options.pop('max_bad', 3), **options
     )
+    values = []
     for step, norm in enumerate(norms, 1):
         p.grad = torch.ones(2, 2)
         guard.step(

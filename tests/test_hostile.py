@@ -728,12 +728,10 @@ def test_copies_go_both_ways(run, tmp_path, capsys):
 def test_many_checkpoints_of_a_bucket_are_looked_at_together(run, s3, monkeypatch):
     import fsspec
 
-    fs, place = (
-        fsspec.filesystem(
-            's3', endpoint_url=s3.environment['AWS_ENDPOINT_URL'], skip_instance_cache=True
-        ),
-        'bucket/together[x=1]',
+    fs = fsspec.filesystem(
+        's3', endpoint_url=s3.environment['AWS_ENDPOINT_URL'], skip_instance_cache=True
     )
+    place = 'bucket/together[x=1]'
     for step in range(1, 31):
         fs.put(newest(run), f'{place}/checkpoints/step_{step:08d}', recursive=True)
     fs.pipe(f'{place}/checkpoints/step_00000007/state.json', b'{')

@@ -47,11 +47,9 @@ def test_chunks_give_the_plain_loss_and_its_gradients(chunk, reduction):
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])
 def test_z_loss_is_in_the_gradient_and_not_in_the_value(chunk, reduction):
     torch.manual_seed(0)
-    hidden, weight, targets = (
-        torch.randn(2, 50, 24),
-        torch.randn(97, 24) * 0.3,
-        torch.randint(0, 97, (2, 50)),
-    )
+    hidden = torch.randn(2, 50, 24)
+    weight = torch.randn(97, 24) * 0.3
+    targets = torch.randint(0, 97, (2, 50))
     targets[0, :7] = IGNORE
     found = []
     for written_out in (True, False):
@@ -77,12 +75,10 @@ def test_compiled_it_is_the_same(reduction, z_loss):
     twice.
     """
     torch.manual_seed(0)
-    hidden, weight, targets, found = (
-        torch.randn(2, 50, 24),
-        torch.randn(97, 24) * 0.3,
-        torch.randint(0, 97, (2, 50)),
-        [],
-    )
+    hidden = torch.randn(2, 50, 24)
+    weight = torch.randn(97, 24) * 0.3
+    targets = torch.randint(0, 97, (2, 50))
+    found = []
     for compiled in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = (
@@ -103,12 +99,10 @@ def test_the_slope_is_the_same_by_comparison_and_by_scatter():
 
 
 def test_an_evaluation_computes_no_gradient():
-    hidden, weight, targets, counted = (
-        torch.randn(100, 24),
-        torch.randn(97, 24, requires_grad=True),
-        torch.randint(0, 97, (100,)),
-        [],
-    )
+    hidden = torch.randn(100, 24)
+    weight = torch.randn(97, 24, requires_grad=True)
+    targets = torch.randint(0, 97, (100,))
+    counted = []
     for wanted in (True, False):
         with torch.set_grad_enabled(wanted), FlopCounterMode(display=False) as counter:
             next_token_loss(hidden, weight, targets, 'sum', 40)

@@ -212,10 +212,8 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
     the timeout does not.
     """
     (tmp_path / 'slow_disk.py').write_text(SLOW_DISK)
-    at, slow = (
-        {'training': 50, 'saving': 40, 'waiting for a save': 40, 'nowhere': 0}[where],
-        where in ('waiting for a save', 'nowhere'),
-    )
+    at = {'training': 50, 'saving': 40, 'waiting for a save': 40, 'nowhere': 0}[where]
+    slow = where in ('waiting for a save', 'nowhere')
     process = start_process(
         '-m',
         'torch.distributed.run',

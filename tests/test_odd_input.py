@@ -613,11 +613,9 @@ def test_numbers_of_the_benches(name, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location(
         f'bench_{name}', os.path.join(ROOT, 'bench', f'{name}.py')
     )
-    module, parsers, parse = (
-        importlib.util.module_from_spec(spec),
-        [],
-        argparse.ArgumentParser.parse_args,
-    )
+    module = importlib.util.module_from_spec(spec)
+    parsers = []
+    parse = argparse.ArgumentParser.parse_args
     spec.loader.exec_module(module)
 
     def caught(self, *args, **kwargs):

@@ -188,10 +188,11 @@ def test_an_odd_value_costs_no_more_than_its_place(tmp_path, key):
     """In the header, an iteration, an evaluation and a resume; all are read, one for each key is
     drawn.
     """
-    header, records = (
-        write_jsonl(tmp_path, []).read_text(),
-        [record(it) for it in range(1, 9)] + [evaluation(4, 5.0), {'type': 'resume', 'iter': 8}],
-    )
+    header = write_jsonl(tmp_path, []).read_text()
+    records = [record(it) for it in range(1, 9)] + [
+        evaluation(4, 5.0),
+        {'type': 'resume', 'iter': 8},
+    ]
     path = tmp_path / 'run_20261121_021500.jsonl'
     for odd in ODD:
         spoiled = [

@@ -125,10 +125,8 @@ class Saver:
         (perf_counter), now by default.
         """
         assert self.thread is None, 'one save at a time'
-        self.started, self.outcome = (
-            due or time.perf_counter(),
-            SaveResult(step, store.path_of(self.out_dir, step)),
-        )
+        self.started = due or time.perf_counter()
+        self.outcome = SaveResult(step, store.path_of(self.out_dir, step))
         self.staged.clear()
         if self.background and not self.copies:
             self.reserve(tensors)
@@ -253,10 +251,8 @@ class Saver:
 
     def _write(self, step, tensors, state, size):
         folder = store.folder_of(self.out_dir)
-        final, temporary = (
-            store.path_of(self.out_dir, step),
-            os.path.join(folder, f'.writing_step_{step:08d}'),
-        )
+        final = store.path_of(self.out_dir, step)
+        temporary = os.path.join(folder, f'.writing_step_{step:08d}')
         main, files = self.world.main, _Files(step)
         try:
             self._together(lambda: self._make_room(temporary, size) if main else None)

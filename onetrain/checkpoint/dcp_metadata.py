@@ -26,10 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from onetrain.files import is_whole, plain_name, refuse_deep_pickle
 
-_METADATA, _FILESYSTEM = (
-    'torch.distributed.checkpoint.metadata',
-    'torch.distributed.checkpoint.filesystem',
-)
+_METADATA = 'torch.distributed.checkpoint.metadata'
+_FILESYSTEM = 'torch.distributed.checkpoint.filesystem'
 _CLASSES = [
     (_METADATA, name)
     for name in (
@@ -134,10 +132,8 @@ def parse(data, files):
         )
     storage = {}
     for index, place in places.items():
-        index, place = (
-            fields(index, (_METADATA, 'MetadataIndex')),
-            fields(place, (_FILESYSTEM, '_StorageInfo')),
-        )
+        index = fields(index, (_METADATA, 'MetadataIndex'))
+        place = fields(place, (_FILESYSTEM, '_StorageInfo'))
         name, offset = index.get('fqn'), index.get('offset')
         if (
             not isinstance(name, str)

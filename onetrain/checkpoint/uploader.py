@@ -76,10 +76,8 @@ def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, again=
     damaged copied. copy: called instead of copy_files() with (here, there, files). Raises
     ValueError for what arrives differently, and what the file systems raise.
     """
-    expected, manifest = (
-        store.read_manifest(here, fs)['files'],
-        fs.cat_file(f'{here}/manifest.json'),
-    )
+    expected = store.read_manifest(here, fs)['files']
+    manifest = fs.cat_file(f'{here}/manifest.json')
     new = not _equals(to_fs, f'{there}/manifest.json', manifest)
     if again and not new:
         new = not all(_has(to_fs, f'{there}/{name}', entry) for name, entry in expected.items())
@@ -275,24 +273,20 @@ class Uploader:
     """
 
     def __init__(self, url, out_dir, run_name, keep_local=None, machines=None):
-        self.url, self.out_dir, self.run_name, self.keep_local, self.machines = (
-            url,
-            out_dir,
-            run_name,
-            keep_local,
-            machines,
-        )
+        self.url = url
+        self.out_dir = out_dir
+        self.run_name = run_name
+        self.keep_local = keep_local
+        self.machines = machines
         self.fs, root = open_url(url)
         self.root = f'{place_of(root, out_dir)}/{run_name}'
         self.sent = {}  # of logs, see copy_logs()
         self.lock = threading.Lock()  # held while a checkpoint is chosen to be copied or removed
-        self.pending, self.current, self.done, self.broken, self.tries = (
-            set(store.steps(out_dir)),
-            None,
-            set(),
-            set(),
-            {},
-        )
+        self.pending = set(store.steps(out_dir))
+        self.current = None
+        self.done = set()
+        self.broken = set()
+        self.tries = {}
         self.last_success = time.monotonic()
         self.messages, self.wake, self.closing = [], threading.Event(), False
         self.thread = threading.Thread(target=self._run, daemon=True, name='copies')
@@ -384,10 +378,8 @@ class Uploader:
 
     def _copy(self, step):
         """Copy one checkpoint; False if it was there already."""
-        here, there = (
-            store.path_of(self.out_dir, step),
-            f'{self.root}/checkpoints/step_{step:08d}',
-        )
+        here = store.path_of(self.out_dir, step)
+        there = f'{self.root}/checkpoints/step_{step:08d}'
         # a checkpoint that is there has its log
         return copy_checkpoint(
             store.LOCAL,

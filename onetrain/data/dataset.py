@@ -84,13 +84,11 @@ class Tokens:
     """
 
     def __init__(self, path, split, pieces, fingerprint, max_id):
-        self.path, self.split, self.pieces, self.fingerprint, self.max_id = (
-            path,
-            split,
-            pieces,
-            fingerprint,
-            max_id,
-        )
+        self.path = path
+        self.split = split
+        self.pieces = pieces
+        self.fingerprint = fingerprint
+        self.max_id = max_id
         self.remote = isinstance(pieces[0], RemoteFile)
         self.firsts = np.cumsum([0, *map(len, pieces)])
         self.sources = [self]
@@ -132,10 +130,8 @@ class Tokens:
         starts, width = np.asarray(starts), block_size + 1
         rows = np.empty((len(starts), width), self.pieces[0].dtype)
         numbers = np.searchsorted(self.firsts, starts, 'right') - 1
-        places, crossing = (
-            zip(numbers.tolist(), (starts - self.firsts[numbers]).tolist()),
-            starts + width > self.firsts[numbers + 1],
-        )
+        places = zip(numbers.tolist(), (starts - self.firsts[numbers]).tolist())
+        crossing = starts + width > self.firsts[numbers + 1]
         wanted = {}  # {piece: [(where to, its first token)]}
         for row, (number, first), start, crosses in zip(
             rows, places, starts.tolist(), crossing.tolist()
@@ -227,10 +223,8 @@ class Mixture:
         self.sources, self.shares, self.split = sources, shares, sources[0].split
         self.path = ' and '.join(source.path for source in sources)
         self.firsts = np.cumsum([0, *map(len, sources)])
-        self.max_id, self.remote = (
-            max(source.max_id for source in sources),
-            any(source.remote for source in sources),
-        )
+        self.max_id = max(source.max_id for source in sources)
+        self.remote = any(source.remote for source in sources)
         self.fingerprint = hashlib.sha256(
             json.dumps(
                 [[str(share), source.fingerprint] for share, source in zip(shares, sources)]

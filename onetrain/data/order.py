@@ -74,10 +74,8 @@ class MixedOrder(_Order):
 
     def at(self, positions):
         source, turn = self.source[positions % len(self.source)], positions // len(self.source)
-        within, starts = (
-            turn * self.counts[source] + self.before[positions % len(self.source)],
-            np.empty(len(positions), np.int64),
-        )
+        within = turn * self.counts[source] + self.before[positions % len(self.source)]
+        starts = np.empty(len(positions), np.int64)
         for number, order in enumerate(self.orders):
             here = source == number
             starts[here] = self.firsts[number] + order.at(within[here])

@@ -61,10 +61,8 @@ class Storage:
         if time.monotonic() - self.looked > LOOK_AFTER and (
             self.looking is None or not self.looking.is_alive()
         ):
-            self.looked, self.looking = (
-                time.monotonic(),
-                threading.Thread(target=self._look, daemon=True, name='versions'),
-            )
+            self.looked = time.monotonic()
+            self.looking = threading.Thread(target=self._look, daemon=True, name='versions')
             self.looking.start()
         return self.known
 

@@ -55,10 +55,8 @@ class Heartbeat:
 
     def silent(self, seconds):
         """Return the ranks that have shown nothing new for `seconds`, though they did not end."""
-        now, shown = (
-            time.monotonic(),
-            self.store.multi_get([f'beat {rank}' for rank in range(self.size)]),
-        )
+        now = time.monotonic()
+        shown = self.store.multi_get([f'beat {rank}' for rank in range(self.size)])
         for rank, value in enumerate(shown):
             if self.seen.get(rank, (None,))[0] != value:
                 self.seen[rank] = value, now

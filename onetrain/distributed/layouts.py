@@ -360,10 +360,8 @@ def attach_zero1(optimizer, named, updated, world):
             p, mine, size = p.detach(), mine.detach().to_local(), -(-len(p) // world.size)
             full = p
             if len(p) % world.size:
-                full, padded = (
-                    p.new_empty(size * world.size, *p.shape[1:]),
-                    p.new_zeros(size, *p.shape[1:]),
-                )
+                full = p.new_empty(size * world.size, *p.shape[1:])
+                padded = p.new_zeros(size, *p.shape[1:])
                 padded[: len(mine)] = mine
                 mine = padded
             gathering.append((gather_rows(full, mine, async_op=True), p, full))

@@ -111,13 +111,11 @@ class Summary:
     def __init__(self):
         self.iterations, self.evaluations, self.checkpoints = 0, 0, 0
         self.last, self.first_ms, self.total_ms = None, 0.0, 0.0
-        self.mfu, self.mfu_known, self.best, self.best_iter, self.final = (
-            0.0,
-            0,
-            math.inf,
-            None,
-            None,
-        )
+        self.mfu = 0.0
+        self.mfu_known = 0
+        self.best = math.inf
+        self.best_iter = None
+        self.final = None
         self.rates, self.mfus, self.peak_gb = _Thinned(), _Thinned(), None
 
     def add(self, record):

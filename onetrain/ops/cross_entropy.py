@@ -133,10 +133,8 @@ class _ChunkedLoss(torch.autograd.Function):
             here, target = h[first : first + chunk], targets[first : first + chunk, None]
             there, target = target != IGNORE, target.clamp(min=0)
             logits = here @ w.T if room is None else torch.mm(here, w.T, out=room[: len(here)])
-            right, largest = (
-                logits.gather(1, target).float(),
-                logits.amax(dim=1, keepdim=True).float(),
-            )
+            right = logits.gather(1, target).float()
+            largest = logits.amax(dim=1, keepdim=True).float()
             p = (
                 torch.softmax(logits, dim=1, dtype=torch.float32)
                 if room is None

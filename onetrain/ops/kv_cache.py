@@ -23,13 +23,11 @@ class Cache:
     def __init__(
         self, windows, batch, n_kv, head_dim, size, device, dtype, padding=None, static=False
     ):
-        self.windows, self.size, self.padding, self.static, self.length = (
-            windows,
-            size,
-            padding,
-            static,
-            0,
-        )
+        self.windows = windows
+        self.size = size
+        self.padding = padding
+        self.static = static
+        self.length = 0
         room = [
             size if window is None or static else min(max(window - 1, 1), size)
             for window in windows
@@ -56,10 +54,8 @@ class Cache:
             self.masks = dict.fromkeys(self.windows, FULL_ATTENTION)
             return slice(self.length, self.length + 1)
         if self.static:
-            queries, seen = (
-                self.at + torch.arange(T, device=self.device),
-                torch.arange(self.size, device=self.device),
-            )
+            queries = self.at + torch.arange(T, device=self.device)
+            seen = torch.arange(self.size, device=self.device)
         else:
             queries = torch.arange(self.length, self.length + T, device=self.device)
         self.masks, self.queries = {}, queries

@@ -20,12 +20,10 @@ def inverse_frequencies(c, length):
     dimensions, for a sequence of `length` tokens (only dynamic depends on it). c:
     model.ModelConfig.
     """
-    d, theta, factor, original = (
-        c.rotary_dims,
-        c.rope_theta,
-        c.rope_factor,
-        c.rope_original_block_size,
-    )
+    d = c.rotary_dims
+    theta = c.rope_theta
+    factor = c.rope_factor
+    original = c.rope_original_block_size
     if c.rope_scaling == 'dynamic' and length > original:
         theta = theta * (factor * length / original - (factor - 1)) ** (d / (d - 2))
     plain = 1.0 / theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)

@@ -63,11 +63,9 @@ def equivalent_of(content):
     except ImportError:
         return None
     described = json.loads(content)
-    model, pattern, normalizer = (
-        described['model'],
-        pattern_of(described['pre_tokenizer']),
-        described.get('normalizer'),
-    )
+    model = described['model']
+    pattern = pattern_of(described['pre_tokenizer'])
+    normalizer = described.get('normalizer')
     if (
         pattern is None
         or re.search(r'[$^\\]', ATOM.sub('x', pattern))

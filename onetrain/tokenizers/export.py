@@ -42,10 +42,8 @@ def save_for_transformers(tokenizer, folder):
         made, eos = Tokenizer(_characters(tokenizer)), None
         made.pre_tokenizer, made.decoder = _split_each(), _fuse()
     elif isinstance(tokenizer, BytesTokenizer):
-        made, eos = (
-            _byte_level({bytes([i]): i for i in range(256)}, '', {EOT: tokenizer.eot_id}),
-            EOT,
-        )
+        made = _byte_level({bytes([i]): i for i in range(256)}, '', {EOT: tokenizer.eot_id})
+        eos = EOT
     elif isinstance(tokenizer, TiktokenTokenizer):
         encoding = tokenizer.encoding
         # possessive for the library of tiktoken, for that of tokenizers a repeated group

@@ -24,13 +24,11 @@ class ForwardBackward:
     """
 
     def __init__(self, model, train_model, world, autocast, scaler, weight, accumulation):
-        self.model, self.train_model, self.world, self.autocast, self.scaler = (
-            model,
-            train_model,
-            world,
-            autocast,
-            scaler,
-        )
+        self.model = model
+        self.train_model = train_model
+        self.world = world
+        self.autocast = autocast
+        self.scaler = scaler
         self.weight, self.accumulation = weight, accumulation
 
     def __call__(self, x, y, number):

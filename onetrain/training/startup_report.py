@@ -445,11 +445,9 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
     """
     if not summary.get('final_iter'):
         return []
-    speed, mfu, tokens = (
-        summary['median_tokens_per_sec'],
-        summary['median_mfu'],
-        summary['tokens_seen'],
-    )
+    speed = summary['median_tokens_per_sec']
+    mfu = summary['median_mfu']
+    tokens = summary['tokens_seen']
     final, best = summary['final_val_loss'], summary['best_val_loss']
     groups = {
         'Done': [

@@ -429,14 +429,20 @@ def commands(args):
             '-q',
             '-rs',
             *(
-                ['tests/test_loss.py']
+                ['tests/ops/test_cross_entropy.py']
                 if small
                 else [
                     '-k',
                     'gpu or a_run',
                     *(
-                        f'tests/test_{name}.py'
-                        for name in ('no_sync', 'graphs', 'fp8', 'attention', 'layouts')
+                        f'tests/{name}.py'
+                        for name in (
+                            'training/test_no_sync',
+                            'training/test_graphs',
+                            'ops/test_fp8',
+                            'ops/test_attention',
+                            'distributed/test_layouts',
+                        )
                     ),
                 ]
             ),

@@ -2,6 +2,7 @@
 Ends a run again and again at random moments and lets it continue by itself; the result must be, to
 the last bit, that of a run that nobody disturbed.
 
+    export PYTHONPATH=.:tests
     python bench/kill_resume.py --kills=100                                  SIGKILL, one process
     # SIGKILL of all processes of a torchrun with two ranks
     python bench/kill_resume.py --kills=100 --processes=2

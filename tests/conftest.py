@@ -47,6 +47,29 @@ def write_dataset(folder, train, val, vocab_size=64, **changes):
     return folder
 
 
+def write_shards(folder, train, val, sizes=(700, 1, 16, 300), vocab_size=5000):
+    """The same set as write_dataset() makes, in files of these sizes, again and again."""
+    with TokenFileWriter(
+        str(folder),
+        vocab_size=vocab_size,
+        eot_id=None,
+        tokenizer={'kind': 'bytes'},
+        split='by hand',
+        sharded=True,
+    ) as writer:
+        for split, ids in (('train', train), ('val', val)):
+            first = turn = 0
+            while first < len(ids):
+                size = sizes[turn % len(sizes)]
+                writer.append(
+                    split,
+                    np.asarray(ids[first : first + size], dtype=writer.dtype),
+                    [min(size, len(ids) - first)],
+                )
+                first, turn = first + size, turn + 1
+    return str(folder)
+
+
 def make_dataset(folder):
     """A data set of 20,000 + 4,000 characters of repetitive text; its absolute path serves as
     --dataset.
@@ -166,6 +189,30 @@ def torchrun(processes, *args, timeout=240, script='train.py'):
         timeout=timeout,
         env={'OMP_NUM_THREADS': '1'},
     )
+
+
+def run_ranks(processes, *args, timeout=240, script='train.py'):
+    """(largest exit code, output) of a script in processes with the environment that torchrun gives
+    them, but without its start of an interpreter for each.
+    """
+    common = {
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': str(free_port()),
+        'WORLD_SIZE': str(processes),
+        'LOCAL_WORLD_SIZE': str(processes),
+        'OMP_NUM_THREADS': '1',
+    }
+    started = [
+        start_process(script, *args, env={**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
+        for rank in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                end_all(process)
+    return max(process.returncode % 256 for process in started), ''.join(outputs)
 
 
 def records(out_dir, kind='iter'):

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_process, run_train, torchrun, write_dataset
+from conftest import ROOT, run_process, run_ranks, run_train, write_dataset
 from test_export import hugging_face_like
 
 import evaluate
@@ -110,7 +110,7 @@ def test_two_processes_find_what_one_does(trained):
             f'--json={trained}/{size}.json',
         ]
         code, output = (
-            run_process(*args) if size == 1 else torchrun(2, *args[1:], script='evaluate.py')
+            run_process(*args) if size == 1 else run_ranks(2, *args[1:], script='evaluate.py')
         )
         assert code == 0, output
         assert output.count('piqa: acc') == 1

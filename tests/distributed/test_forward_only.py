@@ -11,8 +11,8 @@ import signal
 import pytest
 import torch
 from conftest import TINY, equal, weights
+from layout_runs import FAMILIES, LAYOUTS
 from ranks import ranks, train
-from test_layouts import FAMILIES, LAYOUTS
 
 from onetrain.checkpoint import async_writer, store
 from onetrain.logs.run_log import RunLog

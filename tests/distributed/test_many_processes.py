@@ -26,6 +26,7 @@ from conftest import (
     losses,
     records,
     run_process,
+    run_ranks,
     start_process,
     torchrun,
     weights,
@@ -167,7 +168,7 @@ if __name__ == '__main__':
 )
 def test_the_slowest_rank_is_named(dataset, tmp_path, what, layout):
     (tmp_path / 'slow.py').write_text(SLOW_RANK_2)
-    code, output = torchrun(
+    code, output = run_ranks(
         3,
         what,
         f'--dataset={dataset}',

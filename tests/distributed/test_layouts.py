@@ -7,59 +7,20 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, equal, losses, records, run_process, torchrun, weights
-from ranks import ranks, train
+from conftest import equal, losses, records, run_process, run_ranks, weights
+from layout_runs import FAMILIES, LAYOUTS, arguments, close, norms, run
+from ranks import ranks
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.tensor.debug import CommDebugMode
 
 from onetrain.model_config import resolve_shape
 
-LAYOUTS = {
-    'DDP': [],
-    'ZeRO-1': ['--use_zero1=True'],
-    'ZeRO-2': ['--use_fsdp=True', '--fsdp_reshard=False'],
-    'ZeRO-3': ['--use_fsdp=True'],
-    'hybrid': ['--use_fsdp=True', '--fsdp_replicas=2'],
-    'context': ['--context_parallel=2'],
-}
-FAMILIES = {
-    'gpt2': ['--arch_preset=gpt2'],
-    'llama3': ['--arch_preset=llama3', '--n_head=4', '--num_key_value_heads=2'],
-    'neox': ['--arch_preset=neox', '--n_head=1'],
-}
 WORK = {  # micro-steps per iteration and what is computed again
     'plain': ['--batch_size=8', '--eval_iters=1'],
     'accumulated': ['--batch_size=4'],
     'recomputed': ['--batch_size=8', '--eval_iters=1', '--activation_checkpointing=full'],
     'accumulated and recomputed': ['--batch_size=4', '--activation_checkpointing=selective'],
 }
-
-
-def arguments(dataset, out, *args):
-    return [
-        f'--dataset={dataset}',
-        f'--out_dir={out}',
-        *TINY,
-        '--max_iters=20',
-        '--eval_interval=10',
-        '--total_batch_size=256',
-        '--save_log_to_json=False',
-        *args,
-    ]
-
-
-def run(size, *args):
-    code, output = train(size, *args)
-    assert code == 0, output
-    return output
-
-
-def norms(out):
-    return {record['iter']: record['gradients']['global_norm'] for record in records(out)}
-
-
-def close(a, b, tolerance):
-    return a.keys() == b.keys() and max(abs(a[k] - b[k]) for k in a) <= tolerance
 
 
 @pytest.fixture(scope='module')
@@ -400,13 +361,13 @@ def test_without_total_batch_size_accumulation_counts_on_each_rank(dataset, tmp_
 def test_compiled_equals_eager(dataset, tmp_path):
     common = ['--max_iters=8', '--arch_preset=llama3', '--num_key_value_heads=1']
     run(1, *arguments(dataset, tmp_path / 'eager', *common))
-    # FSDP: tests/test_experts.py
+    # FSDP: tests/ops/test_experts.py
     for name, processes, extra in (
         ('compiled', 1, []),
         ('context', 2, [*LAYOUTS['context'], '--eval_at_start=False', '--eval_interval=100']),
     ):
         args = [*arguments(dataset, tmp_path / name, *common, *extra), '--compile=True']
-        code, output = run_process('train.py', *args) if processes == 1 else torchrun(2, *args)
+        code, output = run_process('train.py', *args) if processes == 1 else run_ranks(2, *args)
         assert code == 0 and 'Compile: on' in output, output
         assert close(losses(tmp_path / 'eager'), losses(tmp_path / name), 1e-5)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, losses, records, run_train, write_dataset
+from conftest import ROOT, TINY, losses, records, run_train, write_dataset, write_shards
 from ranks import train as ranks_train
 
 from onetrain.config import UserError
@@ -20,35 +20,11 @@ from onetrain.data.dataset import check_vocab_and_length, open_dataset, parse_mi
 from onetrain.data.loader import evaluation_batches
 from onetrain.data.order import MixedOrder, WindowOrder, order_of
 from onetrain.data.text_bytes import bytes_of
-from onetrain.data.token_file import TokenFileWriter
 from onetrain.descriptors import FILES
 from onetrain.ops.cross_entropy import IGNORE
 from onetrain.tokenizers.base import BytesTokenizer
 
 CPU = torch.device('cpu')
-
-
-def write_shards(folder, train, val, sizes=(700, 1, 16, 300), vocab_size=5000):
-    """The same set as write_dataset() makes, in files of these sizes, again and again."""
-    with TokenFileWriter(
-        str(folder),
-        vocab_size=vocab_size,
-        eot_id=None,
-        tokenizer={'kind': 'bytes'},
-        split='by hand',
-        sharded=True,
-    ) as writer:
-        for split, ids in (('train', train), ('val', val)):
-            first = turn = 0
-            while first < len(ids):
-                size = sizes[turn % len(sizes)]
-                writer.append(
-                    split,
-                    np.asarray(ids[first : first + size], dtype=writer.dtype),
-                    [min(size, len(ids) - first)],
-                )
-                first, turn = first + size, turn + 1
-    return str(folder)
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import equal, losses, records, torchrun, weights
+from conftest import equal, losses, records, run_ranks, weights
+from layout_runs import LAYOUTS, arguments, close, run
 from ranks import ranks
-from test_layouts import LAYOUTS, arguments, close, run
 
 from model import Model
 from onetrain.model_config import resolve_shape
@@ -460,7 +460,7 @@ def test_a_bad_step_moves_no_balance(dataset, tmp_path, monkeypatch, train):
 
 def test_compiled_under_fsdp(dataset, tmp_path, single):
     """A dense layer and two of experts, each compiled for itself, some of them computed twice."""
-    code, output = torchrun(
+    code, output = run_ranks(
         2,
         '--compile=True',
         '--activation_checkpointing=selective',

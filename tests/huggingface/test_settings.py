@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from test_huggingface import VARIANTS
+from test_weights import VARIANTS
 
 from model import Model
 from onetrain import huggingface

@@ -12,7 +12,7 @@ import random
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_byte_level import trained
+from small_tokenizers import trained
 from test_prepare import contents, prepare, read_ids, tiny_encoding, write_jsonl  # noqa: F401
 
 from onetrain.data.token_file import read_meta, token_dtype

@@ -14,6 +14,7 @@ import sys
 import types
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ from onetrain.prepare import cli, documents, tinyshakespeare
 from onetrain.tokenizers.base import HuggingFaceTokenizer, tokenizer_of
 from onetrain.tokenizers.train import train_bpe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(conftest.ROOT)
 
 own_text, openwebtext, pystdlib, shakespeare, shakespeare_char = (
     importlib.import_module(f'data.{name}.prepare')

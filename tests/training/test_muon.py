@@ -9,8 +9,8 @@ import platform
 import pytest
 import torch
 from conftest import TINY, equal, losses, records, run_train, weights
+from layout_runs import arguments, run
 from ranks import ranks
-from test_layouts import arguments, run
 
 from model import Model
 from onetrain import cpu

@@ -10,8 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_dataset, run_process
-from test_dataset import write_shards
+from conftest import ROOT, make_dataset, run_process, write_shards
 from test_prepare import lines, prepare, read_texts, write_jsonl
 
 from onetrain.data.token_file import read_meta

@@ -7,8 +7,8 @@ import gc
 
 import pytest
 import torch
+from layout_runs import LAYOUTS
 from ranks import ranks
-from test_layouts import LAYOUTS
 from torch.distributed.tensor import DTensor
 
 PARTS = ('parameters', 'gradients', 'state')

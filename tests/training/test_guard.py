@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import TINY, losses, records, torchrun, weights
+from conftest import TINY, losses, records, run_ranks, torchrun, weights
 
 from onetrain.checkpoint import store
 from onetrain.training import optim
@@ -56,7 +56,7 @@ def test_a_nan_on_one_rank_changes_no_weight_on_any(dataset, tmp_path, plant):
         '--keep_all_checkpoints=True',
         '--max_iters=8',
     ]
-    code, output = torchrun(2, '1', '5', *args, f'--out_dir={tmp_path / "bad"}', script=plant)
+    code, output = run_ranks(2, '1', '5', *args, f'--out_dir={tmp_path / "bad"}', script=plant)
     assert (
         code == 0
         and 'SKIPPED 1 updates since the last line (loss or gradient not finite), 1 in all'
@@ -66,7 +66,7 @@ def test_a_nan_on_one_rank_changes_no_weight_on_any(dataset, tmp_path, plant):
     assert all(torch.equal(before[name], after[name]) for name in before) and not torch.equal(
         after['model.transformer.wte.weight'], later['model.transformer.wte.weight']
     )
-    code, output = torchrun(2, '1', '99', *args, f'--out_dir={tmp_path / "good"}', script=plant)
+    code, output = run_ranks(2, '1', '99', *args, f'--out_dir={tmp_path / "good"}', script=plant)
     good, bad = losses(tmp_path / 'good'), losses(tmp_path / 'bad')
     # the loss of 5 was good, its gradient not
     assert code == 0 and [good[k] == bad[k] for k in range(1, 9)] == [True] * 5 + [False] * 3

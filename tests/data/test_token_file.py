@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 
 from onetrain.data.token_file import TokenFileWriter, fingerprint, read_meta, token_dtype
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(conftest.ROOT)
 
 
 def writer(folder, vocab_size=300, **more):

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that models have, trained on the spot, and texts that are hard for them."""
+"""Tokenizers of the kinds that models have, trained on the spot, and texts hard for them."""
 
 import os
 import random

@@ -147,6 +147,7 @@ def test_missing_data_set_names_its_prepare_command(refused):
         if not os.path.exists(os.path.join(ROOT, 'data', n, 'train.bin'))
     )
     assert f'run `python data/{name}/prepare.py` first' in refused(f'--dataset={name}')
+    assert 'n_embd=32 is not divisible by n_head=5' in refused(f'--dataset={name}', '--n_head=5')
 
 
 def test_token_file_of_odd_size(refused, tmp_path):

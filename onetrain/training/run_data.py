@@ -56,6 +56,7 @@ def open_data(start, given, root, world, terminal, notes):
     start: StartPoint; given: {key: where it was given}.
     """
     c, saved = start.config, start.checkpoint_state
+    resolve_shape(dataclasses.asdict(c), 1)  # told before a data set that is missing
     with terminal.doing('opening the data'):
         train, val, meta = collectives.once_per_machine(
             lambda: open_dataset(c.dataset, root, c.data_url), world

@@ -571,7 +571,7 @@ def test_the_sbatch_script_stops_queues_again_and_continues(dataset, tmp_path):
         return subprocess.Popen(
             [
                 'bash',
-                'train.sbatch',
+                'scripts/train.sbatch',
                 f'--dataset={tmp_path}/local/tiny',
                 f'--out_dir={tmp_path}/run',
                 *TINY,
@@ -634,7 +634,7 @@ def test_the_sbatch_script_queues_again_when_a_long_job_fails(
     }
     assert (
         subprocess.run(
-            ['bash', 'train.sbatch', 'config/x.py'], cwd=ROOT, env=environment, timeout=30
+            ['bash', 'scripts/train.sbatch', 'config/x.py'], cwd=ROOT, env=environment, timeout=30
         ).returncode
         == code
     )

@@ -387,7 +387,7 @@ def main(argv=None, resolved=None):
 def train(c, given, stop, terminal):
     """Run training with the Config `c`; returns the exit code.
 
-    given: {key: where it was given}; stop: stopping.StopRequest.
+    given: {key: where it was given}; stop: signals.StopRequest.
     """
     notes = []  # fallbacks and changes, for the report
     validate.validate(c)

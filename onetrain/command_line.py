@@ -154,7 +154,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def resolve_early(schema, argv, aliases):
-    """Return what configurator.resolve() does; end the process where it cannot, or where help or
+    """Return what config.resolve() does; end the process where it cannot, or where help or
     the version is asked for.
 
     For a script that imports much: what is typed wrong is told before. Under torchrun one process

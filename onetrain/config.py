@@ -150,12 +150,8 @@ def parse_value(text):
     """Return a command-line value: a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (
-        ValueError,
-        SyntaxError,
-        MemoryError,
-        RecursionError,
-    ):  # nested too deeply, too many digits
+    # a text, or one that is nested too deeply, or has too many digits
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
 
 

@@ -104,7 +104,6 @@ PRESETS = {
         num_experts_per_tok=8,
         num_shared_experts=1,
         n_dense_layers=3,
-        # DeepSeek-V3 but for its attention
         score_function='sigmoid',
         n_groups=8,
         topk_groups=4,
@@ -142,7 +141,7 @@ ROUTING = (
     'topk_groups',
     'norm_topk_prob',
     'route_scale',
-)  # keys of a mixture of experts
+)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ The copies live in memory that is taken once (pinned for a GPU, whose copies run
 their own). Of tensors that every rank has in full, each copies and writes its share; of those that
 are split (DTensor), its part; and reads back what it wrote. The thread talks to those of the other
 ranks over a gloo group of its own, so that it never stands in the way of training's collectives. A
-save that fails is an Outcome with an error, the same on every rank; what was on disk before stays
-as it was.
+save that fails is an SaveResult with an error, the same on every rank; what was on disk before
+stays as it was.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class _NotFinite(Exception):
 class Saver:
     """Saves checkpoints of one run under out_dir; every rank has one and calls it alike.
 
-    keep, keep_every, keep_all: see checkpoint.retain(). background=False: start() returns when all
+    keep, keep_every, keep_all: see store.remove_old(). background=False: start() returns when all
     is done. before_commit: called on the main rank when the tensors are on disk, before the
     checkpoint gets its name. copier: an uploader.Uploader, or None.
     """
@@ -164,13 +164,13 @@ class Saver:
         return waited
 
     def poll(self):
-        """Return the Outcome of the save in flight if it has ended, else None. Each is returned
+        """Return the SaveResult of the save in flight if it has ended, else None. Each is returned
         once.
         """
         return self.wait() if self.thread is not None and not self.thread.is_alive() else None
 
     def wait(self):
-        """Return the Outcome of the save in flight when it has ended; None if there is none."""
+        """Return the SaveResult of the save in flight when it has ended; None if there is none."""
         if self.thread is None:
             return None
         self.thread.join()

@@ -91,7 +91,7 @@ def automatic(c, world):
 
 
 def _newest_whole(out_dir, level, world, wanted=None, verified=None):
-    """checkpoint.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes
+    """store.newest_whole() by all ranks together. verified: path of a checkpoint whose bytes
     need not be read once more.
     """
     candidates = collectives.broadcast_from_main(

@@ -286,7 +286,7 @@ _STATE = {
     'versions': _DICT,
 }
 # keys of the configuration that commands read, beside those of the model's shape, which
-# presets.resolve_shape() checks
+# model_config.resolve_shape() checks
 _CONFIG = {
     'dataset': _TEXT,
     'max_iters': _WHOLE,
@@ -555,8 +555,8 @@ def _load(path, tensors, world=None):
 
 
 def record_evaluation(path, losses):
-    """Note `losses` ({'train': float, 'val': float, 'data': fingerprint of the validation split})
-    in checkpoint `path`, if there is one.
+    """Note `losses` ({'train': float, 'val': float, 'data': loader.evaluation_identity() of the
+    windows}) in checkpoint `path`, if there is one.
     """
     if os.path.isdir(path):
         replace_file(os.path.join(path, 'evaluation.json'), add_checksum(losses))

@@ -265,10 +265,10 @@ def _write(fs, path, data):
 
 
 class Uploader:
-    """Copies what add() names while training goes on; close() waits for the rest.
+    """Copies what add() names while training goes on; finish() waits for the rest.
 
     keep_local: how many checkpoints stay on this machine once they are copied, beside the best,
-    None = as many as the run keeps anyway. machines: copying_together.Machines that share the work,
+    None = as many as the run keeps anyway. machines: shared_upload.Machines that share the work,
     or None.
     """
 

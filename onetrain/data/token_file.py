@@ -6,7 +6,7 @@ every possible id fits and uint32 where not) and `meta.pkl`, a dict of plain bui
     vocab_size    number of ids, added tokens included
     dtype         'uint16' | 'uint32'
     eot_id        id that ends a document, or None
-    tokenizer     {'kind': ..., ...}, see tokenizer.py
+    tokenizer     {'kind': ..., ...}, see tokenizers/base.py
     tokens        {'train': int, 'val': int}
     documents     the same, in documents
     max_id        {'train': int, 'val': int}, largest id seen
@@ -228,8 +228,8 @@ class TokenFileWriter:
             writer.write('train', ids)     # ids of one document: a list or integer array
 
     `vocab_size` is the size of the whole id space (added tokens too): it decides the dtype.
-    `tokenizer` is the dict for meta.pkl, or a tokenizer of tokenizer.py, which then writes its
-    files into the folder when the data set is published. `extra` holds further plain-builtin
+    `tokenizer` is the dict for meta.pkl, or a tokenizer of tokenizers/base.py, which then writes
+    its files into the folder when the data set is published. `extra` holds further plain-builtin
     entries for meta.pkl (nanoGPT's stoi and itos, for instance). sharded: each append() begins a
     file of its own, train_000000.bin and so on; then meta.pkl comes last. Raises ValueError for an
     id outside [0, vocab_size), and when a split stayed empty.
@@ -287,8 +287,8 @@ class TokenFileWriter:
             self.fill(self.place(split, len(ids), ends), ids)
 
     def place(self, split, tokens, ends):
-        """Give `tokens` more ids of `split` their place, which fill() or adopt() must be told: in
-        one file in this order, in files of their own in any, by any thread. None for documents
+        """Give `tokens` more ids of `split` their place, which fill() or link_file() must be told:
+        in one file in this order, in files of their own in any, by any thread. None for documents
         without ids.
         """
         self.ends[split].write(
@@ -418,7 +418,7 @@ class TokenFileWriter:
         return os.path.join(self.folder, name)
 
     def report(self):
-        """Lines for the terminal: what was written and where."""
+        """Print what was written and where."""
         for split in SPLITS:
             shards = self.shards[split]
             path = (

@@ -341,8 +341,8 @@ def zero1_parameters(named, world):
 
 
 def attach_zero1(optimizer, named, updated, world):
-    """Make a step of the optimizer over `updated` = optimized(named) one of the whole model: under
-    ZeRO-1, hand it its rows of the gradients before, gather the parameters after.
+    """Make a step of the optimizer over `updated` = zero1_parameters(named) one of the whole model:
+    under ZeRO-1, hand it its rows of the gradients before, gather the parameters after.
     """
     if world.layout != 'ZeRO-1':
         return

@@ -327,7 +327,7 @@ def store():
 
 
 def was_reported():
-    """Return whether some rank told() what is wrong with the input and left: then the errors of
+    """Return whether some rank reported what is wrong with the input and left: then the errors of
     others, which miss it, say nothing.
     """
     return _store is not None and _store.check(['told'])

@@ -12,7 +12,7 @@ class Evaluator:
     """Measures `model` on both splits of `data` (RunData) when it is called, the same on every
     rank.
 
-    eval_model: what evaluation calls, from layouts.wrap(); plan: BatchPlan; questions: of
+    eval_model: what evaluation calls, from layouts.wrap(); plan: BatchPlan; prompts_and_tasks: of
     run_data; agreement: collectives.Agreement; stop: signals.StopRequest.
     """
 

@@ -220,26 +220,26 @@ def encode_items(tasks, tokenizer, context):
 
 
 def fingerprint(encoded):
-    """Return a short text that is the same for the same encode_items()d tasks."""
+    """Return a short text that is the same for the same encoded tasks."""
     return hashlib.sha256(
         repr({name: made for name, (_, made) in encoded.items()}).encode()
     ).hexdigest()[:16]
 
 
-def make_requests(items, encode_items, start, context):
+def make_requests(items, tokenize, start, context):
     """Return [(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens,
     of which the last n are the answer's.
 
     The answer's are those from the first on that the question alone does not have, and at least
-    one: its text may begin in the middle of a token. encode: str -> list of ids; start: id to begin
-    with where a question has no tokens, or None.
+    one: its text may begin in the middle of a token. tokenize: str -> list of ids; start: id to
+    begin with where a question has no tokens, or None.
     """
     made = []
     for item in items:
         question = item.question.rstrip()
-        before = encode_items(question)
+        before = tokenize(question)
         for choice in item.choices:
-            whole = encode_items(question + item.question[len(question) :] + ' ' + choice)
+            whole = tokenize(question + item.question[len(question) :] + ' ' + choice)
             shared = len(os.path.commonprefix([before, whole]))
             ids, n = whole, max(1, len(whole) - shared)
             if n >= len(ids):  # nothing comes before it
@@ -316,8 +316,8 @@ def evaluate(
     size=1,
     interrupted=lambda: False,
 ):
-    """Return {name: score_items()} of encode_items()'s; total: sums a tensor over the ranks. None
-    if interrupted() became true.
+    """Return {name: score_items()} of what encode_items() gave; total: sums a tensor over the
+    ranks. None if interrupted() became true.
     """
     results = {}
     for name, (items, made) in encoded.items():

@@ -16,6 +16,7 @@ _GPT2_NAMES = {
     'num_attention_heads': 'n_head',
     'num_hidden_layers': 'n_layer',
 }
+# keys of the shape, beside block_size, that need no other weights
 FREE = (
     'rope_theta',
     'rope_scaling',
@@ -25,7 +26,6 @@ FREE = (
     'rope_beta_fast',
     'rope_beta_slow',
     'rope_truncate',
-    # keys of the shape, beside block_size, that need no other weights
     'rope_low_freq_factor',
     'rope_high_freq_factor',
     'sliding_window',

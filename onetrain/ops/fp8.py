@@ -14,8 +14,8 @@ from onetrain.config import UserError
 
 
 def choose_recipe(dtype, device):
-    """Return what Model takes as fp8, 'hardware', or on a CPU 'emulated': the same rounding, then a
-    matmul of `dtype`; for experiments, not for speed.
+    """Return what Model takes as float8, 'hardware', or on a CPU 'emulated': the same rounding,
+    then a matmul of `dtype`; for experiments, not for speed.
 
     Raises UserError where it cannot be had. dtype: torch dtype of the matmuls; device:
     torch.device.

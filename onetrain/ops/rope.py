@@ -18,7 +18,7 @@ SCALINGS = ('linear', 'dynamic', 'yarn', 'llama3')
 def inverse_frequencies(c, length):
     """Return (d / 2,) fp32: the angle per position of each pair of the d = c.rotary_dims
     dimensions, for a sequence of `length` tokens (only dynamic depends on it). c:
-    model.ModelConfig.
+    ModelConfig.
     """
     d = c.rotary_dims
     theta = c.rope_theta

@@ -10,7 +10,8 @@ listed merges leave, and their merge is the next. equivalent_of() checks this to
 asks that parts come before what is made of them. A pattern with ^, $ or \b is left to the library,
 where they mean something else. Where the two engines of regular expressions do not agree on a
 character's class, which is tried with all of them, and where a text is not in the normal form that
-the tokenizer wants, or spells out an added token, Twin.encode() leaves it to the library itself.
+the tokenizer wants, or spells out an added token, TiktokenEquivalent.encode() leaves it to the
+library itself.
 """
 
 import json
@@ -54,8 +55,8 @@ class TiktokenEquivalent:
 
 
 def equivalent_of(content):
-    """Return a Twin of the tokenizer.json `content` (str), or None where it is none of these or
-    tiktoken is not installed.
+    """Return a TiktokenEquivalent of the tokenizer.json `content` (str), or None where it is none
+    of these or tiktoken is not installed.
     """
     try:
         import tiktoken

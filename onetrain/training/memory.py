@@ -97,7 +97,7 @@ def predict(
 
     build(): the model as one process has it; autocast: context of the forward pass; muon: whether
     its matrices have one tensor of optimizer state, not two; ranks: over which the layout, one of
-    parallel's, shares out what it shares out. Raises NotPredicted where an operator needs
+    those in layouts.py, shards what it shards. Raises NotPredicted where an operator needs
     contents, as a loop over experts does.
     """
     try:

@@ -175,7 +175,7 @@ class CudaGraphStep:
         return time.perf_counter() - before
 
     def _record_all(self):
-        """Return a graph for each kind of micro-step, in the order in which a step replays them,
+        """Record a graph for each kind of micro-step, in the order in which a step replays them,
         since they share memory. Returns what went wrong, or None.
         """
         pool = None

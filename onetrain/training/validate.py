@@ -160,9 +160,7 @@ def warn_about_data(c, start_step, order, sequences_per_step, validation, notes)
             f' since iteration {c.lr_decay_iters:,} (lr_decay_iters) has passed:'
             f' --lr_decay_iters={c.max_iters} lowers it by a longer cosine'
         )
-    epochs = (
-        c.max_iters * sequences_per_step / order.per_epoch if hasattr(order, 'per_epoch') else 0
-    )
+    epochs = c.max_iters * sequences_per_step / order.per_epoch
     if epochs > 4 and not c.eval_only:
         notes.append(
             f'WARNING: {epochs:,.1f} epochs of the data: more than about 4 passes over the data'

@@ -392,7 +392,9 @@ def test_two_machines(dataset, tmp_path):
 
 
 def rendezvous(address, ranks, size, seconds=20.0):
-    """What meet() gives, or raises, to each of these ranks, which start at the same time."""
+    """What processes.rendezvous() gives, or raises, to each of these ranks, which start at the
+    same time.
+    """
 
     def client():
         return dist.TCPStore(*address, is_master=False, wait_for_workers=False)

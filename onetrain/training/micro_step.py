@@ -147,8 +147,8 @@ class CudaGraphStep:
         # as torch's documentation asks: libraries make their plans, DDP its buckets
         with layouts.on_graph_stream(world):
             for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
-                expected = self._trial(self._plainly, self.plain.zero_grad, batches, forget)
-            again = self._trial(self._plainly, self.plain.zero_grad, batches, forget)
+                expected = self._trial(self._eager, self.plain.zero_grad, batches, forget)
+            again = self._trial(self._eager, self.plain.zero_grad, batches, forget)
         if batches[0][0].is_cuda:
             torch.cuda.synchronize()
         self.plain.zero_grad()

@@ -257,9 +257,7 @@ def test_the_fastest_is_fast_and_right(monkeypatch):
     trial = kernels._trial
 
     def timed(call, inputs, grad):
-        name = next(
-            cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, str)
-        )
+        name = next(argument for argument in call.args if isinstance(argument, str))
         return trial(call, inputs, grad)[0], times[name]
 
     monkeypatch.setattr(kernels, '_trial', timed)

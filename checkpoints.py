@@ -25,6 +25,10 @@ Exit codes: 0 all are whole, 1 one is not, 2 something given cannot be used,
 130 Ctrl-C.
 """
 
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
@@ -44,10 +48,13 @@ from onetrain.files import open_url, redact, sentence
 from onetrain.logs.run_json import finite, read_records
 from onetrain.training.startup_report import settings_lines
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
 TRIES = 4
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         'place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows"
@@ -76,7 +83,7 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     if '' in (args.place, args.copy_to):
         raise UserError('an empty name is no place: give a folder or a URL')
     name, *steps = args.action or ['list']
@@ -103,7 +110,7 @@ def run(args):
     return status(args) if name == 'status' else show(args)
 
 
-def runs_of(args):
+def runs_of(args: argparse.Namespace) -> tuple:
     """Return (file system, folders of the runs at args.place). Raises UserError where none has a
     checkpoint, or none the step.
     """
@@ -133,11 +140,11 @@ def runs_of(args):
     return fs, found
 
 
-def steps_of(run, fs, args):
+def steps_of(run: str, fs: 'AbstractFileSystem', args: argparse.Namespace) -> list[int]:
     return [step for step in store.steps(run, fs) if args.step in (None, step)]
 
 
-def show(args):
+def show(args: argparse.Namespace) -> int:
     fs, runs = runs_of(args)
     found = []
     if not args.json:
@@ -165,7 +172,7 @@ def show(args):
     return 1 if any(entry['broken'] for entry in found) else 0
 
 
-def line_of(entry, level):
+def line_of(entry: dict, level: str) -> str:
     """Return the line of the list for a checkpoint."""
     if entry['broken']:
         return (
@@ -180,11 +187,11 @@ def line_of(entry, level):
     )
 
 
-def size(count):
+def size(count: int) -> str:
     return f'{count / 1e9:.2f} GB' if count >= 1e9 else f'{count / 1e6:.2f} MB'
 
 
-def here(args, *steps):
+def here(args: argparse.Namespace, *steps) -> list[str]:
     """Return the paths of these checkpoints of the only run at args.place. Raises UserError for a
     URL, several runs, or one that is not whole.
     """
@@ -223,7 +230,7 @@ def here(args, *steps):
     return paths
 
 
-def speed(path, step):
+def speed(path: str, step: int) -> float | None:
     """Return the tokens per second that the log beside a checkpoint has for its iteration, or
     None.
     """
@@ -240,7 +247,7 @@ def speed(path, step):
     return rates[-1] if rates else None
 
 
-def view(args, step):
+def view(args: argparse.Namespace, step: int) -> int:
     """Print all that a checkpoint holds."""
     (path,) = here(args, step)
     state, losses = store.read_state(path), store.read_evaluation(path) or {}
@@ -298,7 +305,7 @@ def view(args, step):
     return 0
 
 
-def compare(args, first, second):
+def compare(args: argparse.Namespace, first: int, second: int) -> int:
     """Print the settings in which two checkpoints differ, and how far their weights are from each
     other.
     """
@@ -357,7 +364,7 @@ def compare(args, first, second):
     return 0
 
 
-def status(args):
+def status(args: argparse.Namespace) -> int:
     """Print for each checkpoint whether it is here, and where upload_to copies it."""
     fs, runs = runs_of(args)
     found = [entry for run in runs for entry in places_of(run, fs, args)]
@@ -373,7 +380,7 @@ def status(args):
     return int(broken or any(entry['step'] is None for entry in found))
 
 
-def places_of(run, fs, args):
+def places_of(run: str, fs: 'AbstractFileSystem', args: argparse.Namespace) -> list[dict]:
     """Return [{'run', 'step', 'here', 'there', 'pending'}] of the checkpoints of a run; step None:
     its upload_to cannot be read.
     """
@@ -416,11 +423,11 @@ def places_of(run, fs, args):
     return found
 
 
-def state_of(exists, reason):
+def state_of(exists: bool, reason: bool | str | None) -> str:
     return 'BROKEN' if exists and reason else 'whole' if exists else 'removed'
 
 
-def copy(args):
+def copy(args: argparse.Namespace) -> int:
     fs, runs = runs_of(args)
     to_fs, to_root = open_url(args.copy_to)
     copied = there = broken = 0
@@ -474,7 +481,7 @@ def copy(args):
     return 1 if broken else 0
 
 
-def place_of_copy(run, run_name, to_root):
+def place_of_copy(run: str, run_name: str, to_root: str) -> str:
     """Return the folder of the copy of a run: run is its out_dir, or a copy of it, whose folder has
     the name of the run.
     """
@@ -482,7 +489,14 @@ def place_of_copy(run, run_name, to_root):
     return f'{uploader.place_of(to_root, folder if name == run_name else run)}/{run_name}'
 
 
-def copy_one(fs, run, step, to_fs, target, run_name):
+def copy_one(
+    fs: 'AbstractFileSystem',
+    run: str,
+    step: int,
+    to_fs: 'AbstractFileSystem',
+    target: str,
+    run_name: str,
+) -> bool:
     """Copy a checkpoint and the logs of its run; return whether it was not there."""
     there = store.path_of(target, step)
     new = uploader.copy_checkpoint(
@@ -498,7 +512,7 @@ def copy_one(fs, run, step, to_fs, target, run_name):
     return new
 
 
-def tried(work, place):
+def tried(work: Callable, place: str):
     """Return work(), tried again a few times where the network or a disk fails. Raises UserError
     after the last.
     """

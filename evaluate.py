@@ -15,6 +15,9 @@ plots/compare_evaluations.py draws. What is not here, lm-eval measures:
     lm_eval run --model hf --model_args pretrained=hf-demo --tasks=winogrande
 """
 
+import argparse
+from typing import TYPE_CHECKING, Any
+
 from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
@@ -45,8 +48,14 @@ from onetrain.ops import kernels
 from onetrain.ops.cross_entropy import IGNORE
 from onetrain.tokenizers.base import decode_after, same_tokenizer, tokenizer_of
 
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.data.dataset import Tokens
+    from onetrain.distributed.processes import World
+    from onetrain.tokenizers.base import Tokenizer
 
-def main(argv=None):
+
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument('--dataset', help='a folder of data/; default: that of the run')
@@ -84,19 +93,19 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv, processes.report_error)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     for name in ('batch_size', 'max_new_tokens') + (('limit',) if args.limit is not None else ()):
         if not 1 <= getattr(args, name) <= 2**31:
             raise UserError(f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31')
     if args.tokens < 0:
         raise UserError(f'--tokens={args.tokens} must not be negative')
-    tasks = multiple_choice.load_tasks(args.tasks, args.limit)
+    loaded = multiple_choice.load_tasks(args.tasks, args.limit)
     prompts = lines_of(args.prompts, '--prompts=') if args.prompts else []
     model, tokenizer, source, state, world, autocast = load(args)
     sources = sources_of(args, state)
     if sources:
         check_tokenizer(args.dataset or state['config']['dataset'], tokenizer)
-    tasks = multiple_choice.encode_items(tasks, tokenizer, model.config.block_size)
+    tasks = multiple_choice.encode_items(loaded, tokenizer, model.config.block_size)
     prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     check_prompts(prompt_ids, model)
     results = Results(args, source, model, state, world)
@@ -124,9 +133,16 @@ class Results:
     Raises UserError for a file of other weights or conditions.
     """
 
-    def __init__(self, args, source, model, state, world):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        source: str,
+        model: 'Model',
+        state: dict | None,
+        world: 'World',
+    ):
         self.path, self.world = place_of_results(args, state), world
-        self.found = {
+        self.found: dict[str, Any] = {
             'model': source,
             'weights': identity(source, state),
             'step': state and state['step'],
@@ -145,18 +161,18 @@ class Results:
         )
         self.keep()
 
-    def keep(self):
+    def keep(self) -> None:
         """Write the file."""
         if self.world.main:
             record(self.path, self.found)
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         """Print a line, on the main rank."""
         if self.world.main:
             print(line)
 
 
-def sources_of(args, state):
+def sources_of(args: argparse.Namespace, state: dict | None) -> list[tuple]:
     """Return [(name, share)] of the data sets whose loss is asked for. Raises UserError."""
     dataset = args.dataset or state and state['config'].get('dataset')
     if args.no_loss:
@@ -172,7 +188,14 @@ def sources_of(args, state):
     return sources
 
 
-def add_losses(results, sources, model, args, tokenizer, state):
+def add_losses(
+    results: 'Results',
+    sources: list[tuple],
+    model: 'Model',
+    args: argparse.Namespace,
+    tokenizer: 'Tokenizer',
+    state: dict | None,
+) -> None:
     """Measure the loss of each of `sources`, [(name, share)], and that of the mixture."""
     results.found['losses'] = {}
     for name, _ in sources:
@@ -190,7 +213,9 @@ def add_losses(results, sources, model, args, tokenizer, state):
         results.say(f'{dataset}: loss {mean:.4f}, by the shares of the mixture')
 
 
-def add_scores(results, tasks, model, args):
+def add_scores(
+    results: 'Results', tasks: dict[str, tuple], model: 'Model', args: argparse.Namespace
+) -> None:
     """Score multiple-choice tasks."""
     world, files = results.world, dict(multiple_choice.names_and_files(args.tasks))
     results.found['tasks'] = multiple_choice.evaluate(
@@ -211,7 +236,7 @@ def add_scores(results, tasks, model, args):
     results.keep()
 
 
-def add_speed(results, model):
+def add_speed(results: 'Results', model: 'Model') -> None:
     """Measure reading and writing."""
     results.found['speed'] = speed(model, results.world.device)
     results.say('batch  length   reading tokens/s   writing tokens/s')
@@ -223,7 +248,14 @@ def add_speed(results, model):
     results.keep()
 
 
-def add_texts(results, prompts, prompt_ids, model, args, tokenizer):
+def add_texts(
+    results: 'Results',
+    prompts: list[str],
+    prompt_ids: list[list],
+    model: 'Model',
+    args: argparse.Namespace,
+    tokenizer: 'Tokenizer',
+) -> None:
     """Continue `prompts`, texts, always with the most likely token."""
     stop_ids = {tokenizer.eot_id} - {None}
     written = generate(model, prompt_ids, args.max_new_tokens, temperature=0, stop_ids=stop_ids)
@@ -236,7 +268,7 @@ def add_texts(results, prompts, prompt_ids, model, args, tokenizer):
     results.keep()
 
 
-def describe_losses(found):
+def describe_losses(found: dict) -> str:
     """Return the line of the results of losses()."""
     bits = found['bits_per_byte']
     return (
@@ -247,7 +279,7 @@ def describe_losses(found):
     )
 
 
-def check_tokenizer(dataset, tokenizer):
+def check_tokenizer(dataset: str, tokenizer: 'Tokenizer') -> None:
     """Raise UserError if the data set was made with another tokenizer than the model's."""
     folder = folder_of(dataset, ROOT)
     meta = read_meta(folder)
@@ -261,7 +293,7 @@ def check_tokenizer(dataset, tokenizer):
         )
 
 
-def place_of_results(args, state):
+def place_of_results(args: argparse.Namespace, state: dict | None) -> str:
     """Return the file of the results; its folder exists and can be written to, or UserError."""
     path = args.json or (
         os.path.join(args.hf if os.path.isdir(args.hf) else '.', 'evaluation.json')
@@ -283,7 +315,7 @@ def place_of_results(args, state):
     return path
 
 
-def identity(source, state):
+def identity(source: str, state: dict | None) -> str:
     """Return a text that is another one for other weights at the same place."""
     if state:
         return f'{state["run_name"]} step {state["step"]} {state.get("time")}'
@@ -295,7 +327,14 @@ def identity(source, state):
     )
 
 
-def losses(model, dataset, args, tokenizer, world, state):
+def losses(
+    model: 'Model',
+    dataset: str,
+    args: argparse.Namespace,
+    tokenizer: 'Tokenizer',
+    world: 'World',
+    state: dict | None,
+) -> dict:
     """Return the loss per token over windows of the context's length, one behind the other; the
     last one may be shorter.
     """
@@ -336,7 +375,7 @@ def losses(model, dataset, args, tokenizer, world, state):
     }
 
 
-def bytes_of_text(file, n, tokenizer):
+def bytes_of_text(file: 'Tokens', n: int, tokenizer: 'Tokenizer') -> int | None:
     """Return how many bytes the tokens 1 .. n stand for, None where that cannot be told."""
     total = 0
     for first in range(1, n + 1, 1 << 16):
@@ -348,7 +387,7 @@ def bytes_of_text(file, n, tokenizer):
     return total
 
 
-def speed(model, device, seconds=1.0):
+def speed(model: 'Model', device: torch.device, seconds: float = 1.0) -> list[dict]:
     """Return tokens per second of reading a prompt and of writing after it, for batches of 1 and 8
     and up to three lengths; medians of what `seconds` allow.
     """
@@ -382,13 +421,13 @@ def speed(model, device, seconds=1.0):
     return rows
 
 
-def synchronized(device):
+def synchronized(device: torch.device) -> float:
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def earlier_results(path):
+def earlier_results(path: str) -> dict:
     """Return the object in the JSON file of earlier results, {} where there is none. Raises
     UserError for a file of another kind.
     """
@@ -407,7 +446,7 @@ def earlier_results(path):
     return before
 
 
-def check_results(path, weights, conditions):
+def check_results(path: str, weights: str, conditions: dict) -> None:
     """Raise UserError where the file of the results has some of the same weights that were
     measured under other conditions.
     """
@@ -429,7 +468,7 @@ def check_results(path, weights, conditions):
                 )
 
 
-def record(path, results):
+def record(path: str, results: dict) -> None:
     """Add `results` to the JSON file of this checkpoint; what was measured of the same weights
     before and not now stays, other data sets' losses too.
     """

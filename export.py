@@ -11,6 +11,9 @@ weights are read back: where transformers is installed, it must compute the
 same logits from them as this project does.
 """
 
+import argparse
+from typing import TYPE_CHECKING
+
 from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
@@ -36,8 +39,12 @@ from onetrain.tokenizers.base import TEMPLATES, TEXTS
 from onetrain.tokenizers.export import save_for_transformers
 from onetrain.training.startup_report import size_of
 
+if TYPE_CHECKING:
+    from onetrain.model_config import ModelConfig
+    from onetrain.tokenizers.base import Tokenizer
 
-def main(argv=None):
+
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('--out_dir', default='out', help='folder of a run')
     parser.add_argument(
@@ -55,7 +62,7 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     huggingface.require_safetensors()
     check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
@@ -107,7 +114,7 @@ def run(args):
     return 0
 
 
-def check_folder(folder):
+def check_folder(folder: str) -> None:
     """Raise UserError where nothing can be written to `folder`."""
     if not folder or '://' in folder:
         raise UserError(
@@ -151,7 +158,7 @@ def check_folder(folder):
         ) from None
 
 
-def is_export(folder):
+def is_export(folder: str) -> bool:
     """Return whether this command wrote what is in `folder`, as its model card says, and nothing
     there is of a run, a data set or the project.
     """
@@ -192,7 +199,7 @@ LEFTOVERS = (
 SAMPLING = ('do_sample', 'temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 
 
-def clear_leftovers(folder):
+def clear_leftovers(folder: str) -> None:
     """Remove files of LEFTOVERS and templates of conversations from `folder`."""
     for name in LEFTOVERS:
         if os.path.isfile(os.path.join(folder, name)):
@@ -200,7 +207,7 @@ def clear_leftovers(folder):
     shutil.rmtree(os.path.join(folder, TEMPLATES), ignore_errors=True)
 
 
-def keep_generation_settings(tokenizer, folder, vocab_size):
+def keep_generation_settings(tokenizer: 'Tokenizer', folder: str, vocab_size: int) -> None:
     """Add to generation_config.json what the one beside the tokenizer says of sampling and of ids
     that end a text.
     """
@@ -223,7 +230,7 @@ def keep_generation_settings(tokenizer, folder, vocab_size):
         json.dump(config, f, indent=2)
 
 
-def check(folder, shape, tokenizer):
+def check(folder: str, shape: 'ModelConfig', tokenizer: 'Tokenizer') -> str:
     """Return what was found when transformers read `folder`. Raises UserError if its logits or
     token ids are others than ours.
     """
@@ -271,7 +278,7 @@ def check(folder, shape, tokenizer):
     )
 
 
-def facts(out_dir, run_name, step):
+def facts(out_dir: str, run_name: str, step: int) -> dict:
     """Return {'val_loss', 'hours', 'hardware', ...} of the run up to `step`, from its log; what is
     not there is left out.
     """
@@ -290,7 +297,7 @@ def facts(out_dir, run_name, step):
     return found
 
 
-def card(shape, state, log, kind, prompt='Once'):
+def card(shape: 'ModelConfig', state: dict, log: dict, kind: str, prompt: str = 'Once') -> str:
     """Return the text of a model card; prompt: a text that its tokenizer knows."""
     table = '\n'.join(f'| {name} | {value} |' for name, value in card_rows(shape, state, log, kind))
     return (
@@ -305,7 +312,7 @@ def card(shape, state, log, kind, prompt='Once'):
     )
 
 
-def card_rows(shape, state, log, kind):
+def card_rows(shape: 'ModelConfig', state: dict, log: dict, kind: str) -> list[tuple]:
     """Return [(name, value)] of a model and its training, texts."""
     c, hardware = state['config'], log.get('hardware')
     fingerprint = state['data']['train']['fingerprint']
@@ -344,7 +351,7 @@ def card_rows(shape, state, log, kind):
     return [*rows, ('software', software)]
 
 
-def hub(name):
+def hub(name: str):
     """Return the hub, if it can be written to under `name`. Raises UserError."""
     from huggingface_hub import HfApi
 
@@ -359,7 +366,7 @@ def hub(name):
     return api
 
 
-def upload(name, folder):
+def upload(name: str, folder: str):
     try:
         hub(name).upload_folder(repo_id=name, folder_path=folder)
     except UserError:

@@ -1,7 +1,11 @@
 """Load a model and its tokenizer, from a run or from Hugging Face."""
 
+import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
+
+import torch
 
 from model import Model
 from onetrain import huggingface
@@ -18,8 +22,12 @@ from onetrain.tokenizers.base import ids_digest, load_tokenizer, tokenizer_of
 from onetrain.tokenizers.matching import same_digest, tokenizer_identity
 from onetrain.training import memory
 
+if TYPE_CHECKING:
+    from onetrain.command_line import ArgumentParser
+    from onetrain.model_config import ModelConfig
 
-def find_checkpoint(out_dir, step):
+
+def find_checkpoint(out_dir: str, step: int | None) -> tuple:
     """Return (path, state) of a run's checkpoint; step None: the best, else the newest whole one.
     Raises UserError.
     """
@@ -49,7 +57,7 @@ def find_checkpoint(out_dir, step):
     return path, state
 
 
-def data_of(config):
+def data_of(config: dict) -> tuple:
     """Return (folder, meta) of a run's data set, which knows its tokenizer. Raises UserError
     where it is not here.
     """
@@ -68,7 +76,7 @@ def data_of(config):
     return folder, read_meta(folder)
 
 
-def tokenizer_of_run(state):
+def tokenizer_of_run(state: dict) -> tuple:
     """Return (tokenizer, meta of its data set, None or a sentence that the data here is other data
     than the run's).
     """
@@ -94,7 +102,7 @@ def tokenizer_of_run(state):
     )
 
 
-def load_state(out_dir, step):
+def load_state(out_dir: str, step: int | None) -> tuple:
     """Return (ModelConfig, {name: tensor} on the CPU, path, state) of a run's checkpoint."""
     path, state = find_checkpoint(out_dir, step)
     shape = resolve_shape(state['config'])
@@ -103,7 +111,13 @@ def load_state(out_dir, step):
     return shape, tensors, path, state
 
 
-def load_run(out_dir, step, device, dtype, changes=None):
+def load_run(
+    out_dir: str,
+    step: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    changes: dict[str, float] | None = None,
+) -> tuple:
     """Return (model, tokenizer, path of the checkpoint, its state) of a run. changes: {key: value}
     of the shape that need no other weights, such as block_size and rope_scaling.
     """
@@ -125,7 +139,9 @@ def load_run(out_dir, step, device, dtype, changes=None):
     return model, tokenizer, path, state
 
 
-def load_huggingface(source, device, dtype, changes=None):
+def load_huggingface(
+    source: str, device: torch.device, dtype: torch.dtype, changes: dict | None = None
+) -> tuple:
     """Return (model, tokenizer, folder) of a Hugging Face folder or hub id."""
     folder = huggingface.fetch_source(source)
     shape = apply_context_overrides(huggingface.read_settings(folder), changes)
@@ -134,7 +150,7 @@ def load_huggingface(source, device, dtype, changes=None):
     return model, load_tokenizer(folder), folder
 
 
-def apply_context_overrides(settings, changes):
+def apply_context_overrides(settings: dict, changes: dict[str, float] | None) -> 'ModelConfig':
     """Return the ModelConfig of `settings` with `changes`. Raises UserError where they need
     weights that are not there.
     """
@@ -162,7 +178,13 @@ def apply_context_overrides(settings, changes):
     return resolve_shape({**settings, **changes})
 
 
-def build(shape, device, dtype, backend, document_end=None):
+def build(
+    shape: 'ModelConfig',
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    document_end: int | None = None,
+) -> 'Model':
     backend, _ = choose_backend(
         backend,
         device.type,
@@ -180,7 +202,7 @@ def build(shape, device, dtype, backend, document_end=None):
     return model.allocate(device).eval()
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser: 'ArgumentParser') -> None:
     """What sample.py and evaluate.py ask alike: which model, and how it runs."""
     parser.add_argument('--out_dir', default='out', help='folder of a run')
     parser.add_argument('--hf', help='a Hugging Face folder or hub id instead of a run')
@@ -209,7 +231,7 @@ def add_model_arguments(parser):
     )
 
 
-def load(args):
+def load(args: argparse.Namespace) -> tuple:
     """Return (model, tokenizer, what was loaded, state of the checkpoint or None, processes.World,
     autocast context) for parsed add_model_arguments().
     """

@@ -13,6 +13,8 @@ mlp is a mixture of experts, but for the first n_dense_layers. Parameter names a
 """
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -31,6 +33,13 @@ from onetrain.ops import experts, fp8, rope
 from onetrain.ops.attention import OPS_TO_SAVE, activate_backend, attention, make_attention_mask
 from onetrain.ops.cross_entropy import next_token_loss
 
+if TYPE_CHECKING:
+    from onetrain.distributed.processes import World
+    from onetrain.flops import TokenFlops
+    from onetrain.model_config import ModelConfig
+    from onetrain.ops.kv_cache import Cache
+    from onetrain.ops.ring_attention import Ring
+
 ACTIVATIONS = {
     'gelu': F.gelu,  # exact, with erf: nanoGPT and GPT-NeoX
     # the approximation that GPT-2 was trained with
@@ -44,13 +53,13 @@ ACTIVATIONS = {
 class Norm(nn.Module):
     """LayerNorm with or without bias, or RMSNorm, over the last dimension."""
 
-    def __init__(self, size, kind, eps):
+    def __init__(self, size: int, kind: str, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if kind == 'layernorm' else None
         self.rms, self.eps = kind == 'rmsnorm', eps
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
         if weight.dtype != x.dtype:  # FSDP gathers them in bf16; kernels want one dtype
             weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
@@ -64,7 +73,7 @@ class Attention(nn.Module):
     heads of keys and values.
     """
 
-    def __init__(self, config, layer, backend, dropout):
+    def __init__(self, config: 'ModelConfig', layer: int, backend: str, dropout: float):
         super().__init__()
         self.heads = (config.n_head, config.num_key_value_heads, config.num_key_value_heads)
         self.head_dim = config.head_dim
@@ -77,7 +86,14 @@ class Attention(nn.Module):
         self.layer, self.window = layer, config.windows[layer]
         self.backend, self.dropout = backend, dropout
 
-    def forward(self, x, cos_sin, ring, mask, cache):
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_sin: tuple | None,
+        ring: 'Ring | None',
+        mask: str | torch.Tensor | None,
+        cache: 'Cache | None',
+    ) -> torch.Tensor:
         B, T, _ = x.shape  # (B, T, n_embd)
         # (B, n_head + 2 n_kv, T, head_dim)
         qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
@@ -108,7 +124,7 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
-def activation_fn(config):
+def activation_fn(config: 'ModelConfig') -> tuple:
     """Return (function, ratio): the nonlinearity of an MLP, and how many times wider than its
     output its input is.
     """
@@ -133,14 +149,14 @@ class MLP(nn.Module):
     compute gate and up in one matmul.
     """
 
-    def __init__(self, config, d_ff, dropout):
+    def __init__(self, config: 'ModelConfig', d_ff: int, dropout: float):
         super().__init__()
         self.activation_fn, ratio = activation_fn(config)
         self.c_fc = nn.Linear(config.n_embd, d_ff * ratio, bias=config.bias)  # gated: gate, then up
         self.c_proj = nn.Linear(d_ff, config.n_embd, bias=config.bias)
         self.dropout = dropout
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_proj(self.activation_fn(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
@@ -150,7 +166,7 @@ class Router(nn.Linear):
     fp32.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: 'ModelConfig'):
         super().__init__(config.n_embd, config.num_experts, bias=config.bias)
         self.register_buffer('balance', torch.zeros(config.num_experts))
         self.how = dict(
@@ -167,7 +183,7 @@ class Router(nn.Linear):
             },
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple:
         with torch.autocast(x.device.type, enabled=False):
             logits = super().forward(x.float())
             chosen, gates, scores = experts.choose_experts(logits, self.balance, **self.how)
@@ -177,7 +193,7 @@ class Router(nn.Linear):
 class Experts(nn.Module):
     """A linear layer for each of E experts: weight (E, out, in), bias (E, out) or None."""
 
-    def __init__(self, number, inputs, outputs, bias):
+    def __init__(self, number: int, inputs: int, outputs: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(number, outputs, inputs))
         self.bias = nn.Parameter(torch.empty(number, outputs)) if bias else None
@@ -188,7 +204,7 @@ class MoE(nn.Module):
     through those that all tokens share.
     """
 
-    def __init__(self, config, dropout, dispatch):
+    def __init__(self, config: 'ModelConfig', dropout: float, dispatch: str):
         super().__init__()
         self.activation_fn, ratio = activation_fn(config)
         self.router = Router(config)
@@ -203,7 +219,7 @@ class MoE(nn.Module):
         )
         self.dropout, self.dispatch = dropout, dispatch
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> tuple:
         flat = x.flatten(0, -2)  # (tokens, n_embd)
         chosen, gates, statistics = self.router(flat)  # (tokens, top_k) twice
         y = experts.run_experts(
@@ -226,7 +242,9 @@ class Block(nn.Module):
     (else None).
     """
 
-    def __init__(self, config, layer, backend, dropout, dispatch):
+    def __init__(
+        self, config: 'ModelConfig', layer: int, backend: str, dropout: float, dispatch: str | None
+    ):
         super().__init__()
         self.ln_1 = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.attn = Attention(config, layer, backend, dropout)
@@ -238,7 +256,14 @@ class Block(nn.Module):
         self.post, self.parallel = config.norm_position == 'post', config.parallel_residual
         self.activation_checkpointing = 'none'
 
-    def forward(self, x, cos_sin, ring=None, mask=None, cache=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_sin: tuple | None,
+        ring: 'Ring | None' = None,
+        mask: str | torch.Tensor | None = None,
+        cache: 'Cache | None' = None,
+    ) -> tuple:
         if self.activation_checkpointing == 'none' or not torch.is_grad_enabled():
             return self._forward(x, cos_sin, ring, mask, cache)
         keep = (
@@ -293,11 +318,13 @@ class Head(nn.Linear):
     next_token_loss() takes them.
     """
 
-    def __init__(self, config, chunk, z_loss):
+    def __init__(self, config: 'ModelConfig', chunk: int, z_loss: float):
         super().__init__(config.n_embd, config.vocab_size, bias=False)
         self.chunk, self.z_loss = chunk, z_loss
 
-    def forward(self, x, targets=None, reduction='mean'):
+    def forward(
+        self, x: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = 'mean'
+    ) -> torch.Tensor:
         return (
             super().forward(x)
             if targets is None
@@ -321,18 +348,18 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        config,
-        backend='sdpa',
-        dropout=0.0,
-        activation_checkpointing='none',
-        ring=None,
-        dispatch='grouped',
-        aux_loss=0.0,
-        z_loss=0.0,
-        document_end=None,
-        loss_chunk=0,
-        head_z_loss=0.0,
-        float8=None,
+        config: 'ModelConfig',
+        backend: str = 'sdpa',
+        dropout: float = 0.0,
+        activation_checkpointing: str = 'none',
+        ring: 'Ring | None' = None,
+        dispatch: str | None = 'grouped',
+        aux_loss: float = 0.0,
+        z_loss: float = 0.0,
+        document_end: int | None = None,
+        loss_chunk: int = 0,
+        head_z_loss: float = 0.0,
+        float8: str | None = None,
     ):
         super().__init__()
         self.config = config
@@ -374,14 +401,16 @@ class Model(nn.Module):
             )
 
     @classmethod
-    def on_meta(cls, *args, **kwargs):
+    def on_meta(cls, *args, **kwargs) -> 'Model':
         """Return a model that has shapes and no memory: to be split over ranks before
         allocate().
         """
         with torch.device('meta'):
             return cls(*args, **kwargs)
 
-    def allocate(self, device, buffers_on=None):
+    def allocate(
+        self, device: str | torch.device, buffers_on: torch.device | None = None
+    ) -> 'Model':
         """Give a model on the meta device memory on `device`: parameters that hold nothing yet,
         without the work of torch's own initialization. Returns it.
 
@@ -401,7 +430,7 @@ class Model(nn.Module):
             )
         return self
 
-    def tensors(self):
+    def tensors(self) -> dict[str, torch.Tensor]:
         """Return {name: tensor} of what a checkpoint holds of the model: the parameters, and the
         balance of its experts.
         """
@@ -423,7 +452,7 @@ class Model(nn.Module):
             *routers,
         ]
 
-    def matrices(self):
+    def matrices(self) -> list[str]:
         """Return the names of the parameters that Muon is for: matrices within the layers. Tables,
         the head and routers stand for single tokens and experts, row by row, and experts are
         three-dimensional.
@@ -437,7 +466,7 @@ class Model(nn.Module):
             and '.router.' not in name
         ]
 
-    def keep_from_compiler(self):
+    def keep_from_compiler(self) -> None:
         """Leave the loss in chunks out of what is compiled on a CPU: it would compute each
         exponential twice rather than keep it.
         """
@@ -451,7 +480,14 @@ class Model(nn.Module):
         for module in (*self.transformer.h, *([] if self.lm_head.chunk else [self.lm_head])):
             module.compile()
 
-    def forward(self, idx, targets=None, reduction='mean', last_only=False, cache=None):
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        reduction: str = 'mean',
+        last_only: bool = False,
+        cache: 'Cache | None' = None,
+    ) -> torch.Tensor:
         """Return the loss of next-token prediction, or logits.
 
         idx: (B, T) int64, T <= block_size. With `targets` ((B, T) int64, -1 = none) returns the
@@ -477,23 +513,12 @@ class Model(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        length = (
-            self.config.block_size
-            if ring is not None
-            else T
-            if cache is None or cache.static
-            else cache.length + T
-        )
+        if ring is not None:
+            length = self.config.block_size
+        else:
+            length = T if cache is None or cache.static else cache.length + T
         cos_sin = self._cos_sin(positions, length) if self.rope else None
-        # one for each width of window, shared by its layers
-        masks = (
-            cache.masks
-            if cache is not None
-            else {
-                window: make_attention_mask(self.backend, T, idx.device, window, documents)
-                for window in set(self.config.windows)
-            }
-        )
+        masks = cache.masks if cache is not None else self._masks(T, idx.device, documents)
         routing = []
         for block in self.transformer.h:
             x, statistics = block(x, cos_sin, ring, masks[block.attn.window], cache)
@@ -508,6 +533,13 @@ class Model(nn.Module):
                 loss, torch.stack(routing), idx.numel() if reduction == 'sum' else 1, idx.numel()
             )
         return loss
+
+    def _masks(self, T, device, documents):
+        """Return {window: mask of attention} for each width of window that layers have."""
+        return {
+            window: make_attention_mask(self.backend, T, device, window, documents)
+            for window in set(self.config.windows)
+        }
 
     def _cos_sin(self, positions, length):
         """Return (cos, sin) for rope.apply_rotary_emb()."""
@@ -540,7 +572,9 @@ class Model(nn.Module):
         return loss + (extra - extra.detach())
 
     @torch.no_grad()
-    def after_step(self, world, balance_rate, skipped):
+    def after_step(
+        self, world: 'World', balance_rate: float, skipped: int | torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Work of the model after an optimizer step: sum the statistics of routing over ranks and
         move the balance of experts. skipped: scalar tensor, 1 if the step left the weights alone.
         Returns the statistics as a tensor for routing_report(), or None for a dense model.
@@ -558,7 +592,7 @@ class Model(nn.Module):
             )
         return routing
 
-    def routing_report(self, routing, tokens, shares=True):
+    def routing_report(self, routing: torch.Tensor, tokens: int, shares: bool = True) -> dict:
         """Return the `moe` object of the log of a step of `tokens` tokens, given after_step()'s
         tensor; shares: with that of each expert. Waits for the device.
         """
@@ -572,7 +606,7 @@ class Model(nn.Module):
         )
 
     @torch.no_grad()
-    def init_weights(self, seed, device=None):
+    def init_weights(self, seed: int, device: torch.device | None = None) -> None:
         """Normal with std 0.02 for the token and position tables and the head, sqrt(2 / (5 n_embd))
         for the other matrices (Nguyen and Salazar, "Transformers without Tears", 2019; GPT-2's 0.02
         at n_embd = 1000), residual projections scaled by 1/sqrt(2 n_layer) on top (GPT-2); norms 1,
@@ -607,7 +641,7 @@ class Model(nn.Module):
             )
 
     @torch.no_grad()
-    def fill(self, weights, partly=False):
+    def fill(self, weights: Iterable, partly: bool = False) -> None:
         """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A
         second name of a tied table is passed over.
 
@@ -623,11 +657,11 @@ class Model(nn.Module):
                     f' {tuple(parameter.shape)}'
                 )
             layouts.copy_into_shard(parameter, tensor)
-        missing = [name for name in missing if not name.endswith('.balance')]
-        if missing and not partly:
-            raise UserError(f'there are no weights for {", ".join(missing[:3])}')
+        left = [name for name in missing if not name.endswith('.balance')]
+        if left and not partly:
+            raise UserError(f'there are no weights for {", ".join(left[:3])}')
 
-    def parameter_counts(self):
+    def parameter_counts(self) -> dict[str, int]:
         """Return {'total', 'trainable', 'non_embedding', 'active'}: numbers of parameters;
         non_embedding leaves out the token and position tables (a tied head is the token table, so
         it is left out too); active counts of the experts as many as a token goes to.
@@ -654,7 +688,7 @@ class Model(nn.Module):
             'active': total - idle,
         }
 
-    def flops(self):
+    def flops(self) -> 'TokenFlops':
         """onetrain.flops.TokenFlops of training on one token of a full sequence: experts that it
         does not go to cost nothing.
         """
@@ -681,7 +715,7 @@ class Model(nn.Module):
         )
 
 
-def documents_of(idx, end):
+def documents_of(idx: torch.Tensor, end: int) -> tuple:
     """Return (documents, positions), both (B, T) int64: the number of each token's text, which ends
     with the token `end`, and its place there.
     """

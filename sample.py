@@ -13,6 +13,10 @@ tokenizer. All samples of all prompts are written at once; the first is shown
 while it grows.
 """
 
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from onetrain.command_line import ArgumentParser, importing, run_command
 
 if __name__ == '__main__':
@@ -27,8 +31,11 @@ from onetrain.config import UserError, shortened
 from onetrain.distributed import processes
 from onetrain.generation import check_prompts, continue_texts, default_start, encode_prompt, text_of
 
+if TYPE_CHECKING:
+    from onetrain.tokenizers.base import Tokenizer
 
-def main(argv=None):
+
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
@@ -77,7 +84,7 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv, processes.report_error)
 
 
-def check_bounds(args):
+def check_bounds(args: argparse.Namespace) -> None:
     """Raise UserError for numbers that mean nothing."""
     for name, low, high in (
         ('num_samples', 1, 10**4),
@@ -103,7 +110,7 @@ def check_bounds(args):
         )
 
 
-def run(args):
+def run(args: argparse.Namespace) -> int:
     check_bounds(args)
     starts = [
         text_of(start[5:], '--start=FILE:') if start.startswith('FILE:') else start
@@ -157,7 +164,9 @@ def run(args):
     return 0
 
 
-def chat(write, tokenizer, context, max_new_tokens, history):
+def chat(
+    write: Callable, tokenizer: 'Tokenizer', context: int, max_new_tokens: int, history: str
+) -> int:
     """Answer prompts from standard input until it ends."""
     room = context - max_new_tokens
     if room < 1:

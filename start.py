@@ -24,7 +24,7 @@ PYTHON = os.path.join(VENV, 'bin', 'python')
 OUT = 'out-demo'
 
 
-def call(title, *command):
+def call(title: str, *command: str) -> None:
     """Run a command of the project in .venv, shown as a user would type it; leave with its exit
     code if it fails.
     """
@@ -37,7 +37,7 @@ def call(title, *command):
         sys.exit(code)
 
 
-def set_up(everything=False):
+def set_up(everything: bool = False) -> None:
     """Make .venv and install requirements.txt into it, and with `everything` the extra `dev` of
     pyproject.toml, unless that was done already.
     """

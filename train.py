@@ -20,10 +20,25 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from onetrain.command_line import check_arguments, explain, importing, resolve_early
 from onetrain.config import UserError, resolve
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.checkpoint.keeper import CheckpointKeeper
+    from onetrain.checkpoint.resume import OutDirLock
+    from onetrain.data.order import Order
+    from onetrain.distributed.collectives import Agreement
+    from onetrain.distributed.processes import World
+    from onetrain.logs.run_log import RunLog
+    from onetrain.signals import StopRequest
+    from onetrain.training.batch_plan import BatchPlan
+    from onetrain.training.optim import NonFiniteGuard, Optimization
+    from onetrain.training.outputs import RunOutputs
+    from onetrain.training.run_data import PromptsAndTasks, RunData
+    from onetrain.training.start_point import TrainState
 
 Family = Literal[
     'gpt2',
@@ -289,7 +304,7 @@ class Config:
     )
 
     @property
-    def save_interval(self):
+    def save_interval(self) -> int:
         return self.checkpoint_interval or (
             self.eval_interval if self.always_save_checkpoint else 0
         )
@@ -310,6 +325,7 @@ if __name__ == '__main__':
     imported = importing('torch')
 
 import torch
+from torch import nn
 
 from onetrain import signals
 from onetrain.checkpoint import resume
@@ -328,7 +344,7 @@ from onetrain.training import memory, optim, validate
 from onetrain.training.batch_plan import plan_batches, predict_memory
 from onetrain.training.dry_run import dry_run
 from onetrain.training.iteration_log import IterationLog, mfu_function
-from onetrain.training.micro_step import ForwardBackward, compile_and_capture
+from onetrain.training.micro_step import CudaGraphStep, ForwardBackward, compile_and_capture
 from onetrain.training.outputs import open_keeper, open_log, open_outputs
 from onetrain.training.run_data import load_prompts_and_tasks, open_data
 from onetrain.training.start_point import StartPoint
@@ -346,7 +362,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 SHAPE_KEYS = ['arch_preset', *(field.name for field in dataclasses.fields(ModelConfig))]
 
 
-def main(argv=None, resolved=None):
+def main(argv: list[str] | None = None, resolved: Any = None) -> int:
     """Run the trainer with command-line arguments `argv`, or what resolve() made of them; returns
     the exit code.
     """
@@ -384,7 +400,7 @@ def main(argv=None, resolved=None):
         terminal.close()
 
 
-def train(c, given, stop, terminal):
+def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Terminal) -> int:
     """Run training with the Config `c`; returns the exit code.
 
     given: {key: where it was given}; stop: signals.StopRequest.
@@ -457,7 +473,7 @@ def train(c, given, stop, terminal):
     stop_code = 0
     while True:
         step = state.step
-        ending = step >= c.max_iters or stop_code
+        ending = step >= c.max_iters or bool(stop_code)
         evaluating = evaluates_at(c, step, start.step, cached_losses) and not stop_code
         sampling = samples_at(c, step, start.step) and not stop_code
         with terminal.doing('saving the checkpoint'):
@@ -504,8 +520,17 @@ def train(c, given, stop, terminal):
 
 
 def build_micro_step(
-    plan, data, order, state, model, train_model, optimization, evaluator, log, terminal
-):
+    plan: BatchPlan,
+    data: RunData,
+    order: Order,
+    state: TrainState,
+    model: Model,
+    train_model: nn.Module,
+    optimization: Optimization,
+    evaluator: Evaluator,
+    log: RunLog,
+    terminal: Terminal,
+) -> ForwardBackward | CudaGraphStep:
     """Return what computes a micro-step, compiled and recorded where the config asks for it."""
     c, world = plan.config, plan.options.world
     # DDP averages gradients over ranks: this makes it the mean over the tokens of a step
@@ -518,7 +543,7 @@ def build_micro_step(
     return micro_step
 
 
-def announce_start(c, step, log, terminal):
+def announce_start(c: Config, step: int, log: RunLog, terminal: Terminal) -> None:
     """Show the progress bar from iteration `step` on, or say that there is nothing to train."""
     terminal.start_bar(c.max_iters, step)
     if step >= c.max_iters:
@@ -545,8 +570,17 @@ class StepResult:
 
 
 def train_step(
-    plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, terminal
-):
+    plan: BatchPlan,
+    state: TrainState,
+    model: Model,
+    optimization: Optimization,
+    micro_step: ForwardBackward | CudaGraphStep,
+    loader: TrainLoader,
+    keeper: CheckpointKeeper,
+    agreement: Agreement,
+    stop: StopRequest,
+    terminal: Terminal,
+) -> StepResult:
     """Take one optimizer step, of plan.accumulation micro-steps; returns a StepResult.
 
     A step during which the run is asked to stop is given up: the weights are those of the last one,
@@ -588,7 +622,7 @@ def train_step(
     return StepResult(0, lr, loss, grad_norm, statistics, routing, waited)
 
 
-def evaluates_at(c, step, start_step, cached_losses):
+def evaluates_at(c: Config, step: int, start_step: int, cached_losses: dict | None) -> bool:
     """Return whether the losses are to be measured at `step`, which includes the final weights.
 
     cached_losses: of the weights that the run started from, or None.
@@ -598,11 +632,18 @@ def evaluates_at(c, step, start_step, cached_losses):
     return wanted and not (step == start_step and cached_losses)
 
 
-def samples_at(c, step, start_step):
-    return c.sample_interval and step % c.sample_interval == 0 and step > start_step
+def samples_at(c: Config, step: int, start_step: int) -> bool:
+    return c.sample_interval > 0 and step % c.sample_interval == 0 and step > start_step
 
 
-def log_evaluation(c, state, losses, text_bytes, keeper, log):
+def log_evaluation(
+    c: Config,
+    state: TrainState,
+    losses: dict,
+    text_bytes: TextBytes,
+    keeper: CheckpointKeeper,
+    log: RunLog,
+) -> None:
     """Log the losses of an evaluation, and save the weights if they are the best."""
     log.event(
         'eval',
@@ -623,7 +664,15 @@ def log_evaluation(c, state, losses, text_bytes, keeper, log):
     keeper.attach_losses(state.step)
 
 
-def log_samples(plan, step, prompts, model, stop, log, world):
+def log_samples(
+    plan: BatchPlan,
+    step: int,
+    prompts: PromptsAndTasks,
+    model: Model,
+    stop: StopRequest,
+    log: RunLog,
+    world: World,
+) -> None:
     """Continue the prompts of sample_start and log the texts."""
     # a generator of its own: sampling must not change what training draws; alike on every rank
     generator = torch.Generator(world.device).manual_seed(plan.config.seed)
@@ -642,7 +691,16 @@ def log_samples(plan, step, prompts, model, stop, log, world):
         log.sample(step, prompts.tokenizer.decode(prompt + ids))
 
 
-def rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log):
+def rewind_after_bad_steps(
+    c: Config,
+    plan: BatchPlan,
+    state: TrainState,
+    order: Order,
+    bad: dict[str, int],
+    keeper: CheckpointKeeper,
+    guard: NonFiniteGuard,
+    log: RunLog,
+):
     """Go back to the last good step after too many that were not finite; returns the exit code.
 
     The weights are still those of that step: bad steps change none. bad: of guard.counts().
@@ -664,7 +722,13 @@ def rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log):
     return signals.NOT_FINITE
 
 
-def warn_about_plan(start, data, plan, order, notes):
+def warn_about_plan(
+    start: StartPoint,
+    data: RunData,
+    plan: BatchPlan,
+    order: Order,
+    notes: list[str],
+) -> None:
     """Note what of the schedule and the data a user may not expect."""
     c = plan.config
     if c.decay_lr and c.lr_decay_iters > c.max_iters and c.min_lr < c.learning_rate:
@@ -688,7 +752,7 @@ def warn_about_plan(start, data, plan, order, notes):
     validate.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
 
 
-def check_model(c, model, world):
+def check_model(c: Config, model: Model, world: World) -> None:
     """Raise UserError for a model that is too large, or fp8 that has no effect."""
     memory.refuse_too_large(model, world.device, world.mesh.size(-1) if world.fsdp else 1)
     if c.fp8 and not model.float8_layers:
@@ -698,7 +762,9 @@ def check_model(c, model, world):
         )
 
 
-def build_model(start, plan, model, world, terminal):
+def build_model(
+    start: StartPoint, plan: BatchPlan, model: Model, world: World, terminal: Terminal
+) -> tuple:
     """Give `model` memory and values on this rank's layout; returns (what evaluation calls, what
     training calls).
     """
@@ -714,7 +780,7 @@ def build_model(start, plan, model, world, terminal):
     return layouts.wrap(model, world, c.compile, plan.accumulation, c.use_cuda_graphs)
 
 
-def build_optimizer(c, model, world):
+def build_optimizer(c: Config, model: Model, world: World) -> Optimization:
     """Return the optim.Optimization of `model`, whose parameters have memory."""
     named = dict(model.named_parameters())
     parameters = list(named.values())
@@ -735,14 +801,16 @@ def build_optimizer(c, model, world):
     return optim.Optimization(optimizer, scaler, guard, named, updated)
 
 
-def count_text_bytes(plan, data, prompts):
+def count_text_bytes(plan: BatchPlan, data: RunData, prompts: PromptsAndTasks) -> TextBytes:
     """Return the TextBytes of the evaluation windows."""
     c = plan.config
     starts = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
     return TextBytes(data.val, starts, c.block_size, lambda: prompts.tokenizer or data.tokenizer())
 
 
-def open_loader(plan, data, order, state, world):
+def open_loader(
+    plan: BatchPlan, data: RunData, order: Order, state: TrainState, world: World
+) -> TrainLoader:
     """Return the TrainLoader, which begins to read ahead."""
     c = plan.config
     return TrainLoader(
@@ -759,7 +827,18 @@ def open_loader(plan, data, order, state, world):
     )
 
 
-def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, stop):
+def finish(
+    c: Config,
+    start: StartPoint,
+    state: TrainState,
+    stop_code: int,
+    keeper: CheckpointKeeper,
+    outputs: RunOutputs,
+    memory_use: tuple,
+    lock: OutDirLock,
+    log: RunLog,
+    stop: StopRequest,
+) -> int:
     """Report how the run ended, wait for its copies and release its folder; returns the exit code.
 
     memory_use: (memory.Prediction or None, GB that were allocated before there was a model).
@@ -801,7 +880,7 @@ def finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, s
     return collectives.all_reduce_max(stop.fault or stop_code or unsaved, world)
 
 
-def learning_rate(c, step):
+def learning_rate(c: Config, step: int) -> float:
     return optim.learning_rate_at(
         step,
         learning_rate=c.learning_rate,

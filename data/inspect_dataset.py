@@ -11,7 +11,9 @@ unless there are more than --sample of them (default: 200 million): then
 evenly spaced stretches, and it says so.
 """
 
+import argparse
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,7 +28,7 @@ STRETCH = 2**20  # tokens
 MOST = 2**21  # ids that are told apart
 
 
-def arguments(argv):
+def arguments(argv: list[str]) -> argparse.Namespace:
     """Return the parsed `argv`. Raises UserError."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('dataset', help='a folder of data/, or a path')
@@ -59,7 +61,7 @@ def arguments(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> dict:
     """Print and draw; argv as in sys.argv[1:]. Raises UserError for what the user got wrong.
     Returns what was found, a dict.
     """
@@ -95,7 +97,7 @@ def main(argv=None):
     return found
 
 
-def open_split(folder, split):
+def open_split(folder: str, split: str) -> tuple:
     """Return (meta, Tokens) of a split. Raises UserError where it is not here."""
     meta = read_meta(folder)
     names = [name for name, _ in meta.get('files', {}).get(split, [])] or [f'{split}.bin']
@@ -114,7 +116,7 @@ def open_split(folder, split):
     return meta, Tokens(folder, split, pieces, fingerprint_of_pieces(pieces), None)
 
 
-def stretches(total, sample):
+def stretches(total: int, sample: int) -> Iterator:
     """Yield (begin, end) of all tokens, or of evenly spaced stretches with about `sample` of
     them.
     """
@@ -125,7 +127,7 @@ def stretches(total, sample):
         yield begin, min(begin + STRETCH, total)
 
 
-def use_of_ids(tokens, meta, sample):
+def use_of_ids(tokens: Tokens, meta: dict, sample: int) -> dict:
     """Return {'counts': of each id (from MOST on together), 'largest', 'counted': tokens, 'odd':
     share of ids at odd places that are below 16, 'even': at even ones}.
     """
@@ -149,7 +151,7 @@ def use_of_ids(tokens, meta, sample):
     }
 
 
-def lengths(folder, split, meta, tokens, sample):
+def lengths(folder: str, split: str, meta: dict, tokens: Tokens, sample: int) -> np.ndarray | None:
     """Return tokens of each document, an array: of train.ends where there is one, else by the id
     that ends a document; None where neither tells.
     """
@@ -172,7 +174,7 @@ def lengths(folder, split, meta, tokens, sample):
     return np.diff(ends, prepend=0)
 
 
-def doubts(found, tokens, meta):
+def doubts(found: dict, tokens: Tokens, meta: dict) -> list[str]:
     """Return sentences on what looks wrong."""
     said, counts, size, dtype = [], found['counts'], meta.get('vocab_size'), tokens.pieces[0].dtype
     if dtype.itemsize == 2 and found['odd'] > 0.9 and found['even'] < 0.5:
@@ -213,7 +215,7 @@ def doubts(found, tokens, meta):
     return said
 
 
-def describe(folder, tokens, meta, found):
+def describe(folder: str, tokens: Tokens, meta: dict, found: dict) -> Iterator:
     pieces, counts, size = tokens.pieces, found['counts'], meta.get('vocab_size')
     used = int((counts > 0).sum())
     yield (
@@ -254,7 +256,7 @@ def describe(folder, tokens, meta, found):
     yield from (f'LOOK: {doubt}' for doubt in found['doubts'])
 
 
-def show(folder, meta, tokens, at, count, found):
+def show(folder: str, meta: dict, tokens: Tokens, at: int, count: int, found: dict) -> None:
     """Print text of the data set, and its most frequent tokens."""
     try:
         tokenizer = tokenizer_of(folder, meta)
@@ -274,7 +276,7 @@ def show(folder, meta, tokens, at, count, found):
     print(f'---- tokens {at:,} to {at + len(ids):,}\n{tokenizer.decode(ids.tolist())}\n----')
 
 
-def draw(path, title, found):
+def draw(path: str, title: str, found: dict) -> None:
     """A picture of the lengths of documents and of how often ids occur."""
     import matplotlib
 

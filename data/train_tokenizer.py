@@ -16,6 +16,7 @@ more than --max_mb of it evenly spaced documents are taken, so that memory stays
 ends a text in bpe, 2 in the others.
 """
 
+import argparse
 import os
 
 from onetrain.command_line import ArgumentParser
@@ -25,7 +26,7 @@ from onetrain.tokenizers.base import load_tokenizer
 from onetrain.tokenizers.train import GPT2, PATTERNS, train_bpe, train_sentencepiece
 
 
-def arguments(argv):
+def arguments(argv: list[str]) -> argparse.Namespace:
     """Return the parsed `argv`. Raises UserError."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -73,7 +74,7 @@ def arguments(argv):
     return args
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Train and write; argv as in sys.argv[1:]. Raises UserError for what the user got wrong."""
     args = arguments(argv)
     texts = Texts(args.input, args.text_field, args.max_mb * 1e6)
@@ -106,7 +107,7 @@ class Texts:
     bytes, count: of what was given out.
     """
 
-    def __init__(self, inputs, text_field, max_bytes):
+    def __init__(self, inputs: list[str], text_field: str, max_bytes: float):
         self.units = list(documents.units_of_files(documents.find_files(inputs)))
         self.text_field = text_field
         self.every = max(1.0, sum(unit.size for unit in self.units) / max_bytes)

@@ -13,6 +13,8 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import onetrain
 from onetrain.config import UserError, nearest, resolve
@@ -30,7 +32,7 @@ def _program():
     return os.path.abspath(getattr(sys.modules.get('__main__'), '__file__', None) or '/')
 
 
-def check_checkout(path, root=ROOT):
+def check_checkout(path: str, root: str = ROOT):
     """Leave with exit code 2 where the script `path` lies in another copy of onetrain than `root`,
     the installed one: it would run with the code of the other.
     """
@@ -71,7 +73,12 @@ if _is_a_command() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _leave)
 
 
-def run_command(work, argv=None, tell=None, interrupted='interrupted'):
+def run_command(
+    work: Callable,
+    argv: list[str] | None = None,
+    tell: Callable | None = None,
+    interrupted: str = 'interrupted',
+) -> int:
     """Return the exit code of work(argv), or 2 where it raises what a user can mend, after telling
     it in one sentence.
 
@@ -128,11 +135,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(**{'formatter_class': _HelpFormatter, 'allow_abbrev': False, **options})
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: list[str] | None = None, namespace: Any = None) -> tuple:
         self.typed = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
-    def error(self, message):
+    def error(self, message: str):
         known = [
             word
             for action in self._actions
@@ -153,7 +160,7 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def resolve_early(schema, argv, aliases):
+def resolve_early(schema: type, argv: list[str], aliases: dict):
     """Return what config.resolve() does; end the process where it cannot, or where help or
     the version is asked for.
 
@@ -175,7 +182,7 @@ def resolve_early(schema, argv, aliases):
         sys.exit(2)
 
 
-def importing(what, after=5.0):
+def importing(what: str, after: float = 5.0):
     """Say so when `what` is still being imported after some seconds; returns a function to call
     when that has ended.
     """
@@ -186,7 +193,7 @@ def importing(what, after=5.0):
     return timer.cancel
 
 
-def whole(least=1, most=2**31):
+def whole(least: int = 1, most: int = 2**31) -> Callable:
     """Return the `type` of an argparse option that takes a whole number from `least` to `most`."""
 
     def parse(text):
@@ -199,7 +206,7 @@ def whole(least=1, most=2**31):
     return parse
 
 
-def number(above=0.0, most=1e9):
+def number(above: float = 0.0, most: float = 1e9):
     """Return the `type` of an argparse option that takes a number above `above` and up to
     `most`.
     """
@@ -218,7 +225,7 @@ def number(above=0.0, most=1e9):
     return parse
 
 
-def check_arguments(argv):
+def check_arguments(argv: list[str]) -> None:
     """Raise UserError for an argument that is not text: bytes that are not UTF-8."""
     for word in argv:
         if re.search(r'[\ud800-\udfff]', word):
@@ -235,7 +242,7 @@ _MEMORY = re.compile(
 )
 
 
-def explain(error):
+def explain(error: BaseException) -> str:
     """Return one sentence for an exception that a user can do something about, or None for a fault
     of the program.
     """

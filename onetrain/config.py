@@ -20,6 +20,7 @@ import sys
 import textwrap
 import types
 import typing
+from typing import Any
 
 
 class UserError(ValueError):
@@ -28,7 +29,7 @@ class UserError(ValueError):
     """
 
 
-def resolve(schema, argv, aliases=None):
+def resolve(schema: type, argv: list[str], aliases: dict | None = None) -> tuple:
     """Build `schema` (a dataclass type) from command-line arguments.
 
     argv: config files (paths) and `--key=value` words; later ones win, and the command line wins
@@ -102,7 +103,7 @@ def _split(word, hints):
     )
 
 
-def read_file(path, defaults):
+def read_file(path: str, defaults: dict) -> dict:
     """Run the config file `path` and return {key: value} for the names it assigns, in order. Raises
     UserError.
 
@@ -146,7 +147,7 @@ def read_file(path, defaults):
     }
 
 
-def parse_value(text):
+def parse_value(text: str):
     """Return a command-line value: a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
@@ -155,7 +156,7 @@ def parse_value(text):
         return {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
 
 
-def check_type(key, value, hint, source):
+def check_type(key: str, value: Any, hint: type, source: str):
     """Return `value` as the type that `hint` asks for; an int serves as a float. Raises
     UserError.
     """
@@ -216,7 +217,7 @@ def check_type(key, value, hint, source):
     )
 
 
-def shortened(value):
+def shortened(value: Any) -> str:
     """repr() of a value in at most 80 characters."""
     try:
         text = repr(value)
@@ -225,7 +226,7 @@ def shortened(value):
     return text if len(text) <= 80 else f'{text[:60]}... ({len(text)} characters)'
 
 
-def a_type(value):
+def a_type(value: Any) -> str:
     return (
         'None'
         if value is None
@@ -235,13 +236,13 @@ def a_type(value):
     )
 
 
-def nearest(word, known):
+def nearest(word: str, known: list[str]) -> str:
     """Return ', did you mean X' for the known word that is closest to `word`, or ''."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f', did you mean {close[0]!r}' if close else ''
 
 
-def nearest_path(path):
+def nearest_path(path: str) -> str:
     """Return the same for a file or folder, among those beside it."""
     above = os.path.dirname(path.rstrip('/'))
     try:
@@ -251,7 +252,9 @@ def nearest_path(path):
     return nearest(path.rstrip('/'), beside)
 
 
-def help_text(schema, values, everything=False, width=None):
+def help_text(
+    schema: type, values: dict, everything: bool = False, width: int | None = None
+) -> str:
     """Return the keys of `schema` with their `values`, choices and comments: those that its COMMON
     names, or all in their sections.
 
@@ -290,7 +293,7 @@ def help_text(schema, values, everything=False, width=None):
     return '\n'.join(lines)
 
 
-def described(schema):
+def described(schema: type) -> list[tuple]:
     """Return [(section, {key: its comment})] from the source of a dataclass, in which a section
     begins with `# ----`.
     """
@@ -308,7 +311,7 @@ def described(schema):
     return sections
 
 
-def choices_of(hint):
+def choices_of(hint: type) -> list[str]:
     """Return the words that a key may be, from its annotation; () where it may be anything of its
     type.
     """

@@ -5,7 +5,7 @@ import numpy as np
 _MASK = 2**64 - 1
 
 
-def hash_ints(*numbers):
+def hash_ints(*numbers) -> int:
     """Return a 64-bit hash of integers (the finaliser of SplitMix64, chained). Python ints in,
     Python int out.
     """
@@ -26,7 +26,7 @@ def _hash_array(x, key):
     return x ^ (x >> np.uint64(31))
 
 
-def permute(index, n, key):
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Keyed permutation of 0..n-1, elementwise and in O(1) memory.
 
     index: (k,) int64 array of values in [0, n). Returns a (k,) int64 array; over all of 0..n-1 it

@@ -19,17 +19,17 @@ def _described():
         return []
 
 
-def cpu_name():
+def cpu_name() -> str:
     """Return the name of the processor."""
     return next((value for key, value in _described() if key == 'model name'), platform.machine())
 
 
-def has_bfloat16():
+def has_bfloat16() -> bool:
     """Return whether the processor has instructions for bfloat16: without, torch emulates it."""
     words = next((value for key, value in _described() if key in ('flags', 'Features')), '')
     return not BFLOAT16.isdisjoint(words.split())
 
 
-def has_compiler():
+def has_compiler() -> bool:
     """Return whether there is a C++ compiler, which torch.compile needs on a CPU."""
     return bool(shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX'))

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import os
 import threading
+from typing import Any
 
 from onetrain.config import UserError
 
@@ -19,7 +20,7 @@ MOST = 128  # open at a time
 class Descriptors:
     """The open files of a process."""
 
-    def __init__(self, most=MOST):
+    def __init__(self, most: int = MOST):
         self.most, self.lock, self.open = most, threading.Lock(), collections.OrderedDict()
 
     def _of(self, path, flags):
@@ -35,7 +36,7 @@ class Descriptors:
             )
         return self.open[key]
 
-    def read_into(self, path, wanted):
+    def read_into(self, path: str, wanted: list[tuple]) -> tuple:
         """Fill each array of `wanted`, [(contiguous array, offset)], with the bytes of the file
         from its offset on; returns the file's version().
 
@@ -58,12 +59,12 @@ class Descriptors:
                 raise OSError(f'{path} has become shorter: it ends at byte {offset:,}')
             view, offset = view[count:], offset + count
 
-    def read(self, path, count, offset):
+    def read(self, path: str, count: int, offset: int) -> bytes:
         """Return `count` bytes from `offset` on, fewer where the file ends."""
         with self.lock:
             return os.pread(self._of(path, os.O_RDWR), count, offset)
 
-    def write(self, path, data, offset):
+    def write(self, path: str, data: bytes, offset: int) -> None:
         """Write bytes at `offset`."""
         with self.lock:
             descriptor = self._of(path, os.O_RDWR)
@@ -71,7 +72,7 @@ class Descriptors:
                 count = os.pwrite(descriptor, data, offset)
                 data, offset = data[count:], offset + count
 
-    def forget(self, path):
+    def forget(self, path: str) -> None:
         """Close a file that was read, so that the next read opens the one that has its name
         then.
         """
@@ -79,7 +80,7 @@ class Descriptors:
             if (path, os.O_RDONLY) in self.open:
                 os.close(self.open.pop((path, os.O_RDONLY)))
 
-    def close(self):
+    def close(self) -> None:
         """Close all; the next read opens its file again."""
         with self.lock:
             while self.open:
@@ -92,16 +93,16 @@ FILES = Descriptors()
 class ChangedFile(UserError):
     """A file is another than the one that was opened, or was written to."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         super().__init__(f'{path} was changed while it was read: wait until nothing writes to it')
 
 
-def version(status):
+def version(status: Any) -> tuple:
     """Return what is another once a file was replaced or written to, from its os.stat_result."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def raise_limit():
+def raise_limit() -> None:
     """Let this process open as many files as the system admits: each process of a job needs some
     for every other.
     """

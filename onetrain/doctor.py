@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from onetrain import __version__, cpu
@@ -53,7 +54,7 @@ class Finding:
     remedy: str | None = None
 
 
-def python_and_packages():
+def python_and_packages() -> Iterator:
     """Yield Findings about Python and the packages that the project can use."""
     version = platform.python_version()
     good = (3, 10) <= sys.version_info[:2] <= (3, 13)
@@ -76,7 +77,7 @@ def python_and_packages():
         yield Finding('Packages', 'ok', 'all optional packages are installed')
 
 
-def gpus():
+def gpus() -> Iterator:
     """Yield Findings about the GPUs, what they can compute in, and how they are connected."""
     try:
         import torch
@@ -113,7 +114,7 @@ def gpus():
             yield Finding('Topology', 'note' if slow else 'ok', slow or text)
 
 
-def machine():
+def machine() -> Iterator:
     """Yield Findings about cores, memory, disk, shared memory and the compiler."""
     cores = len(os.sched_getaffinity(0))
     with open('/proc/meminfo') as f:
@@ -141,7 +142,7 @@ def machine():
         yield Finding('Compiler', 'note', text, 'apt-get install g++')
 
 
-def data():
+def data() -> Iterator:
     """Yield Findings about the tokenizers and data sets that are here."""
     from onetrain.data.token_file import read_meta
 
@@ -169,7 +170,7 @@ def data():
     yield Finding('Tokenizers', 'ok', ', '.join(['bytes', 'char', *tokenizers]))
 
 
-def bucket(url):
+def bucket(url: str) -> Iterator:
     """Yield a Finding about whether `url` can be written to and read from."""
     from onetrain.checkpoint.uploader import check_writable
     from onetrain.config import UserError
@@ -182,7 +183,7 @@ def bucket(url):
         yield Finding('URL', 'problem', str(error), 'correct the URL or its credentials')
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Print the findings; returns the exit code."""
     parser = ArgumentParser(prog='start.py doctor', description=__doc__)
     parser.add_argument('--url', help='a place for uploads, which is written to and read from')

@@ -17,13 +17,17 @@ import pickletools
 import re
 import secrets
 import time
+from typing import TYPE_CHECKING, Any
 
 from onetrain.config import UserError
+
+if TYPE_CHECKING:
+    from onetrain.config import UserError
 
 HIDDEN = '***'  # stands for the part of a URL that redact() takes out
 
 
-def plain_name(name, source):
+def plain_name(name: str, source: str) -> str:
     """Return `name` if it is the name of one file: text without separators, control characters or
     '..'.
 
@@ -43,7 +47,7 @@ def plain_name(name, source):
     return name
 
 
-def inside(folder, name, source):
+def inside(folder: str, name: str, source: str) -> str:
     """Return the path of the file `name` in `folder`; `name` may lie in folders below, as in
     'tokenizer/vocab.json'.
 
@@ -54,7 +58,7 @@ def inside(folder, name, source):
     return '/'.join([str(folder), *(plain_name(part, source) for part in parts)])
 
 
-def check_regular(path):
+def check_regular(path: str) -> None:
     """Raise UserError if `path` is something else than a file, such as a pipe or a device, which
     may have no end.
     """
@@ -69,7 +73,7 @@ def check_regular(path):
         raise UserError(f'{path} is {kind}, expected a file: put one there, or take it away')
 
 
-def check_own(path, root=None):
+def check_own(path: str, root: str | None = None) -> None:
     """check_regular(), and raise UserError for a link that leads out of the folder `root`; None:
     that of `path`.
 
@@ -87,7 +91,7 @@ def check_own(path, root=None):
 
 
 @contextlib.contextmanager
-def replacing(path, mode='wb', sync=False, tidy=True):
+def replacing(path: str, mode: str = 'wb', sync: bool = False, tidy: bool = True):
     """Give a file to write to, which takes the place of `path` when the block ends without an error
     and is gone otherwise.
 
@@ -111,7 +115,7 @@ def replacing(path, mode='wb', sync=False, tidy=True):
             os.remove(name)
 
 
-def no_link(path, flags):
+def no_link(path: str, flags: int) -> int:
     """Return an opener for open(): follows no link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
@@ -119,7 +123,7 @@ def no_link(path, flags):
 _SCHEME = re.compile(r'([a-zA-Z][a-zA-Z0-9+.-]*://)')
 
 
-def redact(value):
+def redact(value: Any):
     """Return `value` with the user, the password, the query and the fragment of every URL in it
     replaced by '***'.
 
@@ -149,7 +153,7 @@ def _without_secrets(text):
     return re.sub(r'([?#]).*', rf'\1{HIDDEN}', url, count=1, flags=re.DOTALL) + text
 
 
-def open_url(url):
+def open_url(url: str) -> tuple:
     """Return (fsspec file system, path in it) of a URL or a local folder.
 
     Nothing of the listings is cached: what others write there is seen. Raises UserError for what
@@ -179,14 +183,14 @@ def open_url(url):
     return fs, root.rstrip('/') or '/'
 
 
-def sentence(error):
+def sentence(error: 'BaseException | UserError') -> str:
     """Return what an exception of a library says as one line without secrets, at most 200
     characters.
     """
     return ' '.join(redact(str(error)).split())[:200]
 
 
-def refuse_deep_pickle(data, deepest=100, largest=1000):
+def refuse_deep_pickle(data: bytes, deepest: int = 100, largest: int = 1000) -> None:
     """Raise ValueError for a pickle, as bytes, of values nested too deeply or of tuples with too
     many items, without building any.
 
@@ -234,7 +238,7 @@ def refuse_deep_pickle(data, deepest=100, largest=1000):
                 raise ValueError(f'it has a tuple of more than {largest:,} items')
 
 
-def parse_json(data):
+def parse_json(data: bytes | str):
     """Return the value in `data`, JSON as bytes or text. Raises ValueError, in words, for anything
     else.
 
@@ -250,13 +254,13 @@ def parse_json(data):
         raise ValueError(f'it is not JSON: {error}') from None
 
 
-def add_checksum(value):
+def add_checksum(value: dict) -> bytes:
     """Return a dict as the bytes of a JSON file that carries the SHA-256 of its other content."""
     digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
     return json.dumps({**value, 'sha256': digest}, indent=1).encode() + b'\n'
 
 
-def verify_checksum(data):
+def verify_checksum(data: bytes) -> dict:
     """Return the dict in bytes made by add_checksum(). Raises ValueError if a single byte is
     another.
     """
@@ -269,6 +273,6 @@ def verify_checksum(data):
     return value
 
 
-def is_whole(value, least=0, most=2**62):
+def is_whole(value: Any, least: int = 0, most: int = 2**62) -> bool:
     """Return whether `value` is an int from `least` to `most`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

@@ -25,7 +25,7 @@ _PEAKS = [
 ]
 
 
-def peak_flops(device_name, dtype):
+def peak_flops(device_name: str | None, dtype: str) -> float | None:
     """Return the dense peak of one device in FLOP/s, or None where it is not known.
 
     device_name: as torch.cuda.get_device_name says, None for a CPU; dtype: 'bfloat16' | 'float16' |
@@ -50,15 +50,17 @@ class TokenFlops:
     scores: float  # the part that causality could halve
 
     @property
-    def total(self):
+    def total(self) -> float:
         return self.attention + self.ffn + self.head
 
     @property
-    def causal(self):
+    def causal(self) -> float:
         return self.total - self.scores / 2
 
 
-def per_token(weights, *, n_layer, width, seen):
+def per_token(
+    weights: dict[str, int], *, n_layer: int, width: int, seen: list[int]
+) -> 'TokenFlops':
     """Return TokenFlops of a model. weights: {'attention', 'ffn', 'head'}, numbers of matmul
     weights that a token meets, all layers together; width: n_head * head_dim; seen: for each layer
     the tokens that attention reaches over, the length of the sequence or a window.
@@ -73,7 +75,15 @@ def per_token(weights, *, n_layer, width, seen):
 VARIES = ('mfu', 'mfu_percent', 'mfu_causal', 'flops_achieved', 'tokens_per_sec', 'achieved_tflops')
 
 
-def utilization(flops, tokens_per_sec, *, device_name, dtype, num_devices, architecture):
+def utilization(
+    flops: 'TokenFlops',
+    tokens_per_sec: float,
+    *,
+    device_name: str | None,
+    dtype: str,
+    num_devices: int,
+    architecture: str,
+) -> dict:
     """Return the `mfu` object of the log: achieved FLOP/s of all devices over their summed peak;
     null where no peak is known.
     """

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,8 +13,20 @@ from onetrain.ops import kernels
 from onetrain.ops.kv_cache import Cache
 from onetrain.tokenizers.base import decode_after
 
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.tokenizers.base import Tokenizer
 
-def cache_for(model, batch, size, dtype=None, padding=None, static=False, device=None):
+
+def cache_for(
+    model: 'Model',
+    batch: int,
+    size: int,
+    dtype: torch.dtype | None = None,
+    padding: torch.Tensor | None = None,
+    static: bool = False,
+    device: torch.device | None = None,
+) -> 'Cache':
     """Return a kv_cache.Cache for `batch` rows of up to `size` tokens of `model`. dtype: of its
     matmuls; None: float32, or autocast's. device: where it computes, None: where its parameters
     are.
@@ -29,7 +43,13 @@ def cache_for(model, batch, size, dtype=None, padding=None, static=False, device
     )
 
 
-def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def logits_to_probs(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> torch.Tensor:
     """Return probabilities (B, V) to draw from, for fp32 `logits` (B, V); temperature above 0.
 
     top_k keeps the k most likely tokens; top_p the fewest whose probability adds up to at least p
@@ -55,21 +75,23 @@ def logits_to_probs(logits, temperature=1.0, top_k=None, top_p=None, min_p=None)
     return probabilities
 
 
-def apply_repetition_penalty(logits, seen, penalty):
+def apply_repetition_penalty(
+    logits: torch.Tensor, seen: torch.Tensor, penalty: float
+) -> torch.Tensor:
     """Return `logits` (B, V) of tokens that occur in `seen` (B, V) bool divided by `penalty` where
     positive, multiplied where negative (Keskar et al., "CTRL", 2019).
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def lines_of(path, said):
+def lines_of(path: str, said: str) -> list[str]:
     """Return the prompts of a text file, one on each line. Raises UserError where there is none;
     said: what the user typed before the path.
     """
     return [line for line in text_of(path, said).split('\n') if line.strip()]
 
 
-def text_of(path, said):
+def text_of(path: str, said: str) -> str:
     """Return the text of a file in UTF-8. Raises UserError where it cannot be read; said: what
     the user typed before the path.
     """
@@ -87,7 +109,7 @@ def text_of(path, said):
         raise UserError(f'{said}{path} cannot be read ({error.strerror})') from None
 
 
-def default_start(tokenizer):
+def default_start(tokenizer: 'Tokenizer') -> str:
     """Return the text that samples begin with where nothing else is given: a line end, or the first
     of the characters where they are few and it is not among them.
     """
@@ -95,7 +117,7 @@ def default_start(tokenizer):
     return '\n' if '\n' in characters else min(characters)
 
 
-def prompts_of(start, tokenizer, block_size):
+def prompts_of(start: str, tokenizer: 'Tokenizer', block_size: int) -> list[list]:
     """Return token ids of the key sample_start: of the text, or with FILE:name of each line of a
     file. Raises UserError for what a model of block_size tokens cannot begin with.
     """
@@ -116,7 +138,7 @@ def prompts_of(start, tokenizer, block_size):
     return prompts
 
 
-def check_prompts(prompts, model):
+def check_prompts(prompts: list, model: 'Model') -> None:
     """Raise UserError for a prompt (list of ids) that the model cannot begin with."""
     for prompt in prompts:
         if not 0 < len(prompt) <= model.config.block_size:
@@ -127,23 +149,23 @@ def check_prompts(prompts, model):
 
 
 def generate(
-    model,
-    prompts,
-    max_new_tokens,
+    model: 'Model',
+    prompts: list,
+    max_new_tokens: int,
     *,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    repetition_penalty=1.0,
-    stop_ids=(),
-    generator=None,
-    cached=True,
-    compiled=False,
-    device=None,
-    on_tokens=None,
-    interrupted=lambda: False,
-):
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_ids: set[int] | tuple = (),
+    generator: torch.Generator | None = None,
+    cached: bool = True,
+    compiled: bool = False,
+    device: torch.device | None = None,
+    on_tokens: Callable | None = None,
+    interrupted: Callable = lambda: False,
+) -> list:
     """Continue each of `prompts` (lists of token ids, not empty, at most block_size long) by up to
     max_new_tokens tokens; returns the new ids, a list for each.
 
@@ -278,7 +300,12 @@ def _read(model, idx, cache):
     return model(idx, last_only=True, cache=cache)[:, -1]
 
 
-def encode_prompt(text, tokenizer):
+def _end_of(text, stop):
+    """Return where the first of the strings `stop` begins in a text, its length without one."""
+    return min((at for at in (text.find(word) for word in stop) if at >= 0), default=len(text))
+
+
+def encode_prompt(text: str, tokenizer: 'Tokenizer') -> list[int]:
     """Return token ids of a prompt; an empty one is the end of the text before."""
     ids = tokenizer.encode(text).tolist()
     if not ids and tokenizer.eot_id is None:
@@ -290,17 +317,22 @@ def encode_prompt(text, tokenizer):
 
 
 def continue_texts(
-    model, tokenizer, prompts, max_new_tokens, *, stop=(), ignore_eot=False, show=None, **how
-):
+    model: 'Model | None',
+    tokenizer: 'Tokenizer',
+    prompts: list[list],
+    max_new_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    ignore_eot: bool = False,
+    show: Callable | None = None,
+    **how,
+) -> list[str]:
     """Return what the model writes after each of `prompts` (lists of ids), as texts: each ends
     before the first of the strings `stop`, or with the end of text unless ignore_eot. show: called
     with more and more of the first. how: as generate() takes it.
     """
     eot = {tokenizer.eot_id} - {None}
     written, shown = [[] for _ in prompts], 0
-
-    def end_of(text):
-        return min((at for at in (text.find(word) for word in stop) if at >= 0), default=len(text))
 
     def text_of(row):
         """Return what the new tokens of a row add to its prompt, without the end of text."""
@@ -312,7 +344,7 @@ def continue_texts(
     def finished(row):
         if eot & {*written[row][-1:]} and not ignore_eot:
             return True
-        return bool(stop) and end_of(text := text_of(row)) < len(text)
+        return bool(stop) and _end_of(text := text_of(row), stop) < len(text)
 
     def on_tokens(tokens, alive):
         nonlocal shown
@@ -324,7 +356,7 @@ def continue_texts(
             # what may be half a character, or the beginning of a stop string, waits
             safe = min(
                 len(text.rstrip('\N{REPLACEMENT CHARACTER}')),
-                end_of(text),
+                _end_of(text, stop),
                 len(text) if finished(0) else len(text) - max(map(len, stop), default=1) + 1,
             )
             if safe > shown:
@@ -340,8 +372,7 @@ def continue_texts(
         interrupted=lambda: bool(stop) and all(map(finished, range(len(prompts)))),
         **how,
     )
-    texts = [text_of(row) for row in range(len(prompts))]
-    texts = [text[: end_of(text)] for text in texts]
+    texts = [text[: _end_of(text, stop)] for text in map(text_of, range(len(prompts)))]
     if show is not None and len(texts[0]) > shown:
         show(texts[0][shown:])
     return texts

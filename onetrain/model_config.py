@@ -6,6 +6,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass
+from typing import Any
 
 from onetrain.config import UserError, a_type, shortened
 from onetrain.ops.rope import SCALINGS
@@ -193,11 +194,11 @@ class ModelConfig:
     route_scale: float
 
     @property
-    def rotary_dims(self):
+    def rotary_dims(self) -> int:
         return int(self.head_dim * self.rotary_pct)
 
     @property
-    def windows(self):
+    def windows(self) -> list:
         """Return the window of each layer, None where it sees everything."""
         return [
             (
@@ -212,7 +213,7 @@ class ModelConfig:
     def expert_layers(self):
         return range(self.n_dense_layers, self.n_layer) if self.num_experts else range(0)
 
-    def describe(self):
+    def describe(self) -> str:
         """Return the short form for logs, such as 18L-16H-2048D-GQA8-RoPE-RMS-SwiGLU-PreNorm."""
         position = {'learned_absolute': 'AbsPos', 'rope': 'RoPE', 'none': 'NoPos'}[
             self.position_encoding
@@ -311,7 +312,7 @@ def _check_types(given):
             raise UserError(f'{name}={value} must be at most {_MOST[name]:,}')
 
 
-def resolve_shape(settings, vocab_size=None):
+def resolve_shape(settings: dict, vocab_size: int | None = None) -> 'ModelConfig':
     """Return ModelConfig from the trainer's keys, where None means that the preset decides.
 
     settings: mapping with arch_preset, block_size and the names of ModelConfig; vocab_size: of the
@@ -323,7 +324,9 @@ def resolve_shape(settings, vocab_size=None):
     preset = PRESETS[name]
     given = {field.name: settings.get(field.name) for field in dataclasses.fields(ModelConfig)}
     _check_types(given)
-    shape = {name: preset.get(name) if value is None else value for name, value in given.items()}
+    shape: dict[str, Any] = {
+        name: preset.get(name) if value is None else value for name, value in given.items()
+    }
     if missing := [
         name for name in ('n_layer', 'n_head', 'n_embd', 'block_size') if shape[name] is None
     ]:

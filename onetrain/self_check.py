@@ -42,7 +42,7 @@ def python(*words, **options):
     )
 
 
-def finish(what, *words):
+def finish(what: str, *words) -> None:
     """Run `python words` to its end. Raises ValueError with its output if it fails."""
     process = python(*words)
     output = process.communicate(timeout=600)[0]
@@ -50,7 +50,7 @@ def finish(what, *words):
         raise ValueError(f'{what} ended with exit code {process.returncode}:\n{output}')
 
 
-def losses(folder):
+def losses(folder: str) -> dict[int, float]:
     """Return {iteration: loss} of the only run in `folder`."""
     (name,) = (name for name in os.listdir(folder) if name.endswith('.jsonl'))
     return {
@@ -60,11 +60,11 @@ def losses(folder):
     }
 
 
-def step(text, begun):
+def step(text: str, begun: float) -> None:
     print(f'{time.monotonic() - begun:5.1f} s  {text}', flush=True)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the check; returns the exit code 0. Raises ValueError with what is wrong."""
     import torch
 

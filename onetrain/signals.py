@@ -24,7 +24,7 @@ def ignore_signals():
         signal.signal(number, signal.SIG_IGN)
 
 
-def seconds_running():
+def seconds_running() -> float:
     """Return seconds since this process was started; under torchrun since torchrun was, so that
     restarts do not begin a new limit.
     """
@@ -43,7 +43,7 @@ class StopRequest:
     code() is 0, or the exit code of what was asked for: 128 + signal number, fault, TIME_IS_UP.
     """
 
-    def __init__(self, talk=True):
+    def __init__(self, talk: bool = True):
         self.talk, self.at_once, self.max_hours = talk, True, 0.0
         self.signal, self.received, self.repeats, self.fault = None, 0.0, 0, 0
         self.begun = time.monotonic() - seconds_running()
@@ -58,7 +58,7 @@ class StopRequest:
             target=self._watch, args=(self.reading,), daemon=True, name='signals'
         ).start()
 
-    def code(self):
+    def code(self) -> int:
         if self.signal is not None:
             return 128 + self.signal
         if self.fault:
@@ -103,7 +103,7 @@ class StopRequest:
         if self.talk:
             os.write(2, f'\n{text}\n'.encode())  # print() is not safe in a signal handler
 
-    def restore(self):
+    def restore(self) -> None:
         """Give the signals back to whoever handled them before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)

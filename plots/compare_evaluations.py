@@ -7,8 +7,10 @@ A folder stands for all evaluation*.json in it. The picture is saved as evaluati
 a table is printed.
 """
 
+import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +29,7 @@ class EvaluationError(UserError):
     """A path that holds no evaluation."""
 
 
-def load(path):
+def load(path: Path) -> tuple:
     """Return (label, [results, by step]) of an evaluation*.json or a folder of them. Raises
     EvaluationError.
     """
@@ -51,7 +53,7 @@ def load(path):
     return folder.resolve().name, sorted(found, key=lambda results: results.get('step') or 0)
 
 
-def values(results):
+def values(results: dict) -> dict[str, float]:
     """Return {title: number} of one evaluation."""
 
     def of(value, key):
@@ -76,7 +78,7 @@ def values(results):
     }
 
 
-def draw(models):
+def draw(models: list[tuple]):
     """Return the figure: a panel for each measure; a curve where a model has several steps, else
     a bar.
     """
@@ -121,7 +123,9 @@ def draw(models):
     return figure
 
 
-def draw_model(axes, place, label, found, title, along_steps):
+def draw_model(
+    axes: Any, place: int, label: str, found: list, title: str, along_steps: bool
+) -> None:
     """Draw one measure of one model: its curve, or the bar at `place`."""
     color = COLORS[place % len(COLORS)]
     points = [
@@ -144,7 +148,7 @@ def draw_model(axes, place, label, found, title, along_steps):
         )
 
 
-def draw_chance(axes, models, title, along_steps):
+def draw_chance(axes: Any, models: list[tuple], title: str, along_steps: bool) -> None:
     """Mark what guessing would score in a task, from 0 to 100 %."""
     chance = [
         100 * number(score['chance'])
@@ -159,7 +163,7 @@ def draw_chance(axes, models, title, along_steps):
     (axes.set_ylim if along_steps else axes.set_xlim)(0, 100)
 
 
-def table(models):
+def table(models: list[tuple]) -> list[str]:
     """Return lines of text: a row for each checkpoint."""
     titles = list(
         dict.fromkeys(
@@ -188,7 +192,7 @@ def table(models):
     ]
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(
         description='Draw what evaluate.py found for checkpoints, runs and models.'
     )
@@ -203,7 +207,7 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     models = [load(path) for path in args.path]
     print('\n'.join(table(models)))

@@ -3,8 +3,11 @@
 python plots/compare_runs.py out-gpt2-1.36b out-llama-1.36b --x tokens
 """
 
+import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -27,6 +30,9 @@ from run_log import NothingLogged, cleaned, load_run
 
 from onetrain.command_line import ArgumentParser, run_command, whole
 from onetrain.config import UserError
+
+if TYPE_CHECKING:
+    from run_log import Run
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']
@@ -61,7 +67,7 @@ PANELS = [
 ]
 
 
-def name_runs(runs):
+def name_runs(runs: list) -> list[str]:
     """Return labels that tell the runs apart: the settings in which they differ, if these are few
     and known of all, else where they lie.
     """
@@ -77,7 +83,7 @@ def name_runs(runs):
     return name_places(runs)
 
 
-def name_places(runs):
+def name_places(runs: list) -> list[str]:
     """Return the shortest labels that tell the runs apart: the end of the folder's path, else the
     run's name, else both.
     """
@@ -98,11 +104,11 @@ def name_places(runs):
     return next(labels for labels in choices if distinct(labels))
 
 
-def distinct(values):
+def distinct(values: list) -> bool:
     return len(set(values)) == len(values)
 
 
-def x_axis(runs, x):
+def x_axis(runs: Sequence, x: str) -> tuple:
     """Return per run, the x value of every iteration record, all in one unit; and the label that
     states the unit.
     """
@@ -123,7 +129,7 @@ def x_axis(runs, x):
     return [value / divisor for value in values], f'wall time ({unit})'
 
 
-def curve(run, kind, xs):
+def curve(run: 'Run', kind: str, xs: np.ndarray) -> tuple:
     """x and y of a run in the panel of this kind."""
     if kind == 'val_loss':
         at = np.interp(run.eval_iters, run.iters, xs) if len(run.eval_iters) else run.eval_iters
@@ -132,7 +138,7 @@ def curve(run, kind, xs):
     return xs, values if kind == 'tokens_per_sec' else smooth(values, default_window(run))
 
 
-def draw_comparison(runs, labels, x='iters'):
+def draw_comparison(runs: Sequence, labels: Sequence[str], x: str = 'iters'):
     """Return the figure of all runs, over iterations, tokens or wall time ('iters', 'tokens',
     'time').
     """
@@ -171,7 +177,7 @@ def draw_comparison(runs, labels, x='iters'):
     return figure
 
 
-def table(runs, labels):
+def table(runs: list, labels: list[str]) -> list[str]:
     """Return the results of the runs as lines of text, '-' where a run does not say, and * where
     the validation loss is the best of all.
     """
@@ -218,20 +224,20 @@ def table(runs, labels):
     ]
 
 
-def best_loss(run):
+def best_loss(run: 'Run') -> float:
     """Return the lowest validation loss of a run, infinity where it has none."""
     return np.nanmin(run.eval_val_loss) if np.isfinite(run.eval_val_loss).any() else np.inf
 
 
-def median(run, name):
+def median(run: 'Run', name: str) -> float:
     return np.nanmedian(run.column(name)) if run.has(name) else np.nan
 
 
-def known(value, form):
+def known(value: float, form: Callable) -> str:
     return form(value) if np.isfinite(value) else '-'
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(
         description='Draw runs over each other and print a table of their results.'
     )
@@ -265,7 +271,7 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     check_output(args.output)
     given = args.labels.split(',') if args.labels else [None] * len(args.path)
     if len(given) != len(args.path):
@@ -304,7 +310,8 @@ def run(args):
             )
     if not drawn:
         raise UserError(f'none of the runs can be drawn over {args.x}; try --x iters')
-    save(draw_comparison(*zip(*drawn), args.x), args.output)
+    figure = draw_comparison([run for run, _ in drawn], [label for _, label in drawn], args.x)
+    save(figure, args.output)
 
 
 if __name__ == '__main__':

@@ -9,9 +9,11 @@ panel is a function (axes, run, window) that draws it, and a line in PANELS with
 needs.
 """
 
+import argparse
 import sys
 import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -22,6 +24,9 @@ from run_log import cleaned, load_runs
 from onetrain.command_line import ArgumentParser, run_command
 from onetrain.config import UserError
 from onetrain.files import replacing
+
+if TYPE_CHECKING:
+    from run_log import Run
 
 BLUE, ORANGE, GREEN, PURPLE, GRAY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
 STYLE = {
@@ -46,7 +51,7 @@ STYLE = {
 }
 
 
-def smooth(values, window):
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Return the centered moving average over `window` entries, fewer at both ends; entries that
     are not finite count for nothing.
     """
@@ -59,19 +64,19 @@ def smooth(values, window):
     return np.where(finite, (total[last] - total[first]) / np.maximum(counts, 1), np.nan)
 
 
-def default_window(run):
+def default_window(run: 'Run') -> int:
     """Return records to average over when the user does not say: one fortieth of the run, an odd
     number, at most 201.
     """
     return 1 + 2 * min(len(run.iters) // 80, 100)
 
 
-def set_limits(axes, *curves):
+def set_limits(axes: Any, *curves) -> None:
     """y-limits that show every curve and where it ends, but not rare high values: the first losses
     would flatten the rest.
     """
-    curves = [curve[np.isfinite(curve)] for curve in curves]
-    curves = [curve for curve in curves if len(curve)]
+    finite = [curve[np.isfinite(curve)] for curve in curves]
+    curves = tuple(curve for curve in finite if len(curve))
     if not curves:
         return
     low = min(curve.min() for curve in curves)
@@ -80,7 +85,7 @@ def set_limits(axes, *curves):
     axes.set_ylim(low - margin, high + margin)
 
 
-def usual_top(curve):
+def usual_top(curve: np.ndarray) -> float:
     """Return the highest value but for outliers: 2.5 sigma above the median for plain noise, the
     late part of the descent for a loss.
     """
@@ -90,14 +95,14 @@ def usual_top(curve):
     return min(curve.max(), high + 0.5 * (high - median))
 
 
-def trained(eval_loss):
+def trained(eval_loss: np.ndarray) -> np.ndarray:
     """Return the evaluations without the first, which may be that of the untrained model; all of
     them if they are few.
     """
     return eval_loss[1:] if len(eval_loss) > 3 else eval_loss
 
 
-def scaled(values):
+def scaled(values: np.ndarray) -> tuple:
     """Return the divisor and word that keep the ticks of large counts short, such as (1e9, '
     (billions)').
     """
@@ -113,7 +118,7 @@ def scaled(values):
     return 1, ''
 
 
-def plot_line(axes, x, y, **style):
+def plot_line(axes: Any, x: np.ndarray, y: np.ndarray, **style) -> None:
     """A line through the finite values only: with a marker where there are too few points for a
     line to be seen.
     """
@@ -122,20 +127,24 @@ def plot_line(axes, x, y, **style):
     axes.plot(x[finite], y[finite], marker=marker, markersize=4, **style)
 
 
-def plot_smoothed(axes, run, name, window, **style):
+def plot_smoothed(axes: Any, run: 'Run', name: str, window: int, **style) -> None:
     """A column as a faint raw line under its moving average."""
     draw_raw(axes, run, name, window > 1, style['color'])
     plot_line(axes, run.iters, smooth(run.column(name), window), **style)
 
 
-def draw_raw(axes, run, name, always, color, divisor=1):
+def draw_raw(
+    axes: Any, run: 'Run', name: str, always: bool, color: str, divisor: float = 1
+) -> None:
     """Draw every value of a column as a faint line, or only if some are no entries of it."""
     iters, values = run.raw(name)
     if always or len(iters) > len(run.iters):
         axes.plot(iters, values / divisor, color=color, alpha=0.3, linewidth=0.8)
 
 
-def draw_marks(axes, run, resume=None, checkpoint=None):
+def draw_marks(
+    axes: Any, run: 'Run', resume: str | None = None, checkpoint: str | None = None
+) -> None:
     """Resumes as dashed lines, checkpoints as short strokes at the foot of the panel; with these
     labels in its legend.
     """
@@ -164,7 +173,7 @@ def draw_marks(axes, run, resume=None, checkpoint=None):
         )
 
 
-def draw_loss(axes, run, window):
+def draw_loss(axes: Any, run: 'Run', window: int) -> None:
     plot_smoothed(
         axes,
         run,
@@ -185,7 +194,7 @@ def draw_loss(axes, run, window):
     axes.legend(loc='upper right')
 
 
-def mark_best(axes, run):
+def mark_best(axes: Any, run: 'Run') -> None:
     """A ring around the best evaluation, with its value and where it is."""
     if not np.isfinite(run.eval_val_loss).any():
         return
@@ -208,7 +217,7 @@ def mark_best(axes, run):
     )
 
 
-def add_perplexity(axes):
+def add_perplexity(axes: Any) -> None:
     """A right-hand axis with exp(loss), its ticks at round perplexities."""
     low, high = axes.get_ylim()
     if high > 50:
@@ -227,14 +236,14 @@ def add_perplexity(axes):
     right.spines['right'].set_visible(True)
 
 
-def draw_lr(axes, run, window):
+def draw_lr(axes: Any, run: 'Run', window: int) -> None:
     plot_line(axes, run.iters, run.column('lr'), color=BLUE)
     axes.set(title='Learning rate', ylabel='learning rate')
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.3g}'))
 
 
-def draw_grad_norm(axes, run, window):
+def draw_grad_norm(axes: Any, run: 'Run', window: int) -> None:
     plot_smoothed(axes, run, 'gradients.global_norm', window, color=BLUE, label='all parameters')
     mean, low, high = (
         run.column(f'gradients.{kind}_layer_norm') for kind in ('mean', 'min', 'max')
@@ -265,7 +274,7 @@ def draw_grad_norm(axes, run, window):
         axes.legend(loc='upper right')
 
 
-def draw_throughput(axes, run, window):
+def draw_throughput(axes: Any, run: 'Run', window: int) -> None:
     speed, mfu = run.column('tokens_per_sec'), run.column('mfu_percent')
     title = 'Throughput'
     if run.has('tokens_per_sec'):
@@ -290,7 +299,7 @@ def draw_throughput(axes, run, window):
     axes.set_title(title)
 
 
-def draw_memory(axes, run, window):
+def draw_memory(axes: Any, run: 'Run', window: int) -> None:
     drawn = []
     for name, label, color, line in (
         ('max_allocated', 'allocated, peak', BLUE, '-'),
@@ -311,7 +320,7 @@ def draw_memory(axes, run, window):
         axes.legend(loc='lower right', ncols=2)
 
 
-def draw_load(axes, run, window):
+def draw_load(axes: Any, run: 'Run', window: int) -> None:
     for layer in run.each(r'moe\.layers\.\d+\.load_score'):
         plot_line(axes, run.iters, layer, color=BLUE, alpha=0.3, linewidth=0.8)
     plot_line(
@@ -331,7 +340,7 @@ def draw_load(axes, run, window):
     axes.legend(loc='lower right')
 
 
-def draw_utilization(axes, run, window):
+def draw_utilization(axes: Any, run: 'Run', window: int) -> None:
     layers, experts = run.expert_shares.shape
     times = run.expert_shares * experts
     image = axes.imshow(
@@ -350,7 +359,7 @@ def draw_utilization(axes, run, window):
     axes.grid(False)
 
 
-def draw_router(axes, run, window):
+def draw_router(axes: Any, run: 'Run', window: int) -> None:
     low, high = (run.each(rf'moe\.layers\.\d+\.bias_{end}') for end in ('min', 'max'))
     axes.fill_between(
         run.iters,
@@ -371,7 +380,7 @@ def draw_router(axes, run, window):
     axes.legend(loc='lower left')
 
 
-def draw_tasks(axes, run, window):
+def draw_tasks(axes: Any, run: 'Run', window: int) -> None:
     for number, (name, values) in enumerate(run.eval_tasks.items()):
         plot_line(
             axes,
@@ -405,7 +414,7 @@ PANELS = [
 ]
 
 
-def describe(run):
+def describe(run: 'Run') -> str:
     """Return what was run, in up to two lines, from as much as config and startup_info know."""
     config = run.config
     hardware, model = (cleaned(run.startup_info.get(key)) for key in ('hardware', 'model'))
@@ -438,7 +447,7 @@ def describe(run):
     )
 
 
-def count(number):
+def count(number: float) -> str:
     """Return a large count in three digits: 1.29 B."""
     for divisor, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
         if number >= divisor:
@@ -446,7 +455,7 @@ def count(number):
     return f'{number:.0f}'
 
 
-def grid(figure, panels):
+def grid(figure: Any, panels: int) -> list:
     """Return axes for this many panels: the first, the loss, as wide as the figure, the others in
     two columns.
     """
@@ -457,7 +466,7 @@ def grid(figure, panels):
     ]
 
 
-def draw_run(run, window=None):
+def draw_run(run: 'Run', window: int | None = None):
     """Return the figure of one run, a panel for each thing it logged; `window` is the number of
     records averaged for smooth lines.
     """
@@ -487,7 +496,7 @@ def draw_run(run, window=None):
     return figure
 
 
-def check_output(path):
+def check_output(path: Path) -> None:
     """Raise UserError for a path that no picture can be written to."""
     if path.suffix not in ('.png', '.pdf', '.svg') or path.is_dir():
         raise UserError(f'--output must be a file that ends in .png, .pdf or .svg, got {path}')
@@ -495,16 +504,16 @@ def check_output(path):
         raise UserError(f'no such folder for the picture: {path.parent}')
 
 
-def save(figure, path):
+def save(figure: Any, path: Path) -> None:
     """Write the picture and print where. Raises UserError for a path that cannot be one."""
     check_output(path)
     with matplotlib.rc_context(STYLE):  # ticks are made while drawing
-        with replacing(path) as f:
+        with replacing(str(path)) as f:
             figure.savefig(f, format=path.suffix[1:], dpi=130)
     print(path)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description='Draw one run from its log.')
     parser.add_argument(
         'path',
@@ -531,7 +540,7 @@ def main(argv=None):
     return run_command(lambda argv: run(parser.parse_args(argv)), argv)
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     if args.smooth is not None and not 1 <= args.smooth <= 10**9:
         raise UserError(f'--smooth must be at least 1 and at most 10**9, got {args.smooth}')
     if args.output:

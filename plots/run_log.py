@@ -14,8 +14,10 @@ thousand, and no spike is lost.
 import contextlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,13 +85,13 @@ class Run:
     extremes: dict
     notes: list = field(default_factory=list)
 
-    def column(self, name):
+    def column(self, name: str) -> np.ndarray:
         """Return the values named `name`, one per entry of iters; all nan if the run did not log
         them.
         """
         return self.columns.get(name, np.full(len(self.iters), np.nan))
 
-    def raw(self, name):
+    def raw(self, name: str) -> tuple:
         """Return (iterations, values) of a column with the lowest and highest values between its
         entries.
         """
@@ -99,7 +101,7 @@ class Run:
         order = np.argsort(iters, kind='stable')
         return iters[order], values[order]
 
-    def has(self, *names):
+    def has(self, *names) -> bool:
         """Return whether any of these columns holds a finite number other than 0, which is the GPU
         memory of a run on CPU.
         """
@@ -107,7 +109,7 @@ class Run:
             (np.isfinite(values) & (values != 0)).any() for values in map(self.column, names)
         )
 
-    def each(self, pattern):
+    def each(self, pattern: str) -> list[np.ndarray]:
         """Return the columns whose whole name the regular expression `pattern` matches, in the
         order of the numbers in their names.
         """
@@ -119,14 +121,14 @@ class Run:
             )
         ]
 
-    def last(self, name):
+    def last(self, name: str) -> float:
         """Return the last finite value of a column, nan if there is none."""
         values = self.column(name)
         values = values[np.isfinite(values)]
         return values[-1] if len(values) else np.nan
 
 
-def load_run(paths):
+def load_run(paths: list) -> 'Run':
     """Read the logs at `paths` (files or folders) into a Run, the newest where they are of several
     models. Raises LogError.
     """
@@ -138,7 +140,7 @@ def load_run(paths):
     return run
 
 
-def load_runs(paths):
+def load_runs(paths: list) -> list:
     """Read the logs at `paths` (files or folders) into Runs, one for each model in each folder, the
     newest last. Raises LogError.
     """
@@ -172,7 +174,7 @@ def load_runs(paths):
     return runs
 
 
-def same_model(a, b):
+def same_model(a: dict, b: dict) -> bool:
     """Return whether two logs of one folder may be of one model: nothing that both state of it
     differs.
     """
@@ -185,7 +187,7 @@ def same_model(a, b):
     return not differing and a['path'].resolve().parent == b['path'].resolve().parent
 
 
-def find_logs(paths):
+def find_logs(paths: list) -> list:
     """Return the log files at `paths`; of a run that lies there as .jsonl and .json, the .jsonl.
     Raises LogError.
     """
@@ -215,7 +217,7 @@ def find_logs(paths):
     return list(found.values())
 
 
-def read_log(path):
+def read_log(path: Path) -> dict:
     """Return one log file as a dict in the schema of the .json, with 'path', 'resumes' and
     'extremes', 'stride' and 'damage', a list of notes, added. Raises LogError.
     """
@@ -252,7 +254,7 @@ def read_log(path):
     return log
 
 
-def cleaned(value):
+def cleaned(value: Any) -> dict:
     """Return a dict of settings as those who draw expect it: texts, numbers that can be drawn, and
     dicts of these; {} for anything else.
     """
@@ -267,11 +269,11 @@ def cleaned(value):
     }
 
 
-def is_record(record):
+def is_record(record: dict) -> bool:
     return isinstance(record, dict) and is_whole(record.get('iter'), 0, 2**53)
 
 
-def parse_json_log(data, path):
+def parse_json_log(data: bytes, path: Path) -> tuple:
     """Return (log, places of records that are none) of a .json."""
     try:
         log = parse_json(data)
@@ -300,12 +302,13 @@ def parse_json_log(data, path):
     return log, bad
 
 
-def parse_jsonl(path):
+def parse_jsonl(path: Path) -> tuple:
     """Return (log, places of lines that are no records) of a .jsonl; a last line without its end
     was cut by a kill.
     """
-    log, bad = {section: [] for section in SECTIONS.values()}, []
-    check_regular(path)
+    log: dict[str, Any] = {section: [] for section in SECTIONS.values()}
+    bad = []
+    check_regular(str(path))
     with open(path, 'rb') as f:
         lines = sum(block.count(b'\n') for block in iter(lambda: f.read(2**22), b''))
         iterations = Thinned(max(1, lines // KEPT))
@@ -352,15 +355,15 @@ class Thinned:
     extremes of those between.
     """
 
-    def __init__(self, stride):
+    def __init__(self, stride: int):
         self.stride = stride
         self.kept = []
         self.extremes = []
         self.between = []
-        self.last = None
+        self.last: bytes | dict | None = None
         self.shares = None
 
-    def pass_over(self, line):
+    def pass_over(self, line: bytes) -> bool:
         """Return whether the line of a .jsonl records an iteration that is not kept: its numbers
         are found without parsing the rest, in a fifth of the time.
         """
@@ -381,7 +384,7 @@ class Thinned:
         self.last = line
         return True
 
-    def add(self, record):
+    def add(self, record: dict) -> None:
         self.last = record
         if self.stride > 1:
             gradients = record.get('gradients')
@@ -416,13 +419,13 @@ class Thinned:
             )
         self.between = []
 
-    def cut_after(self, step):
+    def cut_after(self, step: int) -> None:
         """Forget what lies beyond iteration `step`."""
         self._summarize()
         self.kept = [record for record in self.kept if record['iter'] <= step]
         self.extremes = [record for record in self.extremes if record['iter'] <= step]
 
-    def finish(self):
+    def finish(self) -> tuple:
         """Return (records that were kept, the last among them, and extremes as [{'iter': iteration,
         name: value}]).
         """
@@ -439,7 +442,7 @@ def _number_after(line, key):
     return found[0] if found else None
 
 
-def layers_of(record):
+def layers_of(record: dict) -> list[dict]:
     """Return the dicts of the layers with experts in a record, [] for one without."""
     moe = record.get('moe')
     layers = moe.get('layers') if isinstance(moe, dict) else None
@@ -448,7 +451,7 @@ def layers_of(record):
     )
 
 
-def start_order(log):
+def start_order(log: dict) -> tuple:
     """Return the key that sorts logs by their start: the digits of start_time, or of a name like
     run_20261121_021500.
     """
@@ -456,7 +459,7 @@ def start_order(log):
     return digits[:14], log['path'].stem
 
 
-def join(earlier, later):
+def join(earlier: dict, later: dict) -> tuple:
     """Return `earlier` up to where `later` begins, then `later`, as one log; and a list of notes
     for the user.
     """
@@ -490,7 +493,7 @@ def join(earlier, later):
     return joined, []
 
 
-def build_run(log, notes):
+def build_run(log: dict, notes: list[str]) -> 'Run':
     """Return the Run of a joined log: its arrays, with what the older system did not log computed
     where that is possible.
     """
@@ -532,7 +535,7 @@ def build_run(log, notes):
     return run
 
 
-def expert_shares(records):
+def expert_shares(records: list) -> tuple:
     """Take the shares of the experts out of the records; returns the last, (layers, experts), and
     their iteration.
     """
@@ -549,7 +552,7 @@ def expert_shares(records):
     return shares, shares_at
 
 
-def columns_of(records):
+def columns_of(records: list) -> dict[str, np.ndarray]:
     """Return {dotted name of a number: its values, NaN where a record has none}."""
     columns = {}
     for row, record in enumerate(records):
@@ -560,13 +563,13 @@ def columns_of(records):
     return columns
 
 
-def extremes_of(records, name):
+def extremes_of(records: list[dict], name: str) -> tuple:
     """Return (iterations, values) of the records that have an extreme of this name."""
     pairs = [(record['iter'], record[name]) for record in records if name in record]
     return tuple(np.array(pairs).reshape(-1, 2).T)
 
 
-def fill_columns(run):
+def fill_columns(run: Run) -> None:
     """Compute tokens, tokens per second, time and MFU where a log does not have them."""
     iters, columns = run.iters, run.columns
     zero_based = int(iters[0] == 0)
@@ -588,7 +591,7 @@ def fill_columns(run):
     columns['mfu_percent'] = 100 * first_known(run.column('mfu.mfu'), warmed_up)
 
 
-def numbers(record, prefix=''):
+def numbers(record: dict | list[dict], prefix: str = '') -> Iterator:
     """Yield every number in a record and the dicts and lists within it, as pairs of dotted name (of
     a list: the index) and float.
     """
@@ -599,7 +602,7 @@ def numbers(record, prefix=''):
             yield f'{prefix}{key}', number(value)
 
 
-def number(value):
+def number(value: Any) -> float:
     """Return a value of a log as a float, nan for what is no number or too large to draw; a number
     may be in the bytes of its text.
     """
@@ -611,13 +614,13 @@ def number(value):
     return float(value) if isinstance(value, (int, float)) and abs(value) < LARGEST else np.nan
 
 
-def accuracy(record, name):
+def accuracy(record: dict, name: str) -> float:
     tasks = record.get('tasks')
     score = tasks.get(name) if isinstance(tasks, dict) else None
     return number(score.get('acc_norm')) if isinstance(score, dict) else np.nan
 
 
-def first_known(*choices):
+def first_known(*choices) -> np.ndarray:
     """Return per entry, the first of the choices that is not nan."""
     values = choices[0]
     for other in choices[1:]:
@@ -625,7 +628,7 @@ def first_known(*choices):
     return values
 
 
-def tokens_per_iter(run):
+def tokens_per_iter(run: Run) -> float:
     """Return tokens of one optimizer step, all ranks together; nan if the log does not say."""
     hardware = run.startup_info.get('hardware')
     world_size = run.metadata.get('world_size') or (

@@ -75,6 +75,24 @@ def test_functions_are_short():
     assert not {name: lines for name, lines in sizes.items() if lines > 60}
 
 
+def test_arguments_have_types():
+    """Of all functions and methods that other files may call; mypy holds the calls to them."""
+
+    def untyped(node, within_public=True):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                if within_public and not child.name.startswith('_'):
+                    arguments = [*child.args.args, *child.args.kwonlyargs]
+                    given = [a.arg for a in arguments if a.annotation or a.arg in ('self', 'cls')]
+                    yield from {a.arg for a in arguments} - {'ctx', *given}
+            elif isinstance(child, ast.ClassDef):
+                yield from untyped(child, within_public and not child.name.startswith('_'))
+            else:
+                yield from untyped(child, within_public)
+
+    assert not {path: names for path, tree in sources() if (names := [*untyped(tree)])}
+
+
 def test_train_changes_no_names_of_others():
     tree = dict(sources())['train.py']
     assert not any(isinstance(node, (ast.Nonlocal, ast.Global)) for node in ast.walk(tree))

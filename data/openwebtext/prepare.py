@@ -13,16 +13,22 @@ the files. Each document is closed by <|endoftext|>.
 """
 
 import os
+from typing import TYPE_CHECKING
 
 from onetrain.config import UserError
 from onetrain.data.token_file import TokenFileWriter
 from onetrain.prepare import cli
 from onetrain.tokenizers.base import load_tokenizer
 
+if TYPE_CHECKING:
+    from onetrain.tokenizers.base import Tokenizer
+
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-def write_hub(writer, tokenizer, revision, num_proc):
+def write_hub(
+    writer: TokenFileWriter, tokenizer: 'Tokenizer', revision: str | None, num_proc: int
+) -> None:
     """Tokenize the hub's data set in `num_proc` processes and write it."""
     try:
         import datasets
@@ -58,7 +64,7 @@ def write_hub(writer, tokenizer, revision, num_proc):
                 writer.write(split, ids)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises UserError for what the user got
     wrong.
     """

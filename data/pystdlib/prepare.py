@@ -44,7 +44,7 @@ LEFT_OUT_FOLDERS = {
 LEFT_OUT_FILES = ('_sysconfigdata', '_sysconfig_vars', '__phello__')
 
 
-def source_files(root):
+def source_files(root: str) -> list[str]:
     """Return paths of the .py files below `root` that are read, relative to it, sorted."""
     paths = []
     for folder, folders, names in os.walk(root):
@@ -61,7 +61,7 @@ def source_files(root):
     return sorted(paths)
 
 
-def read_documents(root):
+def read_documents(root: str) -> list[tuple]:
     """Return (split, text) of every source file that is not empty."""
     documents = []
     for path in source_files(root):
@@ -74,7 +74,7 @@ def read_documents(root):
     return documents
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Prepare the data set; argv as in sys.argv[1:]. Raises UserError for what the user got
     wrong.
     """

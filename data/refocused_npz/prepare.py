@@ -18,7 +18,7 @@ from onetrain.prepare import cli
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """Prepare the data set; argv as in sys.argv[1:]. Raises UserError for what the user got
     wrong.
     """

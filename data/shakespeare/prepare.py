@@ -15,7 +15,7 @@ from onetrain.tokenizers.base import load_tokenizer
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None):
     """Prepare the data set; argv as in sys.argv[1:]. Raises UserError for what the user got
     wrong.
     """

@@ -22,7 +22,9 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +33,10 @@ from torch.distributed.tensor import DTensor
 
 from onetrain.checkpoint import fault_injection, store
 from onetrain.distributed import collectives, processes
+
+if TYPE_CHECKING:
+    from onetrain.checkpoint.uploader import Uploader
+    from onetrain.distributed.processes import World
 
 
 @dataclass
@@ -63,28 +69,32 @@ class Saver:
 
     def __init__(
         self,
-        out_dir,
-        world,
+        out_dir: str,
+        world: 'World',
         *,
-        keep=2,
-        keep_every=0,
-        keep_all=False,
-        background=True,
-        before_commit=lambda: None,
-        copier=None,
+        keep: int = 2,
+        keep_every: int = 0,
+        keep_all: bool = False,
+        background: bool = True,
+        before_commit: Callable = lambda: None,
+        copier: 'Uploader | None' = None,
     ):
         self.out_dir, self.world, self.background = out_dir, world, background
         self.keep, self.keep_every, self.keep_all = keep, keep_every, keep_all
         self.before_commit, self.copier = before_commit, copier
-        self.thread = self.outcome = None
+        self.thread: threading.Thread | None = None
+        self.outcome: SaveResult | None = None
         self.staged = threading.Event()
         self.staged.set()
-        self.copies, self.stream, self.copied = {}, None, None
+        self.copies, self.stream = {}, None
+        self.copied: torch.cuda.Event | None = None
         self.stall_s, self.started = 0.0, 0.0
         self.planner = _Planner()
-        self.device_wait = None  # events of a GPU before and after its wait for the copy
+        self.device_wait: tuple | None = (
+            None  # events of a GPU before and after its wait for the copy
+        )
 
-    def reserve(self, tensors):
+    def reserve(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take the memory for the copies of `tensors` now: pinning it takes seconds, and too little
         of it should be known before training.
         """
@@ -117,7 +127,9 @@ class Saver:
             if (writing[name] == replica if name in split else owners[name] == self.world.rank)
         }
 
-    def start(self, step, tensors, state, due=None):
+    def start(
+        self, step: int, tensors: dict[str, torch.Tensor], state: dict, due: float | None = None
+    ) -> None:
         """Begin to save `tensors` ({name: tensor}) and `state` (JSON builtins) as checkpoint
         `step`; a save in flight must have been taken by wait().
 
@@ -145,7 +157,7 @@ class Saver:
             self.thread.join()
         self.stall_s = time.perf_counter() - self.started
 
-    def wait_staged(self):
+    def wait_staged(self) -> float:
         """Return when the tensors of the save in flight may change, and the seconds that took; a
         GPU waits by itself, the host goes on.
         """
@@ -163,13 +175,13 @@ class Saver:
         self.stall_s += waited
         return waited
 
-    def poll(self):
+    def poll(self) -> 'SaveResult | None':
         """Return the SaveResult of the save in flight if it has ended, else None. Each is returned
         once.
         """
         return self.wait() if self.thread is not None and not self.thread.is_alive() else None
 
-    def wait(self):
+    def wait(self) -> 'SaveResult | None':
         """Return the SaveResult of the save in flight when it has ended; None if there is none."""
         if self.thread is None:
             return None

@@ -99,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
         return self.kinds[module, name]
 
 
-def parse(data, files):
+def parse(data: bytes, files: dict[str, dict]):
     """Return the torch.distributed.checkpoint.metadata.Metadata in the bytes of a .metadata.
 
     files: {name: {'size': bytes, ...}} of its manifest. Raises ValueError unless it describes

@@ -32,7 +32,7 @@ EXIT_CODE = 86
 _POINT, _, _STEP = os.environ.get('ONETRAIN_FAULT', '').partition(':')
 
 
-def check():
+def check() -> None:
     """Raise UserError for a value of ONETRAIN_FAULT that names no point."""
     if _POINT and (_POINT not in POINTS or not (_STEP or '0').isdigit()):
         raise UserError(
@@ -41,7 +41,7 @@ def check():
         )
 
 
-def maybe_crash(point, step):
+def maybe_crash(point: str, step: int) -> None:
     """Die here if ONETRAIN_FAULT says so."""
     if _POINT == point and _STEP in ('', str(step)):
         os._exit(EXIT_CODE)

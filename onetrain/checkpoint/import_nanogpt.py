@@ -11,7 +11,7 @@ from onetrain.config import UserError
 from onetrain.files import is_whole
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str) -> dict:
     """nanoGPT's ckpt.pt as {'model': state dict, 'optimizer': {'exp_avg.<name>': tensor, ...},
     'config', 'step', 'best_val_loss'}.
 

@@ -3,6 +3,7 @@
 import math
 import platform
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,17 @@ from onetrain import __version__, signals
 from onetrain.checkpoint import resume, store
 from onetrain.distributed import collectives
 from onetrain.logs.run_log import now
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.checkpoint.async_writer import Saver
+    from onetrain.checkpoint.uploader import Uploader
+    from onetrain.distributed.processes import World
+    from onetrain.logs.run_log import RunLog
+    from onetrain.signals import StopRequest
+    from onetrain.training.optim import Optimization
+    from onetrain.training.start_point import TrainState
+    from train import Config
 
 
 class CheckpointKeeper:
@@ -21,24 +33,38 @@ class CheckpointKeeper:
     """
 
     def __init__(
-        self, config, state, model, optimization, saver, facts, lineage, log, copier, stop, world
+        self,
+        config: 'Config',
+        state: 'TrainState',
+        model: 'Model',
+        optimization: 'Optimization',
+        saver: 'Saver',
+        facts: dict,
+        lineage: str,
+        log: 'RunLog',
+        copier: 'Uploader | None',
+        stop: 'StopRequest',
+        world: 'World',
     ):
         self.config, self.state, self.saver = config, state, saver
         self.model, self.optimization = model, optimization
         self.facts, self.lineage, self.log = facts, lineage, log
         self.copier, self.stop, self.world = copier, stop, world
-        self.saved_step, self.failed, self.evaluated = -1, None, (-1, None)
+        self.saved_step = -1
+        self.failed: str | None = None
+        self.evaluated: tuple = -1, None  # (step, losses)
         saver.reserve(optimization.tensors(model))
 
-    def due(self, ending):
+    def due(self, ending: bool) -> bool:
         """Return whether to save at this step. ending: whether it is the last, whose weights are
         kept.
         """
         c, step = self.config, self.state.step
         wanted = ending or c.save_interval and step % c.save_interval == 0
-        return wanted and step not in (self.saved_step, 0) and not (ending and self.stop.fault)
+        given_up = ending and bool(self.stop.fault)
+        return bool(wanted) and step not in (self.saved_step, 0) and not given_up
 
-    def save(self):
+    def save(self) -> None:
         """Wait for the previous save, then start this one."""
         state, best = self.state, self.state.best_val_loss
         record = {
@@ -63,7 +89,7 @@ class CheckpointKeeper:
         self.saver.start(state.step, self.optimization.tensors(self.model), record, due)
         self.saved_step = state.step
 
-    def report_save(self, wait=False):
+    def report_save(self, wait: bool = False) -> None:
         """Report the save in flight if it is done, or with `wait` once it is, and the uploads."""
         outcome = self.saver.wait() if wait else self.saver.poll()
         if outcome is not None:
@@ -75,7 +101,7 @@ class CheckpointKeeper:
                 self.attach_losses(outcome.step)
         self.report_uploads()
 
-    def report_uploads(self):
+    def report_uploads(self) -> None:
         for line in self.copier.take_messages() if self.copier else ():
             self.log.say(line)
 
@@ -105,7 +131,7 @@ class CheckpointKeeper:
         for note in outcome.notes:
             self.log.say(f'Note: {note}')
 
-    def update_best(self, losses):
+    def update_best(self, losses: dict) -> bool:
         """Remember the losses of this step; returns whether they are the best so far."""
         self.evaluated = self.state.step, {**losses, 'data': self.facts['windows']}
         best = losses['val'] < self.state.best_val_loss
@@ -113,7 +139,7 @@ class CheckpointKeeper:
             self.state.best_val_loss = losses['val']
         return best
 
-    def attach_losses(self, step):
+    def attach_losses(self, step: int) -> None:
         """Write the losses of `step` beside its checkpoint, once both are there."""
         if self.world.main and self.evaluated[0] == step:
             path = store.path_of(self.config.out_dir, step)
@@ -127,14 +153,14 @@ class CheckpointKeeper:
             if self.copier:
                 self.copier.add(step)
 
-    def rewind(self, step, position, tokens):
+    def rewind(self, step: int, position: int, tokens: int):
         """Go back to an earlier step of this run, whose weights the model has. Copies of what was
         saved since then come before what will be saved.
         """
         self.lineage = store.new_lineage([self.lineage])
         self.state.step, self.state.position, self.state.tokens = step, position, tokens
 
-    def finish_copying(self, stop_code):
+    def finish_copying(self, stop_code: int) -> bool:
         """Wait until all is copied, or for as long as may be; returns whether it is."""
         how = (5,) if stop_code else (600, self.stop.code)
         # in rounds: no rank waits for another for longer

@@ -9,11 +9,16 @@ import math
 import os
 import shutil
 import typing
+from typing import TYPE_CHECKING
 
 from onetrain.checkpoint import import_nanogpt, store, uploader
 from onetrain.config import UserError, check_type
 from onetrain.distributed import collectives
 from onetrain.files import HIDDEN, check_own, no_link, redact
+
+if TYPE_CHECKING:
+    from onetrain.distributed.processes import World
+    from train import Config
 
 # what a resumed run takes from its own command line, never from the checkpoint
 NOT_INHERITED = (
@@ -33,14 +38,14 @@ NOT_INHERITED = (
 )
 
 
-def is_step(resume_from):
+def is_step(resume_from: str | None) -> bool:
     """Return whether a value of resume_from is an iteration of out_dir; else it is a place, or
     None.
     """
     return (resume_from or '').isdecimal() and resume_from.isascii()
 
 
-def automatic(c, world):
+def automatic(c: 'Config', world: 'World') -> tuple:
     """Return `c` of a run with auto_resume, set to resume if there is something to continue, else
     as it is; and the path of a checkpoint that was verified, or None.
 
@@ -104,7 +109,14 @@ def _newest_whole(out_dir, level, world, wanted=None, verified=None):
     )
 
 
-def find_checkpoint(c, given, shape_keys, world, notes, verified=None):
+def find_checkpoint(
+    c: 'Config',
+    given: dict[str, str],
+    shape_keys: list[str],
+    world: 'World',
+    notes: list,
+    verified: str | None = None,
+) -> tuple:
     """Return (config, state, nanoGPT's content or None): what c.init_from='resume' means here.
     verified: path of a checkpoint that automatic() verified.
 
@@ -274,14 +286,14 @@ def _ask_again(c, given, state, saved, notes):
             )
 
 
-def config_record(c):
+def config_record(c: 'Config') -> dict:
     """Return a config as it is recorded in logs and checkpoints, on the terminal and in W&B: a dict
     without the secrets of its URLs.
     """
     return redact(dataclasses.asdict(c))
 
 
-def choose_lineage(c, resumed, place=None):
+def choose_lineage(c: 'Config', resumed: dict | None, place: str | None = None) -> str:
     """Return the lineage of the checkpoints to come: that of the run, or a new one where it begins
     anew or went back.
 
@@ -296,7 +308,7 @@ def choose_lineage(c, resumed, place=None):
     return store.new_lineage(known | (uploader.lineages(place) if place else set()))
 
 
-def check_upload(c, resumed, notes):
+def check_upload(c: 'Config', resumed: dict | None, notes: list[str]) -> None:
     """Raise UserError where nothing can be written to upload_to.
 
     A run that auto_resume continues goes on all the same, and copies when it can: nobody may be
@@ -310,7 +322,7 @@ def check_upload(c, resumed, notes):
         notes.append(f'WARNING: {error}; the run goes on, and copies when it can')
 
 
-def check_data(state, data, allowed, notes):
+def check_data(state: dict, data: dict[str, dict], allowed: bool, notes: list[str]) -> tuple:
     """Return (training split changed, validation split changed) against the checkpoint; both False
     where it tells nothing.
 
@@ -342,7 +354,7 @@ def check_data(state, data, allowed, notes):
     return 'train' in changed, 'val' in changed
 
 
-def best_loss_so_far(state, windows, val_data_changed, notes):
+def best_loss_so_far(state: dict, windows: str, val_data_changed: bool, notes: list[str]) -> float:
     """Return the best validation loss of a checkpoint, infinity where it was measured under other
     conditions than those to come.
 
@@ -360,7 +372,7 @@ def best_loss_so_far(state, windows, val_data_changed, notes):
     return state['best_val_loss']
 
 
-def archive_rejected(c, state, world, notes):
+def archive_rejected(c: 'Config', state: dict, world: 'World', notes: list[str]) -> None:
     """Rename the checkpoints that were rejected, and those after the one that resume_from chose:
     what continues must stay the newest.
     """
@@ -375,7 +387,7 @@ def archive_rejected(c, state, world, notes):
     collectives.barrier(world)
 
 
-def archive_newer(out_dir, step):
+def archive_newer(out_dir: str, step: int) -> list[tuple]:
     """Rename the checkpoints after `step`, so that it is the newest; returns [(old path, new
     path)].
     """
@@ -383,7 +395,7 @@ def archive_newer(out_dir, step):
     return [(path, store.rename_aside(path, 'superseded')) for path in newer]
 
 
-def prepare_out_dir(c, world, notes):
+def prepare_out_dir(c: 'Config', world: 'World', notes: list[str]) -> None:
     """Before a new run in a folder with checkpoints: set those of a finished run aside; raise
     UserError if the run could go on.
     """
@@ -427,10 +439,10 @@ def _largest_file():
 class OutDirLock:
     """The folder of a run, held by its main rank so that no second process writes there."""
 
-    def __init__(self, path, world):
+    def __init__(self, path: str, world: 'World'):
         self.path, self.world, self.held, self.file = path, world, False, None
 
-    def acquire(self, make=False):
+    def acquire(self, make: bool = False) -> None:
         """Hold it until this process ends or release() is called; where there is no folder, make it
         or leave it at that.
 
@@ -467,7 +479,7 @@ class OutDirLock:
                 raise self._unwritable(error) from None
         return True
 
-    def check_room(self, run_name, size):
+    def check_room(self, run_name: str, size: int) -> None:
         """Raise UserError where the logs of run_name or a checkpoint of `size` bytes cannot be
         written. To be called on the main rank.
         """
@@ -503,6 +515,6 @@ class OutDirLock:
             ' another --out_dir'
         )
 
-    def release(self):
+    def release(self) -> None:
         if self.file is not None:
             self.file.close()

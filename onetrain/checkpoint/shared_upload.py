@@ -12,6 +12,7 @@ import re
 import secrets
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -19,6 +20,11 @@ from onetrain.checkpoint.store import LOCAL
 from onetrain.checkpoint.uploader import copy_files
 from onetrain.distributed import collectives, processes
 from onetrain.files import open_url
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from onetrain.distributed.processes import World
 
 POLL_S = 0.2
 PATIENCE_S = 600.0  # after which the main rank copies what another machine did not
@@ -31,17 +37,18 @@ class Machines:
     copy(), the first process of each other machine serve().
     """
 
-    def __init__(self, world, url):
+    def __init__(self, world: 'World', url: str):
         local_ranks = collectives.all_gather_objects(world.local_rank, world)
         self.firsts = [rank for rank, local in enumerate(local_ranks) if local == 0]
         self.mine = bisect.bisect(self.firsts, world.rank) - 1
-        self.url, self.to_fs = url, None
+        self.url = url
+        self.to_fs: AbstractFileSystem = None  # file system of the url, once it is needed
         self.asked, self.closed = 0, threading.Event()
         name = collectives.broadcast_from_main(lambda: f'copies {secrets.token_hex(4)}', world)
         # a connection of its own: a thread uses it
         self.store = dist.PrefixStore(name, processes.store().clone()) if self.firsts[1:] else None
 
-    def owner(self, name):
+    def owner(self, name: str) -> int:
         """Return the number of the machine that copies the file `name`: a rank of it wrote that."""
         match = re.match(r'__(\d+)_\d+\.distcp$', name)
         return bisect.bisect(self.firsts, int(match[1])) - 1 if match else 0
@@ -51,7 +58,7 @@ class Machines:
         mine = {name: entry for name, entry in files.items() if self.owner(name) == self.mine}
         copy_files(LOCAL, here, self.to_fs, there, mine)
 
-    def copy(self, here, there, files):
+    def copy(self, here: str, there: str, files: dict[str, dict]) -> None:
         """Copy `files` of a checkpoint from the folder `here` to `there`, with the other machines.
 
         files: {name: entry of the manifest}. What is not there in the end, as this machine sees it,
@@ -81,7 +88,7 @@ class Machines:
         }
         copy_files(LOCAL, here, self.to_fs, there, missing)
 
-    def serve(self):
+    def serve(self) -> None:
         """Begin to copy this machine's share whenever the main rank asks, until close()."""
         threading.Thread(target=self._serve, daemon=True, name='copies').start()
 
@@ -99,6 +106,6 @@ class Machines:
                     reason = f'{type(error).__name__}: {error}'
                 self.store.set(f'answer {self.asked} {self.mine}', reason)
 
-    def close(self):
+    def close(self) -> None:
         """Answer no longer."""
         self.closed.set()

@@ -27,6 +27,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -48,6 +50,11 @@ from onetrain.files import (
     verify_checksum,
 )
 
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from onetrain.distributed.processes import World
+
 FORMAT = 2
 # beside those that a manifest lists
 OWN_FILES = ('manifest.json', 'evaluation.json', 'fetched.json')
@@ -56,15 +63,15 @@ LOCAL = LocalFileSystem()
 warnings.filterwarnings('ignore', category=UserWarning, message='torch.distributed is disabled')
 
 
-def folder_of(out_dir):
+def folder_of(out_dir: str) -> str:
     return os.path.join(out_dir, 'checkpoints')
 
 
-def path_of(out_dir, step):
+def path_of(out_dir: str, step: int) -> str:
     return os.path.join(folder_of(out_dir), f'step_{step:08d}')
 
 
-def steps(out_dir, fs=LOCAL):
+def steps(out_dir: str, fs: 'AbstractFileSystem' = LOCAL) -> list[int]:
     """Return steps that have a checkpoint folder under out_dir, ascending, whole or not."""
     folder = folder_of(out_dir)
     names = (
@@ -80,7 +87,7 @@ def steps(out_dir, fs=LOCAL):
 # ---- is it whole?
 
 
-def corruption_reason(path, level='full', fs=LOCAL):
+def corruption_reason(path: str, level: str = 'full', fs: 'AbstractFileSystem' = LOCAL) -> str:
     """None if the checkpoint folder `path` is what its manifest says, else one sentence naming the
     file that is not.
 
@@ -133,7 +140,9 @@ def _damage(path, level, fs):
     return None
 
 
-def wrong_checksum(path, files, fs=LOCAL):
+def wrong_checksum(
+    path: str, files: dict[str, dict], fs: 'AbstractFileSystem' = LOCAL
+) -> str | None:
     """Return a sentence that names the first of `files` ({name: entry of a manifest}) without the
     checksum stated there, or None.
     """
@@ -143,7 +152,7 @@ def wrong_checksum(path, files, fs=LOCAL):
     return None
 
 
-def corruption_reasons(path, world, level='full'):
+def corruption_reasons(path: str, world: 'World', level: str = 'full') -> str:
     """corruption_reason() of a local checkpoint by all ranks together, with the same answer on
     each: every rank hashes its share of the bytes.
     """
@@ -172,7 +181,7 @@ def corruption_reasons(path, world, level='full'):
     return next(filter(None, collectives.all_gather_objects(reason, world)), None)
 
 
-def assign_files(sizes, hands):
+def assign_files(sizes: dict[str, int], hands: int) -> dict[str, int]:
     """Return {name: number below `hands`} for {name: size}: the largest first, each to the one with
     the least so far.
     """
@@ -183,7 +192,7 @@ def assign_files(sizes, hands):
     return owners
 
 
-def read_manifest(path, fs=LOCAL):
+def read_manifest(path: str, fs: 'AbstractFileSystem' = LOCAL) -> dict:
     """Return the dict in a checkpoint's manifest.json: 'step' and 'files', {plain name: {'size',
     'sha256'}}.
 
@@ -208,7 +217,9 @@ def read_manifest(path, fs=LOCAL):
     return manifest
 
 
-def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
+def newest_whole(
+    out_dir: str, level: str = 'full', fs: 'AbstractFileSystem' = LOCAL, wanted: int | None = None
+) -> tuple:
     """Return (step, rejected): the newest checkpoint that verifies (or `wanted`, if that does), or
     None, and [(path, reason)] of the newer ones.
     """
@@ -216,7 +227,7 @@ def newest_whole(out_dir, level='full', fs=LOCAL, wanted=None):
     return first_whole(out_dir, candidates, lambda path: corruption_reason(path, level, fs))
 
 
-def first_whole(out_dir, candidates, why):
+def first_whole(out_dir: str, candidates: list[int], why: Callable) -> tuple:
     """Return (the first of the steps `candidates` whose path has why(path) None, or None; [(path,
     reason)] of those before it).
     """
@@ -230,7 +241,7 @@ def first_whole(out_dir, candidates, why):
     return None, rejected
 
 
-def sha256(path, fs=LOCAL):
+def sha256(path: str, fs: 'AbstractFileSystem' = LOCAL) -> str:
     digest = hashlib.sha256()
     with fs.open(path, 'rb') as f:
         while block := f.read(2**22):
@@ -319,7 +330,7 @@ def _check_fields(value, expected):
 _LINEAGE_TIME = '%Y%m%dT%H%M%S.%fZ'
 
 
-def new_lineage(known=()):
+def new_lineage(known: Iterable[str] = ()) -> str:
     """Return the name of a stretch of training that begins anew or from a checkpoint that was not
     the newest.
 
@@ -341,7 +352,7 @@ def new_lineage(known=()):
         ) from None
 
 
-def lineages(out_dir, fs=LOCAL):
+def lineages(out_dir: str, fs: 'AbstractFileSystem' = LOCAL) -> set[str]:
     """Return the lineages of all checkpoints under out_dir, those that were set aside among
     them.
     """
@@ -352,7 +363,7 @@ def lineages(out_dir, fs=LOCAL):
     return {state.get('branch', '') for state in states.values()}
 
 
-def lineage_order(path, fs=LOCAL):
+def lineage_order(path: str, fs: 'AbstractFileSystem' = LOCAL) -> tuple:
     """Return (lineage, step) of a checkpoint, which is larger for the one to continue: a run that
     went back is newer than what it left.
 
@@ -362,7 +373,7 @@ def lineage_order(path, fs=LOCAL):
     return state.get('branch', ''), state.get('step', -1)
 
 
-def newest_first(out_dir, fs=LOCAL):
+def newest_first(out_dir: str, fs: 'AbstractFileSystem' = LOCAL) -> list[int]:
     """Return the steps under out_dir by lineage_order(); one whose state.json cannot be read counts
     to the newest branch, so that it is told of.
     """
@@ -378,7 +389,7 @@ def newest_first(out_dir, fs=LOCAL):
 # ---- what it holds
 
 
-def read_state(path, fs=LOCAL):
+def read_state(path: str, fs: 'AbstractFileSystem' = LOCAL) -> dict:
     """Return the dict in a checkpoint's state.json, each field of the type that it must have.
 
     Of a fetched checkpoint, 'config' is without the keys that reach outside of out_dir; these are
@@ -397,7 +408,7 @@ def read_state(path, fs=LOCAL):
     return state
 
 
-def parse_state(data):
+def parse_state(data: bytes) -> dict:
     """Return the dict in the bytes of a state.json, all of it. Raises ValueError as read_state()
     does.
     """
@@ -441,7 +452,7 @@ def parse_state(data):
     return state
 
 
-def reaches_outside(key, value):
+def reaches_outside(key: str, value: Any) -> bool:
     """Return whether a run with this key of its configuration reads, writes or sends something
     outside of its out_dir.
     """
@@ -460,14 +471,14 @@ def reaches_outside(key, value):
     )
 
 
-def mark_fetched(path, source):
+def mark_fetched(path: str, source: str) -> None:
     """Note in the checkpoint folder `path` that it came from `source`, a URL or a folder without
     secrets: its author may be anybody.
     """
     replace_file(os.path.join(path, 'fetched.json'), json.dumps({'source': source}).encode())
 
 
-def read_metadata(path, fs=LOCAL):
+def read_metadata(path: str, fs: 'AbstractFileSystem' = LOCAL):
     """Return the Metadata of a checkpoint: the shapes of its tensors, and in which of its files
     they lie.
 
@@ -476,12 +487,12 @@ def read_metadata(path, fs=LOCAL):
     return dcp_metadata.parse(_read(fs, f'{path}/.metadata'), read_manifest(path, fs)['files'])
 
 
-def tensor_bytes(path, fs=LOCAL):
+def tensor_bytes(path: str, fs: 'AbstractFileSystem' = LOCAL) -> int:
     """Return the bytes of all files that the manifest of checkpoint `path` lists."""
     return sum(entry['size'] for entry in read_manifest(path, fs)['files'].values())
 
 
-def load(path, tensors, world=None):
+def load(path: str, tensors: dict[str, torch.Tensor], world: 'World | None' = None) -> None:
     """Read the tensors named in `tensors` ({name: tensor}) from the checkpoint `path` into them, in
     place.
 
@@ -502,7 +513,7 @@ def load(path, tensors, world=None):
         _load(path, split, world)
 
 
-def read_tensors(path, kind=''):
+def read_tensors(path: str, kind: str = '') -> dict[str, torch.Tensor]:
     """Return {name: tensor} of all that the checkpoint `path` holds whose name begins with `kind`,
     such as 'model.'. Raises UserError.
     """
@@ -554,7 +565,7 @@ def _load(path, tensors, world=None):
         ) from None
 
 
-def record_evaluation(path, losses):
+def record_evaluation(path: str, losses: dict) -> None:
     """Note `losses` ({'train': float, 'val': float, 'data': loader.evaluation_identity() of the
     windows}) in checkpoint `path`, if there is one.
     """
@@ -562,7 +573,7 @@ def record_evaluation(path, losses):
         replace_file(os.path.join(path, 'evaluation.json'), add_checksum(losses))
 
 
-def read_evaluation(path, fs=LOCAL):
+def read_evaluation(path: str, fs: 'AbstractFileSystem' = LOCAL) -> dict | None:
     """Return the losses noted in checkpoint `path`, or None. Raises ValueError for a damaged
     file.
     """
@@ -570,7 +581,7 @@ def read_evaluation(path, fs=LOCAL):
     return parse_evaluation(_read(fs, file)) if fs.isfile(file) else None
 
 
-def parse_evaluation(data):
+def parse_evaluation(data: bytes) -> dict:
     """Return the losses in the bytes of an evaluation.json. Raises ValueError for a damaged one."""
     losses = verify_checksum(data)
     _check_fields(
@@ -581,7 +592,7 @@ def parse_evaluation(data):
     return losses
 
 
-def best_step(out_dir, fs=LOCAL):
+def best_step(out_dir: str, fs: 'AbstractFileSystem' = LOCAL) -> int | None:
     """Step of the checkpoint with the lowest recorded validation loss on the data evaluated last,
     the newest of equals; None where none is recorded.
     """
@@ -603,7 +614,9 @@ def best_step(out_dir, fs=LOCAL):
 # ---- which stay
 
 
-def remove_old(out_dir, newest, *, keep, keep_every=0, also=()):
+def remove_old(
+    out_dir: str, newest: int, *, keep: int, keep_every: int = 0, also: set | tuple = ()
+) -> list:
     """Remove the checkpoints before `newest` that no rule keeps; returns one sentence for each that
     could not be removed.
 
@@ -625,7 +638,7 @@ def remove_old(out_dir, newest, *, keep, keep_every=0, also=()):
     return problems
 
 
-def remove(path, step):
+def remove(path: str, step: int) -> None:
     """Remove a checkpoint so that one killed half-way does not look like a broken checkpoint.
     Raises OSError.
 
@@ -646,7 +659,7 @@ def remove(path, step):
     os.rmdir(going)
 
 
-def clean_partial(out_dir):
+def clean_partial(out_dir: str) -> None:
     """Remove what an interrupted save or removal left behind, and put back what it was about to
     replace.
     """
@@ -661,7 +674,7 @@ def clean_partial(out_dir):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def rename_aside(path, prefix):
+def rename_aside(path: str, prefix: str) -> str:
     """Rename a checkpoint, so that later ones of the same step do not meet it; returns the new
     path.
     """
@@ -671,14 +684,14 @@ def rename_aside(path, prefix):
     return target
 
 
-def rename_all_aside(out_dir, name):
+def rename_all_aside(out_dir: str, name: str) -> str:
     """Rename out_dir/checkpoints to out_dir/checkpoints_<name> and return the new path."""
     target = free_name(os.path.join(out_dir, f'checkpoints_{name}'))
     os.rename(folder_of(out_dir), target)
     return target
 
 
-def free_name(path):
+def free_name(path: str) -> str:
     """Return `path`, or path_2, path_3, ... where it is taken."""
     number, free = 1, path
     while os.path.exists(free):
@@ -690,7 +703,7 @@ def free_name(path):
 # ---- files
 
 
-def replace_file(path, data):
+def replace_file(path: str, data: bytes) -> None:
     """Write bytes to `path` so that a reader sees the old file or the new one, and the new one is
     on disk.
     """
@@ -698,7 +711,7 @@ def replace_file(path, data):
         f.write(data)
 
 
-def sync_folder(path):
+def sync_folder(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

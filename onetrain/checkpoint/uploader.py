@@ -20,12 +20,19 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fsspec.implementations.local import LocalFileSystem
 
 from onetrain.checkpoint import fault_injection, store
 from onetrain.config import UserError
 from onetrain.files import check_own, no_link, open_url, redact, replacing, sentence
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+    from onetrain.checkpoint.shared_upload import Machines
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 LOGS = ('jsonl', 'log', 'json')
@@ -35,7 +42,7 @@ PIECE = 64 * 2**20
 APPENDED_FROM = 5 * 2**20
 
 
-def check_writable(url, out_dir, patience=60.0):
+def check_writable(url: str, out_dir: str, patience: float = 60.0) -> None:
     """Write, read back and remove a small file where the copies of out_dir go. Raises UserError,
     with the reason, if that fails.
 
@@ -67,7 +74,15 @@ def check_writable(url, out_dir, patience=60.0):
         )
 
 
-def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, again=False, copy=None):
+def copy_checkpoint(
+    fs: 'AbstractFileSystem',
+    here: str,
+    to_fs: 'AbstractFileSystem',
+    there: str,
+    before_manifest: Callable = lambda: None,
+    again: bool = False,
+    copy: Callable | None = None,
+) -> bool:
     """Copy the checkpoint folder `here` of the file system fs to `there` of to_fs; return False if
     it was there already.
 
@@ -96,7 +111,13 @@ def copy_checkpoint(fs, here, to_fs, there, before_manifest=lambda: None, again=
     return new
 
 
-def copy_files(fs, here, to_fs, there, files):
+def copy_files(
+    fs: 'AbstractFileSystem',
+    here: str,
+    to_fs: 'AbstractFileSystem',
+    there: str,
+    files: dict[str, dict],
+) -> None:
     """Copy `files` ({name: entry of the manifest}) from the folder `here` to `there`, but for those
     that are there. Raises ValueError for one that arrives differently.
     """
@@ -109,7 +130,14 @@ def copy_files(fs, here, to_fs, there, files):
             fault_injection.maybe_crash('upload', int(here.rsplit('_', 1)[1]))
 
 
-def copy_logs(fs, here, to_fs, there, run_name, sent=None):
+def copy_logs(
+    fs: 'AbstractFileSystem',
+    here: str,
+    to_fs: 'AbstractFileSystem',
+    there: str,
+    run_name: str,
+    sent: dict | None = None,
+) -> None:
     """Copy the logs of a run from the folder `here` to the folder `there`, without a line that is
     being written.
 
@@ -272,7 +300,14 @@ class Uploader:
     or None.
     """
 
-    def __init__(self, url, out_dir, run_name, keep_local=None, machines=None):
+    def __init__(
+        self,
+        url: str,
+        out_dir: str,
+        run_name: str,
+        keep_local: int | None = None,
+        machines: 'Machines | None' = None,
+    ):
         self.url = url
         self.out_dir = out_dir
         self.run_name = run_name
@@ -292,18 +327,18 @@ class Uploader:
         self.thread = threading.Thread(target=self._run, daemon=True, name='copies')
         self.thread.start()
 
-    def add(self, step):
+    def add(self, step: int | None) -> None:
         """Copy checkpoint `step`, or what is new in it."""
         with self.lock:
             self.pending.add(step)
         self.wake.set()
 
-    def take_messages(self):
+    def take_messages(self) -> list[str]:
         """Return what happened since the last call, as lines of text."""
         messages, self.messages = self.messages, []
         return messages
 
-    def finish(self, patience, interrupted=lambda: False):
+    def finish(self, patience: int, interrupted: Callable = lambda: False) -> bool | None:
         """Wait up to 20 s for what is left, and the logs: True if all is there, None if it goes on,
         False once `patience` seconds passed without success or interrupted() is true.
         """
@@ -408,12 +443,12 @@ class Uploader:
                         )
 
 
-def place_of(url, out_dir):
+def place_of(url: str, out_dir: str) -> str:
     """Return where the copies of the runs in out_dir are, given upload_to."""
     return f'{url.rstrip("/")}/{os.path.basename(os.path.abspath(out_dir))}'
 
 
-def runs(fs, root):
+def runs(fs: 'AbstractFileSystem', root: str) -> list[str]:
     """Return folders of runs, those with checkpoints/ in them, at `root` or up to two levels below:
     a run, the runs of an out_dir, those of several.
     """
@@ -429,7 +464,7 @@ def runs(fs, root):
     return sorted(found)
 
 
-def lineages(place):
+def lineages(place: str) -> set[str]:
     """Return the lineages of all checkpoints of the runs at the URL `place`. Raises UserError if
     it cannot be read.
     """
@@ -451,7 +486,7 @@ def _unreadable(source, error):
     return UserError(f'{redact(source)} cannot be read ({type(error).__name__}: {sentence(error)})')
 
 
-def find_run(source, level='size'):
+def find_run(source: str, level: str = 'size') -> tuple:
     """Return (fs, folder of the run, step, rejected) of the checkpoint to continue at `source`, or
     of the one that it names.
 
@@ -494,7 +529,7 @@ def find_run(source, level='size'):
         raise _unreadable(source, error) from None
 
 
-def fetch_run(source, out_dir):
+def fetch_run(source: str, out_dir: str) -> tuple:
     """Copy the newest whole checkpoint at `source` (see find_run()), its run's logs with it, into
     out_dir; returns (step, rejected).
 

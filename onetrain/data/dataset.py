@@ -39,12 +39,12 @@ class LocalFile:
     A slice raises ChangedFile once the file is another than the one that look() saw.
     """
 
-    def __init__(self, path, dtype):
+    def __init__(self, path: str, dtype: torch.dtype):
         self.path, self.dtype = path, dtype
         self.look()
         self.size = self.version[2]
 
-    def look(self):
+    def look(self) -> None:
         """Take the file of this name as it is now for the right one."""
         FILES.forget(self.path)
         self.version = version(os.stat(self.path))
@@ -57,7 +57,7 @@ class LocalFile:
         self.fill([(ids, part.start)])
         return ids
 
-    def fill(self, wanted):
+    def fill(self, wanted: list[tuple]) -> None:
         """Fill each array of `wanted`, [(array of the dtype, number)], with the tokens from its
         number on.
         """
@@ -68,7 +68,7 @@ class LocalFile:
         ):
             raise ChangedFile(self.path)
 
-    def max(self):
+    def max(self) -> int:
         """Return the largest id, which reads the whole file."""
         return max(
             int(self[at : min(at + 2**24, len(self))].max()) for at in range(0, len(self), 2**24)
@@ -83,7 +83,7 @@ class Tokens:
     read is held, or None.
     """
 
-    def __init__(self, path, split, pieces, fingerprint, max_id):
+    def __init__(self, path: str, split: str, pieces: list, fingerprint: str, max_id: int | None):
         self.path = path
         self.split = split
         self.pieces = pieces
@@ -96,7 +96,7 @@ class Tokens:
     def __len__(self):
         return int(self.firsts[-1])
 
-    def parts(self, start, end):
+    def parts(self, start: int, end: int) -> list:
         """Return [(piece, begin, end)] that make up the tokens start .. end."""
         found, number = [], int(np.searchsorted(self.firsts, start, 'right')) - 1
         while start < end:
@@ -112,7 +112,7 @@ class Tokens:
             start, number = stop, number + 1
         return found
 
-    def slice(self, start, end):
+    def slice(self, start: int, end: int) -> np.ndarray:
         """Return the tokens start .. end: an array of the file's dtype."""
         found = self._unchanged(lambda: self._read(self.parts(start, end)))
         return self._checked(
@@ -123,13 +123,13 @@ class Tokens:
             else np.empty(0, np.uint16)
         )
 
-    def windows(self, starts, block_size):
+    def windows(self, starts: np.ndarray, block_size: int) -> torch.Tensor:
         """Return the windows that begin at `starts` ((B,) array): (B, block_size + 1) int64 tensor.
         Raises UserError for an id beyond max_id.
         """
         starts, width = np.asarray(starts), block_size + 1
         rows = np.empty((len(starts), width), self.pieces[0].dtype)
-        numbers = np.searchsorted(self.firsts, starts, 'right') - 1
+        numbers = np.asarray(np.searchsorted(self.firsts, starts, 'right') - 1)
         places = zip(numbers.tolist(), (starts - self.firsts[numbers]).tolist())
         crossing = starts + width > self.firsts[numbers + 1]
         wanted = {}  # {piece: [(where to, its first token)]}
@@ -193,7 +193,7 @@ class Tokens:
             )
         return ids
 
-    def evaluation_starts(self, block_size, count):
+    def evaluation_starts(self, block_size: int, count: int) -> np.ndarray:
         """Return where the windows of evaluation begin: `count`, or as many as there are, evenly
         spaced and never overlapping.
         """
@@ -201,12 +201,12 @@ class Tokens:
         count = min(count, available)
         return np.arange(count) * available // max(1, count) * block_size
 
-    def sources_of(self, starts):
+    def sources_of(self, starts: np.ndarray) -> np.ndarray:
         """Return the number of the source that each window begins in: 0."""
         return np.zeros(len(starts), dtype=np.int64)
 
 
-def fingerprint_of_pieces(pieces):
+def fingerprint_of_pieces(pieces: list) -> str:
     """Return the fingerprint of a split that lies in `pieces`, from their bytes."""
     if isinstance(pieces[0], LocalFile):
         return fingerprint_of_files([piece.path for piece in pieces])
@@ -219,7 +219,7 @@ class Mixture:
     each, which add up to 1.
     """
 
-    def __init__(self, sources, shares):
+    def __init__(self, sources: 'list[Tokens]', shares: list):
         self.sources, self.shares, self.split = sources, shares, sources[0].split
         self.path = ' and '.join(source.path for source in sources)
         self.firsts = np.cumsum([0, *map(len, sources)])
@@ -234,7 +234,7 @@ class Mixture:
     def __len__(self):
         return int(self.firsts[-1])
 
-    def windows(self, starts, block_size):
+    def windows(self, starts: np.ndarray, block_size: int) -> torch.Tensor:
         """As of Tokens; no window of a source may reach into the next."""
         starts, rows = (
             np.asarray(starts),
@@ -248,11 +248,11 @@ class Mixture:
             )
         return rows
 
-    def sources_of(self, starts):
+    def sources_of(self, starts: np.ndarray) -> np.ndarray:
         """Return the number of the source that each window begins in."""
-        return np.searchsorted(self.firsts, starts, 'right') - 1
+        return np.asarray(np.searchsorted(self.firsts, starts, 'right') - 1)
 
-    def evaluation_starts(self, block_size, count):
+    def evaluation_starts(self, block_size: int, count: int) -> np.ndarray:
         """As of Tokens, of each source as many as its share."""
         edges = [round(edge * count) for edge in itertools.accumulate(self.shares, initial=0)]
         counts = np.diff(edges)  # `count` in all
@@ -264,7 +264,7 @@ class Mixture:
         )
 
 
-def parse_mixture(dataset):
+def parse_mixture(dataset: str) -> list[tuple]:
     """Return [(name, share)] of a `dataset`: one with the share 1, or those of a mixture such as
     a:0.7,b:0.3. Raises UserError.
     """
@@ -288,7 +288,7 @@ def parse_mixture(dataset):
     return [(name, share) for (name, _, _), share in zip(pairs, shares)]
 
 
-def mixture_period(shares):
+def mixture_period(shares: list) -> int:
     """Return the number of sequences after which the shares are met exactly."""
     return math.lcm(*(share.denominator for share in shares))
 
@@ -301,14 +301,14 @@ def _number(word):
         return False
 
 
-def folder_of(dataset, root):
+def folder_of(dataset: str, root: str) -> str:
     """Return the folder of a data set under `root`/data, of a mixture that of its first: where its
     tokenizer lies.
     """
     return os.path.join(root, 'data', parse_mixture(dataset)[0][0])
 
 
-def open_dataset(dataset, root, url=None):
+def open_dataset(dataset: str, root: str, url: str | None = None) -> tuple:
     """Return (train, val, meta) of `dataset` under `root`/data; url: where its files are instead.
     Raises UserError, naming the command that prepares it.
     """
@@ -580,7 +580,7 @@ def _copy(storage, folder, names, source):
             f.write(storage.read(name))
 
 
-def check_vocab_and_length(file, vocab_size, block_size):
+def check_vocab_and_length(file: 'Mixture | Tokens', vocab_size: int, block_size: int) -> None:
     """Raise UserError unless `file` has ids for this vocabulary and tokens for one block."""
     for source in file.sources:
         if source.max_id >= vocab_size:

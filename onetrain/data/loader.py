@@ -5,6 +5,8 @@ import hashlib
 import queue
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,22 +15,38 @@ from onetrain import signals
 from onetrain.config import UserError
 from onetrain.ops.cross_entropy import IGNORE
 
+if TYPE_CHECKING:
+    from onetrain.data.dataset import Mixture, Tokens
+    from onetrain.data.order import Order
+    from onetrain.ops.ring_attention import Ring
+    from train import Config
+
 STARTS_AHEAD = 64  # micro-steps
 
 
-def read_batch(file, starts, block_size, ring=None):
+def read_batch(
+    file: 'Mixture | Tokens', starts: np.ndarray, block_size: int, ring: 'Ring | None' = None
+) -> torch.Tensor:
     """Return the sequences of `file` that begin at `starts`, (B,) array: (B, block_size + 1) int64;
     or of a ring_attention.Ring this rank's part.
     """
     return ring.read_part(file, starts) if ring else file.windows(starts, block_size)
 
 
-def inputs_and_targets(batch):
+def inputs_and_targets(batch: torch.Tensor) -> tuple:
     """Return (x, y) of a batch of read_batch()."""
     return (batch[0], batch[1]) if batch.dim() == 3 else (batch[:, :-1], batch[:, 1:])
 
 
-def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_size=1, ring=None):
+def evaluation_batches(
+    file: 'Mixture | Tokens',
+    block_size: int,
+    batch_size: int,
+    n_batches: int,
+    rank: int = 0,
+    world_size: int = 1,
+    ring: 'Ring | None' = None,
+) -> Iterator:
     """Yield the fixed evaluation windows of a split as (x, y, source): int64 CPU tensors of shape
     (batch_size, block_size), with a ring_attention.Ring this rank's part of them, and the number of
     the source whose tokens have targets. A batch with windows of several sources comes once for
@@ -52,7 +70,9 @@ def evaluation_batches(file, block_size, batch_size, n_batches, rank=0, world_si
             yield x, torch.where((of_row == source)[:, None], y, IGNORE), int(source)
 
 
-def evaluation_length(file, block_size, batch_size, n_batches, world_size=1):
+def evaluation_length(
+    file: 'Mixture | Tokens', block_size: int, batch_size: int, n_batches: int, world_size: int = 1
+) -> int:
     """Return how many batches evaluation_batches() gives to each rank."""
     sources = file.sources_of(file.evaluation_starts(block_size, n_batches * batch_size))
     return sum(
@@ -61,7 +81,7 @@ def evaluation_length(file, block_size, batch_size, n_batches, world_size=1):
     )
 
 
-def evaluation_identity(file, c):
+def evaluation_identity(file: 'Mixture | Tokens', c: 'Config') -> str:
     """Return hex that is another one wherever the evaluation windows of `file` differ, or what a
     token of them sees.
 
@@ -90,24 +110,24 @@ class TrainLoader:
 
     def __init__(
         self,
-        file,
-        order,
+        file: 'Mixture | Tokens',
+        order: 'Order',
         *,
-        batch_size,
-        rank,
-        world_size,
-        position,
-        device,
-        num_workers=0,
-        prefetch_factor=2,
-        ring=None,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        position: int,
+        device: torch.device,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        ring: 'Ring | None' = None,
     ):
         self.file, self.order, self.batch_size, self.ring = file, order, batch_size, ring
         self.rank, self.world_size, self.first = rank, world_size, position
         self.device, self.pin = device, device.type == 'cuda'
         self.wait_s, self.micro = 0.0, 0
         # (number of a run of STARTS_AHEAD micro-steps, where their windows begin)
-        self.starts = None, None
+        self.starts: tuple = None, None
         self.workers, self.queue, self.stopped = None, None, threading.Event()
         self.source = (self.windows(micro) for micro in _Count())
         if num_workers:
@@ -129,7 +149,7 @@ class TrainLoader:
             self.queue = queue.Queue(maxsize=2 if num_workers else 4)
             threading.Thread(target=self._run_ahead, daemon=True, name='batches').start()
 
-    def position_of(self, micro):
+    def position_of(self, micro: int | np.ndarray):
         """Return the position in the stream of the first sequence of this rank's micro-step
         `micro`, counted from the first step.
         """
@@ -144,7 +164,7 @@ class TrainLoader:
         except (UserError, OSError) as error:
             return error
 
-    def windows(self, micro):
+    def windows(self, micro: int) -> torch.Tensor:
         """Return what read_batch() does for this rank's micro-step `micro`."""
         run = micro // STARTS_AHEAD
         if self.starts[0] != run:  # numpy is quicker with many positions at once
@@ -155,7 +175,7 @@ class TrainLoader:
             self.file, self.starts[1][micro % STARTS_AHEAD], self.order.block_size, self.ring
         )
 
-    def next(self, interrupted=lambda: False):
+    def next(self, interrupted: Callable = lambda: False) -> tuple | None:
         """Return the next (x, y, position), or None if interrupted() became true while waiting
         for it.
         """
@@ -208,7 +228,7 @@ class TrainLoader:
         except Exception as error:  # raised again where the batch is asked for
             self.queue.put(error)
 
-    def close(self):
+    def close(self) -> None:
         """Stop the thread and the worker processes."""
         self.stopped.set()
         # not left to the garbage collector: a traceback may hold the iterator

@@ -8,33 +8,47 @@ token once (but for less than two windows at the ends), and what a step sees doe
 number of ranks, the micro-batch, evaluation or logging.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from onetrain.counter_rng import hash_ints, permute
 from onetrain.data.dataset import Mixture, mixture_period
 
+if TYPE_CHECKING:
+    from onetrain.data.dataset import Tokens
 
-class _Order:
-    def starts(self, position, count):
+
+class Order:
+    """An order of windows. per_epoch: how many there are before any comes again."""
+
+    block_size: int
+    per_epoch: int
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the first token of the windows at `positions`, an int64 array."""
+        raise NotImplementedError
+
+    def starts(self, position: int, count: int) -> np.ndarray:
         """Return the first token of the windows at positions position .. position + count - 1:
         (count,) int64 array.
         """
         return self.at(np.arange(position, position + count, dtype=np.int64))
 
 
-class WindowOrder(_Order):
+class WindowOrder(Order):
     """Where the window at each position of the training stream starts.
 
     n_tokens: tokens in the split; block_size: T, a window is T + 1 tokens and windows start T
     apart.
     """
 
-    def __init__(self, n_tokens, block_size, seed):
+    def __init__(self, n_tokens: int, block_size: int, seed: int):
         self.block_size, self.seed = block_size, seed
         self.max_offset = min(block_size - 1, n_tokens - 1 - block_size)
         self.per_epoch = (n_tokens - 1 - self.max_offset) // block_size
 
-    def at(self, positions):
+    def at(self, positions: np.ndarray) -> np.ndarray:
         """Return the first token of the windows at `positions`, an int64 array."""
         epochs = positions // self.per_epoch
         starts = np.empty(len(positions), dtype=np.int64)
@@ -48,13 +62,13 @@ class WindowOrder(_Order):
         return starts
 
 
-class MixedOrder(_Order):
+class MixedOrder(Order):
     """The same for a Mixture. Of each cycle of positions a source gets its share, spread evenly:
     always the one that is furthest behind. Its windows are those of its own order, one after the
     other.
     """
 
-    def __init__(self, mixture, block_size, seed):
+    def __init__(self, mixture: Mixture, block_size: int, seed: int):
         self.block_size = block_size
         self.orders = [WindowOrder(len(source), block_size, seed) for source in mixture.sources]
         self.shares, self.firsts = mixture.shares, mixture.firsts
@@ -72,7 +86,7 @@ class MixedOrder(_Order):
             min(order.per_epoch / share for order, share in zip(self.orders, self.shares))
         )
 
-    def at(self, positions):
+    def at(self, positions: np.ndarray) -> np.ndarray:
         source, turn = self.source[positions % len(self.source)], positions // len(self.source)
         within = turn * self.counts[source] + self.before[positions % len(self.source)]
         starts = np.empty(len(positions), np.int64)
@@ -82,7 +96,7 @@ class MixedOrder(_Order):
         return starts
 
 
-def order_of(file, block_size, seed):
+def order_of(file: 'Mixture | Tokens', block_size: int, seed: int):
     """Return the order in which training reads a dataset.Tokens or Mixture."""
     return (
         MixedOrder(file, block_size, seed)

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,14 +31,16 @@ class Storage:
     survive.
     """
 
-    def __init__(self, url):
-        self.url, self.pid, self.lock = url.rstrip('/'), None, threading.Lock()
-        self.known, self.looked, self.looking = {}, time.monotonic(), None
+    def __init__(self, url: str):
+        self.url, self.lock = url.rstrip('/'), threading.Lock()
+        self.pid: int | None = None
+        self.known, self.looked = {}, time.monotonic()
+        self.looking: threading.Thread | None = None
 
     def __reduce__(self):
         return Storage, (self.url,)
 
-    def connected(self):
+    def connected(self) -> tuple:
         """Return (file system, path there)."""
         with self.lock:
             if self.pid != os.getpid():
@@ -45,7 +48,7 @@ class Storage:
                 self.pid = os.getpid()
         return self.fs, self.root
 
-    def list(self):
+    def list(self) -> dict[str, tuple]:
         """Return {name: (bytes, version)} of what lies there. Raises OSError."""
         fs, root = self.connected()
         fs.invalidate_cache()
@@ -54,7 +57,7 @@ class Storage:
             for path, info in fs.find(root, detail=True).items()
         }
 
-    def versions(self):
+    def versions(self) -> dict[str, tuple]:
         """Return {name: version} of what lies there, as it was some minutes ago at most where the
         server answers: asked for by a thread, for all files together.
         """
@@ -71,12 +74,12 @@ class Storage:
         with contextlib.suppress(Exception):
             self.known = {name: version for name, (_, version) in self.list().items()}
 
-    def read(self, name):
+    def read(self, name: str) -> bytes:
         """Return all bytes of a small file."""
         fs, root = self.connected()
         return fs.cat_file(f'{root}/{name}')
 
-    def ranges(self, wanted):
+    def ranges(self, wanted: Sequence[tuple]) -> Sequence[bytes]:
         """Return the bytes of each (name, begin, end), fetched together; tried again a few times
         where the network fails.
         """
@@ -91,7 +94,7 @@ class Storage:
                 )
                 if [len(content) for content in found] == [end - begin for _, begin, end in wanted]:
                     return found
-                error = OSError('fewer bytes than asked for')
+                error: Exception = OSError('fewer bytes than asked for')
             except Exception as problem:  # each file system has its own
                 error = problem
             if turn + 1 < TRIES:
@@ -133,7 +136,15 @@ class RemoteFile:
     every LOOK_AFTER seconds.
     """
 
-    def __init__(self, storage, name, size, version, copy, dtype):
+    def __init__(
+        self,
+        storage: 'Storage',
+        name: str,
+        size: int,
+        version: tuple,
+        copy: str,
+        dtype: np.dtype,
+    ):
         self.storage, self.name, self.size, self.copy, self.dtype = storage, name, size, copy, dtype
         self.version = version
         self.room = True  # on the local disk
@@ -156,7 +167,7 @@ class RemoteFile:
     def __getitem__(self, part):
         return read_together([(self, part.start, part.stop)])[0]
 
-    def fingerprint(self, blocks):
+    def fingerprint(self, blocks: int) -> str:
         """That of token_file for the file there."""
         digest = hashlib.sha256(str(self.size).encode())
         for content in self.storage.ranges(
@@ -165,23 +176,23 @@ class RemoteFile:
             digest.update(content)
         return digest.hexdigest()
 
-    def look(self):
+    def look(self) -> None:
         """Take the file of this name as it was last seen for the right one; forget its local copy,
         which may have parts of both.
         """
         self.version = self.storage.known.get(self.name, self.version)
         FILES.write(f'{self.copy}.blocks', bytes(-(-self.size // BLOCK) * 4), 0)
 
-    def check(self):
+    def check(self) -> None:
         """Raise ChangedFile if the file there is another than it was."""
         if self.storage.versions().get(self.name, self.version) != self.version:
             raise ChangedFile(self.name)
 
-    def blocks_of(self, begin, end):
+    def blocks_of(self, begin: int, end: int):
         """Return numbers of the blocks with the tokens begin .. end."""
         return range(begin * self.dtype.itemsize // BLOCK, -(-end * self.dtype.itemsize // BLOCK))
 
-    def have(self, block):
+    def have(self, block: int) -> bytes | None:
         """Return the bytes of a block in the local copy, or None."""
         known = int.from_bytes(FILES.read(f'{self.copy}.blocks', 4, 4 * block), 'little')
         if not known:
@@ -189,7 +200,7 @@ class RemoteFile:
         content = FILES.read(self.copy, BLOCK, block * BLOCK)
         return content if _sum(content) == known else None
 
-    def keep(self, block, content):
+    def keep(self, block: int, content: bytes) -> None:
         """Put fetched blocks from `block` on into the local copy, while there is room."""
         self.fetched += len(content)
         if not self.room:
@@ -210,7 +221,7 @@ def _sum(content):
     return zlib.crc32(content) or 1
 
 
-def read_together(wanted):
+def read_together(wanted: list[tuple]) -> list[np.ndarray]:
     """Return arrays of the tokens begin .. end of each (RemoteFile, begin, end), with what is not
     here fetched at once.
     """

@@ -3,15 +3,23 @@ compared.
 """
 
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onetrain.tokenizers.base import UNKNOWN, decode_after
 
+if TYPE_CHECKING:
+    from onetrain.data.dataset import Mixture, Tokens
+    from onetrain.tokenizers.base import Tokenizer
+
 MOST = 1_000_000  # tokens that are looked at
 
 
-def bytes_of(ids, tokenizer, before=()):
+def bytes_of(
+    ids: np.ndarray, tokenizer: 'Tokenizer', before: np.ndarray | tuple = ()
+) -> int | None:
     """Return how many bytes of UTF-8 the token ids, a numpy array, stand for, or None where one of
     them stands for no token. Those that end a text stand for none.
 
@@ -44,7 +52,9 @@ class TextBytes:
     windows every n-th is looked at, so that it takes seconds.
     """
 
-    def __init__(self, file, starts, block_size, load):
+    def __init__(
+        self, file: 'Mixture | Tokens', starts: np.ndarray, block_size: int, load: Callable
+    ):
         self._mean = None
         every = max(1, len(starts) * block_size // MOST)
         self._thread = threading.Thread(
@@ -52,7 +62,7 @@ class TextBytes:
         )
         self._thread.start()
 
-    def per_token(self, patience=5.0):
+    def per_token(self, patience: float = 5.0) -> float:
         """Return bytes per token, or None where the tokenizer is not to be had or `patience`
         seconds were not enough.
         """

@@ -30,10 +30,15 @@ import pickle
 import re
 import shutil
 import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onetrain.files import check_regular, inside, is_whole, no_link, refuse_deep_pickle
+
+if TYPE_CHECKING:
+    from onetrain.tokenizers.base import Tokenizer
 
 SPLITS = ('train', 'val')
 
@@ -52,7 +57,7 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
-def read_meta(folder):
+def read_meta(folder: str) -> dict:
     """Return the dict in `folder`/meta.pkl, or {} where there is no such file.
 
     Raises ValueError for a file that is no plain pickle, and for an entry that is not what the
@@ -170,7 +175,7 @@ _ENTRIES = {  # key of meta.pkl: (test, what it must be in words)
 }
 
 
-def token_dtype(meta):
+def token_dtype(meta: dict):
     """numpy dtype of the token files that `meta` describes; uint16 where it does not say, as
     nanoGPT writes.
     """
@@ -180,7 +185,7 @@ def token_dtype(meta):
     return np.dtype(name).newbyteorder('<')
 
 
-def fingerprint_blocks(size, blocks=256, block_bytes=4096):
+def fingerprint_blocks(size: int, blocks: int = 256, block_bytes: int = 4096) -> list[tuple]:
     """Return (begin, end) of the bytes of a file of `size` bytes that its fingerprint looks at."""
     if size <= block_bytes:
         return [(0, size)]
@@ -188,7 +193,7 @@ def fingerprint_blocks(size, blocks=256, block_bytes=4096):
     return [(begin, begin + block_bytes) for begin in begins]
 
 
-def fingerprint(path, blocks=256):
+def fingerprint(path: str, blocks: int = 256) -> str:
     """SHA-256 (hex) of a file's size and of `blocks` evenly spaced blocks of it.
 
     Reads at most 1 MiB, so it is checked at every start even for files of terabytes: it tells
@@ -203,7 +208,7 @@ def fingerprint(path, blocks=256):
     return digest.hexdigest()
 
 
-def fingerprint_of_files(paths, fingerprint=fingerprint):
+def fingerprint_of_files(paths: list, fingerprint: Callable = fingerprint) -> str:
     """Return the fingerprint of a split that lies in the files `paths`: of the only one its own, of
     several that of theirs, with no more than 256 blocks read in all, but for one of each.
     fingerprint: function of a path and a number of blocks, for files that lie elsewhere.
@@ -235,7 +240,17 @@ class TokenFileWriter:
     id outside [0, vocab_size), and when a split stayed empty.
     """
 
-    def __init__(self, folder, *, vocab_size, eot_id, tokenizer, split, extra=None, sharded=False):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        vocab_size: int,
+        eot_id: int | None,
+        tokenizer: 'dict[str, str] | Tokenizer',
+        split: str,
+        extra: dict | None = None,
+        sharded: bool = False,
+    ):
         self.folder, self.sharded = folder, sharded
         self.meta = {
             'vocab_size': int(vocab_size),
@@ -265,28 +280,30 @@ class TokenFileWriter:
         self._remove_left(name)
         return open(self._tmp(name), 'wb', opener=no_link)
 
-    def write(self, split, ids, ends_document=True):
+    def write(
+        self, split: str, ids: Sequence[int] | np.ndarray, ends_document: bool = True
+    ) -> None:
         """Append the `ids` (1-D, any integer type) of a document to `split`; an empty list counts
         as no document.
 
         A document may come in pieces: `ends_document` is True for its last one.
         """
-        ids = np.asarray(ids)
-        if ids.size:
+        given = np.asarray(ids)
+        if given.size:
             self.append(
                 split,
-                check_ids(ids, self.meta['vocab_size']).astype(self.dtype),
-                [ids.size] * bool(ends_document),
+                check_ids(given, self.meta['vocab_size']).astype(self.dtype),
+                [given.size] * bool(ends_document),
             )
 
-    def append(self, split, ids, ends):
+    def append(self, split: str, ids: np.ndarray, ends: list[int]) -> None:
         """Append `ids` (1-D, of self.dtype, checked) to `split`: documents that end at `ends`
         (ascending, counted from the first of ids).
         """
         if len(ids):
             self.fill(self.place(split, len(ids), ends), ids)
 
-    def place(self, split, tokens, ends):
+    def place(self, split: str, tokens: int, ends: list[int] | np.ndarray) -> tuple | None:
         """Give `tokens` more ids of `split` their place, which fill() or link_file() must be told:
         in one file in this order, in files of their own in any, by any thread. None for documents
         without ids.
@@ -304,13 +321,13 @@ class TokenFileWriter:
             self.written.append(name)
         return split, name
 
-    def fill(self, place, ids):
+    def fill(self, place: tuple, ids: np.ndarray) -> None:
         """Write `ids` (as for append()) where place() said."""
         with self._file(place) as f:
             f.write(np.ascontiguousarray(ids).data)  # tofile() does not say that a disk is full
         self._saw(place, int(ids.max()))
 
-    def link_file(self, place, path, max_id):
+    def link_file(self, place: tuple, path: str, max_id: int) -> None:
         """Fill a place with the ids in the file at `path`, without reading them where the file
         system can give it a second name.
         """
@@ -417,7 +434,7 @@ class TokenFileWriter:
     def _final(self, name):
         return os.path.join(self.folder, name)
 
-    def report(self):
+    def report(self) -> None:
         """Print what was written and where."""
         for split in SPLITS:
             shards = self.shards[split]
@@ -434,7 +451,7 @@ class TokenFileWriter:
             )
 
 
-def check_ids(ids, vocab_size):
+def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """Return `ids` (an integer array, not empty). Raises ValueError for one outside [0,
     vocab_size).
     """

@@ -1,19 +1,25 @@
 """What ranks tell each other: sums, agreement on the host, objects of the main rank."""
 
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
 
 from onetrain.config import UserError
 
+if TYPE_CHECKING:
+    from onetrain.distributed.processes import World
 
-def sum_over_ranks(tensor, world):
+
+def sum_over_ranks(tensor: torch.Tensor, world: 'World') -> torch.Tensor:
     """Return `tensor` summed over all ranks, in place; returns it."""
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def all_reduce_max(number, world):
+def all_reduce_max(number: int, world: 'World') -> int:
     """Return the largest of the ranks' small ints, on every rank; agreed on the host, so no GPU
     waits.
     """
@@ -29,10 +35,12 @@ class Agreement:
     of which only the second waits.
     """
 
-    def __init__(self, world):
-        self.world, self.answer, self.work = world, None, None
+    def __init__(self, world: 'World'):
+        self.world = world
+        self.answer: torch.Tensor | None = None
+        self.work: dist.Work | None = None
 
-    def begin(self, number):
+    def begin(self, number: int) -> int:
         """Hand in this rank's number, and return the answer where it is known at once: on one
         process; else 0.
         """
@@ -44,7 +52,7 @@ class Agreement:
         )
         return 0
 
-    def end(self):
+    def end(self) -> int:
         """Return the largest of the numbers that were handed in, the same on every rank."""
         if self.world.size == 1:
             return 0
@@ -52,7 +60,7 @@ class Agreement:
         return self.answer.item()
 
 
-def gather_numbers(values, world):
+def gather_numbers(values: dict[str, float], world: 'World') -> dict[str, list]:
     """Return {name: list of the ranks' values} of a dict of floats that has the same names on every
     rank; agreed on the host.
     """
@@ -63,11 +71,11 @@ def gather_numbers(values, world):
     return dict(zip(values, torch.stack(table, dim=1).tolist()))
 
 
-def broadcast_from_main(work, world):
+def broadcast_from_main(work: Callable, world: 'World'):
     """Return what work() returns on the main rank (any small builtin), on every rank; a UserError
     that it raises, too. It may take long.
     """
-    box = [None, None]
+    box: list[Any] = [None, None]
     if world.main:
         try:
             box = [work(), None]
@@ -80,13 +88,13 @@ def broadcast_from_main(work, world):
     return box[0]
 
 
-def send_from_main(tensors, world):
+def send_from_main(tensors: Iterable[torch.Tensor], world: 'World'):
     """Overwrite each of `tensors`, which every rank has in full, with that of the main rank."""
     for tensor in tensors if world.size > 1 else ():
         dist.broadcast(tensor, src=0)
 
 
-def once_per_machine(work, world):
+def once_per_machine(work: Callable, world: 'World') -> tuple:
     """Return what work() returns on the main rank (it must pickle). The first rank of each other
     machine does the work too and returns its own, to be compared, so that a hundred processes do
     not all ask for the same ten thousand files. Raises a UserError of the main rank on all.
@@ -95,7 +103,7 @@ def once_per_machine(work, world):
     return work() if world.local_rank == 0 and not world.main else result
 
 
-def all_gather_objects(value, world):
+def all_gather_objects(value: Any, world: 'World') -> list:
     """Return every rank's `value` (any small builtin), in their order, on every rank; over
     slow_group, which a thread may have for itself.
     """
@@ -106,7 +114,7 @@ def all_gather_objects(value, world):
     return values
 
 
-def assert_same_on_all_ranks(values, what, world):
+def assert_same_on_all_ranks(values: dict, what: str, world: 'World') -> None:
     """Raise UserError on every rank unless the dict `values` is the same on all, naming the first
     difference.
     """
@@ -121,6 +129,6 @@ def assert_same_on_all_ranks(values, what, world):
                 )
 
 
-def barrier(world):
+def barrier(world: 'World') -> None:
     if world.size > 1:
         dist.barrier(group=world.slow_group)

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ class Heartbeat:
     store: torch's Store that all share; timeout: seconds of silence after which one is lost.
     """
 
-    def __init__(self, store, rank, size, timeout):
+    def __init__(self, store: Any, rank: int, size: int, timeout: Any):
         self.store = store.clone()  # a connection of its own: another may be waiting for an answer
         self.rank, self.size, self.timeout = rank, size, timeout
         self.pause = min(2.0, timeout / 6)
@@ -53,7 +54,7 @@ class Heartbeat:
         except dist.DistError:
             pass  # the store was with one that is gone: what is being exchanged with it fails
 
-    def silent(self, seconds):
+    def silent(self, seconds: float):
         """Return the ranks that have shown nothing new for `seconds`, though they did not end."""
         now = time.monotonic()
         shown = self.store.multi_get([f'beat {rank}' for rank in range(self.size)])

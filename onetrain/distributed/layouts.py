@@ -27,9 +27,11 @@ import datetime
 import inspect
 import math
 import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -44,11 +46,17 @@ from onetrain.config import UserError
 from onetrain.distributed import processes
 from onetrain.ops.ring_attention import Ring
 
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.distributed.processes import World
+    from onetrain.training.muon import Muon
+    from train import Config
+
 # the new name of torch 2.13
 gather_rows = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
 
 
-def choose_layout(world, c, notes):
+def choose_layout(world: 'World', c: 'Config', notes: list[str]) -> None:
     """Decide which layout the keys of `c` ask for and set it in `world`. Raises UserError for
     what these ranks cannot be split into.
     """
@@ -137,7 +145,9 @@ def _divisor(number, most):
     return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
 
 
-def shard(model, world, dtype, reduce_dtype, offload):
+def shard(
+    model: 'Model', world: 'World', dtype: torch.dtype, reduce_dtype: torch.dtype, offload: bool
+) -> None:
     """Under FSDP, split the parameters of `model` (on the meta device) over the ranks, unit by
     unit; under other layouts do nothing.
 
@@ -178,7 +188,7 @@ def shard(model, world, dtype, reduce_dtype, offload):
         block.set_modules_to_forward_prefetch([following])
 
 
-def placement(parameter, ranks):
+def placement(parameter: torch.Tensor, ranks: int):
     """Return along which dimension FSDP splits a parameter, None for the first: the experts of a
     layer, (E, out, in), along another where `ranks` do not divide E.
 
@@ -190,7 +200,9 @@ def placement(parameter, ranks):
     return next((Shard(dim) for dim in (1, 2) if parameter.size(dim) % ranks == 0), None)
 
 
-def wrap(model, world, compile, accumulation, graphs=False):
+def wrap(
+    model: 'Model', world: 'World', compile: bool, accumulation: int, graphs: bool = False
+) -> tuple:
     """Return (what evaluation calls, what training calls): `model`, compiled if asked for, and the
     same under DistributedDataParallel where the layout needs it. accumulation: micro-steps of an
     optimizer step; graphs: whether they will be recorded as CUDA graphs.
@@ -229,7 +241,7 @@ def wrap(model, world, compile, accumulation, graphs=False):
 
 
 @contextlib.contextmanager
-def on_graph_stream(world):
+def on_graph_stream(world: 'World'):
     """Context on world.graph_stream, in step with the current stream: what was queued there comes
     before, what will be comes after.
     """
@@ -244,7 +256,7 @@ def on_graph_stream(world):
 
 
 @contextlib.contextmanager
-def forward_only(model):
+def forward_only(model: nn.Module):
     """Context of forward passes of `model` without backward ones: it is in evaluation mode, and
     afterwards as it was.
 
@@ -262,7 +274,7 @@ def forward_only(model):
                 module.reshard()
 
 
-def gradient_wait(train_model):
+def gradient_wait(train_model: nn.Module) -> dict:
     """Return {'comm_wait_s': seconds} from the end of a rank's own backward pass until the
     gradients of the others were there, as torch's DDP last measured it (in the steps up to the
     10th, then in every 100th); {} under a layout that is not measured, or before.
@@ -279,7 +291,7 @@ def gradient_wait(train_model):
     }
 
 
-def gradient_sync_context(model, last, world):
+def gradient_sync_context(model: nn.Module, last: bool, world: 'World'):
     """Context of one micro-step. Under DDP, backward() sums gradients over ranks only if it is the
     `last` of an optimizer step; under ZeRO-2 parameters stay gathered until then. FSDP sums at each
     over the ranks that share the model, so that a rank never holds more gradients than its own, and
@@ -294,20 +306,20 @@ def gradient_sync_context(model, last, world):
     return contextlib.nullcontext()
 
 
-def shard_rows(tensor, mesh):
+def shard_rows(tensor: torch.Tensor, mesh: Any):
     """Return slice of the rows of `tensor` that this rank has in the sharding dimension of `mesh`,
     as torch.chunk splits: the last may have fewer, or none.
     """
     return rank_rows(len(tensor), mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1))
 
 
-def rank_rows(length, ranks, rank):
+def rank_rows(length: int, ranks: int, rank: int):
     """Return slice of the rows that one of `ranks` has of a tensor of `length` rows."""
     size = -(-length // ranks)
     return slice(min(rank * size, length), min((rank + 1) * size, length))
 
 
-def copy_into_shard(parameter, tensor):
+def copy_into_shard(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
     """Copy the full `tensor` into a parameter, or into the part of it that this rank holds."""
     if isinstance(parameter, DTensor):
         mesh, dim = parameter.device_mesh, parameter.placements[-1].dim
@@ -317,7 +329,7 @@ def copy_into_shard(parameter, tensor):
         parameter.detach().copy_(tensor)
 
 
-def local_shard(tensor, mesh):
+def local_shard(tensor: torch.Tensor, mesh: Any):
     """Return this rank's rows of a tensor that every rank holds, as a DTensor that shares its
     memory.
     """
@@ -331,7 +343,7 @@ def local_shard(tensor, mesh):
     )
 
 
-def zero1_parameters(named, world):
+def zero1_parameters(named: dict[str, torch.Tensor], world: 'World') -> dict[str, torch.Tensor]:
     """Return {name: what this rank's optimizer updates} of the parameters `named`: under ZeRO-1 its
     rows of each, else themselves.
     """
@@ -340,7 +352,12 @@ def zero1_parameters(named, world):
     return {name: torch.nn.Parameter(local_shard(p, world.mesh)) for name, p in named.items()}
 
 
-def attach_zero1(optimizer, named, updated, world):
+def attach_zero1(
+    optimizer: 'Muon | torch.optim.Optimizer',
+    named: dict[str, torch.Tensor],
+    updated: dict[str, torch.Tensor],
+    world: 'World',
+) -> None:
     """Make a step of the optimizer over `updated` = zero1_parameters(named) one of the whole model:
     under ZeRO-1, hand it its rows of the gradients before, gather the parameters after.
     """

@@ -12,10 +12,13 @@ import threading
 import time
 import traceback
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from onetrain import signals
 from onetrain.config import UserError
@@ -53,11 +56,11 @@ class World:
     size: int
     device: torch.device
     backend: str | None = None
-    group: object = None
-    slow_group: object = None
+    group: dist.ProcessGroup | None = None
+    slow_group: dist.ProcessGroup | None = None
     layout: str = 'single'  # 'single' | 'DDP' | 'ZeRO-1' | 'ZeRO-2' | 'ZeRO-3'
     # DeviceMesh over which parameters or optimizer state are sharded; its last dimension shards
-    mesh: object = None
+    mesh: DeviceMesh | None = None
     data_rank: int = 0
     data_size: int = 1
     ring: Ring | None = None
@@ -65,10 +68,10 @@ class World:
     local_rank: int = 0  # of these
     # torch.cuda.Stream on which steps are recorded, warmed up and exchange gradients; None without
     # CUDA graphs
-    graph_stream: object = None
+    graph_stream: torch.cuda.Stream | None = None
 
     @property
-    def main(self):
+    def main(self) -> bool:
         return self.rank == 0
 
     @property
@@ -77,14 +80,14 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else None
 
     @property
-    def ddp(self):
+    def ddp(self) -> bool:
         return self.layout in ('DDP', 'ZeRO-1')
 
     @property
-    def fsdp(self):
+    def fsdp(self) -> bool:
         return self.layout in ('ZeRO-2', 'ZeRO-3')
 
-    def describe(self):
+    def describe(self) -> str:
         """Return such as 'FSDP (ZeRO-3), 2 replicas, context parallel 2'."""
         replicas = self.mesh.size(0) if self.fsdp and self.mesh.ndim == 2 else 1
         return (
@@ -94,7 +97,7 @@ class World:
         )
 
 
-def read_environment():
+def read_environment() -> tuple:
     """Return (rank, local rank, world size, processes on this machine), as torchrun says it in the
     environment. Raises UserError.
     """
@@ -127,12 +130,17 @@ def read_environment():
     return rank, local_rank, size, here
 
 
-def is_rank_0():
+def is_rank_0() -> bool:
     """Return whether this process is the main rank, as far as the environment can be read."""
     return os.environ.get('RANK', '0') in ('0', '') or os.environ.get('WORLD_SIZE', '1') == '1'
 
 
-def start(device=None, backend=None, timeout_minutes=10.0, out_dir=None):
+def start(
+    device: str | None = None,
+    backend: str | None = None,
+    timeout_minutes: float = 10.0,
+    out_dir: str | None = None,
+) -> 'World':
     """Join the processes that torchrun started, or be the only one, and take a device.
 
     device: 'cpu' | 'cuda' | 'cuda:1' | None (a GPU where there is one); backend: 'nccl' | 'gloo' |
@@ -189,7 +197,7 @@ def start(device=None, backend=None, timeout_minutes=10.0, out_dir=None):
     return world
 
 
-def record_collectives(out_dir):
+def record_collectives(out_dir: str):
     """Have torch's flight recorder write the last collectives of each rank to
     out_dir/nccl_trace_rank_* when one of them times out.
 
@@ -203,14 +211,14 @@ def record_collectives(out_dir):
         os.environ.setdefault(name, value)
 
 
-def shares_torchruns_store():
+def shares_torchruns_store() -> bool:
     """Return whether processes meet in the store of torchrun, which outlives them; else rank 0 has
     one of its own.
     """
     return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
 
-def rendezvous(store, rank, size, timeout):
+def rendezvous(store: Any, rank: int, size: int, timeout: Any):
     """Return a store for the processes that start together, within `store`, which holds what those
     of earlier starts wrote.
 
@@ -253,7 +261,7 @@ def rendezvous(store, rank, size, timeout):
     raise late
 
 
-def join(world, backend, timeout):
+def join(world: 'World', backend: str, timeout: Any):
     global _store, _slow_group, _timeout, _heartbeat
     world.backend = backend
     if not dist.is_initialized():
@@ -298,7 +306,7 @@ def _keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def report_error(error):
+def report_error(error: str) -> None:
     """Print what is wrong with the input, once for all ranks: from the main rank, or from one that
     meets it alone.
     """
@@ -333,7 +341,7 @@ def was_reported():
     return _store is not None and _store.check(['told'])
 
 
-def run_and_leave(main):
+def run_and_leave(main: Callable):
     """End the process with the exit code of main(), and after an error of the program with 1."""
     try:
         code = main()
@@ -363,7 +371,7 @@ def _join_saver():
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def leave(code):
+def leave(code: Any):
     """End the process with exit code `code`.
 
     gloo's threads make a normal interpreter exit abort at random ("terminate called without an

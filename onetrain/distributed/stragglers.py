@@ -7,8 +7,13 @@ for its data.
 
 import collections
 import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from onetrain.distributed import collectives
+
+if TYPE_CHECKING:
+    from onetrain.distributed.processes import World
 
 LATELY = 10  # logged iterations, of which one rank must be the slowest in all but one
 SHARE = 0.1  # of the time of an iteration that the others wait at least
@@ -17,12 +22,12 @@ SHARE = 0.1  # of the time of an iteration that the others wait at least
 class Stragglers:
     """Watches the ranks of a run; say: function of a line of text."""
 
-    def __init__(self, world, say):
+    def __init__(self, world: 'World', say: Callable):
         self.world, self.say = world, say
         self.hosts = collectives.all_gather_objects(socket.gethostname(), world)
         self.lately, self.named = collections.deque(maxlen=LATELY), set()
 
-    def of(self, table, seconds):
+    def of(self, table: dict[str, list], seconds: float) -> dict:
         """Return {'slowest_rank': number, 'slowest_rank_wait_ms': how long others wait for it}.
 
         It is {} for one process. table: {name: list of the ranks' values} of one logged iteration;

@@ -16,7 +16,7 @@ _PATHS = {
 _ORDER = list(_PATHS)
 
 
-def read_topology(count):
+def read_topology(count: int) -> dict[tuple, str]:
     """Return {(i, j): kind} between the first `count` GPUs that this process may use, kind as
     nvidia-smi writes it; {} where it cannot be asked.
     """
@@ -35,7 +35,7 @@ def read_topology(count):
     return parse_topology(text, gpus[:count])
 
 
-def parse_topology(text, gpus):
+def parse_topology(text: str, gpus: list[int]) -> dict[tuple, str]:
     """Return {(i, j): kind} for i < j among the GPU numbers `gpus`, from the matrix that
     `nvidia-smi topo -m` prints.
     """
@@ -55,7 +55,7 @@ def parse_topology(text, gpus):
     }
 
 
-def describe_topology(links):
+def describe_topology(links: dict[tuple, str]) -> tuple:
     """Return (line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk,
     and a warning where the slowest path is no NVLink.
     """

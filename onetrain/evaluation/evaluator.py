@@ -1,11 +1,23 @@
 """Losses over the fixed evaluation windows, and scores of multiple-choice tasks."""
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import nn
 
 from onetrain.data.loader import evaluation_batches, evaluation_identity, evaluation_length
 from onetrain.distributed import collectives, layouts
 from onetrain.evaluation import multiple_choice
 from onetrain.ops.cross_entropy import IGNORE
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.distributed.collectives import Agreement
+    from onetrain.distributed.processes import World
+    from onetrain.logs.terminal import Terminal
+    from onetrain.signals import StopRequest
+    from onetrain.training.batch_plan import BatchPlan
+    from onetrain.training.run_data import PromptsAndTasks, RunData
 
 
 class Evaluator:
@@ -17,7 +29,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, plan, data, prompts_and_tasks, model, eval_model, world, agreement, stop, terminal
+        self,
+        plan: 'BatchPlan',
+        data: 'RunData',
+        prompts_and_tasks: 'PromptsAndTasks',
+        model: 'Model',
+        eval_model: nn.Module,
+        world: 'World',
+        agreement: 'Agreement',
+        stop: 'StopRequest',
+        terminal: 'Terminal',
     ):
         self.config, self.autocast = plan.config, plan.autocast
         self.data, self.prompts_and_tasks = data, prompts_and_tasks
@@ -30,7 +51,7 @@ class Evaluator:
             for file in (data.train, data.val)
         )
 
-    def __call__(self):
+    def __call__(self) -> dict | None:
         """Return {'train': loss, 'val': loss}, None if the run is to stop.
 
         A mixture adds 'sources': {name: loss of val}, and tasks 'tasks': their scores.
@@ -96,7 +117,7 @@ class Evaluator:
                 lambda: collectives.all_reduce_max(self.stop.code(), world),
             )
 
-    def one_batch(self):
+    def one_batch(self) -> None:
         """Compute the loss of a single batch, for the compiler to see an evaluation."""
         c, world = self.config, self.world
         batches = evaluation_batches(

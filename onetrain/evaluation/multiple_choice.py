@@ -16,7 +16,9 @@ import hashlib
 import itertools
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,10 @@ import torch.nn.functional as F
 from onetrain.config import UserError, nearest
 from onetrain.files import is_whole, parse_json
 from onetrain.ops import kernels
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -117,14 +123,14 @@ TASKS = {  # how to read a line; where it is on the hub: repository, configurati
 }
 
 
-def names_and_files(words):
+def names_and_files(words: str) -> list[tuple]:
     """Return [(name, file or '')] of a comma-separated list of NAME or NAME:FILE.jsonl."""
     return [
         word.partition(':')[::2] for word in (word.strip() for word in words.split(',')) if word
     ]
 
 
-def load_tasks(words, limit=None):
+def load_tasks(words: str, limit: int | None = None) -> dict[str, list]:
     """Return {name: [Item]} for a comma-separated list of NAME or NAME:FILE.jsonl; without a file
     it comes from the hub, through the package datasets.
 
@@ -197,7 +203,9 @@ def _lines_of_hub(name):
         ) from None
 
 
-def encode_items(tasks, tokenizer, context):
+def encode_items(
+    tasks: dict[str, list], tokenizer: 'Tokenizer | None', context: int
+) -> dict[str, tuple]:
     """Return {name: (items, make_requests())} of load_tasks()'s. Raises UserError for text that
     the tokenizer does not know.
     """
@@ -219,14 +227,16 @@ def encode_items(tasks, tokenizer, context):
         ) from None
 
 
-def fingerprint(encoded):
+def fingerprint(encoded: dict[str, tuple]) -> str:
     """Return a short text that is the same for the same encoded tasks."""
     return hashlib.sha256(
         repr({name: made for name, (_, made) in encoded.items()}).encode()
     ).hexdigest()[:16]
 
 
-def make_requests(items, tokenize, start, context):
+def make_requests(
+    items: 'list[Item]', tokenize: Any, start: int | None, context: int
+) -> list[tuple]:
     """Return [(ids, n)] for each choice of each item, in order: the text's last context + 1 tokens,
     of which the last n are the answer's.
 
@@ -255,7 +265,15 @@ def make_requests(items, tokenize, start, context):
 
 
 @torch.no_grad()
-def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interrupted=lambda: False):
+def log_likelihoods(
+    logits_of: 'Callable | Model',
+    made: list[tuple],
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+    interrupted: Callable = lambda: False,
+) -> dict[int, float] | None:
     """Return {index in `made`: sum of the log-probabilities of the answer's tokens} of this rank's
     share, the batches rank, rank + size, ...; None if interrupted() became true, on every rank
     alike.
@@ -287,7 +305,7 @@ def log_likelihoods(logits_of, made, batch_size, device, rank=0, size=1, interru
     return found
 
 
-def score_items(items, values):
+def score_items(items: 'list[Item]', values: list[float]) -> dict[str, float]:
     """Return {'acc', 'acc_norm', 'chance' (that of guessing), 'items'} from the log-likelihoods of
     make_requests(), in their order.
     """
@@ -307,15 +325,15 @@ def score_items(items, values):
 
 
 def evaluate(
-    encoded,
-    logits_of,
-    batch_size,
-    device,
-    total=lambda values: values,
-    rank=0,
-    size=1,
-    interrupted=lambda: False,
-):
+    encoded: dict[str, tuple],
+    logits_of: 'Model',
+    batch_size: int,
+    device: torch.device,
+    total: Callable = lambda values: values,
+    rank: int = 0,
+    size: int = 1,
+    interrupted: Callable = lambda: False,
+) -> dict[str, dict] | None:
     """Return {name: score_items()} of what encode_items() gave; total: sums a tensor over the
     ranks. None if interrupted() became true.
     """

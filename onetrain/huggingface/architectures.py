@@ -2,8 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from onetrain.config import UserError
+
+if TYPE_CHECKING:
+    from onetrain.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ ACTIVATIONS = {
 }
 
 
-def architecture_of(config):
+def architecture_of(config: 'ModelConfig') -> str:
     """Return the Hugging Face architecture (a key of ARCHITECTURES) that computes what `config`
     does.
 

@@ -1,5 +1,7 @@
 """The config.json that transformers reads, from the shape of a model."""
 
+import torch
+
 from onetrain.huggingface.architectures import ACTIVATIONS, ARCHITECTURES
 from onetrain.model_config import ModelConfig
 
@@ -37,7 +39,7 @@ def _rope_config(kind, config):
     )
 
 
-def config_json(kind, config: ModelConfig, dtype, eot_id):
+def config_json(kind: str, config: ModelConfig, dtype: torch.dtype, eot_id: int | None) -> dict:
     """Return the dict of a config.json: kind, a key of ARCHITECTURES; dtype: of the weights, a
     torch.dtype; eot_id: id that ends a text, or None.
     """

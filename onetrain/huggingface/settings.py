@@ -3,12 +3,16 @@
 import dataclasses
 import os
 import re
+from typing import TYPE_CHECKING
 
 from onetrain.config import UserError
 from onetrain.files import check_regular, is_whole, parse_json
 from onetrain.huggingface.architectures import ACTIVATIONS, ARCHITECTURES
 from onetrain.model_config import ROUTING
 from onetrain.ops import rope
+
+if TYPE_CHECKING:
+    from train import Config
 
 _GPT2_NAMES = {
     'hidden_size': 'n_embd',
@@ -33,7 +37,7 @@ FREE = (
 )
 
 
-def is_source(init_from):
+def is_source(init_from: str) -> bool:
     """Return whether `init_from` names Hugging Face weights: a folder with a config.json, or a hub
     id such as gpt2 or org/model.
     """
@@ -42,7 +46,7 @@ def is_source(init_from):
     )
 
 
-def fetch_source(source):
+def fetch_source(source: str) -> str:
     """Return the local folder of `source`: itself, or a snapshot of the hub's repository. Raises
     UserError when it cannot be had.
     """
@@ -68,7 +72,7 @@ def fetch_source(source):
         ) from None
 
 
-def read_settings(folder):
+def read_settings(folder: str) -> dict:
     """Return the trainer's model keys for the config.json in `folder`. Raises UserError for what
     model.py cannot compute.
     """
@@ -102,7 +106,7 @@ def read_settings(folder):
         ) from None
 
 
-def settings_of(hf, folder):
+def settings_of(hf: dict, folder: str) -> dict:
     """Return the same for the dict `hf` of a config.json; `folder` names it in errors."""
 
     def refuse(what):
@@ -473,7 +477,7 @@ def _activation(name, refuse):
     return ACTIVATIONS[name]
 
 
-def resolve_source(c, given, shape_keys):
+def resolve_source(c: 'Config', given: dict[str, str], shape_keys: list[str]) -> tuple:
     """Return (config with the shape of the Hugging Face model that c.init_from names, its local
     folder). Raises UserError for what contradicts it.
     """

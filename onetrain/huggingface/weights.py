@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,8 +14,11 @@ from onetrain.files import parse_json, plain_name, replacing, sentence
 from onetrain.huggingface.architectures import architecture_of
 from onetrain.huggingface.config_json import config_json
 
+if TYPE_CHECKING:
+    from onetrain.model_config import ModelConfig
 
-def name_map(kind, config):
+
+def name_map(kind: str, config: 'ModelConfig') -> list[tuple]:
     """Return [(our name, [their names], form)]: how theirs make ours, as _join() does and _part()
     undoes.
     """
@@ -179,7 +184,7 @@ def _reordered(tensor, first, second, head_dim):
     )
 
 
-def require_safetensors():
+def require_safetensors() -> None:
     """Raise UserError where the packages that read and write these files are missing."""
     try:
         import huggingface_hub  # noqa: F401
@@ -191,7 +196,7 @@ def require_safetensors():
         ) from None
 
 
-def tensors_of(folder):
+def tensors_of(folder: str) -> dict:
     """Return {name: opened safetensors file} of all weights in a folder, from the files that
     transformers reads: model.safetensors, else those of its index.
 
@@ -248,12 +253,12 @@ def tensors_of(folder):
     return holder
 
 
-def count_tensors(folder):
+def count_tensors(folder: str) -> int:
     """Return the number of tensors in the weights of a Hugging Face folder."""
     return len(tensors_of(folder))
 
 
-def read_weights(folder, config):
+def read_weights(folder: str, config: 'ModelConfig') -> Iterable:
     """Return (name, fp32 tensor) for each parameter of model.Model(config), from the safetensors
     files in `folder`: read one at a time as they are asked for.
 
@@ -310,7 +315,7 @@ def read_weights(folder, config):
     return read()
 
 
-def upcycled(folder, config):
+def upcycled(folder: str, config: 'ModelConfig') -> Iterator:
     """Yield (name, tensor) for each parameter but the routers of a mixture of experts
     Model(config): read_weights() of the dense model in `folder`, each expert a copy.
     """
@@ -327,7 +332,14 @@ def upcycled(folder, config):
         )
 
 
-def write_model(folder, config, state_dict, dtype=torch.float32, eot_id=None, shard_size='5GB'):
+def write_model(
+    folder: str,
+    config: 'ModelConfig',
+    state_dict: dict[str, torch.Tensor],
+    dtype: torch.dtype = torch.float32,
+    eot_id: int | None = None,
+    shard_size: str = '5GB',
+) -> None:
     """Write `state_dict` (Model(config).tensors(); more names do no harm) as a Hugging Face folder:
     config.json, generation_config.json and safetensors files of at most shard_size with their
     index.

@@ -14,12 +14,14 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 from onetrain.files import check_regular, is_whole, parse_json, replacing
 
 _NUMBER, _MAYBE = (int, float), (int, float, type(None))
 # what the readers of a record need of it, beside its 'type'
-_NEEDED = {
+_NEEDED: dict[str, dict] = {
     'header': {'start_time': str},
     'iter': {
         'iter': int,
@@ -34,7 +36,7 @@ _NEEDED = {
 }
 
 
-def parse_record(line):
+def parse_record(line: bytes | str) -> dict | None:
     """Return the record in a line of a .jsonl (text or bytes), None for a line that was cut or
     damaged.
     """
@@ -56,7 +58,7 @@ def _fits(value, kinds):
     return isinstance(value, kinds) and not isinstance(value, bool) and not too_large
 
 
-def read_records(path):
+def read_records(path: str) -> Iterator:
     """Yield the whole records of a .jsonl; lines that were cut or damaged are left out."""
     for _, record in _lines(path):
         yield record
@@ -83,7 +85,7 @@ def _without_type(line, record):
     return json.dumps(finite(record))
 
 
-def finite(value):
+def finite(value: Any):
     """Return `value`, builtins, with every float that is not finite replaced by None."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
@@ -118,7 +120,7 @@ class Summary:
         self.final = None
         self.rates, self.mfus, self.peak_gb = _Thinned(), _Thinned(), None
 
-    def add(self, record):
+    def add(self, record: dict) -> None:
         kind = record['type']
         if kind == 'iter':
             if not self.iterations:
@@ -142,7 +144,7 @@ class Summary:
         elif kind == 'checkpoint':
             self.checkpoints += 1
 
-    def as_dict(self):
+    def as_dict(self) -> dict:
         step = self.last['iter'] if self.last else 0
         # the first iteration, which includes the warm-up, counts only if there is no other
         timed, total = max(1, self.iterations - 1), self.total_ms
@@ -215,7 +217,7 @@ def _progress(record):
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def summarize(path):
+def summarize(path: str) -> dict:
     """Return the `summary` of the .jsonl at `path`."""
     summary = Summary()
     for record in read_records(path):
@@ -223,7 +225,7 @@ def summarize(path):
     return summary.as_dict()
 
 
-def write_json(path, target, top):
+def write_json(path: str, target: str, top: dict) -> dict:
     """Write the run in the .jsonl at `path` as one JSON object to `target`, which is replaced;
     return its `summary`.
 

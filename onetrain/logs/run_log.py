@@ -37,12 +37,12 @@ from onetrain.logs.terminal import Terminal
 FORMAT = 1
 
 
-def now():
+def now() -> str:
     """Return local time with its zone, ISO 8601."""
     return datetime.datetime.now().astimezone().isoformat(timespec='seconds')
 
 
-def new_run_name(out_dir):
+def new_run_name(out_dir: str) -> str:
     """Return run_YYYYMMDD_HHMMSS of now, or of the second after the newest run in out_dir where
     this machine's clock is behind it.
     """
@@ -58,7 +58,7 @@ def new_run_name(out_dir):
     return moment.strftime('run_%Y%m%d_%H%M%S')
 
 
-def unsaved_run(out_dir, config):
+def unsaved_run(out_dir: str, config: dict):
     """Name of the newest run in out_dir if it had this `config` and neither saved a checkpoint nor
     came to its end, else None: it can begin again under its name.
     """
@@ -66,7 +66,8 @@ def unsaved_run(out_dir, config):
     if not logs:
         return None
     records = read_records(os.path.join(out_dir, logs[-1]))
-    same = next(records, {}).get('config') == json.loads(json.dumps(finite(config)))
+    header: dict = next(records, {})
+    same = header.get('config') == json.loads(json.dumps(finite(config)))
     return (
         logs[-1].removesuffix('.jsonl')
         if same and not any(r['type'] in ('checkpoint', 'end') for r in records)
@@ -88,18 +89,18 @@ class RunLog:
 
     def __init__(
         self,
-        out_dir,
-        run_name,
-        header,
+        out_dir: str,
+        run_name: str | None,
+        header: dict,
         *,
-        active=True,
-        write=True,
-        resume_step=None,
-        evaluated=False,
-        save_json=True,
-        save_interval=100,
-        first=0,
-        terminal=None,
+        active: bool = True,
+        write: bool = True,
+        resume_step: int | None = None,
+        evaluated: bool = False,
+        save_json: bool = True,
+        save_interval: int = 100,
+        first: int = 0,
+        terminal: Terminal | None = None,
     ):
         self.active, self.write = active, active and write
         self.save_json, self.save_interval = save_json, save_interval
@@ -180,11 +181,11 @@ class RunLog:
             self.run['start_time'] = first['start_time']
         return bool(begin or kept)
 
-    def wall_s(self):
+    def wall_s(self) -> float:
         """Return seconds that this run has been going, over all its resumptions."""
         return self.wall_before + time.perf_counter() - self.started
 
-    def say(self, text='', verbatim=False):
+    def say(self, text: str = '', verbatim: bool = False) -> None:
         """Show `text` on the terminal and keep it in the .log file, without the secrets of URLs in
         it unless it is `verbatim`.
         """
@@ -197,13 +198,13 @@ class RunLog:
                 self.text.write(text + '\n')
                 self.text.flush()
 
-    def sample(self, step, text):
+    def sample(self, step: int, text: str) -> None:
         """Show a text that the model wrote, and send it to the dashboards."""
         self.say(f'---- sample at iter {step}\n{text}\n----', verbatim=True)
         for sink in self.sinks:
             sink('sample', {'iter': step, 'text': text})
 
-    def event(self, kind, **fields):
+    def event(self, kind: str, **fields) -> None:
         """Append one record: 'iter' | 'eval' | 'checkpoint' | 'save_failed' | 'resume' | 'end'."""
         if not self.write:
             return
@@ -245,7 +246,7 @@ class RunLog:
                 )
             self.disk_works = False
 
-    def sync(self):
+    def sync(self) -> None:
         """Bring the records to the disk, so that a checkpoint never outlives the lines before
         it.
         """
@@ -260,13 +261,13 @@ class RunLog:
                 )
             os.fsync(self.lines.fileno())
 
-    def has_checkpoint(self, step):
+    def has_checkpoint(self, step: int) -> bool:
         """Return whether the checkpoint of `step` is recorded: a kill can come between writing it
         and noting so.
         """
         return step in self.checkpoints
 
-    def write_json(self):
+    def write_json(self) -> dict:
         """Write the .json, and return the summary of the run."""
         self.json_due = 2 * self.size
         # a full disk: the file stays as it was, the next one is complete again
@@ -274,14 +275,14 @@ class RunLog:
             return write_json(f'{self.path}.jsonl', f'{self.path}.json', self.run)
         return self.summarize()
 
-    def summarize(self):
+    def summarize(self) -> dict:
         """Return the summary of the run, that of no record where the .jsonl was taken away."""
         try:
             return summarize(f'{self.path}.jsonl')
         except OSError:
             return Summary().as_dict()
 
-    def end(self):
+    def end(self) -> dict:
         """Write the summary, the last record, and return it; {} where nothing is written."""
         if not self.write:
             return {}
@@ -292,7 +293,7 @@ class RunLog:
             self.summary = summary
         return self.summary
 
-    def close(self):
+    def close(self) -> None:
         """Write the summary if that was not done, and close the files."""
         if not self.write:
             return
@@ -303,7 +304,7 @@ class RunLog:
             self.text.close()
         self.lines.close()
 
-    def to_wandb(self, project, name):
+    def to_wandb(self, project: str, name: str) -> None:
         """Send records to Weights & Biases as well (the package `wandb`)."""
         import wandb
 
@@ -329,7 +330,7 @@ class RunLog:
 
         self.sinks.append(sink)
 
-    def to_trackio(self, project, name):
+    def to_trackio(self, project: str, name: str) -> None:
         """Keep records for trackio's dashboard on this machine as well (the package `trackio`,
         which needs no account).
         """
@@ -353,7 +354,7 @@ class RunLog:
             )
         )
 
-    def to_tensorboard(self):
+    def to_tensorboard(self) -> None:
         """Write records as TensorBoard events into out_dir/tensorboard/<run name> as well (the
         package `tensorboard`).
         """
@@ -400,7 +401,7 @@ def _last_iteration(f, step):
 _BLOCK = 2**16  # bytes that are read at a time, from the end
 
 
-def scalars(kind, record):
+def scalars(kind: str, record: dict) -> dict[str, float]:
     """Return the numbers of a record as one flat dict with names such as train/loss, for
     dashboards.
     """

@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -25,11 +26,11 @@ WIDTH = 79  # columns of a line of progress where the width is not known
 class Work:
     """Something that takes time: `done` of `total` (None: not known) units of `what`."""
 
-    def __init__(self, what, total=None):
+    def __init__(self, what: str, total: int | None = None):
         self.what, self.total, self.done = what, total, 0
         self.started = time.monotonic()
 
-    def describe(self):
+    def describe(self) -> str:
         """Return a line such as 'evaluating 37/400, about 2 min left'."""
         seconds = time.monotonic() - self.started
         if self.total is None:
@@ -45,20 +46,20 @@ class Terminal:
     A terminal gets a bar once start_bar() is called; a file gets lines alone.
     """
 
-    def __init__(self, active=True):
+    def __init__(self, active: bool = True):
         self.active, self.bar = active, None
         self.works, self.last_line, self.named = [], time.monotonic(), False
         self.ended = threading.Event()
-        self.thread = None
+        self.thread: threading.Thread | None = None
 
-    def say(self, text=''):
+    def say(self, text: str = '') -> None:
         """Print a line, above the bar."""
         if self.active:
             tqdm.write(text)
             self.last_line, self.named = time.monotonic(), False
 
     @contextlib.contextmanager
-    def doing(self, what, total=None):
+    def doing(self, what: str, total: int | None = None):
         """Name the work inside the block where it takes more than a few seconds; gives a Work."""
         work = Work(what, total)
         self.works.append(work)
@@ -80,7 +81,7 @@ class Terminal:
             elif text := self.look(AGAIN_S):
                 tqdm.write(text)
 
-    def look(self, again=AGAIN_S):
+    def look(self, again: float = AGAIN_S) -> str | None:
         """Return what is being done, if that has taken QUIET_S and no line appeared meanwhile;
         once, and then every `again` seconds.
         """
@@ -93,7 +94,7 @@ class Terminal:
             self.last_line, self.named = now, True
         return work.describe()
 
-    def start_bar(self, total, done):
+    def start_bar(self, total: int, done: int) -> None:
         """Show a bar of `total` iterations below the lines, if this is a terminal."""
         if self.active:
             layout = '{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}'
@@ -107,18 +108,18 @@ class Terminal:
                 file=sys.stdout,
             )
 
-    def advance(self, step):
+    def advance(self, step: int) -> None:
         """Move the bar to iteration `step`."""
         if self.bar is not None and not self.bar.disable:
             self.bar.update(step - self.bar.n)
 
-    def end_bar(self):
+    def end_bar(self) -> None:
         """Remove the bar: there is no iteration to come."""
         if self.bar is not None:
             bar, self.bar = self.bar, None
             bar.close()
 
-    def close(self):
+    def close(self) -> None:
         """Remove the bar and name no work any longer."""
         self.ended.set()
         if self.thread is not None:
@@ -129,12 +130,12 @@ class Terminal:
         """Return the columns of the terminal, None where the output is a file or a pipe."""
         return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
-    def width(self):
+    def width(self) -> int:
         """Return the columns that a line of progress may take."""
         return min(120, self.columns() or WIDTH)
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Return a time as people say it: '12 s', '3:31 min', '2 h 05 min', '4 d 3 h'."""
     seconds = max(0, round(seconds))
     if seconds < 100:
@@ -147,7 +148,7 @@ def duration(seconds):
     return f'{hours // 24} d {hours % 24} h'
 
 
-def short_number(number):
+def short_number(number: float) -> str:
     """Return a number in few characters: 935, 46.1k, 1.11M."""
     for size, unit in ((1e9, 'G'), (1e6, 'M'), (1e4, 'k')):
         if number >= size:
@@ -156,7 +157,18 @@ def short_number(number):
     return f'{number:,.0f}'
 
 
-def progress_line(step, total, loss, lr, norm, rate, mfu=None, left=None, more=(), width=WIDTH):
+def progress_line(
+    step: int,
+    total: int,
+    loss: float,
+    lr: float,
+    norm: float,
+    rate: float,
+    mfu: dict | float | None = None,
+    left: float | None = None,
+    more: Sequence[str] = (),
+    width: int = WIDTH,
+) -> str:
     """Return the line of a logged iteration, in at most `width` columns.
 
     rate: tokens per second; mfu: percent, or None; left: seconds, or None; more: further words,

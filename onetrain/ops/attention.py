@@ -13,6 +13,7 @@ softmax and is dropped (gpt-oss): attention may then look at nothing.
 
 import importlib.util
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from torch.nn.attention import (
 
 from onetrain.ops import flash_lse
 from onetrain.ops.ring_attention import ring_attention
+
+if TYPE_CHECKING:
+    from onetrain.ops.ring_attention import Ring
 
 BACKENDS = ('flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
 # a mask for queries that see all keys: a single token after those before it
@@ -41,16 +45,16 @@ _GENERATIONS = {'flash_attn_4': (9, 10), 'flash_attn_3': (9,)}
 
 
 def choose_backend(
-    requested,
-    device_type,
-    dtype,
-    head_dim,
-    dropout=0.0,
-    window=False,
-    documents=False,
-    sinks=False,
-    deterministic=False,
-):
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout: float = 0.0,
+    window: bool = False,
+    documents: bool = False,
+    sinks: bool = False,
+    deterministic: bool = False,
+) -> tuple:
     """Return (backend, reasons): the first backend from `requested` on, in the order of BACKENDS,
     that can run; cuDNN's only where it is asked for.
 
@@ -72,8 +76,16 @@ def choose_backend(
 
 
 def unsupported_reason(
-    backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic
-):
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    dropout: float,
+    window: bool,
+    documents: bool,
+    sinks: bool,
+    deterministic: bool,
+) -> str | None:
     """Return why `backend` cannot run, or None. The arguments are those of choose_backend()."""
     if backend == 'manual':
         return None
@@ -123,7 +135,7 @@ def _installed(module):
         return False
 
 
-def activate_backend(backend):
+def activate_backend(backend: str) -> None:
     """Before attention() with this backend: make FlashAttention 4's kernels torch's for the whole
     process, or torch's own again; compile flex_attention, outside of what may be compiled itself.
     """
@@ -137,7 +149,13 @@ def activate_backend(backend):
         restore_flash_attention_impl()
 
 
-def make_attention_mask(backend, T, device, window=None, documents=None):
+def make_attention_mask(
+    backend: str,
+    T: int,
+    device: torch.device,
+    window: int | None = None,
+    documents: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """Return the `mask` of attention() for T queries and as many keys, made once for all layers of
     a kind; None where causality is all (but for flex).
 
@@ -172,7 +190,17 @@ def make_attention_mask(backend, T, device, window=None, documents=None):
     )
 
 
-def attention(q, k, v, backend, dropout=0.0, ring=None, window=None, mask=None, sinks=None):
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    backend: str,
+    dropout: float = 0.0,
+    ring: 'Ring | None' = None,
+    window: int | None = None,
+    mask: str | torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return causal attention, scaled by 1/sqrt(head_dim).
 
     q: (B, n_head, T, head_dim); k, v: (B, n_kv, T, head_dim) with n_head a multiple of n_kv

@@ -12,7 +12,14 @@ PLAIN_BYTES_COMPILED = 2**34
 CHUNK_BYTES = {'cpu': 2**28, 'cuda': 2**29}  # of those of a chunk
 
 
-def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0.0):
+def next_token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: str = 'mean',
+    chunk: int = 0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
     """Cross-entropy of softmax(hidden @ weight^T) against `targets`, in fp32.
 
     hidden: (..., C); weight: (V, C), the output head; targets: (...) int64, IGNORE where there is
@@ -46,7 +53,14 @@ def next_token_loss(hidden, weight, targets, reduction='mean', chunk=0, z_loss=0
     return loss + (extra - extra.detach())
 
 
-def choose_chunk(asked, tokens, vocab_size, device_type, dtype, compiled=False):
+def choose_chunk(
+    asked: int | None,
+    tokens: int,
+    vocab_size: int,
+    device_type: str,
+    dtype: torch.dtype,
+    compiled: bool = False,
+) -> tuple:
     """Return (chunk for next_token_loss, a sentence for the report or None), for micro-steps of
     `tokens` tokens.
 
@@ -83,7 +97,9 @@ def choose_chunk(asked, tokens, vocab_size, device_type, dtype, compiled=False):
     )
 
 
-def written_chunk(chunk, tokens, vocab_size, device_type, compiled):
+def written_chunk(
+    chunk: int, tokens: int, vocab_size: int, device_type: str, compiled: bool
+) -> int:
     """Return the chunk with which the loss as it is written takes the memory that it takes with
     `chunk` as it is run.
 

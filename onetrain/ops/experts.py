@@ -12,10 +12,12 @@ call, on H100, H200 and B200 without a word to the host; `loop` takes one expert
 is what the former is compared with.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # torch 2.11 has it under another name
 _grouped_mm: Any = getattr(F, 'grouped_mm', None) or getattr(torch, '_grouped_mm', None)
@@ -23,7 +25,7 @@ _grouped_mm: Any = getattr(F, 'grouped_mm', None) or getattr(torch, '_grouped_mm
 STATISTICS = 3
 
 
-def choose_dispatch(requested, widths, dtype, device_type):
+def choose_dispatch(requested: str, widths: tuple, dtype: torch.dtype, device_type: str) -> tuple:
     """Return (dispatch, reason): 'grouped' or 'loop', and why not the requested one, or None.
 
     widths: inner sizes of the matmuls, whose rows must be multiples of 16 bytes; dtype: torch dtype
@@ -51,7 +53,7 @@ def choose_dispatch(requested, widths, dtype, device_type):
     return 'grouped', None
 
 
-def waits_for_host(device_type):
+def waits_for_host(device_type: str) -> bool:
     """Return whether torch's grouped matmul copies the counts of tokens to the host on this device:
     it has a kernel for all experts at once on some GPUs only.
     """
@@ -59,16 +61,16 @@ def waits_for_host(device_type):
 
 
 def choose_experts(
-    logits,
-    bias,
+    logits: torch.Tensor,
+    bias: torch.Tensor,
     *,
-    top_k,
-    score_function,
-    n_groups=1,
-    topk_groups=1,
-    norm_topk_prob=True,
-    route_scale=1.0,
-):
+    top_k: int,
+    score_function: str,
+    n_groups: int = 1,
+    topk_groups: int = 1,
+    norm_topk_prob: bool = True,
+    route_scale: float = 1.0,
+) -> tuple:
     """Return experts and gates of each token.
 
     logits: (N, E) fp32; bias: (E,) fp32 added for the choice only, or None; score_function:
@@ -98,7 +100,9 @@ def choose_experts(
     return experts, gates * route_scale, scores
 
 
-def routing_statistics(logits, scores, experts):
+def routing_statistics(
+    logits: torch.Tensor, scores: torch.Tensor, experts: torch.Tensor
+) -> torch.Tensor:
     """Return (E + STATISTICS,) fp32 of one layer and N tokens: how many tokens each expert got; the
     mean entropy of the affinities in nats; the auxiliary loss E * sum_i f_i P_i with f_i an
     expert's share of the choices and P_i its mean share of the affinities, 1 if all are equal
@@ -116,7 +120,15 @@ def routing_statistics(logits, scores, experts):
     )
 
 
-def run_experts(x, experts, gates, fc, proj, activate, dispatch):
+def run_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    gates: torch.Tensor,
+    fc: tuple,
+    proj: tuple,
+    activate: Callable,
+    dispatch: str,
+) -> torch.Tensor:
     """Sum over a token's experts of gate * (activate(x fc_e^T + b_e) proj_e^T + c_e).
 
     x: (N, C); experts, gates: (N, k); fc, proj: (weight (E, out, in), bias (E, out) or None);
@@ -237,7 +249,9 @@ class _Return(torch.autograd.Function):
 _DISPATCH = {'grouped': _grouped, 'loop': _loop}
 
 
-def update_balance(biases, counts, rate, applied):
+def update_balance(
+    biases: list[torch.Tensor], counts: torch.Tensor, rate: float, applied: int | torch.Tensor
+) -> None:
     """Move each layer's (E,) fp32 balancing bias, in place, by `rate` toward experts with fewer
     than the mean of its row of the (L, E) counts of a step and away from those with more. applied:
     scalar tensor, 0 for a step that was skipped.
@@ -248,12 +262,19 @@ def update_balance(biases, counts, rate, applied):
         bias += move
 
 
-def load_score(counts):
+def load_score(counts: torch.Tensor) -> torch.Tensor:
     """Return 100 * least / most of the (..., E) counts: 100 if all experts got as many tokens."""
     return 100 * counts.amin(dim=-1) / counts.amax(dim=-1).clamp(min=1)
 
 
-def routing_report(routing, layers, biases, tokens, top_k, shares=True):
+def routing_report(
+    routing: torch.Tensor,
+    layers: nn.Module,
+    biases: list[torch.Tensor],
+    tokens: int,
+    top_k: int,
+    shares: bool = True,
+) -> dict:
     """Return the `moe` object of the log.
 
     routing: (L, E + STATISTICS) on the CPU, sums over the `tokens` tokens of a step as

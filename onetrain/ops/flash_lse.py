@@ -10,7 +10,7 @@ import math
 import torch
 
 
-def choose_kernel(q):
+def choose_kernel(q: torch.Tensor) -> str:
     """Return 'flash' where torch has it for tensors like q ((B, H, T, head_dim)), else 'manual'."""
     half = q.dtype in (torch.float16, torch.bfloat16)
     return (
@@ -20,7 +20,14 @@ def choose_kernel(q):
     )
 
 
-def forward(kernel, q, k, v, causal, mask=None):
+def forward(
+    kernel: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+) -> tuple:
     """Return (out, lse): attention of some queries to some keys, (B, H, t, head_dim) in q's dtype,
     and its log-sum-exp, (B, H, t) fp32.
 
@@ -30,7 +37,17 @@ def forward(kernel, q, k, v, causal, mask=None):
     return _FORWARD[kernel](q, k, v, causal, mask)
 
 
-def backward(kernel, grad, q, k, v, out, lse, causal, mask=None):
+def backward(
+    kernel: str,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+) -> tuple:
     """Return gradients of q, k, v for the gradient of `out`; out and lse: of the whole softmax, of
     which these keys may be a part.
     """

@@ -9,11 +9,12 @@ import logging
 import sys
 
 import torch
+from torch import nn
 
 from onetrain.config import UserError
 
 
-def choose_recipe(dtype, device):
+def choose_recipe(dtype: torch.dtype, device: torch.device) -> str:
     """Return what Model takes as float8, 'hardware', or on a CPU 'emulated': the same rounding,
     then a matmul of `dtype`; for experiments, not for speed.
 
@@ -39,7 +40,7 @@ def choose_recipe(dtype, device):
     return 'hardware'
 
 
-def gains_from_float8(layer):
+def gains_from_float8(layer: nn.Module) -> bool:
     """Return whether a torch.nn.Linear gets faster: both sizes are multiples of 16, which the
     kernels ask for, and it is large enough to pay for the rounding (by torchao's table of an H100,
     tensorwise: more than 1024 outputs or 4096 inputs).
@@ -51,7 +52,7 @@ def gains_from_float8(layer):
     )
 
 
-def convert_to_float8(layers, kind):
+def convert_to_float8(layers: nn.Module, kind: str) -> int:
     """Replace the torch.nn.Linear within `layers`, a module, that gains_from_float8(); subclasses,
     such as routers, stay. kind: what choose_recipe() returned. Returns how many.
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,8 +23,12 @@ from onetrain.ops.attention import (
     unsupported_reason,
 )
 
+if TYPE_CHECKING:
+    from onetrain.model_config import ModelConfig
+    from train import Config
 
-def precision(name, device):
+
+def precision(name: str | None, device: torch.device) -> torch.dtype:
     """Return the torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16
     on a GPU that has it, float16 on others, float32 on a CPU. Raises UserError for float16 on a
     CPU.
@@ -36,7 +41,7 @@ def precision(name, device):
     return getattr(torch, name)
 
 
-def autocast(device_type, dtype):
+def autocast(device_type: str, dtype: torch.dtype):
     """Return the context of a forward pass whose matmuls are in `dtype`, a torch dtype."""
     return (
         contextlib.nullcontext()
@@ -63,7 +68,7 @@ def _has_bfloat16():
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def set_deterministic(wanted):
+def set_deterministic(wanted: bool) -> None:
     """Have torch take kernels that repeat to the last bit, and raise where an operator has none; or
     free it to take any.
 
@@ -80,7 +85,7 @@ def set_deterministic(wanted):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def synchronized_time(device):
+def synchronized_time(device: torch.device) -> float:
     """time.perf_counter(), once all work so far on `device`, a torch.device or its name, is
     done.
     """
@@ -89,7 +94,9 @@ def synchronized_time(device):
     return time.perf_counter()
 
 
-def select_kernels(c, shape, device, dtype):
+def select_kernels(
+    c: 'Config', shape: 'ModelConfig', device: torch.device, dtype: torch.dtype
+) -> tuple:
     """Return ({'backend', 'dispatch', 'float8'} of Model, sentences about them for the report).
 
     c: train.Config; shape: ModelConfig; dtype: torch dtype of the matmuls. Raises UserError for
@@ -161,7 +168,9 @@ def _select_backend(c, shape, device, dtype):
     ]
 
 
-def default_backend(c, shape, device, dtype):
+def default_backend(
+    c: 'Config', shape: 'ModelConfig', device: torch.device, dtype: torch.dtype
+) -> str:
     """Return the backend where attention_backend is None, by rule: a run that continues takes the
     same again.
 
@@ -182,20 +191,20 @@ def default_backend(c, shape, device, dtype):
 
 
 def fastest_backend(
-    device,
-    dtype,
+    device: torch.device,
+    dtype: torch.dtype,
     *,
-    batch_size,
-    n_head,
-    n_kv,
-    head_dim,
-    T,
-    dropout=0.0,
-    window=None,
-    documents=False,
-    sinks=False,
-    deterministic=False,
-):
+    batch_size: int,
+    n_head: int,
+    n_kv: int,
+    head_dim: int,
+    T: int,
+    dropout: float = 0.0,
+    window: int | None = None,
+    documents: bool = False,
+    sinks: bool = False,
+    deterministic: bool = False,
+) -> tuple:
     """Return (backend, told): the backend whose forward and backward pass together take least time
     on this device, and a sentence with the times.
 
@@ -228,9 +237,8 @@ def fastest_backend(
             try:
                 activate_backend(backend)
                 mask = make_attention_mask(backend, T, device, window, texts)
-                call = functools.partial(
-                    attention, *inputs, backend, 0.0, None, window, mask, logits
-                )
+                call = functools.partial(attention, *inputs)
+                call = functools.partial(call, backend, 0.0, None, window, mask, logits)
                 found, took = _trial(call, inputs, grad)
                 expected = expected or found
                 reason = _difference(found, expected, dtype)

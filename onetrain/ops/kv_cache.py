@@ -2,6 +2,8 @@
 work.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from onetrain.ops.attention import FULL_ATTENTION
@@ -21,7 +23,16 @@ class Cache:
     """
 
     def __init__(
-        self, windows, batch, n_kv, head_dim, size, device, dtype, padding=None, static=False
+        self,
+        windows: list,
+        batch: int,
+        n_kv: int,
+        head_dim: int,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        padding: torch.Tensor | None = None,
+        static: bool = False,
     ):
         self.windows = windows
         self.size = size
@@ -44,7 +55,7 @@ class Cache:
                 # or no CUDA graph is made of what writes to it
                 torch._dynamo.mark_static_address(tensor)
 
-    def begin(self, T):
+    def begin(self, T: int):
         """Make the masks for T more tokens, {window: mask of attention}; returns their
         positions: a slice, or (B or 1, T) int64.
         """
@@ -91,7 +102,7 @@ class Cache:
         """
         return 0 if window is None else max(0, self.length - window + 1)
 
-    def extend(self, layer, k, v):
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> Sequence[torch.Tensor]:
         """Take up (B, n_kv, T, head_dim) keys and values; returns those that the T queries may look
         at, this layer's mask says which.
         """
@@ -114,7 +125,7 @@ class Cache:
             old[:, :, : last.size(2)] = last
         return both
 
-    def end(self, T):
+    def end(self, T: int) -> None:
         if self.static:
             self.at += T  # a number of Python's would be compiled in, and each token compiled anew
         else:

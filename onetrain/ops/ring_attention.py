@@ -13,11 +13,18 @@ log-sum-exp (online softmax). In backward the gradients of keys and values trave
 home with the last step.
 """
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from onetrain.ops import flash_lse
 from onetrain.ops.cross_entropy import IGNORE
+
+if TYPE_CHECKING:
+    pass
+    from onetrain.data.dataset import Mixture, Tokens
 
 
 class Ring:
@@ -27,7 +34,7 @@ class Ring:
     no real token and has no target.
     """
 
-    def __init__(self, group, rank, size, block_size, device):
+    def __init__(self, group: dict, rank: int, size: int, block_size: int, device: torch.device):
         self.group, self.rank, self.size = group, rank, size
         self.attend = _RingAttention.apply
         chunk = -(-block_size // (2 * size))
@@ -37,7 +44,7 @@ class Ring:
         # global position of each local token
         self.positions = positions.clamp(max=block_size - 1).to(device)
 
-    def read_part(self, file, starts):
+    def read_part(self, file: 'Mixture | Tokens', starts: np.ndarray):
         """Read this rank's tokens of the sequences that begin at `starts`, (B,) array: (2, B,
         local) int64, inputs and targets.
 
@@ -60,7 +67,7 @@ class Ring:
         """
         self.attend = torch.compiler.disable(self.attend)
 
-    def send_on(self, tensor):
+    def send_on(self, tensor: torch.Tensor):
         """Start sending `tensor` to the next rank and receiving one like it from the rank before;
         returns a function that waits for it.
         """
@@ -83,7 +90,13 @@ class Ring:
         return wait
 
 
-def ring_attention(q, k, v, ring, kernel=None):
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ring: 'Ring | None',
+    kernel: str | None = None,
+):
     """Return causal attention over the whole sequence, scaled by 1/sqrt(head_dim), of which each
     rank of `ring` holds the tokens of Ring.read_part().
 

@@ -9,13 +9,17 @@ llama3    the same idea with other borders (Dubey et al., "The Llama 3 Herd of M
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from onetrain.model_config import ModelConfig
 
 SCALINGS = ('linear', 'dynamic', 'yarn', 'llama3')
 
 
-def inverse_frequencies(c, length):
+def inverse_frequencies(c: 'ModelConfig', length: int) -> torch.Tensor:
     """Return (d / 2,) fp32: the angle per position of each pair of the d = c.rotary_dims
     dimensions, for a sequence of `length` tokens (only dynamic depends on it). c:
     ModelConfig.
@@ -51,7 +55,7 @@ def inverse_frequencies(c, length):
     return plain
 
 
-def attention_scaling(c):
+def attention_scaling(c: 'ModelConfig') -> float:
     """Return what cosine and sine are multiplied with: with YaRN 0.1 ln(factor) + 1 unless
     c.rope_attention_factor says otherwise, else 1.
     """
@@ -62,7 +66,7 @@ def attention_scaling(c):
     )
 
 
-def cos_sin_table(c, length, size=None):
+def cos_sin_table(c: 'ModelConfig', length: int, size: int | None = None) -> tuple:
     """Return (cos, sin), each (size, d) fp32, of the first `size` positions (None: length) of a
     sequence of `length` tokens, as apply_rotary_emb() takes them: each angle stands at both
     dimensions of its pair, the first sine with a minus.
@@ -74,7 +78,7 @@ def cos_sin_table(c, length, size=None):
     return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
-def apply_rotary_emb(x, cos, sin):
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the first d = cos.size(-1) dimensions of each head, halves paired (i, i + d/2) as in
     Hugging Face models.
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import functools
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -15,22 +16,26 @@ from onetrain.config import UserError
 from onetrain.data.token_file import SPLITS, TokenFileWriter
 from onetrain.prepare.parts import DOCUMENT
 
+if TYPE_CHECKING:
+    from onetrain.prepare.parts import Part
+    from onetrain.prepare.pipeline import Plan
+
 BUCKET = 2**22  # documents that find_repeated() sorts at once
 
 
 def assemble(
-    plan,
-    made,
-    output,
+    plan: 'Plan',
+    made: 'list[Part]',
+    output: str,
     *,
-    split,
-    val_every=None,
-    dedup=False,
-    max_broken=0.01,
-    max_lost=0.01,
-    sharded=False,
-    extra=None,
-):
+    split: str,
+    val_every: int | None = None,
+    dedup: bool = False,
+    max_broken: float = 0.01,
+    max_lost: float = 0.01,
+    sharded: bool = False,
+    extra: dict | None = None,
+) -> tuple:
     """Make the data set of `made`, the Parts of `plan` in order; returns (the closed
     TokenFileWriter, a dict of counts).
 
@@ -108,7 +113,7 @@ def _write_parts(plan, made, writer, dropped, val_every, bar):
     return number
 
 
-def count_rows(plan, made, max_broken):
+def count_rows(plan: 'Plan', made: 'list[Part]', max_broken: float) -> dict:
     """Return {'rows', 'broken', 'left_out': a sentence or ''}. Raises UserError where more than
     max_broken of the rows have no text.
     """
@@ -137,7 +142,7 @@ def count_rows(plan, made, max_broken):
     return {'rows': rows, 'broken': broken, 'left_out': said}
 
 
-def count_lost(made, max_lost):
+def count_lost(made: 'list[Part]', max_lost: float) -> str:
     """Return a sentence on the characters that the tokenizer cannot write, or ''. Raises UserError
     where they are more than max_lost of those that were looked at.
     """
@@ -216,7 +221,7 @@ def _end(part, future, bar):
     bar.update(part.record['size'])
 
 
-def find_repeated(tables, scratch):
+def find_repeated(tables: list[str], scratch: str) -> np.ndarray:
     """Return a bool array (in a file below `scratch` that is gone already) over the rows of all
     `tables` (.docs files): True for a document that came before. Memory holds BUCKET rows: they are
     dealt by hash to files, each sorted for itself.

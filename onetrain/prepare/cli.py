@@ -7,11 +7,19 @@ import collections
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from onetrain.command_line import ROOT, ArgumentParser, run_command
 from onetrain.config import UserError
 from onetrain.prepare import assemble, documents, pipeline
-from onetrain.tokenizers.base import load_tokenizer
+from onetrain.tokenizers.base import CharTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from onetrain.data.token_file import TokenFileWriter
+    from onetrain.prepare.parts import Part
+    from onetrain.prepare.pipeline import Plan
+    from onetrain.tokenizers.base import Tokenizer
 
 DATA = os.path.join(ROOT, 'data')
 SHARDED_FROM = 100e9  # bytes of ids, above which to copy them once more takes too long
@@ -27,7 +35,7 @@ hf://datasets/OWNER/NAME) of .txt, .md, .jsonl, .json (both also .gz and
 """
 
 
-def argument_parser(docstring, folder):
+def argument_parser(docstring: str, folder: str) -> 'ArgumentParser':
     """Return an ArgumentParser with --output, which is `folder` unless given. The docstring of the
     script is its help.
     """
@@ -42,8 +50,14 @@ def argument_parser(docstring, folder):
 
 
 def corpus_parser(
-    docstring, folder, *, source=None, tokenizer='gpt2', text_field='text', val_fraction=None
-):
+    docstring: str,
+    folder: str,
+    *,
+    source: list[str] | None = None,
+    tokenizer: str = 'gpt2',
+    text_field: str = 'text',
+    val_fraction: float | None = None,
+) -> 'ArgumentParser':
     """Return an ArgumentParser with the options of prepare_corpus(). source: default of --input, a
     list, or None where it must be given; val_fraction: of --val_fraction, None where the source has
     a split of its own.
@@ -124,16 +138,16 @@ def _add_work_options(parser):
 
 
 def prepare_corpus(
-    args,
-    folder,
+    args: argparse.Namespace,
+    folder: str,
     *,
-    published=False,
-    cut_txt=False,
-    tokenizer_from=None,
-    eot=None,
-    config=None,
-    endings=documents.FOLDER_ENDINGS,
-):
+    published: bool = False,
+    cut_txt: bool = False,
+    tokenizer_from: str | None = None,
+    eot: str | None = None,
+    config: str | None = None,
+    endings: tuple = documents.FOLDER_ENDINGS,
+) -> None:
     """Prepare the data set that `args` (of corpus_parser) describe. Raises UserError for what the
     user got wrong.
 
@@ -183,7 +197,7 @@ def prepare_corpus(
     report(writer, folder, config)
 
 
-def report_corpus(args, tokenizer, counts):
+def report_corpus(args: argparse.Namespace, tokenizer: 'Tokenizer', counts: dict) -> None:
     """Print what was left out of a corpus. counts: of assemble()."""
     for said in filter(None, (counts['left_out'], counts['lost'])):
         print(said)
@@ -193,7 +207,14 @@ def report_corpus(args, tokenizer, counts):
         print(f'{args.tokenizer} names no end of text, so documents follow each other without one')
 
 
-def plan_of_files(args, files, splits, tokenizer, cut_txt, endings):
+def plan_of_files(
+    args: argparse.Namespace,
+    files: list[str],
+    splits: dict[str, str] | None,
+    tokenizer: 'Tokenizer',
+    cut_txt: bool,
+    endings: tuple,
+) -> 'Plan':
     """Return the pipeline.Plan for `files`, after telling which others are left out."""
     for said in describe_left_out(args.input, endings):
         print(said)
@@ -207,7 +228,9 @@ def plan_of_files(args, files, splits, tokenizer, cut_txt, endings):
     )
 
 
-def check_end_of_text(name, tokenizer, eot, tokenizer_from):
+def check_end_of_text(
+    name: str, tokenizer: 'Tokenizer', eot: str | None, tokenizer_from: str | None
+) -> None:
     """Raise UserError for a tokenizer that does not end its texts with the token `eot`, if that is
     given.
     """
@@ -224,7 +247,13 @@ def check_end_of_text(name, tokenizer, eot, tokenizer_from):
         )
 
 
-def assemble_parts(args, plan, made, tokenizer, cut_txt):
+def assemble_parts(
+    args: argparse.Namespace,
+    plan: 'Plan',
+    made: 'list[Part]',
+    tokenizer: 'Tokenizer',
+    cut_txt: bool,
+) -> tuple:
     """Put the finished parts `made` of a plan together; returns assemble()'s (writer, counts)."""
     size = sum(part.record['size'] for part in made)
     sharded = size > SHARDED_FROM if args.sharded is None else args.sharded
@@ -244,7 +273,7 @@ def assemble_parts(args, plan, made, tokenizer, cut_txt):
             f' {args.val_fraction:g} of each .txt, cut at a line end where one is near'
         )
     extra = None
-    if args.tokenizer == 'char':
+    if isinstance(tokenizer, CharTokenizer):
         extra = {'stoi': tokenizer.stoi, 'itos': tokenizer.itos}
     return assemble.assemble(
         plan,
@@ -260,7 +289,7 @@ def assemble_parts(args, plan, made, tokenizer, cut_txt):
     )
 
 
-def check_room(needed, output, sharded):
+def check_room(needed: int, output: str, sharded: bool) -> None:
     """Raise UserError where the disk has no room for `needed` bytes of ids once more."""
     # sharded files are the parts themselves
     if not sharded and (free := shutil.disk_usage(output).free) < needed:
@@ -270,7 +299,7 @@ def check_room(needed, output, sharded):
         )
 
 
-def check_arguments(args):
+def check_arguments(args: argparse.Namespace) -> tuple:
     """Return (i, n) of --shard. Raises UserError for numbers that mean nothing."""
     if args.val_fraction is not None and not 1e-12 < args.val_fraction <= 0.5:
         raise UserError(
@@ -298,7 +327,7 @@ def check_arguments(args):
     return int(words[0]), int(words[1])
 
 
-def check_output(folder):
+def check_output(folder: str) -> None:
     """Raise UserError for an --output that is no folder and cannot become one."""
     if not folder or '://' in folder:
         raise UserError(
@@ -315,7 +344,7 @@ def check_output(folder):
         )
 
 
-def find_input(args, published, endings):
+def find_input(args: argparse.Namespace, published: bool, endings: tuple) -> tuple:
     """Return (files, {path: split} or None) that --input names. published: take the splits that the
     files' names say, or with a --val_fraction those for training.
     """
@@ -340,7 +369,7 @@ def find_input(args, published, endings):
     return list(splits), splits
 
 
-def describe_left_out(inputs, endings):
+def describe_left_out(inputs: list[str], endings: tuple) -> Iterator:
     """Yield sentences on the files of local folders that are not read, because of their endings."""
     for given in inputs:
         if documents.is_url(given) or not os.path.isdir(given):
@@ -361,7 +390,9 @@ def describe_left_out(inputs, endings):
             )
 
 
-def find_tokenizer(name, folder, tokenizer_from, texts):
+def find_tokenizer(
+    name: str, folder: str, tokenizer_from: str | None, texts: Callable
+) -> 'Tokenizer':
     """Return the tokenizer that --tokenizer names: a path is looked for here, in the script's
     folder and in the root. texts: for 'char', a function that gives them.
     """
@@ -383,7 +414,7 @@ def find_tokenizer(name, folder, tokenizer_from, texts):
     return load_tokenizer(name, texts() if name == 'char' else None)
 
 
-def characters(args, endings):
+def characters(args: argparse.Namespace, endings: tuple) -> Iterator:
     """Yield the texts of --input, for a vocabulary of characters."""
     if args.merge:
         raise UserError(
@@ -399,7 +430,7 @@ def characters(args, endings):
             )
 
 
-def report(writer, folder, config=None):
+def report(writer: 'TokenFileWriter', folder: str, config: str | None = None) -> None:
     """Print what `writer` (a closed TokenFileWriter) wrote and what to type next.
 
     folder: the script's own; config: the recipe made for the data set there, or None.
@@ -419,7 +450,7 @@ def report(writer, folder, config=None):
     print(f'next: python train.py {" ".join(words)}')
 
 
-def run(main):
+def run(main: Callable) -> None:
     """Run `main` as a script: what the user got wrong ends it with one sentence and exit code 2,
     Ctrl-C with 130; what is finished is kept.
     """

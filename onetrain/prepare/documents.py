@@ -28,6 +28,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -85,11 +86,11 @@ class Row(NamedTuple):
 ASKED_AT_ONCE = 16  # files elsewhere
 
 
-def is_url(path):
+def is_url(path: str) -> bool:
     return '://' in path
 
 
-def filesystem(path):
+def filesystem(path: str) -> tuple:
     """Return (fsspec filesystem, path there) of a URL. Raises UserError where its library is
     missing, or for a URL that cannot be one.
     """
@@ -105,7 +106,7 @@ def filesystem(path):
 
 
 @contextlib.contextmanager
-def errors_as_sentences(path):
+def errors_as_sentences(path: str):
     """Errors of the network around `path` as ValueErrors that say what to do."""
     try:
         yield
@@ -131,7 +132,7 @@ def errors_as_sentences(path):
         ) from None
 
 
-def size_of(path):
+def size_of(path: str) -> int:
     """Return bytes of a file."""
     if not is_url(path):
         return os.path.getsize(path)
@@ -141,7 +142,7 @@ def size_of(path):
 
 
 @contextlib.contextmanager
-def open_source(path):
+def open_source(path: str):
     """A file of bytes, open to read and to seek in."""
     if not is_url(path):
         with open(path, 'rb') as f:
@@ -153,7 +154,7 @@ def open_source(path):
             yield f
 
 
-def find_files(inputs, endings=FOLDER_ENDINGS):
+def find_files(inputs: list[str], endings: tuple = FOLDER_ENDINGS) -> list[str]:
     """Return the files that `inputs` (paths of files and folders, glob patterns, URLs of them)
     stand for, each once, in that order; a folder's sorted.
 
@@ -224,7 +225,7 @@ def _nothing(given, endings):
     )
 
 
-def published_split(path, given):
+def published_split(path: str, given: str) -> str:
     """Return 'train', 'val' or None (to be left out) of a file that --input `given` (a folder,
     pattern or file) stands for, whose publisher names splits in folders or files, as in
     validation/chunk1/a.jsonl.zst, data/test-00000-of-00001.parquet or
@@ -239,7 +240,9 @@ def published_split(path, given):
     return 'train'
 
 
-def units_of_files(files, splits=None, txt_val_fraction=None):
+def units_of_files(
+    files: list[str], splits: dict[str, str] | None = None, txt_val_fraction: float | None = None
+) -> Iterator:
     """Give the units of `files` in their order. splits: {path: split}."""
     for units in _of_each(
         files, lambda path: units_of(path, (splits or {}).get(path), txt_val_fraction)
@@ -247,7 +250,7 @@ def units_of_files(files, splits=None, txt_val_fraction=None):
         yield from units
 
 
-def size_of_files(files):
+def size_of_files(files: list[str]) -> int:
     """Return bytes of all `files` together."""
     return sum(_of_each(files, size_of))
 
@@ -262,7 +265,7 @@ def _of_each(files, what):
         yield from pool.map(what, files)
 
 
-def join_path(first, second):
+def join_path(first: 'Unit', second: 'Unit') -> 'Unit | None':
     """Return one unit for two that follow each other in a file, or None where they do not, or each
     is a document of its own.
     """
@@ -275,7 +278,9 @@ def join_path(first, second):
     return first._replace(end=second.end, size=first.size + second.size, last=second.last)
 
 
-def units_of(path, split=None, txt_val_fraction=None):
+def units_of(
+    path: str, split: str | None = None, txt_val_fraction: float | None = None
+) -> 'list[Unit]':
     """Return the units of a file, in order. txt_val_fraction: the share of a .txt that goes to val,
     its end, cut at a line end where one is near; None: a .txt is one document like others. Raises
     ValueError for a file in UTF-16 or UTF-32, and for JSON that is not an object on each line.
@@ -418,7 +423,7 @@ def _parquet_units(f, path, size, split):
     return units
 
 
-def read(unit, text_field='text'):
+def read(unit: 'Unit', text_field: str = 'text') -> Iterator:
     """Yield the Rows of a unit. Raises UserError for a file that is damaged, not UTF-8, or without
     the column.
     """

@@ -14,7 +14,8 @@ import hashlib
 import os
 import time
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from onetrain.config import UserError
 from onetrain.data.token_file import check_ids, token_dtype
 from onetrain.files import add_checksum, is_whole, replacing, verify_checksum
 from onetrain.prepare import documents
+
+if TYPE_CHECKING:
+    from onetrain.prepare.documents import Unit
+    from onetrain.tokenizers.base import Tokenizer
 
 # a document, or a piece of one; last: it ends here; hash 0: not to be compared
 DOCUMENT = np.dtype([('tokens', '<u8'), ('last', '?'), ('hash', '<u8', 2)])
@@ -35,24 +40,24 @@ class Part(NamedTuple):
     folder: str
     record: dict
 
-    def path(self, kind):
+    def path(self, kind: str) -> str:
         return part_path(self.folder, self.number, kind)
 
 
-def part_path(folder, index, kind):
+def part_path(folder: str, index: int, kind: str) -> str:
     return os.path.join(folder, f'{index:06d}.{kind}')
 
 
 def make_part(
-    folder,
-    index,
-    units,
-    tokenizer,
+    folder: str,
+    index: int,
+    units: 'list[Unit]',
+    tokenizer: 'Tokenizer',
     *,
-    text_field='text',
-    limit=None,
-    advance=lambda done, tokens, texts: None,
-):
+    text_field: str = 'text',
+    limit: int | None = None,
+    advance: Callable = lambda done, tokens, texts: None,
+) -> dict:
     """Tokenize the `units` of part `index` into `folder`, at most `limit` documents; advance() is
     told now and then of more bytes of source, tokens and documents. Returns the record, a dict:
 
@@ -84,9 +89,9 @@ def make_part(
             if texts == limit:
                 break
     progress(sum(unit.size for unit in units), tokens, texts, wait=0)
-    table = b''.join(table)
+    docs = b''.join(table)
     with replacing(part_path(folder, index, 'docs'), tidy=False) as f:
-        f.write(table)
+        f.write(docs)
     record = {
         'tokens': tokens,
         'documents': texts,
@@ -95,7 +100,7 @@ def make_part(
         'max_id': max_id,
         'size': tokens * dtype.itemsize,
         'ids_sha256': digest.hexdigest(),
-        'docs_sha256': hashlib.sha256(table).hexdigest(),
+        'docs_sha256': hashlib.sha256(docs).hexdigest(),
         **rows.record(),
         **losses.record(),
         'modified': modified,
@@ -105,7 +110,7 @@ def make_part(
     return record
 
 
-def read_part(folder, index, units=None):
+def read_part(folder: str, index: int, units: 'list[Unit] | None' = None) -> 'Part | None':
     """Return the Part `index` in `folder`, or None where it is not whole; with `units`, their files
     must not have changed since either.
     """

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -31,6 +32,10 @@ from onetrain.config import UserError
 from onetrain.files import no_link, replacing
 from onetrain.prepare import documents, parts
 from onetrain.prepare.documents import Unit
+
+if TYPE_CHECKING:
+    from onetrain.prepare.parts import Part
+    from onetrain.tokenizers.base import Tokenizer
 
 PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between
@@ -44,12 +49,20 @@ class Plan:
     """
 
     parts: list
-    tokenizer: object
+    tokenizer: 'Tokenizer'
     text_field: str = 'text'
     limit: int | None = None
 
     @classmethod
-    def of_files(cls, files, tokenizer, *, txt_val_fraction=None, splits=None, **options):
+    def of_files(
+        cls,
+        files: list[str],
+        tokenizer: 'Tokenizer',
+        *,
+        txt_val_fraction: float | None = None,
+        splits: dict[str, str] | None = None,
+        **options,
+    ) -> 'Plan':
         """Return a plan for `files` in their order. splits: {path: 'train' or 'val'} where the
         source says it; options: those of Plan.
         """
@@ -66,20 +79,20 @@ class Plan:
             size += unit.size
         return cls(groups, tokenizer, **options)
 
-    def size(self):
+    def size(self) -> int:
         """Return bytes of source."""
         return sum(unit.size for part in self.parts for unit in part)
 
     @functools.cached_property
-    def digest(self):
+    def digest(self) -> str:
         """Return Hex string that differs where the ids may."""
         known = [self.parts, tokenizer_digest(self.tokenizer), self.text_field, self.limit]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
-    def folder(self, output):
+    def folder(self, output: str) -> str:
         return os.path.join(output, f'parts-{self.digest}')
 
-    def save(self, output):
+    def save(self, output: str) -> None:
         os.makedirs(self.folder(output), exist_ok=True)
         with replacing(os.path.join(self.folder(output), 'plan.json')) as f:
             f.write(
@@ -94,7 +107,7 @@ class Plan:
             )
 
     @classmethod
-    def load(cls, folders, tokenizer):
+    def load(cls, folders: list[str], tokenizer: 'Tokenizer') -> tuple:
         """Return (plan, parts folders) of unfinished work in `folders`, outputs of other machines.
         Raises UserError unless they belong together.
         """
@@ -130,7 +143,7 @@ class Plan:
         return plan, found
 
 
-def tokenizer_digest(tokenizer):
+def tokenizer_digest(tokenizer: 'Tokenizer') -> str:
     """Return Hex string of all that a tokenizer keeps in a data set."""
     with tempfile.TemporaryDirectory() as folder:
         digest = hashlib.sha256(
@@ -151,7 +164,7 @@ def tokenizer_digest(tokenizer):
 
 
 @contextlib.contextmanager
-def exclusive_lock(plan, output, shard=(1, 1)):
+def exclusive_lock(plan: 'Plan', output: str, shard: tuple = (1, 1)):
     """Hold the parts folder of a plan and a shard, which is made, so that two runs of one command
     do not make the same parts. Raises UserError where another holds it.
     """
@@ -169,7 +182,9 @@ def exclusive_lock(plan, output, shard=(1, 1)):
         yield
 
 
-def tokenize(plan, output, *, num_proc=None, shard=(1, 1)):
+def tokenize(
+    plan: 'Plan', output: str, *, num_proc: int | None = None, shard: tuple = (1, 1)
+) -> 'list[Part]':
     """Make those parts of `plan` that are not in `output` yet (which exclusive_lock() holds), in
     num_proc processes (None: one for each core); shard (i, n): only the i-th of n shares. Returns
     the Parts in order, with a limit only as many as it takes. Raises UserError for broken input,
@@ -240,7 +255,7 @@ def _first(limit, indices, made):
     return first
 
 
-def find_parts(plan, folders):
+def find_parts(plan: 'Plan', folders: list[str]) -> 'list[Part]':
     """Return the Parts of `plan` in order, each in the first of `folders` that has it whole. Raises
     ValueError for missing ones.
     """
@@ -378,12 +393,12 @@ def _make_one(plan, folder, index, units, advance):
     )
 
 
-def remove_parts(plan, output):
+def remove_parts(plan: 'Plan', output: str) -> None:
     """Remove the parts of a plan from `output`, once the data set is there."""
     shutil.rmtree(plan.folder(output), ignore_errors=True)
 
 
-def discard(plan, output, finished=False):
+def discard(plan: 'Plan', output: str, finished: bool = False) -> None:
     """Remove what work that was given up left in `output`, unless there are finished parts that a
     next call can go on with; `finished`: these too.
     """

@@ -40,7 +40,9 @@ FAMILIES = {
 }
 
 
-def prepare(size, family, docstring, folder, argv=None):
+def prepare(
+    size: str, family: str, docstring: str, folder: str, argv: list[str] | None = None
+) -> None:
     """Prepare the data set of `size`, a key of SOURCES, in the tokens of `family`, a key of
     FAMILIES, with the split of the source; that of 627b in a file for each part. docstring, folder:
     of the script; argv as in sys.argv[1:]. Raises UserError for what the user got wrong.

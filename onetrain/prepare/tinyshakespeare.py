@@ -3,15 +3,19 @@
 import http.client
 import os
 import urllib.request
+from typing import TYPE_CHECKING
 
 from onetrain.config import UserError
 from onetrain.files import replacing
+
+if TYPE_CHECKING:
+    from onetrain.command_line import ArgumentParser
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SPLIT = 'the last 10 % of the characters are val'
 
 
-def add_input(parser):
+def add_input(parser: 'ArgumentParser') -> None:
     """Give `parser` the option --input that read() takes."""
     parser.add_argument(
         '--input',
@@ -20,7 +24,7 @@ def add_input(parser):
     )
 
 
-def read(file, folder):
+def read(file: str | None, folder: str) -> tuple:
     """Return (train text, val text): of `file`, or where that is None of `folder`/input.txt,
     downloaded if missing.
 

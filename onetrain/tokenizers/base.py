@@ -8,7 +8,7 @@ sampling.
     FOLDER                    hf              its eos_token      tokenizer.json and its settings
     FILE.model                sentencepiece   its eos piece      tokenizer.model
 
-Each class below has
+Each class below is a Tokenizer, which has
     vocab_size          number of ids, added tokens included
     eot_id, eot_token   id that ends a document and how it is written, or None
     encode(text)        1-D uint32 array. No special token is added, and one spelled out in the text
@@ -31,13 +31,33 @@ import importlib
 import os
 import re
 import shutil
+from collections.abc import Iterable
 
 import numpy as np
 
 from onetrain.config import UserError
 from onetrain.files import check_own, inside, is_whole, parse_json, replacing
-from onetrain.tokenizers.byte_level import equivalent_of
+from onetrain.tokenizers.byte_level import TiktokenEquivalent, equivalent_of
 from onetrain.tokenizers.fast_tiktoken import FastTiktoken
+
+
+class Tokenizer:
+    """What all tokenizers have, see above."""
+
+    vocab_size: int
+    eot_id: int | None
+    eot_token: str | None
+    lossless: bool
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def describe(self, folder: str) -> dict:
+        raise NotImplementedError
+
 
 HF_FILES = (
     'tokenizer.json',
@@ -55,7 +75,7 @@ TRIAL = 2**20
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
-def is_tokenizer_file(name):
+def is_tokenizer_file(name: str):
     """Return whether `name` is that of a file which describe() writes to a data set's folder
     tokenizer/.
     """
@@ -65,7 +85,7 @@ def is_tokenizer_file(name):
     )
 
 
-def load_tokenizer(spec, texts=None):
+def load_tokenizer(spec: str, texts: Iterable | None = None) -> 'Tokenizer':
     """Return the tokenizer that a user names with --tokenizer; see the table above.
 
     texts: iterable of str, read only by 'char', whose vocabulary is the sorted set of their
@@ -100,7 +120,7 @@ def load_tokenizer(spec, texts=None):
     return TiktokenTokenizer(spec)
 
 
-def tokenizer_of(folder, meta):
+def tokenizer_of(folder: str, meta: dict):
     """Return the tokenizer of the data set in `folder`, whose meta.pkl is the dict `meta` ({} where
     there is none).
 
@@ -130,7 +150,7 @@ def tokenizer_of(folder, meta):
     )
 
 
-def decode_after(tokenizer, before, ids):
+def decode_after(tokenizer: 'Tokenizer', before: list[int], ids: list[int]) -> str:
     """Return the text that the token ids `ids` add to that of the ids `before`.
 
     It is not decode(ids): a first token may stand for a space that belongs to the text only behind
@@ -187,7 +207,7 @@ def _pairs_and_alphabets():
     return ' '.join(text[i : i + 20] for i in range(0, len(text), 20))
 
 
-def ids_digest(tokenizer):
+def ids_digest(tokenizer: 'Tokenizer') -> str:
     """Return a text that is another one for tokenizers which give other ids, as far as their
     vocabulary and texts of many scripts tell.
 
@@ -213,7 +233,7 @@ def ids_digest(tokenizer):
     return f'1 {digest}'  # the number of this way to make it, which stands in checkpoints
 
 
-def same_tokenizer(a, b):
+def same_tokenizer(a: 'Tokenizer', b: 'Tokenizer') -> bool:
     """Return whether two tokenizers end a text with the same id and give the same ids, for TEXTS
     and for text that goes through the vocabulary of each.
     """
@@ -233,25 +253,25 @@ def same_tokenizer(a, b):
     )
 
 
-class BytesTokenizer:
+class BytesTokenizer(Tokenizer):
     """UTF-8 bytes, and 256 for the end of a text."""
 
     vocab_size, eot_id, eot_token, lossless = 257, 256, EOT, True
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode('utf-8'), dtype=np.uint8).astype(np.uint32)
 
-    def byte_length(self, i):
+    def byte_length(self, i: int) -> int:
         return 1
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return _join(_byte(int(i)) for i in ids)
 
-    def describe(self, folder):
+    def describe(self, folder: str) -> dict[str, str]:
         return {'kind': 'bytes'}
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One id per character. stoi: {character: id}, itos: {id: character}, as in nanoGPT's
     meta.pkl.
     """
@@ -259,18 +279,18 @@ class CharTokenizer:
     eot_id = eot_token = None
     lossless = True  # encode() raises for what it does not know
 
-    def __init__(self, stoi, itos):
+    def __init__(self, stoi: dict[str, int], itos: dict[int, str]):
         self.stoi, self.itos, self.vocab_size = stoi, itos, len(itos)
 
     @classmethod
-    def of_texts(cls, texts):
+    def of_texts(cls, texts: Iterable) -> 'Tokenizer':
         characters = set()
         for text in texts:
             characters.update(text)
         itos = dict(enumerate(sorted(characters)))
         return cls({character: i for i, character in itos.items()}, itos)
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """Raises UserError for a character that the data set does not have."""
         try:
             return np.fromiter(map(self.stoi.__getitem__, text), dtype=np.uint32, count=len(text))
@@ -280,17 +300,17 @@ class CharTokenizer:
                 ' set: leave it out'
             ) from None
 
-    def byte_length(self, i):
+    def byte_length(self, i: int) -> int | None:
         return len(self.itos[i].encode('utf-8', 'replace')) if i in self.itos else None
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return ''.join(self.itos.get(int(i), UNKNOWN) for i in ids)
 
-    def describe(self, folder):
+    def describe(self, folder: str) -> dict[str, str]:
         return {'kind': 'char'}
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """An encoding of tiktoken by its name; one that is not in tiktoken's cache is downloaded by
     it.
     """
@@ -301,7 +321,7 @@ class TiktokenTokenizer:
         None,
     )  # characters so far; fast_tiktoken.FastTiktoken after some
 
-    def __init__(self, name):
+    def __init__(self, name: str):
         tiktoken = _library('tiktoken', name)
         names = tiktoken.list_encoding_names()
         if name not in names:
@@ -324,7 +344,7 @@ class TiktokenTokenizer:
         self.eot_token = EOT if EOT in self.encoding.special_tokens_set else None
         self.eot_id = self.encoding.eot_token if self.eot_token else None
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         if self.quick is not None:
             return self.quick.encode(text)
         if self.encoded <= TRIAL < self.encoded + len(text):
@@ -332,10 +352,10 @@ class TiktokenTokenizer:
         self.encoded += len(text)
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def byte_length(self, i):
+    def byte_length(self, i: int):
         return len(self._token(i))
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return _join(self._token(int(i)) for i in ids)
 
     def __reduce__(self):
@@ -348,7 +368,7 @@ class TiktokenTokenizer:
         except KeyError:
             return UNKNOWN.encode()
 
-    def describe(self, folder):
+    def describe(self, folder: str) -> dict[str, str]:
         return {'kind': 'tiktoken', 'name': self.name}
 
 
@@ -365,7 +385,7 @@ def _panics_are_errors(say):
         raise UserError(say(str(error)[:200])) from None
 
 
-def refuse_unfit(content, path):
+def refuse_unfit(content: bytes, path: str) -> None:
     """Raise UserError for a tokenizer.json, as bytes, that gives other ids of the same text each
     time, or on which its library ends the process.
     """
@@ -400,7 +420,7 @@ def refuse_unfit(content, path):
             )
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face, read by the `tokenizers` library.
 
     files: {name: bytes} of those of HF_FILES that exist, and of templates of conversations; source:
@@ -411,7 +431,7 @@ class HuggingFaceTokenizer:
 
     lossless = False
 
-    def __init__(self, files, source):
+    def __init__(self, files: dict[str, bytes], source: str):
         tokenizers = _library('tokenizers', source)
         self.files, self.source = files, source
         refuse_unfit(files['tokenizer.json'], os.path.join(source, 'tokenizer.json'))
@@ -430,10 +450,11 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(max(ids) + 1, self.tokenizer.get_vocab_size(with_added_tokens=True))
         self.eot_id = self._eos()
         self.eot_token = None if self.eot_id is None else self.tokenizer.id_to_token(self.eot_id)
-        self.twin, self.encoded = None, 0
+        self.twin: TiktokenEquivalent | None = None
+        self.encoded = 0
 
     @classmethod
-    def of_folder(cls, folder, root=None):
+    def of_folder(cls, folder: str, root: str | None = None) -> 'Tokenizer':
         """Return the one in `folder`; root: the folder of somebody else's data set of which it is a
         part.
         """
@@ -486,7 +507,7 @@ class HuggingFaceTokenizer:
             raise UserError(f'{os.path.join(self.source, name)} holds no object: fetch it again')
         return settings
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         if self.twin is not None and (ids := self.twin.encode(text)) is not None:
             return ids
         with _panics_are_errors(
@@ -506,7 +527,7 @@ class HuggingFaceTokenizer:
         self.encoded += len(text)
         return ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         with _panics_are_errors(
             lambda error: (
                 f'the tokenizer of {self.source} cannot decode its ids ({error}): fetch it again'
@@ -514,7 +535,7 @@ class HuggingFaceTokenizer:
         ):
             return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def describe(self, folder):
+    def describe(self, folder: str) -> dict[str, str]:
         path = os.path.join(folder, 'tokenizer')
         if os.path.islink(path):
             raise UserError(
@@ -528,14 +549,14 @@ class HuggingFaceTokenizer:
         return {'kind': 'hf', 'path': 'tokenizer'}
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model. model: the bytes of the .model file; source: where they are from, for
     messages.
     """
 
     lossless = False
 
-    def __init__(self, model, source):
+    def __init__(self, model: bytes, source: str):
         sentencepiece = _library('sentencepiece', source)
         self.model, self.source = model, source
         try:
@@ -554,20 +575,20 @@ class SentencePieceTokenizer:
         return SentencePieceTokenizer, (self.model, self.source)
 
     @classmethod
-    def of_file(cls, path):
+    def of_file(cls, path: str) -> 'Tokenizer':
         if not os.path.isfile(path):
             raise UserError(
                 f'there is no sentencepiece model {path}: type the path of an existing .model file'
             )
         return cls(_read(path), path)
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         return np.array(self.processor.encode(text, add_bos=False, add_eos=False), dtype=np.uint32)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
 
-    def describe(self, folder):
+    def describe(self, folder: str) -> dict[str, str]:
         _write(os.path.join(folder, 'tokenizer.model'), self.model)
         return {'kind': 'sentencepiece', 'path': 'tokenizer.model'}
 
@@ -595,7 +616,7 @@ def _read(path):
         return f.read()
 
 
-def write_files(files, folder):
+def write_files(files: dict[str, bytes], folder: str) -> None:
     """Write `files`, {name: bytes}, to `folder`; a name may begin with that of a folder in it."""
     for name, content in files.items():
         path = os.path.join(folder, name)

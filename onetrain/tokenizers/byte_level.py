@@ -17,6 +17,7 @@ library itself.
 import json
 import re
 import unicodedata
+from typing import Any
 
 import numpy as np
 
@@ -36,11 +37,18 @@ class TiktokenEquivalent:
     whose text is too; normal: whether a text must be in NFC.
     """
 
-    def __init__(self, quick, ids, unsafe, words, normal):
+    def __init__(
+        self,
+        quick: FastTiktoken,
+        ids: np.ndarray,
+        unsafe: np.ndarray,
+        words: set[str],
+        normal: bool,
+    ):
         self.quick, self.ids, self.unsafe, self.normal = quick, ids, unsafe, normal
         self.words = re.compile('|'.join(map(re.escape, sorted(words)))) if words else None
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray | None:
         """Return (n,) uint32 ids, or None for a text that is left to the library."""
         if self.words and self.words.search(text):
             return None
@@ -54,7 +62,7 @@ class TiktokenEquivalent:
         return self.ids[self.quick.encode(text)]
 
 
-def equivalent_of(content):
+def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
     """Return a TiktokenEquivalent of the tokenizer.json `content` (str), or None where it is none
     of these or tiktoken is not installed.
     """
@@ -102,7 +110,7 @@ def equivalent_of(content):
     )
 
 
-def pattern_of(pre_tokenizer):
+def pattern_of(pre_tokenizer: dict | None) -> str | None:
     """Return the regular expression that cuts a text as this description in a tokenizer.json does,
     or None.
     """
@@ -129,7 +137,7 @@ def pattern_of(pre_tokenizer):
     return None
 
 
-def characters():
+def characters() -> dict[str, int]:
     """Return {character: byte} of the alphabet in which GPT-2's vocabulary spells bytes: printable
     ones as they are, the others from U+0100 on.
     """
@@ -141,7 +149,7 @@ def characters():
     }
 
 
-def ranks_of(model, tokenizers):
+def ranks_of(model: dict, tokenizers: Any) -> list[tuple] | None:
     """Return [(bytes, id)] of the tokens that a tokenizer.json's "model" can make, in the order of
     their merges, single bytes first; None where tiktoken would merge otherwise.
     """
@@ -199,7 +207,7 @@ def _merged(token, order):
     return True
 
 
-def disagreements(pattern, tiktoken, tokenizers):
+def disagreements(pattern: str, tiktoken: Any, tokenizers: Any) -> np.ndarray:
     """Return (0x110000,) bool: characters that the two libraries put into different classes of
     those in `pattern`; from KNOWN on, where hardly any is in use, all.
     """

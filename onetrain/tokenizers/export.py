@@ -4,6 +4,7 @@ and tokenizer_config.json.
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 from onetrain.files import parse_json
 from onetrain.tokenizers.base import (
@@ -16,8 +17,11 @@ from onetrain.tokenizers.base import (
     write_files,
 )
 
+if TYPE_CHECKING:
+    from onetrain.tokenizers.base import Tokenizer
 
-def save_for_transformers(tokenizer, folder):
+
+def save_for_transformers(tokenizer: 'Tokenizer', folder: str) -> list[str]:
     """Write `tokenizer` to `folder`, so that transformers.AutoTokenizer gives the same ids. Returns
     phrases for texts in which ids may differ all the same.
 
@@ -149,7 +153,7 @@ def _fuse():
     return decoders.Fuse()
 
 
-def byte_characters():
+def byte_characters() -> dict[int, str]:
     """Return {byte: character} under which byte-level BPE files name the 256 bytes (GPT-2's table):
     printable ones as themselves, the others from U+0100 on.
     """

@@ -31,7 +31,7 @@ class FastTiktoken:
     256 bytes are among these.
     """
 
-    def __init__(self, pattern, ranks):
+    def __init__(self, pattern: str, ranks: dict[bytes, int]):
         self.encoding, self.stood_in = _encoding(group_expression(pattern), ranks), None
         if pattern not in _SPELLED:
             return
@@ -54,7 +54,7 @@ class FastTiktoken:
         for space, other in zip(_SPACE, _STAND_IN):
             self.back[ranks[bytes([other])]] = ranks[bytes([space])]
 
-    def encode(self, text):
+    def encode(self, text: str) -> np.ndarray:
         """Return (n,) uint32 ids; what spells out a special token is ordinary text."""
         if self.stood_in is not None and (replaced := self._replaced(text)) is not None:
             return self.back.take(self.stood_in.encode_to_numpy(replaced, disallowed_special=()))
@@ -92,7 +92,7 @@ def _encoding(pattern, ranks):
     )
 
 
-def group_expression(pattern):
+def group_expression(pattern: str) -> str:
     """Return the same regular expression with those of its alternatives that need no looking
     around, one after the other, in a group. tiktoken's engine hands a group to a faster one as a
     whole, but not single alternatives beside one that looks around: (a|b)|c finds what a|b|c finds,

@@ -17,7 +17,7 @@ from onetrain.files import inside
 from onetrain.tokenizers.base import ids_digest, load_tokenizer, same_tokenizer, tokenizer_of
 
 
-def tokenizer_identity(folder, meta):
+def tokenizer_identity(folder: str, meta: dict) -> str | None:
     """Return hex that is the same for data sets with the same description and files of a tokenizer;
     None where meta states none.
 
@@ -43,7 +43,7 @@ def tokenizer_identity(folder, meta):
     return digest.hexdigest()
 
 
-def load_of_dataset(folder):
+def load_of_dataset(folder: str) -> tuple:
     """Return (tokenizer, None) of a data set, or (None, why it is not known)."""
     try:
         meta = read_meta(folder)
@@ -54,7 +54,7 @@ def load_of_dataset(folder):
         return None, str(error)
 
 
-def load_of_weights(folder):
+def load_of_weights(folder: str) -> tuple:
     """Return (tokenizer, None) of a Hugging Face folder, or (None, why it is not known)."""
     names = [
         name
@@ -74,7 +74,7 @@ def load_of_weights(folder):
         return None, str(error)
 
 
-def same_ids(folder, other_folder):
+def same_ids(folder: str, other_folder: str) -> bool | None:
     """Return whether two data sets have the ids of one tokenizer, however it is described; None
     where that is not known.
     """
@@ -85,7 +85,7 @@ def same_ids(folder, other_folder):
     return None if one is None or other is None else same_tokenizer(one, other)
 
 
-def check_weights(hf_folder, data_folder, dataset):
+def check_weights(hf_folder: str, data_folder: str, dataset: str) -> str:
     """Return a sentence on whether the tokenizer of a Hugging Face folder is that of the data.
     Raises UserError if it is not.
     """
@@ -111,7 +111,7 @@ def check_weights(hf_folder, data_folder, dataset):
     return f'their tokenizer gives the ids of {dataset}'
 
 
-def digest_of_dataset(folder):
+def digest_of_dataset(folder: str) -> str | None:
     """Return ids_digest() of the tokenizer of a data set, None where it is not known."""
     stated = read_meta(folder).get('tokenizer')
     if isinstance(stated, dict) and stated.get('kind') == 'tiktoken':
@@ -120,14 +120,14 @@ def digest_of_dataset(folder):
     return None if tokenizer is None else ids_digest(tokenizer)
 
 
-def same_digest(gave, gives):
+def same_digest(gave: str | None, gives: str | None) -> bool | None:
     """Return whether two texts of ids_digest() are of the same ids; None where one is missing, or
     they were made in different ways.
     """
     return gave == gives if gave and gives and gave.split()[0] == gives.split()[0] else None
 
 
-def check_resumed(resumed, folder, meta, dataset, notes):
+def check_resumed(resumed: dict, folder: str, meta: dict, dataset: str, notes: list[str]) -> None:
     """Raise UserError if the data that a run resumes with were made with another tokenizer than
     those it was trained with.
 

@@ -55,7 +55,7 @@ def _fields(data):
         yield key >> 3, value
 
 
-def read_model(model):
+def read_model(model: bytes) -> dict:
     """Return a dict of what tokenization depends on in the bytes of a .model file: pieces, [(text,
     score, kind)], and settings.
     """
@@ -89,7 +89,7 @@ def read_model(model):
     )
 
 
-def rules_of(blob):
+def rules_of(blob: bytes) -> dict[str, str]:
     """Return {sequence: replacement} of a precompiled charsmap: a double array (Darts) and the
     replacements.
     """
@@ -241,7 +241,7 @@ def _decoder(m, unknown):
     return decoders.Sequence([*steps, decoders.Replace('▁', ' ')])
 
 
-def convert(model):
+def convert(model: bytes) -> tuple:
     """Return (tokenizers.Tokenizer, notes) of the bytes of a .model file; notes: in which texts the
     two may differ, one phrase each.
 

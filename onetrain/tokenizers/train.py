@@ -4,9 +4,14 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from onetrain.config import UserError
 from onetrain.tokenizers.base import EOT, HuggingFaceTokenizer
+
+if TYPE_CHECKING:
+    pass
 
 GPT2, LLAMA3 = 'gpt2', 'llama3'
 PATTERNS = {
@@ -18,7 +23,7 @@ PATTERNS = {
 }
 
 
-def train_bpe(texts, vocab_size, pattern=GPT2):
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2) -> HuggingFaceTokenizer:
     """Return a HuggingFaceTokenizer: byte-level BPE of `texts` with `vocab_size` ids, of which 0
     ends a text. Raises UserError for a size below 257.
     """
@@ -67,7 +72,7 @@ def train_bpe(texts, vocab_size, pattern=GPT2):
     )
 
 
-def train_sentencepiece(texts, folder, kind, vocab_size):
+def train_sentencepiece(texts: Iterable, folder: str, kind: str, vocab_size: int) -> None:
     """Write tokenizer.model of `texts` to `folder`: kind 'unigram' or 'sp_bpe', as LLaMA-2's.
     Raises UserError for a vocab_size that the text does not give.
     """

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,14 @@ from onetrain.model_config import ModelConfig
 from onetrain.ops import kernels
 from onetrain.ops.cross_entropy import choose_chunk, written_chunk
 from onetrain.training import memory, validate
+
+if TYPE_CHECKING:
+    from onetrain.distributed.processes import World
+    from onetrain.logs.terminal import Terminal
+    from onetrain.training.memory import Prediction
+    from onetrain.training.run_data import RunData
+    from onetrain.training.start_point import StartPoint
+    from train import Config
 
 # parameters, elements of activations: no prediction is made for smaller models
 MIN_SIZE_TO_PREDICT = 10**6, 2**28
@@ -25,7 +34,7 @@ class ModelOptions:
     of the matmuls.
     """
 
-    config: object
+    config: 'Config'
     shape: ModelConfig
     chosen: dict
     document_end: int | None
@@ -38,18 +47,18 @@ class ModelOptions:
         return kernels.autocast(self.world.device.type, self.dtype)
 
     @property
-    def compiles_whole_model(self):
+    def compiles_whole_model(self) -> bool:
         """Return whether the loss is compiled together with what comes before it, not unit by
         unit.
         """
         return self.config.compile and self.world.layout == 'single'
 
     @property
-    def local_length(self):
+    def local_length(self) -> int:
         """Return tokens of a sequence on this rank."""
         return self.config.block_size // self.config.context_parallel
 
-    def loss_chunk(self, batch_size):
+    def loss_chunk(self, batch_size: int) -> tuple:
         """Return what choose_chunk() does for micro-steps of batch_size sequences."""
         return choose_chunk(
             self.config.loss_chunk,
@@ -60,7 +69,7 @@ class ModelOptions:
             self.compiles_whole_model,
         )
 
-    def model_kwargs(self, batch_size):
+    def model_kwargs(self, batch_size: int) -> dict:
         """Return the keyword arguments of Model for micro-steps of batch_size sequences."""
         c = self.config
         return dict(
@@ -74,7 +83,7 @@ class ModelOptions:
             loss_chunk=self.loss_chunk(batch_size)[0],
         )
 
-    def predict(self, batch_size, accumulation):
+    def predict(self, batch_size: int, accumulation: int) -> 'Prediction':
         """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
         c, world = self.config, self.world
         settings = {
@@ -100,7 +109,7 @@ class ModelOptions:
             ranks=world.size // c.fsdp_replicas,
         )
 
-    def check_memory(self, prediction, accumulation):
+    def check_memory(self, prediction: 'Prediction', accumulation: int) -> None:
         """Raise UserError for a step that does not fit into memory, with what would fit."""
 
         def predicted(changes, batch_size, accumulation):
@@ -119,7 +128,7 @@ class BatchPlan:
     optimizer step; sequences_per_step, tokens_per_step: over all ranks.
     """
 
-    config: object
+    config: 'Config'
     options: ModelOptions
     accumulation: int
     sequences_per_step: int
@@ -129,7 +138,7 @@ class BatchPlan:
     def autocast(self):
         return self.options.autocast
 
-    def model(self, world):
+    def model(self, world: 'World') -> 'Model':
         """Return the model, which has shapes and no memory yet."""
         config, options = self.config, self.options
         return Model.on_meta(
@@ -137,7 +146,9 @@ class BatchPlan:
         )
 
 
-def plan_batches(start, data, world, terminal, notes):
+def plan_batches(
+    start: 'StartPoint', data: 'RunData', world: 'World', terminal: 'Terminal', notes: list[str]
+) -> 'BatchPlan':
     """Return the BatchPlan of start.config. data: RunData."""
     c = start.config
     dtype = kernels.precision(c.dtype, world.device)
@@ -161,27 +172,27 @@ def plan_batches(start, data, world, terminal, notes):
     return resolved_plan(options, accumulation, device=world.device.type, use_cuda_graphs=graphs)
 
 
-def resolved_plan(options, accumulation, **changes):
+def resolved_plan(options: 'ModelOptions', accumulation: int, **changes) -> 'BatchPlan':
     """Return the BatchPlan of `options`, in whose config all that was left open is resolved.
 
     changes: {key: value} of the config beside what follows from `options`.
     """
     world = options.world
-    c = dataclasses.replace(
-        options.config,
-        dtype=str(options.dtype).removeprefix('torch.'),
-        attention_backend=options.chosen['backend'],
-        gradient_accumulation_steps=accumulation,
-        backend=world.backend,
+    resolved = {
+        'dtype': str(options.dtype).removeprefix('torch.'),
+        'attention_backend': options.chosen['backend'],
+        'gradient_accumulation_steps': accumulation,
+        'backend': world.backend,
         **dataclasses.asdict(options.shape),
         **changes,
-    )
+    }
+    c = dataclasses.replace(options.config, **resolved)
     sequences = c.batch_size * accumulation * world.data_size
     options = dataclasses.replace(options, config=c)
     return BatchPlan(c, options, accumulation, sequences, sequences * c.block_size)
 
 
-def with_largest_batch(options, terminal, notes):
+def with_largest_batch(options: 'ModelOptions', terminal: 'Terminal', notes: list[str]) -> 'Config':
     """Return options.config with the largest batch_size that is predicted to fit, and as many
     micro-steps as keep the tokens of an optimizer step.
     """
@@ -203,7 +214,9 @@ def with_largest_batch(options, terminal, notes):
     return dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
 
 
-def predict_memory(plan, model, terminal, notes):
+def predict_memory(
+    plan: 'BatchPlan', model: Model, terminal: 'Terminal', notes: list[str]
+) -> 'Prediction | None':
     """Return the memory.Prediction of a step, None where it is small or cannot be told. Raises
     UserError for a step that does not fit, unless ignore_memory is set.
     """
@@ -222,7 +235,9 @@ def predict_memory(plan, model, terminal, notes):
         with terminal.doing('predicting the memory'):
             prediction = options.predict(c.batch_size, plan.accumulation)
             collectives.broadcast_from_main(
-                lambda: c.ignore_memory or options.check_memory(prediction, plan.accumulation),
+                lambda: (
+                    None if c.ignore_memory else options.check_memory(prediction, plan.accumulation)
+                ),
                 world,
             )
     except memory.NotPredicted as error:

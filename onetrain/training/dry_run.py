@@ -1,6 +1,7 @@
 """What a run would be, told without weights, data or files."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,8 +20,11 @@ from onetrain.training.batch_plan import ModelOptions, resolved_plan
 from onetrain.training.start_point import StartPoint
 from onetrain.training.startup_report import origins, report, startup_info
 
+if TYPE_CHECKING:
+    from train import Config
 
-def dry_run(c, given, shape_keys, root):
+
+def dry_run(c: 'Config', given: dict[str, str], shape_keys: list[str], root: str):
     """Print the report of the Config `c`, the memory that a step would take, and where each value
     comes from; returns the exit code.
 

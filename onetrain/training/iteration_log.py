@@ -3,6 +3,11 @@
 import contextlib
 import functools
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from onetrain import flops
 from onetrain.distributed import collectives, layouts
@@ -10,6 +15,17 @@ from onetrain.distributed.stragglers import Stragglers
 from onetrain.logs.terminal import progress_line
 from onetrain.ops import kernels
 from onetrain.training.startup_report import memory_gb
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.data.loader import TrainLoader
+    from onetrain.distributed.processes import World
+    from onetrain.logs.run_log import RunLog
+    from onetrain.logs.terminal import Terminal
+    from onetrain.training.batch_plan import BatchPlan
+    from onetrain.training.optim import NonFiniteGuard
+    from onetrain.training.start_point import TrainState
+    from train import StepResult
 
 
 class IterationLog:
@@ -22,7 +38,17 @@ class IterationLog:
     """
 
     def __init__(
-        self, plan, model, train_model, loader, guard, utilization, log, world, terminal, start_step
+        self,
+        plan: 'BatchPlan',
+        model: 'Model',
+        train_model: nn.Module,
+        loader: 'TrainLoader',
+        guard: 'NonFiniteGuard',
+        utilization: Callable,
+        log: 'RunLog',
+        world: 'World',
+        terminal: 'Terminal',
+        start_step: int,
     ):
         self.config, self.plan, self.model, self.loader = plan.config, plan, model, loader
         self.train_model, self.log, self.world, self.terminal = train_model, log, world, terminal
@@ -31,16 +57,16 @@ class IterationLog:
         self.guard, self.utilization = guard, utilization
         self.last_counts = guard.counts()
         self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, True
-        self.first_step = None  # (step, time) of the first iteration
+        self.first_step: tuple | None = None  # (step, time) of the first iteration
 
     @contextlib.contextmanager
-    def excluded(self, device=None):
+    def excluded(self, device: torch.device | None = None):
         """Exclude the enclosed time from the iterations' timing; device: to synchronize first."""
         began = kernels.synchronized_time(device) if device is not None else time.perf_counter()
         yield
         self.interval_start += time.perf_counter() - began
 
-    def count(self, step, waited):
+    def count(self, step: int, waited: float) -> None:
         """Count the iteration `step`; waited: seconds blocked on a checkpoint, excluded from
         timing.
         """
@@ -50,12 +76,12 @@ class IterationLog:
         self.first_step = self.first_step or (step, time.monotonic())
         self.terminal.advance(step)
 
-    def due(self, step, measured):
+    def due(self, step: int, measured: bool) -> bool:
         """Return whether to record this step. measured: whether its gradients were."""
         c = self.config
         return step % c.log_interval == 0 or measured or step in (self.start_step + 1, c.max_iters)
 
-    def record(self, state, result):
+    def record(self, state: 'TrainState', result: 'StepResult') -> dict[str, int]:
         """Log iteration state.step, for which it waits for the device; returns guard.counts().
 
         result: StepResult.
@@ -109,7 +135,7 @@ class IterationLog:
         self._tell_skipped(bad)
         return bad
 
-    def reset_interval(self):
+    def reset_interval(self) -> None:
         """Begin the interval of the next line."""
         self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, False
         self.loader.wait_s = 0.0
@@ -144,7 +170,7 @@ class IterationLog:
         self.last_counts = bad
 
 
-def mfu_function(plan, model, world):
+def mfu_function(plan: 'BatchPlan', model: 'Model', world: 'World') -> Callable:
     """Return a function of tokens per second that gives the `mfu` object of the log."""
     return functools.partial(
         flops.utilization,

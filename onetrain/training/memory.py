@@ -10,7 +10,9 @@ import functools
 import os
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from onetrain.config import UserError
+
+if TYPE_CHECKING:
+    from model import Model
+    from train import Config
 
 SHARE = 0.9  # of the free memory that find_batch_size() takes
 PATIENCE_S = 6  # in which a batch that fits is looked for
@@ -36,10 +42,10 @@ class Prediction:
     activations: int
 
     @property
-    def total(self):
+    def total(self) -> int:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
-    def describe(self):
+    def describe(self) -> str:
         parts = ', '.join(
             f'{what} {getattr(self, what) / 1e9:.2f}'
             for what in ('parameters', 'gradients', 'optimizer', 'activations')
@@ -68,7 +74,7 @@ class Counter(TorchDispatchMode):
                 self.count(tensor)
         return result
 
-    def count(self, tensor):
+    def count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage not in self.known:
             size = self.known[storage] = storage.nbytes()
@@ -81,17 +87,17 @@ class Counter(TorchDispatchMode):
 
 
 def predict(
-    build,
-    batch_size,
-    length,
-    device,
-    autocast,
+    build: Callable,
+    batch_size: int,
+    length: int,
+    device: str | torch.device,
+    autocast: Any,
     *,
-    accumulation=1,
-    muon=False,
-    layout='single',
-    ranks=1,
-):
+    accumulation: int = 1,
+    muon: bool = False,
+    layout: str = 'single',
+    ranks: int = 1,
+) -> 'Prediction':
     """Return the Prediction for a rank's step of `accumulation` micro-steps of batch_size
     sequences, `length` tokens of each on this rank.
 
@@ -149,7 +155,7 @@ def _step(build, batch_size, length, device, autocast, micro_steps, muon):
     return parameters, gradients, state, counter.peak, units
 
 
-def available_memory(device):
+def available_memory(device: torch.device) -> int:
     """Return bytes that a process can have on `device`: free ones of a GPU; on a CPU what the
     kernel calls available, shared by the processes of this machine.
     """
@@ -160,7 +166,7 @@ def available_memory(device):
     return 1024 * kilobytes // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
-def refuse_too_large(model, device, shards=1):
+def refuse_too_large(model: 'Model', device: torch.device, shards: int = 1) -> None:
     """Raise UserError if the float32 parameters of `model` (on the meta device), split over
     `shards` ranks, do not fit into the free memory of `device`.
     """
@@ -174,7 +180,14 @@ def refuse_too_large(model, device, shards=1):
         )
 
 
-def refuse_large_step(prediction, device, c, accumulation, sharded, predicted):
+def refuse_large_step(
+    prediction: 'Prediction',
+    device: torch.device,
+    c: 'Config',
+    accumulation: int,
+    sharded: bool,
+    predicted: Callable,
+) -> None:
     """Raise UserError for a step that does not fit into the free memory of `device`, with keys
     that make it fit and how much they take.
 
@@ -204,13 +217,13 @@ def refuse_large_step(prediction, device, c, accumulation, sharded, predicted):
             if not c.total_batch_size:
                 words += [f'--gradient_accumulation_steps={sequences // size}']
             ways.append((' '.join(words), total))
-    ways = [f'{words} takes {total / 1e9:.2f} GB' for words, total in ways] or [
+    lines = [f'{words} takes {total / 1e9:.2f} GB' for words, total in ways] or [
         'neither activation_checkpointing nor a batch_size of 1 makes it fit'
     ]
     if not sharded and device.type == 'cuda':
-        ways.append('--use_fsdp=True on several GPUs shards it')
+        lines.append('--use_fsdp=True on several GPUs shards it')
     raise UserError(
-        f'{prediction.describe()}, and {room / 1e9:.1f} GB are free: {"; ".join(ways)};'
+        f'{prediction.describe()}, and {room / 1e9:.1f} GB are free: {"; ".join(lines)};'
         ' --ignore_memory=True starts all the same'
     )
 
@@ -238,7 +251,7 @@ def _smaller_batch(predicted, batch_size, sequences, room, most, until):
     return 0, 0
 
 
-def find_batch_size(predicted, sequences, room):
+def find_batch_size(predicted: Callable, sequences: int, room: int) -> int:
     """Return the largest batch_size that divides `sequences`, those of an iteration on a rank, for
     which predicted(batch_size).total is at most SHARE of `room` bytes.
 

@@ -5,13 +5,27 @@ replayed.
 import functools
 import gc
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from onetrain.config import UserError
 from onetrain.data.loader import inputs_and_targets, read_batch
 from onetrain.distributed import collectives, layouts
 from onetrain.logs.run_log import now
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.data.order import Order
+    from onetrain.distributed.processes import World
+    from onetrain.evaluation.evaluator import Evaluator
+    from onetrain.logs.run_log import RunLog
+    from onetrain.logs.terminal import Terminal
+    from onetrain.training.batch_plan import BatchPlan
+    from onetrain.training.run_data import RunData
+    from onetrain.training.start_point import TrainState
 
 
 class ForwardBackward:
@@ -23,7 +37,16 @@ class ForwardBackward:
     micro-steps of an optimizer step, after the last of which ranks exchange gradients.
     """
 
-    def __init__(self, model, train_model, world, autocast, scaler, weight, accumulation):
+    def __init__(
+        self,
+        model: 'Model',
+        train_model: nn.Module,
+        world: 'World',
+        autocast: Any,
+        scaler: Any,
+        weight: float,
+        accumulation: int,
+    ):
         self.model = model
         self.train_model = train_model
         self.world = world
@@ -31,7 +54,7 @@ class ForwardBackward:
         self.scaler = scaler
         self.weight, self.accumulation = weight, accumulation
 
-    def __call__(self, x, y, number):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int) -> torch.Tensor:
         """x, y: (B, T) int64 on the device. Returns the weighted loss, a scalar fp32 tensor on the
         device that is good until the next call.
         """
@@ -43,12 +66,12 @@ class ForwardBackward:
             self.scaler.scale(loss).backward()
         return loss.detach()
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Forget the gradients, after an optimizer step or instead of one."""
         self.model.zero_grad(set_to_none=True)
 
 
-def compile_ahead(micro_step, evaluate):
+def compile_ahead(micro_step: Callable, evaluate: Callable) -> tuple:
     """Run all that is compiled once, so that the first iteration takes as long as the others and no
     signal has to wait later; where the compiler fails, everything runs without it.
 
@@ -65,7 +88,7 @@ def compile_ahead(micro_step, evaluate):
     return time.perf_counter() - before, error
 
 
-def record_graph(work, pool, stream):
+def record_graph(work: Callable, pool: Any, stream: Any):
     """Return a CUDA graph of the kernels that work() launches, which it does not run.
 
     pool: that of another graph with which it is to share memory, or None; stream: on which work()
@@ -101,7 +124,7 @@ class CudaGraphStep:
     they compute on two batches with what the plain step did.
     """
 
-    def __init__(self, plain, record=record_graph):
+    def __init__(self, plain: 'ForwardBackward', record: Callable = record_graph):
         self.plain, self.record = plain, record
         self.kinds = [
             (number == 0, plain.world.ddp and number == plain.accumulation - 1)
@@ -109,7 +132,7 @@ class CudaGraphStep:
         ]
         self.graphs, self.losses = {}, {}
 
-    def __call__(self, x, y, number):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int):
         self._copy_inputs(x, y)
         self.graphs[self.kinds[number]].replay()
         return self.losses[self.kinds[number]]
@@ -126,7 +149,7 @@ class CudaGraphStep:
     def zero_grad(self):
         """Nothing: the first micro-step of the next optimizer step overwrites the gradients."""
 
-    def prepare(self, batches, forget):
+    def prepare(self, batches: list[tuple], forget: Callable):
         """Record and compare. batches: two pairs (x, y); forget(): called after each trial, resets
         what a forward pass leaves in the model beside gradients. Returns the seconds that it took.
 
@@ -219,7 +242,16 @@ class CudaGraphStep:
         return bits, torch.stack(values)
 
 
-def compile_and_capture(plan, data, order, state, micro_step, evaluator, log, terminal):
+def compile_and_capture(
+    plan: 'BatchPlan',
+    data: 'RunData',
+    order: 'Order',
+    state: 'TrainState',
+    micro_step: 'ForwardBackward',
+    evaluator: 'Evaluator',
+    log: 'RunLog',
+    terminal: 'Terminal',
+) -> 'ForwardBackward | CudaGraphStep':
     """Compile, and record the CUDA graphs, on the first tokens of the data, which changes no
     weight; returns the micro-step to train with.
     """
@@ -244,8 +276,9 @@ def compile_and_capture(plan, data, order, state, micro_step, evaluator, log, te
     if c.compile:
         log.say('compiling')
         with terminal.doing('compiling'):
+            x, y = batches[0]
             seconds, error = compile_ahead(
-                lambda: micro_step(*batches[0], plan.accumulation - 1), evaluator.one_batch
+                lambda: micro_step(x, y, plan.accumulation - 1), evaluator.one_batch
             )
         micro_step.zero_grad()
         forget_routing()
@@ -253,8 +286,10 @@ def compile_and_capture(plan, data, order, state, micro_step, evaluator, log, te
         failed = f'COMPILING FAILED, so everything runs without: {error}'
         log.say(failed if error else f'compiled in {seconds:.1f} s')
     if c.use_cuda_graphs:
-        micro_step = CudaGraphStep(micro_step)
-        seconds = micro_step.prepare(batches, forget_routing)
+        graphs = CudaGraphStep(micro_step)
+        seconds = graphs.prepare(batches, forget_routing)
         log.say(f'CUDA graphs recorded in {seconds:.1f} s: two batches gave what they give without')
+        gc.collect()
+        return graphs
     gc.collect()
     return micro_step

@@ -14,6 +14,8 @@ so the bits are those of one process, too.
 """
 
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,9 @@ from torch.optim.adamw import adamw
 
 from onetrain import cpu
 from onetrain.distributed.layouts import rank_rows
+
+if TYPE_CHECKING:
+    pass
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 # elements up to which matrices of one shape are made orthogonal in one go: small ones take most of
@@ -41,14 +46,16 @@ class Muon(torch.optim.Optimizer):
 
     found_inf = None
 
-    def __init__(self, groups, lr, betas, momentum=0.95, ranks=1):
+    def __init__(
+        self, groups: list, lr: float, betas: tuple, momentum: float = 0.95, ranks: int = 1
+    ):
         super().__init__(
             groups, dict(lr=lr, betas=betas, momentum=momentum, eps=1e-8, fused=True, muon=False)
         )
         self.ranks = ranks
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             with_gradients = [p for p in group['params'] if p.grad is not None]
             for p in with_gradients:
@@ -217,7 +224,7 @@ def _each_by_one_of_rows(updates, shapes, mesh):
     ]
 
 
-def multiplications(matrices):
+def multiplications(matrices: list[torch.Tensor]) -> int:
     """Return what it takes to make matrices of one shape orthogonal, in the order of
     multiplications.
     """
@@ -225,7 +232,7 @@ def multiplications(matrices):
     return len(matrices) * min(shape) ** 2 * max(shape)
 
 
-def group_by_shape(parameters):
+def group_by_shape(parameters: list[torch.Tensor]) -> Iterator:
     """Yield lists of those that have one shape, TOGETHER elements at most or one parameter."""
     shapes = {}
     for p in parameters:
@@ -235,7 +242,9 @@ def group_by_shape(parameters):
         yield from (same[first : first + number] for first in range(0, len(same), number))
 
 
-def optimizer_state(p, muon, step_device=None):
+def optimizer_state(
+    p: torch.Tensor, muon: bool, step_device: Any = None
+) -> dict[str, torch.Tensor]:
     """Return what an optimizer keeps of the parameter `p` before its first step: of a matrix of
     Muon's the momentum, else AdamW's three tensors; zeros.
     """
@@ -250,14 +259,14 @@ def optimizer_state(p, muon, step_device=None):
     }
 
 
-def update_scale(shape):
+def update_scale(shape: tuple) -> float:
     """Return what an orthogonal matrix of `shape` is multiplied with to be as large as an update of
     AdamW.
     """
     return 0.2 * math.sqrt(max(shape))
 
 
-def newton_schulz(matrices, steps=5):
+def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """About U V^T of each of the `matrices` U S V^T, (k, m, n): singular values between 0.7 and
     1.2, in bf16.
 

@@ -4,8 +4,10 @@ and the optimizer's state by parameter name.
 
 import inspect
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,19 @@ from torch.distributed.tensor import DTensor
 
 from onetrain.training.muon import Muon, optimizer_state
 
+if TYPE_CHECKING:
+    from model import Model
 
-def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iters, decay_lr):
+
+def learning_rate_at(
+    step: int,
+    *,
+    learning_rate: float,
+    min_lr: float,
+    warmup_iters: int,
+    lr_decay_iters: int,
+    decay_lr: bool,
+) -> float:
     """Return the learning rate of optimizer step `step` (0-based): linear warm-up, cosine down to
     min_lr at lr_decay_iters (as nanoGPT).
     """
@@ -28,7 +41,7 @@ def learning_rate_at(step, *, learning_rate, min_lr, warmup_iters, lr_decay_iter
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-def decay_groups(named_parameters):
+def decay_groups(named_parameters: Iterable) -> tuple[list[str], list[str]]:
     """Return (decayed, others): names of the parameters with two dimensions or more that are no
     biases (those of experts have two), which get weight decay, and of the rest.
     """
@@ -41,15 +54,15 @@ def decay_groups(named_parameters):
 
 
 def build_optimizer(
-    named_parameters,
+    named_parameters: Iterable | dict[str, torch.Tensor],
     *,
-    matrices=(),
-    momentum=0.95,
-    learning_rate,
-    betas,
-    weight_decay,
-    device_type,
-    ranks=1,
+    matrices: Sequence[str] = (),
+    momentum: float = 0.95,
+    learning_rate: float,
+    betas: tuple,
+    weight_decay: float,
+    device_type: str,
+    ranks: int = 1,
 ):
     """AdamW, or with `matrices`, names of parameters, Muon for these and AdamW for the rest; weight
     decay as decay_groups() says. ranks: see Muon.
@@ -62,11 +75,11 @@ def build_optimizer(
             weight_decay=weight_decay,
             device_type=device_type,
         )
-    named, matrices = dict(named_parameters), set(matrices)
+    named, orthogonalized = dict(named_parameters), set(matrices)
     decayed, others = decay_groups(named.items())
     groups = [
-        (True, weight_decay, [name for name in decayed if name in matrices]),
-        (False, weight_decay, [name for name in decayed if name not in matrices]),
+        (True, weight_decay, [name for name in decayed if name in orthogonalized]),
+        (False, weight_decay, [name for name in decayed if name not in orthogonalized]),
         (False, 0.0, others),
     ]
     return Muon(
@@ -82,14 +95,22 @@ def build_optimizer(
     )
 
 
-def build_adamw(named_parameters, *, learning_rate, betas, weight_decay, device_type):
+def build_adamw(
+    named_parameters: Iterable | dict[str, torch.Tensor],
+    *,
+    learning_rate: float,
+    betas: tuple,
+    weight_decay: float,
+    device_type: str,
+) -> torch.optim.Optimizer:
     """Return AdamW over decay_groups(), fused where this torch has it. Moments are fp32 as the
     parameters are.
     """
     named = dict(named_parameters)
-    groups = [
+    decayed, others = decay_groups(named.items())
+    groups: list[dict[str, Any]] = [
         {'params': [named[n] for n in names], 'weight_decay': decay}
-        for names, decay in zip(decay_groups(named.items()), (weight_decay, 0.0))
+        for names, decay in ((decayed, weight_decay), (others, 0.0))
         if names
     ]
     in_groups = {id(p) for group in groups for p in group['params']}
@@ -103,12 +124,12 @@ def build_adamw(named_parameters, *, learning_rate, betas, weight_decay, device_
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def set_learning_rate(optimizer, lr):
+def set_learning_rate(optimizer: Muon | torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group['lr'] = lr
 
 
-def clip_gradients(parameters, max_norm):
+def clip_gradients(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor:
     """Scale the gradients to a global 2-norm of at most max_norm (0: leave them); returns the norm
     before, on the device.
     """
@@ -117,7 +138,7 @@ def clip_gradients(parameters, max_norm):
 
 
 @torch.no_grad()
-def gradient_statistics(parameters):
+def gradient_statistics(parameters: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return statistics of the gradients as a dict of scalar tensors on the device: norms per
     parameter tensor and the moments over all elements. Call it on every rank, before clipping and
     before they are zeroed.
@@ -151,7 +172,9 @@ def gradient_statistics(parameters):
     }
 
 
-def named_state(optimizer, named_parameters):
+def named_state(
+    optimizer: Muon | torch.optim.Optimizer, named_parameters: Iterable | dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the optimizer's tensors keyed by parameter name: {'exp_avg.<name>': tensor,
     'exp_avg_sq.<name>': ..., 'step.<name>': ...}, of a matrix of Muon's {'momentum.<name>':
     tensor}; DTensors where a rank has a part.
@@ -185,15 +208,15 @@ class Optimization:
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    guard: object
+    guard: 'NonFiniteGuard'
     named: dict
     updated: dict
 
     @property
-    def parameters(self):
+    def parameters(self) -> list[torch.Tensor]:
         return list(self.named.values())
 
-    def tensors(self, model, weights_only=False):
+    def tensors(self, model: 'Model', weights_only: bool = False) -> dict[str, torch.Tensor]:
         """Return what a checkpoint holds, {name: tensor}: the tensors of the model, and unless
         weights_only the state of optimizer and guard.
         """
@@ -218,7 +241,9 @@ class NonFiniteGuard:
 
     WINDOW, MINIMUM = 128, 16
 
-    def __init__(self, parameters, scaler, max_bad, spike_factor=0.0):
+    def __init__(
+        self, parameters: list[torch.Tensor], scaler: Any, max_bad: int, spike_factor: float = 0.0
+    ):
         # the part of an optimizer that the scaler looks at
         self.graded = SimpleNamespace(param_groups=[{'params': list(parameters)}])
         self.scaler, self.max_bad, self.spike_factor = scaler, max_bad, spike_factor
@@ -229,11 +254,17 @@ class NonFiniteGuard:
             'norms': torch.full((self.WINDOW,), math.nan, dtype=torch.float32, device=device),
         }
 
-    def unscale(self):
+    def unscale(self) -> None:
         """Divide the gradients by the scale of the loss (fp16; else nothing happens)."""
         self.scaler.unscale_(self.graded)
 
-    def step(self, optimizer, step, loss, norm):
+    def step(
+        self,
+        optimizer: Muon | torch.optim.Optimizer,
+        step: int,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+    ) -> None:
         """Take the optimizer's step number `step` (from 1), or not. loss and norm: scalar tensors,
         the same on every rank.
 
@@ -262,6 +293,6 @@ class NonFiniteGuard:
         optimizer.step()
         self.scaler.update()
 
-    def counts(self):
+    def counts(self) -> dict[str, int]:
         """Return {'row', 'first', 'bad', 'spikes'} as ints; waits for the device."""
         return dict(zip(('row', 'first', 'bad', 'spikes'), self.state['counts'].tolist()))

@@ -1,6 +1,8 @@
 """What a run writes to, opened: its folder, its copy elsewhere, its log, its checkpoints."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from onetrain import __version__, flops
 from onetrain.checkpoint import resume
@@ -10,6 +12,19 @@ from onetrain.checkpoint.shared_upload import Machines
 from onetrain.checkpoint.uploader import Uploader, place_of
 from onetrain.distributed import collectives
 from onetrain.logs.run_log import RunLog, new_run_name, now, unsaved_run
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.checkpoint.resume import OutDirLock
+    from onetrain.distributed.processes import World
+    from onetrain.evaluation.evaluator import Evaluator
+    from onetrain.logs.terminal import Terminal
+    from onetrain.signals import StopRequest
+    from onetrain.training.batch_plan import BatchPlan
+    from onetrain.training.optim import Optimization
+    from onetrain.training.run_data import RunData
+    from onetrain.training.start_point import StartPoint, TrainState
+    from train import Config
 
 
 @dataclass
@@ -24,7 +39,14 @@ class RunOutputs:
     machines: Machines | None = None
 
 
-def open_outputs(start, plan, model, folder, world, notes):
+def open_outputs(
+    start: 'StartPoint',
+    plan: 'BatchPlan',
+    model: 'Model',
+    folder: 'OutDirLock',
+    world: 'World',
+    notes: list[str],
+) -> 'RunOutputs':
     """Take out_dir for this run; returns a RunOutputs. Raises UserError where others have it."""
     c, saved = plan.config, start.checkpoint_state
     if c.eval_only:
@@ -58,7 +80,7 @@ def open_outputs(start, plan, model, folder, world, notes):
     return outputs
 
 
-def checkpoint_bytes(model, c):
+def checkpoint_bytes(model: 'Model', c: 'Config') -> int:
     """Return bytes of a checkpoint, nearly: float32 weights, and one moment of each for Muon's
     matrices, two for AdamW.
     """
@@ -68,7 +90,16 @@ def checkpoint_bytes(model, c):
     )
 
 
-def open_log(c, start, outputs, startup, utilization, evaluated, world, terminal):
+def open_log(
+    c: 'Config',
+    start: 'StartPoint',
+    outputs: 'RunOutputs',
+    startup: dict,
+    utilization: Callable,
+    evaluated: dict | None,
+    world: 'World',
+    terminal: 'Terminal',
+) -> 'RunLog':
     """Return the RunLog, with its header written, and what else it goes to opened."""
     constants = utilization(tokens_per_sec=1.0)
     shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
@@ -112,7 +143,18 @@ def open_log(c, start, outputs, startup, utilization, evaluated, world, terminal
     return log
 
 
-def open_keeper(start, plan, data, evaluator, outputs, model, optimization, state, log, stop):
+def open_keeper(
+    start: 'StartPoint',
+    plan: 'BatchPlan',
+    data: 'RunData',
+    evaluator: 'Evaluator',
+    outputs: 'RunOutputs',
+    model: 'Model',
+    optimization: 'Optimization',
+    state: 'TrainState',
+    log: RunLog,
+    stop: 'StopRequest',
+) -> 'CheckpointKeeper':
     """Return the CheckpointKeeper, with the memory of its copies taken."""
     c, world = plan.config, plan.options.world
     saver = Saver(

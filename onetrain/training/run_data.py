@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from onetrain.checkpoint import resume
 from onetrain.config import UserError
@@ -20,6 +21,13 @@ from onetrain.model_config import ROUTING, ModelConfig, resolve_shape
 from onetrain.tokenizers import matching
 from onetrain.tokenizers.base import tokenizer_of
 from onetrain.training import validate
+
+if TYPE_CHECKING:
+    from onetrain.distributed.processes import World
+    from onetrain.logs.terminal import Terminal
+    from onetrain.tokenizers.base import Tokenizer
+    from onetrain.training.start_point import StartPoint
+    from train import Config
 
 
 @dataclass
@@ -44,12 +52,19 @@ class RunData:
     val_data_changed: bool
     sources: list
 
-    def tokenizer(self):
+    def tokenizer(self) -> 'Tokenizer':
         """Return the tokenizer of the data. Raises ValueError where there is none."""
         return tokenizer_of(self.folder, self.meta)
 
 
-def open_data(start, given, root, world, terminal, notes):
+def open_data(
+    start: 'StartPoint',
+    given: dict[str, str],
+    root: str,
+    world: 'World',
+    terminal: 'Terminal',
+    notes: list[str],
+) -> 'RunData':
     """Return the RunData of start.config, from `root`/data or from data_url. Raises UserError for
     data that the model or the checkpoint does not fit.
 
@@ -108,12 +123,12 @@ class PromptsAndTasks:
     multiple_choice; tokenizer: None where there are neither.
     """
 
-    tokenizer: object
+    tokenizer: 'Tokenizer | None'
     ids: list
     tasks: dict
 
 
-def load_prompts_and_tasks(c, data, world):
+def load_prompts_and_tasks(c: 'Config', data: 'RunData', world: 'World') -> 'PromptsAndTasks':
     """Return the PromptsAndTasks that sample_interval and eval_tasks ask for. Raises
     UserError.
     """

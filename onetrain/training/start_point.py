@@ -5,6 +5,7 @@ folder; and what of it changes with every step.
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,15 @@ from onetrain.config import UserError
 from onetrain.distributed import collectives, layouts
 from onetrain.tokenizers import matching
 from onetrain.training import optim, validate
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.checkpoint.resume import OutDirLock
+    from onetrain.distributed.processes import World
+    from onetrain.logs.terminal import Terminal
+    from onetrain.training.batch_plan import BatchPlan
+    from onetrain.training.optim import Optimization
+    from train import Config
 
 
 @dataclass
@@ -37,13 +47,21 @@ class StartPoint:
     weights. Each is None where the run does not start from it.
     """
 
-    config: object
+    config: 'Config'
     checkpoint_state: dict | None = None
     nanogpt: dict | None = None
     hf_folder: str | None = None
 
     @classmethod
-    def find(cls, c, given, shape_keys, folder, world, notes):
+    def find(
+        cls,
+        c: 'Config',
+        given: dict[str, str],
+        shape_keys: list[str],
+        folder: 'OutDirLock',
+        world: 'World',
+        notes: list[str],
+    ) -> 'StartPoint':
         """Find what `c` asks for: settings now, weights once there is a model.
 
         given: {key: where it was given}; shape_keys: keys that come from the checkpoint; folder:
@@ -78,14 +96,14 @@ class StartPoint:
         return start
 
     @property
-    def step(self):
+    def step(self) -> int:
         return self.checkpoint_state['step'] if self.checkpoint_state else 0
 
     @property
-    def from_own_checkpoint(self):
+    def from_own_checkpoint(self) -> bool:
         return self.checkpoint_state is not None and self.nanogpt is None
 
-    def describe_weights(self, data_folder, world):
+    def describe_weights(self, data_folder: str, world: 'World') -> str:
         """Return the sentence of the report about where the weights come from. Raises UserError
         for those of another tokenizer than the data set's.
         """
@@ -100,7 +118,9 @@ class StartPoint:
         )
         return f'{c.init_from}, {huggingface.count_tensors(self.hf_folder):,} tensors; {match}'
 
-    def initial_state(self, plan, train_data_changed, notes):
+    def initial_state(
+        self, plan: 'BatchPlan', train_data_changed: bool, notes: list[str]
+    ) -> 'TrainState':
         """Return the TrainState to begin with. plan: BatchPlan; train_data_changed: whether the
         training data are others than those of the checkpoint.
         """
@@ -126,7 +146,7 @@ class StartPoint:
         tokens = saved.get('tokens', position * plan.config.block_size)
         return TrainState(self.step, position, tokens)
 
-    def initialize(self, model, device):
+    def initialize(self, model: 'Model', device: torch.device) -> None:
         """Give the parameters of `model` their values, but for those that load_checkpoint()
         reads.
         """
@@ -141,7 +161,9 @@ class StartPoint:
         elif not self.checkpoint_state:
             model.init_weights(c.seed, device)
 
-    def load_checkpoint(self, model, optimization, world, terminal):
+    def load_checkpoint(
+        self, model: 'Model', optimization: 'Optimization', world: 'World', terminal: 'Terminal'
+    ) -> None:
         """Read the checkpoint, if this starts from one: weights and the state of the scaler, and
         unless the run only evaluates that of optimizer and guard.
         """
@@ -156,7 +178,7 @@ class StartPoint:
                 store.load(self.checkpoint_state['path'], tensors, world)
             o.scaler.load_state_dict(self.checkpoint_state['scaler'])
 
-    def cached_losses(self, windows, val_data_changed):
+    def cached_losses(self, windows: str, val_data_changed: bool) -> dict | None:
         """Return the losses noted beside the checkpoint if they are of the evaluation windows
         `windows` (a digest), else None.
         """
@@ -165,7 +187,9 @@ class StartPoint:
         found = store.read_evaluation(self.checkpoint_state['path'])
         return found if found and found.get('data') == windows else None
 
-    def best_loss(self, windows, val_data_changed, cached_losses, notes):
+    def best_loss(
+        self, windows: str, val_data_changed: bool, cached_losses: dict | None, notes: list[str]
+    ) -> float:
         """Return the best validation loss so far, infinity where there is none that compares.
 
         windows: as above; cached_losses: of the weights to start from, or None.

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import textwrap
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,11 +16,19 @@ from onetrain.checkpoint import store
 from onetrain.checkpoint.resume import config_record
 from onetrain.cpu import cpu_name
 from onetrain.data.dataset import parse_mixture
-from onetrain.data.order import WindowOrder
+from onetrain.data.order import Order, WindowOrder
 from onetrain.distributed import topology
 from onetrain.logs.run_log import now
 from onetrain.logs.terminal import duration, short_number
 from onetrain.training.memory import available_memory
+
+if TYPE_CHECKING:
+    from model import Model
+    from onetrain.data.text_bytes import TextBytes
+    from onetrain.distributed.processes import World
+    from onetrain.training.memory import Prediction
+    from onetrain.training.muon import Muon
+    from train import Config
 
 VOCABULARIES = {
     50304: 'GPT-2',
@@ -30,7 +39,13 @@ VOCABULARIES = {
 }
 
 
-def startup_info(c, model, optimizer, world, prediction):
+def startup_info(
+    c: 'Config',
+    model: 'Model',
+    optimizer: 'Muon | torch.optim.Optimizer',
+    world: 'World',
+    prediction: 'Prediction | None',
+) -> dict:
     """Return the `startup_info` of the log. prediction: memory.Prediction or None."""
     counts, token_flops, gpu_name = model.parameter_counts(), model.flops(), world.gpu_name
     gpu = torch.cuda.get_device_properties(world.device) if gpu_name else None
@@ -70,7 +85,7 @@ def startup_info(c, model, optimizer, world, prediction):
     }
 
 
-def size_of(parameters):
+def size_of(parameters: int) -> str:
     """Return a number of parameters as people write it: ~1.545B or 60.821M."""
     return (
         f'~{parameters / 1e9:.3f}B'
@@ -264,7 +279,7 @@ def _system(c, startup, world):
     ]
 
 
-def group_lines(title, phrases, width=100):
+def group_lines(title: str, phrases: list[str], width: int = 100) -> list[str]:
     """Return the lines of a group: `phrases`, none of them broken, behind its title."""
     lines = ['']
     for phrase in phrases:
@@ -277,16 +292,16 @@ def group_lines(title, phrases, width=100):
 
 
 def report(
-    c,
-    startup,
-    meta,
-    order,
-    world,
-    run_name,
-    weights,
-    notes,
-    columns=None,
-):
+    c: 'Config',
+    startup: dict,
+    meta: dict,
+    order: 'Order',
+    world: 'World',
+    run_name: str | None,
+    weights: str,
+    notes: list[str],
+    columns: int | None = None,
+) -> list[str]:
     """Return the lines that say what will run, in groups, with every fallback at the end.
 
     run_name: None for a run that writes nothing; weights: where they come from, in words; columns:
@@ -337,7 +352,7 @@ def _batch(c, sequences_per_step, world):
     ]
 
 
-def fit_lines(text, columns):
+def fit_lines(text: str, columns: int | None) -> list[str]:
     """Return `text` in lines of at most `columns`; in one, which can be searched for, where there
     is no terminal (None).
     """
@@ -350,7 +365,14 @@ def fit_lines(text, columns):
     )
 
 
-def origins(before, c, given, start, vocabulary, columns=None):
+def origins(
+    before: 'Config',
+    c: 'Config',
+    given: dict[str, str],
+    start: str,
+    vocabulary: str,
+    columns: int | None = None,
+):
     """Return lines that say where each value of a run comes from.
 
     before: the configuration as it was typed; c: as it is run; given: {key: file or 'command
@@ -386,7 +408,7 @@ def origins(before, c, given, start, vocabulary, columns=None):
     return lines
 
 
-def settings_lines(values, indent, columns=None):
+def settings_lines(values: dict, indent: int, columns: int | None = None) -> list[str]:
     """Return {key: value} as lines of key=value. columns: as for report()."""
     words = ', '.join(
         (
@@ -406,7 +428,7 @@ def settings_lines(values, indent, columns=None):
     )
 
 
-def evaluation_line(step, losses, best_before=None):
+def evaluation_line(step: int, losses: dict, best_before: float | None = None) -> str:
     """Return the line of an evaluation. best_before: the best validation loss until then; None
     marks none.
     """
@@ -422,7 +444,7 @@ def evaluation_line(step, losses, best_before=None):
     )
 
 
-def memory_readings(loss, text_bytes):
+def memory_readings(loss: float, text_bytes: 'TextBytes') -> dict:
     """Return {'perplexity', 'bits_per_byte'} of a loss in nats per token, null where it is not
     finite or the text is not known.
 
@@ -437,7 +459,15 @@ def memory_readings(loss, text_bytes):
     }
 
 
-def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=None):
+def ending_lines(
+    c: 'Config',
+    run_name: str,
+    summary: dict,
+    prediction: 'Prediction | None',
+    peak_gb: float,
+    before_gb: float,
+    columns: int | None = None,
+) -> list[str]:
     """Return what a finished run says at its end, and what can be typed next.
 
     summary: that of the log, {} where there is none; peak_gb: the most memory, of which before_gb
@@ -449,37 +479,24 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
     mfu = summary['median_mfu']
     tokens = summary['tokens_seen']
     final, best = summary['final_val_loss'], summary['best_val_loss']
-    groups = {
-        'Done': [
-            f'{summary["final_iter"]:,} iterations in {duration(summary["wall_s"] or 0)}',
-            *([f'{short_number(tokens)} tokens'] if tokens else []),
-            *(
-                [
-                    f'{short_number(speed)} tok/s'
-                    + (f', MFU {100 * mfu:.1f} %' if mfu else '')
-                    + ' (median)'
-                ]
-                if speed
-                else []
-            ),
-        ]
-    }
+    done = [f'{summary["final_iter"]:,} iterations in {duration(summary["wall_s"] or 0)}']
+    if tokens:
+        done.append(f'{short_number(tokens)} tokens')
+    if speed:
+        utilization = f', MFU {100 * mfu:.1f} %' if mfu else ''
+        done.append(f'{short_number(speed)} tok/s{utilization} (median)')
+    groups = {'Done': done}
     if best is not None:
+        losses = [f'loss {final:.4f} at the end'] if final is not None else []
+        if bits := summary.get('final_bits_per_byte'):
+            losses.append(f'{bits:.3f} bits per byte')
+        losses.append(f'best {best:.4f} at iteration {summary["best_val_iter"]:,}')
         path = store.path_of(c.out_dir, summary['best_val_iter'])
-        groups['Validation'] = [
-            *([f'loss {final:.4f} at the end'] if final is not None else []),
-            *(
-                [f'{bits:.3f} bits per byte']
-                if (bits := summary.get('final_bits_per_byte'))
-                else []
-            ),
-            f'best {best:.4f} at iteration {summary["best_val_iter"]:,}',
-            *([path] if os.path.isdir(path) else []),
-        ]
-    groups['Memory'] = [
-        f'peak {peak_gb:.2f} GB, {peak_gb - before_gb:.2f} GB of it since the model was made',
-        *([f'{prediction.total / 1e9:.2f} GB predicted for its tensors'] if prediction else []),
-    ]
+        groups['Validation'] = losses + ([path] if os.path.isdir(path) else [])
+    since = f'{peak_gb - before_gb:.2f} GB of it since the model was made'
+    groups['Memory'] = [f'peak {peak_gb:.2f} GB, {since}']
+    if prediction:
+        groups['Memory'].append(f'{prediction.total / 1e9:.2f} GB predicted for its tensors')
     groups['Run folder'] = [c.out_dir, f'log {run_name}.jsonl']
     lines = [
         line
@@ -494,7 +511,7 @@ def ending_lines(c, run_name, summary, prediction, peak_gb, before_gb, columns=N
     ]
 
 
-def interpreter():
+def interpreter() -> str:
     """Return how the running Python is typed: 'python' where that is the same one."""
     found = shutil.which('python')
     if (
@@ -507,7 +524,7 @@ def interpreter():
     return sys.executable if inside.startswith(os.pardir) else inside
 
 
-def memory_gb(device):
+def memory_gb(device: torch.device) -> dict[str, float]:
     """Return the memory in 1e9 bytes: of torch's allocator on a GPU, of the whole process (resident
     set) on a CPU.
     """

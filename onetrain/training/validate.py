@@ -5,10 +5,17 @@ import difflib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from onetrain.checkpoint import fault_injection, resume
 from onetrain.config import UserError
 from onetrain.ops import experts
+
+if TYPE_CHECKING:
+    from onetrain.data.order import Order
+    from onetrain.model_config import ModelConfig
+    from train import Config
 
 _MOST = {
     'batch_size': 2**20,
@@ -67,7 +74,7 @@ _NOT_NEGATIVE = (
 _BELOW_1 = ('dropout', 'beta1', 'beta2', 'muon_momentum')
 
 
-def validate(c):
+def validate(c: 'Config') -> None:
     """Raise UserError for values that no run can have."""
     fault_injection.check()
     _check_bounds(c)
@@ -148,7 +155,14 @@ def _check_packages(c):
             )
 
 
-def warn_about_data(c, start_step, order, sequences_per_step, validation, notes):
+def warn_about_data(
+    c: 'Config',
+    start_step: int,
+    order: 'Order',
+    sequences_per_step: int,
+    validation: int,
+    notes: list[str],
+) -> None:
     """Warn of a run that reads its data too often, evaluates on too little, or has no learning rate
     left.
 
@@ -173,7 +187,9 @@ def warn_about_data(c, start_step, order, sequences_per_step, validation, notes)
         )
 
 
-def warn_about_learning_rate(before, c, step, learning_rate, notes):
+def warn_about_learning_rate(
+    before: dict, c: 'Config', step: int, learning_rate: Callable, notes: list[str]
+) -> None:
     """Warn where the learning rate of a resumed run jumps. before: the config of its checkpoint, a
     dict; learning_rate: function of a config and an iteration.
     """
@@ -189,7 +205,7 @@ def warn_about_learning_rate(before, c, step, learning_rate, notes):
         )
 
 
-def warn_about_schedule(c, notes):
+def warn_about_schedule(c: 'Config', notes: list) -> None:
     """Note a learning rate that hardly does what its keys are for."""
     if c.decay_lr and c.warmup_iters >= c.max_iters and c.init_from != 'resume':
         notes.append(
@@ -203,7 +219,9 @@ def warn_about_schedule(c, notes):
         )
 
 
-def validate_cuda_graphs(c, device_type, dispatch, notes):
+def validate_cuda_graphs(
+    c: 'Config', device_type: str, dispatch: str | None, notes: list[str]
+) -> bool:
     """Return whether micro-steps are recorded as CUDA graphs. Raises UserError for steps that
     cannot be; where there is no GPU, notes that it does without. dispatch: of experts, or None.
     """
@@ -244,7 +262,7 @@ def validate_cuda_graphs(c, device_type, dispatch, notes):
     return device_type == 'cuda'
 
 
-def end_of_documents(c, meta):
+def end_of_documents(c: 'Config', meta: dict) -> int:
     """Return the token after which documents are kept apart. Raises UserError where the data set
     has none.
     """
@@ -256,7 +274,7 @@ def end_of_documents(c, meta):
     return meta['eot_id']
 
 
-def validate_context_parallel(c, shape):
+def validate_context_parallel(c: 'Config', shape: 'ModelConfig'):
     """Raise UserError for what attention and experts cannot do when a sequence is spread over
     ranks.
     """
@@ -278,7 +296,9 @@ def validate_context_parallel(c, shape):
         )
 
 
-def warn_ignored_keys(c, given, shape, routing, notes):
+def warn_ignored_keys(
+    c: 'Config', given: dict[str, str], shape: 'ModelConfig', routing: tuple, notes: list[str]
+) -> None:
     """Note the keys that were given and that other keys make void. shape: the resolved one;
     routing: the keys of a mixture of experts.
     """
@@ -335,7 +355,7 @@ def warn_ignored_keys(c, given, shape, routing, notes):
         ]
 
 
-def accumulation_steps(c, world_size):
+def accumulation_steps(c: 'Config', world_size: int) -> int:
     """Micro-steps per iteration on each rank. Raises UserError if total_batch_size is no multiple
     of one micro-step.
     """

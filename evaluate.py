@@ -163,12 +163,12 @@ class Results:
 
     def keep(self) -> None:
         """Write the file."""
-        if self.world.main:
+        if self.world.is_main:
             record(self.path, self.found)
 
     def say(self, line: str) -> None:
         """Print a line, on the main rank."""
-        if self.world.main:
+        if self.world.is_main:
             print(line)
 
 
@@ -485,4 +485,4 @@ def record(path: str, results: dict) -> None:
 
 if __name__ == '__main__':
     imported()
-    processes.run_and_leave(main)
+    processes.run_and_exit(main)

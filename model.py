@@ -249,9 +249,9 @@ class Block(nn.Module):
         self.ln_1 = Norm(config.n_embd, config.normalization, config.norm_eps)
         self.attn = Attention(config, layer, backend, dropout)
         self.ln_2 = Norm(config.n_embd, config.normalization, config.norm_eps)
-        self.routed = layer in config.expert_layers
+        self.is_moe = layer in config.expert_layers
         self.mlp = (
-            MoE(config, dropout, dispatch) if self.routed else MLP(config, config.d_ff, dropout)
+            MoE(config, dropout, dispatch) if self.is_moe else MLP(config, config.d_ff, dropout)
         )
         self.post, self.parallel = config.norm_position == 'post', config.parallel_residual
         self.activation_checkpointing = 'none'
@@ -296,7 +296,7 @@ class Block(nn.Module):
         return x + y, statistics
 
     def _mlp(self, x):
-        return self.mlp(x) if self.routed else (self.mlp(x), None)
+        return self.mlp(x) if self.is_moe else (self.mlp(x), None)
 
 
 def _selective_policy():
@@ -388,14 +388,16 @@ class Model(nn.Module):
             ):
                 self.register_buffer(name, table, persistent=False)
         self.float8_layers = fp8.convert_to_float8(parts['h'], float8) if float8 else 0
-        self.routed = [block.mlp for block in parts['h'] if block.routed]
+        self.moe_layers = [block.mlp for block in parts['h'] if block.is_moe]
         # what the micro-steps of a step add up to: tokens of each expert, and sums of the
         # statistics weighted by tokens
-        if self.routed:
+        if self.moe_layers:
             self.register_buffer(
                 'routing',
                 torch.zeros(
-                    len(self.routed), config.num_experts + experts.STATISTICS, dtype=torch.float64
+                    len(self.moe_layers),
+                    config.num_experts + experts.STATISTICS,
+                    dtype=torch.float64,
                 ),
                 persistent=False,
             )
@@ -436,7 +438,7 @@ class Model(nn.Module):
         """
         return {name: p.detach() for name, p in self.named_parameters()} | {
             f'transformer.h.{layer}.mlp.router.balance': moe.router.balance
-            for layer, moe in zip(self.config.expert_layers, self.routed)
+            for layer, moe in zip(self.config.expert_layers, self.moe_layers)
         }
 
     def sharding_units(self):
@@ -444,7 +446,7 @@ class Model(nn.Module):
         the forward pass; others holds what must be gathered in fp32. A tied table is used at both
         ends and left to the model as a whole.
         """
-        routers = [moe.router for moe in self.routed]
+        routers = [moe.router for moe in self.moe_layers]
         if self.config.weight_tying:
             return list(self.transformer.h), routers
         return [*self.transformer.h, [self.transformer.ln_f, self.lm_head]], [
@@ -522,14 +524,14 @@ class Model(nn.Module):
         routing = []
         for block in self.transformer.h:
             x, statistics = block(x, cos_sin, ring, masks[block.attn.window], cache)
-            routing += [statistics] if block.routed else []
+            routing += [statistics] if block.is_moe else []
         if cache is not None:
             cache.end(T)
         x = self.transformer.ln_f(x)
         # the head computes the loss itself, so that not all logits need be there at a time
         loss = self.lm_head(x[:, -1:] if last_only else x, targets, reduction)
         if routing and targets is not None and self.training:
-            loss = self._routed(
+            loss = self._add_routing_losses(
                 loss, torch.stack(routing), idx.numel() if reduction == 'sum' else 1, idx.numel()
             )
         return loss
@@ -558,7 +560,7 @@ class Model(nn.Module):
         cos_sin = tuple(table[positions] for table in tables)
         return cos_sin if cos_sin[0].dim() == 2 else tuple(t[:, None] for t in cos_sin)
 
-    def _routed(self, loss, statistics, weight, tokens):
+    def _add_routing_losses(self, loss, statistics, weight, tokens):
         """Return `loss` with the gradients of the losses of routing, and its value as it was. Takes
         the statistics up into self.routing.
         """
@@ -579,13 +581,13 @@ class Model(nn.Module):
         move the balance of experts. skipped: scalar tensor, 1 if the step left the weights alone.
         Returns the statistics as a tensor for routing_report(), or None for a dense model.
         """
-        if not self.routed:
+        if not self.moe_layers:
             return None
         routing = collectives.sum_over_ranks(self.routing.clone(), world)
         self.routing.zero_()
         if balance_rate:
             experts.update_balance(
-                [moe.router.balance for moe in self.routed],
+                [moe.router.balance for moe in self.moe_layers],
                 routing[:, : self.config.num_experts],
                 balance_rate,
                 1 - skipped,
@@ -599,7 +601,7 @@ class Model(nn.Module):
         return experts.routing_report(
             routing.cpu(),
             self.config.expert_layers,
-            [moe.router.balance.cpu() for moe in self.routed],
+            [moe.router.balance.cpu() for moe in self.moe_layers],
             tokens,
             self.config.num_experts_per_tok,
             shares,
@@ -641,11 +643,11 @@ class Model(nn.Module):
             )
 
     @torch.no_grad()
-    def fill(self, weights: Iterable, partly: bool = False) -> None:
+    def fill(self, weights: Iterable, partial: bool = False) -> None:
         """Take the parameters from `weights`, (name, full tensor) pairs: each rank its part. A
         second name of a tied table is passed over.
 
-        Raises UserError for a parameter that has another shape or, unless `partly`, is missing.
+        Raises UserError for a parameter that has another shape or, unless `partial`, is missing.
         """
         missing = {**self.tensors(), **dict(self.named_parameters())}
         for name, tensor in weights:
@@ -658,7 +660,7 @@ class Model(nn.Module):
                 )
             layouts.copy_into_shard(parameter, tensor)
         left = [name for name in missing if not name.endswith('.balance')]
-        if left and not partly:
+        if left and not partial:
             raise UserError(f'there are no weights for {", ".join(left[:3])}')
 
     def parameter_counts(self) -> dict[str, int]:
@@ -672,13 +674,13 @@ class Model(nn.Module):
         )
         of_experts = sum(
             p.numel()
-            for moe in self.routed
+            for moe in self.moe_layers
             for part in (moe.c_fc, moe.c_proj)
             for p in part.parameters()
         )
         idle = (
             of_experts - of_experts * self.config.num_experts_per_tok // self.config.num_experts
-            if self.routed
+            if self.moe_layers
             else 0
         )
         return {
@@ -700,7 +702,7 @@ class Model(nn.Module):
         blocks = list(self.transformer.h)
         chosen = sum(
             config.num_experts_per_tok * (moe.c_fc.weight[0].numel() + moe.c_proj.weight[0].numel())
-            for moe in self.routed
+            for moe in self.moe_layers
         )
         seen = [min(window or config.block_size, config.block_size) for window in config.windows]
         return flops.per_token(

@@ -352,8 +352,8 @@ from onetrain.training.startup_report import (
     ending_lines,
     evaluation_line,
     interpreter,
+    loss_metrics,
     memory_gb,
-    memory_readings,
     report,
     startup_info,
 )
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None, resolved: Any = None) -> int:
     """Run the trainer with command-line arguments `argv`, or what resolve() made of them; returns
     the exit code.
     """
-    stop = signals.StopRequest(talk=processes.is_rank_0())
+    stop = signals.StopRequest(verbose=processes.is_rank_0())
     terminal = Terminal(active=processes.is_rank_0())
     try:
         if resolved is None:
@@ -429,7 +429,7 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
     check_model(c, model, world)
     prediction = predict_memory(plan, model, terminal, notes)
     outputs = open_outputs(start, plan, model, lock, world, notes)
-    memory_use = prediction, memory_gb(world.device)['allocated_gb']
+    before_gb = memory_gb(world.device)['allocated_gb']
     eval_model, train_model = build_model(start, plan, model, world, terminal)
     optimization = build_optimizer(c, model, world)
     start.load_checkpoint(model, optimization, world, terminal)
@@ -437,14 +437,14 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
     # ---- evaluation, log and report
     agreement = collectives.Agreement(world)
     evaluator = Evaluator(plan, data, prompts, model, eval_model, world, agreement, stop, terminal)
-    windows, changed = evaluator.windows_hash, data.val_data_changed
-    cached_losses = start.cached_losses(windows, changed)
-    state.best_val_loss = start.best_loss(windows, changed, cached_losses, notes)
+    windows_hash, changed = evaluator.windows_hash, data.val_data_changed
+    cached_losses = start.cached_losses(windows_hash, changed)
+    state.best_val_loss = start.best_loss(windows_hash, changed, cached_losses, notes)
     mfu = mfu_function(plan, model, world)
     startup = startup_info(c, model, optimization.optimizer, world, prediction)
     log = open_log(c, start, outputs, startup, mfu, cached_losses, world, terminal)
-    facts = startup, data.meta, order, world, outputs.run_name, origin
-    for line in report(c, *facts, notes, terminal.columns()):
+    run_name, columns = outputs.run_name, terminal.columns()
+    for line in report(c, startup, data.meta, order, world, run_name, origin, notes, columns):
         log.say(line)
     if c.eval_only:
         if losses := evaluator():
@@ -453,7 +453,7 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
         return collectives.all_reduce_max(stop.code(), world)
 
     # ---- what the loop works with
-    text_bytes = count_text_bytes(plan, data, prompts) if world.main else None
+    text_bytes = count_text_bytes(plan, data, prompts) if world.is_main else None
     loader = open_loader(plan, data, order, state, world)
     keeper = open_keeper(
         start, plan, data, evaluator, outputs, model, optimization, state, log, stop
@@ -504,7 +504,7 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
         stop_code = result.stop_code
         if stop_code:
             continue
-        stop.at_once = False
+        stop.exit_immediately = False
         iterations.count(state.step, result.waited)
         if iterations.due(state.step, bool(result.statistics)):
             bad = iterations.record(state, result)
@@ -512,11 +512,13 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
                 stop_code = rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log)
             iterations.reset_interval()
 
-    if stop_code == signals.NOT_FINITE and world.main:
+    if stop_code == signals.NOT_FINITE and world.is_main:
         resume.archive_newer(c.out_dir, state.step)  # saved between the first bad step and now
     loader.close()
     terminal.end_bar()
-    return finish(c, start, state, stop_code, keeper, outputs, memory_use, lock, log, stop)
+    return finish(
+        c, start, state, stop_code, keeper, outputs, prediction, before_gb, lock, log, stop
+    )
 
 
 def build_micro_step(
@@ -653,7 +655,7 @@ def log_evaluation(
         timestamp=now(),
         lr=learning_rate(c, max(0, state.step - 1)),
         tokens_seen=state.tokens,
-        **memory_readings(losses['val'], text_bytes),
+        **loss_metrics(losses['val'], text_bytes),
         **({'val_loss_by_source': losses['sources']} if 'sources' in losses else {}),
         **({'tasks': losses['tasks']} if 'tasks' in losses else {}),
     )
@@ -834,14 +836,15 @@ def finish(
     stop_code: int,
     keeper: CheckpointKeeper,
     outputs: RunOutputs,
-    memory_use: tuple,
+    prediction: memory.Prediction | None,
+    before_gb: float,
     lock: OutDirLock,
     log: RunLog,
     stop: StopRequest,
 ) -> int:
     """Report how the run ended, wait for its copies and release its folder; returns the exit code.
 
-    memory_use: (memory.Prediction or None, GB that were allocated before there was a model).
+    prediction: of the memory of a step; before_gb: what was allocated before there was a model.
     """
     world = keeper.world
     if stop_code not in (0, signals.NOT_FINITE):
@@ -856,9 +859,11 @@ def finish(
     if keeper.failed:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and state.step > start.step:
-        (prediction, before), columns = memory_use, log.terminal.columns()
-        peak = memory_gb(world.device)['max_allocated_gb']
-        for line in ending_lines(c, outputs.run_name, log.end(), prediction, peak, before, columns):
+        peak_gb, columns = memory_gb(world.device)['max_allocated_gb'], log.terminal.columns()
+        summary = log.end()
+        for line in ending_lines(
+            c, outputs.run_name, summary, prediction, peak_gb, before_gb, columns
+        ):
             log.say(line)
     log.end()
     copied = True
@@ -877,7 +882,7 @@ def finish(
     lock.release()
     unsaved = signals.SAVE_FAILED if keeper.failed or not copied else 0
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return collectives.all_reduce_max(stop.fault or stop_code or unsaved, world)
+    return collectives.all_reduce_max(stop.requested_code or stop_code or unsaved, world)
 
 
 def learning_rate(c: Config, step: int) -> float:
@@ -893,4 +898,4 @@ def learning_rate(c: Config, step: int) -> float:
 
 if __name__ == '__main__':
     imported()
-    processes.run_and_leave(lambda: main(resolved=RESOLVED))
+    processes.run_and_exit(lambda: main(resolved=RESOLVED))

@@ -37,7 +37,7 @@ def main():
         sys.exit(
             'error: one process has nobody to talk to: start this with torchrun --nproc_per_node=N'
         )
-    if world.main:
+    if world.is_main:
         line, note = (
             topology.describe_topology(topology.read_topology(torch.cuda.device_count()))
             if world.device.type == 'cuda'
@@ -66,11 +66,11 @@ def main():
                 call()
                 times.append(synchronized_time(world.device) - started)
             seconds = max(
-                collectives.gather_numbers({'median': sorted(times[5:])[args.calls // 2]}, world)[
-                    'median'
-                ]
+                collectives.all_gather_numbers(
+                    {'median': sorted(times[5:])[args.calls // 2]}, world
+                )['median']
             )
-            if world.main:
+            if world.is_main:
                 print(
                     f'| {name} | {size} | {1000 * seconds:.2f} |'
                     f' {4 * count * factor * (n - 1) / n / seconds / 1e9:.2f} |',

@@ -204,7 +204,7 @@ def on_rank(function, rank, size, port, answers, *args):
 
     world = processes.start('cpu')
     answer = function(world, *args)
-    if world.main:
+    if world.is_main:
         answers.put(answer)
     collectives.barrier(world)
     os._exit(0)

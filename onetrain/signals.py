@@ -38,14 +38,15 @@ def seconds_running() -> float:
 class StopRequest:
     """Handles SIGTERM, SIGINT and SIGUSR1 from its construction to restore().
 
-    max_hours: the time limit since seconds_running() began, 0 = none. at_once: True as long as a
-    signal may end the process without a save. fault: an exit code that the run itself asks for.
-    code() is 0, or the exit code of what was asked for: 128 + signal number, fault, TIME_IS_UP.
+    max_hours: the time limit since seconds_running() began, 0 = none. exit_immediately: True as
+    long as a signal may end the process without a save. fault: an exit code that the run itself
+    asks for. code() is 0, or the exit code of what was asked for: 128 + signal number, fault,
+    TIME_IS_UP.
     """
 
-    def __init__(self, talk: bool = True):
-        self.talk, self.at_once, self.max_hours = talk, True, 0.0
-        self.signal, self.received, self.repeats, self.fault = None, 0.0, 0, 0
+    def __init__(self, verbose: bool = True):
+        self.verbose, self.exit_immediately, self.max_hours = verbose, True, 0.0
+        self.signal, self.received, self.repeats, self.requested_code = None, 0.0, 0, 0
         self.begun = time.monotonic() - seconds_running()
         # torchrun hands the signal that it got on to its workers, which may have it from the
         # terminal or from Slurm already
@@ -61,8 +62,8 @@ class StopRequest:
     def code(self) -> int:
         if self.signal is not None:
             return 128 + self.signal
-        if self.fault:
-            return self.fault
+        if self.requested_code:
+            return self.requested_code
         return (
             TIME_IS_UP
             if self.max_hours and time.monotonic() - self.begun > 3600 * self.max_hours
@@ -70,7 +71,7 @@ class StopRequest:
         )
 
     def _receive(self, number, frame):
-        if self.at_once:
+        if self.exit_immediately:
             self._say(f'{SIGNALS[number]}: stopped; nothing had to be saved')
             os._exit(128 + number)
         if self.signal is None:
@@ -95,12 +96,12 @@ class StopRequest:
         """
         while number := os.read(pipe, 1):
             time.sleep(0.3)
-            if number[0] in SIGNALS and self.at_once and self.signal is None:
+            if number[0] in SIGNALS and self.exit_immediately and self.signal is None:
                 os._exit(128 + number[0])
         os.close(pipe)
 
     def _say(self, text):
-        if self.talk:
+        if self.verbose:
             os.write(2, f'\n{text}\n'.encode())  # print() is not safe in a signal handler
 
     def restore(self) -> None:

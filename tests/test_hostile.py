@@ -823,7 +823,7 @@ def test_the_environment_of_torchrun_is_checked(env, tmp_path, monkeypatch, caps
 
 def test_keys_that_reach_outside_are_keys():
     assert set(OUTSIDE) <= set(vars(Config()))
-    assert all(store.reaches_outside(key, value) for key, value in OUTSIDE.items())
+    assert all(store.is_external_key(key, value) for key, value in OUTSIDE.items())
 
 
 def test_commands_as_processes_have_no_traceback(run, tmp_path):

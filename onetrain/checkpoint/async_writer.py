@@ -3,7 +3,7 @@
     step k ends ── start() ── forward, backward of step k + 1 ── wait_staged() ── optimizer ── ...
                      └─ thread: copy the tensors aside ──────────┘
                                 check space, write, sync, read back, manifest, rename,
-                                remove older ones, hand to the copier
+                                remove older ones, hand to the uploader
 
 The copies live in memory that is taken once (pinned for a GPU, whose copies run on a stream of
 their own). Of tensors that every rank has in full, each copies and writes its share; of those that
@@ -64,7 +64,7 @@ class Saver:
 
     keep, keep_every, keep_all: see store.remove_old(). background=False: start() returns when all
     is done. before_commit: called on the main rank when the tensors are on disk, before the
-    checkpoint gets its name. copier: an uploader.Uploader, or None.
+    checkpoint gets its name. uploader: an uploader.Uploader, or None.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Saver:
         keep_all: bool = False,
         background: bool = True,
         before_commit: Callable = lambda: None,
-        copier: 'Uploader | None' = None,
+        uploader: 'Uploader | None' = None,
     ):
         self.out_dir, self.world, self.background = out_dir, world, background
         self.keep, self.keep_every, self.keep_all = keep, keep_every, keep_all
-        self.before_commit, self.copier = before_commit, copier
+        self.before_commit, self.uploader = before_commit, uploader
         self.thread: threading.Thread | None = None
         self.outcome: SaveResult | None = None
         self.staged = threading.Event()
@@ -265,7 +265,7 @@ class Saver:
         folder = store.folder_of(self.out_dir)
         final = store.path_of(self.out_dir, step)
         temporary = os.path.join(folder, f'.writing_step_{step:08d}')
-        main, files = self.world.main, _Files(step)
+        main, files = self.world.is_main, _Files(step)
         try:
             self._together(lambda: self._make_room(temporary, size) if main else None)
             writer = dcp.FileSystemWriter(temporary)
@@ -289,8 +289,8 @@ class Saver:
                 notes = [] if self.keep_all else self._retain(step)
             except OSError as error:
                 notes = [f'older checkpoints could not be removed: {_sentence(error)}']
-            if self.copier:
-                self.copier.add(step)
+            if self.uploader:
+                self.uploader.add(step)
             self.outcome.notes = tuple(notes)
 
     def _make_room(self, temporary, size):
@@ -358,8 +358,8 @@ class Saver:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _retain(self, step):
-        with self.copier.lock if self.copier else contextlib.nullcontext():
-            copying = {self.copier.current} if self.copier else ()
+        with self.uploader.lock if self.uploader else contextlib.nullcontext():
+            copying = {self.uploader.current} if self.uploader else ()
             return store.remove_old(
                 self.out_dir, step, keep=self.keep, keep_every=self.keep_every, also=copying
             )

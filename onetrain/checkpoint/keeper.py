@@ -28,7 +28,7 @@ class CheckpointKeeper:
     """Saves the run, one checkpoint at a time, and keeps the best validation loss.
 
     state: TrainState, of which it updates best_val_loss; optimization: optim.Optimization; facts:
-    what of state.json stays as it is in a run; lineage: of its checkpoints; copier: Uploader or
+    what of state.json stays as it is in a run; lineage: of its checkpoints; uploader: Uploader or
     None. failed: what kept the last save from succeeding, or None; saved_step: of it, -1 for none.
     """
 
@@ -42,14 +42,14 @@ class CheckpointKeeper:
         facts: dict,
         lineage: str,
         log: 'RunLog',
-        copier: 'Uploader | None',
+        uploader: 'Uploader | None',
         stop: 'StopRequest',
         world: 'World',
     ):
         self.config, self.state, self.saver = config, state, saver
         self.model, self.optimization = model, optimization
         self.facts, self.lineage, self.log = facts, lineage, log
-        self.copier, self.stop, self.world = copier, stop, world
+        self.uploader, self.stop, self.world = uploader, stop, world
         self.saved_step = -1
         self.failed: str | None = None
         self.evaluated: tuple = -1, None  # (step, losses)
@@ -61,7 +61,7 @@ class CheckpointKeeper:
         """
         c, step = self.config, self.state.step
         wanted = ending or c.save_interval and step % c.save_interval == 0
-        given_up = ending and bool(self.stop.fault)
+        given_up = ending and bool(self.stop.requested_code)
         return bool(wanted) and step not in (self.saved_step, 0) and not given_up
 
     def save(self) -> None:
@@ -102,7 +102,7 @@ class CheckpointKeeper:
         self.report_uploads()
 
     def report_uploads(self) -> None:
-        for line in self.copier.take_messages() if self.copier else ():
+        for line in self.uploader.take_messages() if self.uploader else ():
             self.log.say(line)
 
     def _report_failure(self, outcome):
@@ -110,7 +110,7 @@ class CheckpointKeeper:
         rest = 'The older ones are as they were; the next try is at the next interval'
         if outcome.not_finite:
             rest = 'It would be of no use; the older ones are as they were'
-            self.stop.fault = signals.NOT_FINITE
+            self.stop.requested_code = signals.NOT_FINITE
         self.log.say(f'CHECKPOINT NOT SAVED at iter {outcome.step}: {outcome.error}. {rest}')
         self.saved_step = -1 if self.saved_step == outcome.step else self.saved_step
 
@@ -141,7 +141,7 @@ class CheckpointKeeper:
 
     def attach_losses(self, step: int) -> None:
         """Write the losses of `step` beside its checkpoint, once both are there."""
-        if self.world.main and self.evaluated[0] == step:
+        if self.world.is_main and self.evaluated[0] == step:
             path = store.path_of(self.config.out_dir, step)
             try:
                 store.record_evaluation(path, self.evaluated[1])
@@ -150,8 +150,8 @@ class CheckpointKeeper:
                     f'the losses at iter {step} could not be noted beside its checkpoint'
                     f' ({error.strerror}): it will not count as the best'
                 )
-            if self.copier:
-                self.copier.add(step)
+            if self.uploader:
+                self.uploader.add(step)
 
     def rewind(self, step: int, position: int, tokens: int):
         """Go back to an earlier step of this run, whose weights the model has. Copies of what was
@@ -165,7 +165,7 @@ class CheckpointKeeper:
         how = (5,) if stop_code else (600, self.stop.code)
         # in rounds: no rank waits for another for longer
         while (
-            done := collectives.broadcast_from_main(lambda: self.copier.finish(*how), self.world)
+            done := collectives.broadcast_from_main(lambda: self.uploader.finish(*how), self.world)
         ) is None:
             self.report_uploads()
         self.report_uploads()

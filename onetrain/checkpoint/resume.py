@@ -45,7 +45,7 @@ def is_step(resume_from: str | None) -> bool:
     return (resume_from or '').isdecimal() and resume_from.isascii()
 
 
-def automatic(c: 'Config', world: 'World') -> tuple:
+def apply_auto_resume(c: 'Config', world: 'World') -> tuple:
     """Return `c` of a run with auto_resume, set to resume if there is something to continue, else
     as it is; and the path of a checkpoint that was verified, or None.
 
@@ -118,7 +118,7 @@ def find_checkpoint(
     verified: str | None = None,
 ) -> tuple:
     """Return (config, state, nanoGPT's content or None): what c.init_from='resume' means here.
-    verified: path of a checkpoint that automatic() verified.
+    verified: path of a checkpoint that apply_auto_resume() verified.
 
     state: the dict of the checkpoint's state.json with 'path'; 'rejected' and 'certain' for
     archive_rejected(); 'chosen' if the user went back. Keys that the user did not set now are taken
@@ -177,7 +177,7 @@ def _read_state(path):
 def _state_of_nanogpt(imported):
     """Return the same of nanoGPT's checkpoint, without the keys that reach outside."""
     config = imported['config']
-    outside = {key: value for key, value in config.items() if store.reaches_outside(key, value)}
+    outside = {key: value for key, value in config.items() if store.is_external_key(key, value)}
     return {
         'step': imported['step'],
         'best_val_loss': imported['best_val_loss'],
@@ -224,7 +224,7 @@ def _merged(c, given, state, shape_keys, notes):
             if key in hints and key not in NOT_INHERITED
         },
     }
-    _ask_again(c, given, state, saved, notes)
+    _check_untrusted_keys(c, given, state, saved, notes)
     for key, source in given.items():
         value = getattr(c, key)
         if key not in saved or value == saved[key] or value is None and key in shape_keys:
@@ -262,7 +262,7 @@ def _merged(c, given, state, shape_keys, notes):
     return dataclasses.replace(c, **saved)
 
 
-def _ask_again(c, given, state, saved, notes):
+def _check_untrusted_keys(c, given, state, saved, notes):
     """Note the keys of a fetched checkpoint, or of nanoGPT's, that are not taken over; raise
     UserError for one without which the run cannot go on.
 
@@ -376,7 +376,7 @@ def archive_rejected(c: 'Config', state: dict, world: 'World', notes: list[str])
     """Rename the checkpoints that were rejected, and those after the one that resume_from chose:
     what continues must stay the newest.
     """
-    if world.main:
+    if world.is_main:
         for path in state['rejected']:
             if os.path.dirname(path) == store.folder_of(c.out_dir) and os.path.lexists(path):
                 store.rename_aside(path, 'rejected')

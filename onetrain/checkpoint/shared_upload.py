@@ -46,7 +46,11 @@ class Machines:
         self.asked, self.closed = 0, threading.Event()
         name = collectives.broadcast_from_main(lambda: f'copies {secrets.token_hex(4)}', world)
         # a connection of its own: a thread uses it
-        self.store = dist.PrefixStore(name, processes.store().clone()) if self.firsts[1:] else None
+        self.store = (
+            dist.PrefixStore(name, processes.rendezvous_store().clone())
+            if self.firsts[1:]
+            else None
+        )
 
     def owner(self, name: str) -> int:
         """Return the number of the machine that copies the file `name`: a rank of it wrote that."""

@@ -400,7 +400,7 @@ def read_state(path: str, fs: 'AbstractFileSystem' = LOCAL) -> dict:
     config, state['not_taken_over'] = state.get('config', {}), {}
     if fs is LOCAL and os.path.lexists(f'{path}/fetched.json'):
         state['not_taken_over'] = {
-            key: value for key, value in config.items() if reaches_outside(key, value)
+            key: value for key, value in config.items() if is_external_key(key, value)
         }
         state['config'] = {
             key: value for key, value in config.items() if key not in state['not_taken_over']
@@ -452,7 +452,7 @@ def parse_state(data: bytes) -> dict:
     return state
 
 
-def reaches_outside(key: str, value: Any) -> bool:
+def is_external_key(key: str, value: Any) -> bool:
     """Return whether a run with this key of its configuration reads, writes or sends something
     outside of its out_dir.
     """
@@ -508,7 +508,7 @@ def load(path: str, tensors: dict[str, torch.Tensor], world: 'World | None' = No
     split = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     whole = {name: tensor for name, tensor in tensors.items() if name not in split}
     collectives.broadcast_from_main(lambda: _load(path, whole), world)
-    collectives.send_from_main(whole.values(), world)
+    collectives.broadcast_tensors(whole.values(), world)
     if split:
         _load(path, split, world)
 

@@ -395,7 +395,7 @@ class Uploader:
                 if failures:
                     self.messages.append(f'{redact(self.url)} works again')
                 failures = 0
-                self._thin_out()
+                self._prune_local()
             except Exception as error:  # each backend has its own; none of them may stop the run
                 if step is not None and not os.path.isdir(store.path_of(self.out_dir, step)):
                     continue
@@ -428,7 +428,7 @@ class Uploader:
     def _copy_logs(self):
         copy_logs(store.LOCAL, self.out_dir, self.fs, self.root, self.run_name, self.sent)
 
-    def _thin_out(self):
+    def _prune_local(self):
         if self.keep_local is None:
             return
         with self.lock:

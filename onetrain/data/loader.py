@@ -129,12 +129,12 @@ class TrainLoader:
         # (number of a run of STARTS_AHEAD micro-steps, where their windows begin)
         self.starts: tuple = None, None
         self.workers, self.queue, self.stopped = None, None, threading.Event()
-        self.source = (self.windows(micro) for micro in _Count())
+        self.source = (self.windows(micro) for micro in _EndlessSampler())
         if num_workers:
             self.workers = iter(
                 torch.utils.data.DataLoader(
                     self,
-                    sampler=_Count(),
+                    sampler=_EndlessSampler(),
                     batch_size=None,
                     num_workers=num_workers,
                     prefetch_factor=prefetch_factor,
@@ -244,7 +244,7 @@ class TrainLoader:
         atexit.unregister(self.close)
 
 
-class _Count:
+class _EndlessSampler:
     """0, 1, 2, ... as a sampler."""
 
     def __iter__(self):

@@ -60,7 +60,7 @@ class Agreement:
         return self.answer.item()
 
 
-def gather_numbers(values: dict[str, float], world: 'World') -> dict[str, list]:
+def all_gather_numbers(values: dict[str, float], world: 'World') -> dict[str, list]:
     """Return {name: list of the ranks' values} of a dict of floats that has the same names on every
     rank; agreed on the host.
     """
@@ -76,7 +76,7 @@ def broadcast_from_main(work: Callable, world: 'World'):
     that it raises, too. It may take long.
     """
     box: list[Any] = [None, None]
-    if world.main:
+    if world.is_main:
         try:
             box = [work(), None]
         except UserError as error:
@@ -88,7 +88,7 @@ def broadcast_from_main(work: Callable, world: 'World'):
     return box[0]
 
 
-def send_from_main(tensors: Iterable[torch.Tensor], world: 'World'):
+def broadcast_tensors(tensors: Iterable[torch.Tensor], world: 'World'):
     """Overwrite each of `tensors`, which every rank has in full, with that of the main rank."""
     for tensor in tensors if world.size > 1 else ():
         dist.broadcast(tensor, src=0)
@@ -100,7 +100,7 @@ def once_per_machine(work: Callable, world: 'World') -> tuple:
     not all ask for the same ten thousand files. Raises a UserError of the main rank on all.
     """
     result = broadcast_from_main(work, world)
-    return work() if world.local_rank == 0 and not world.main else result
+    return work() if world.local_rank == 0 and not world.is_main else result
 
 
 def all_gather_objects(value: Any, world: 'World') -> list:

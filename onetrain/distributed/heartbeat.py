@@ -48,13 +48,13 @@ class Heartbeat:
                 self.store.set(f'beat {self.rank}', str(count))
                 if now - looked >= self.timeout / 6:
                     looked = now
-                    if silent := self.silent(self.timeout):
+                    if silent := self.unresponsive(self.timeout):
                         self._report(silent)
                         os._exit(1)
         except dist.DistError:
             pass  # the store was with one that is gone: what is being exchanged with it fails
 
-    def silent(self, seconds: float):
+    def unresponsive(self, seconds: float):
         """Return the ranks that have shown nothing new for `seconds`, though they did not end."""
         now = time.monotonic()
         shown = self.store.multi_get([f'beat {rank}' for rank in range(self.size)])
@@ -76,14 +76,14 @@ class Heartbeat:
         except dist.DistError:
             pass
 
-    def name_silent(self):
+    def report_unresponsive(self):
         """End as end() does, after an error, and print which processes do not answer."""
         self.end()
         self.seen, patience = {}, 2.5 * self.pause
         try:
-            self.silent(patience)
+            self.unresponsive(patience)
             time.sleep(patience)
-            self._report(self.silent(patience))
+            self._report(self.unresponsive(patience))
         except dist.DistError:
             pass
 

@@ -72,7 +72,9 @@ def choose_layout(world: 'World', c: 'Config', notes: list[str]) -> None:
             'use_fsdp=True on one process: nothing is shared out, the model runs through FSDP all'
             ' the same'
         )
-        processes.join(world, 'nccl' if world.device.type == 'cuda' else 'gloo', processes.PATIENCE)
+        processes.join(
+            world, 'nccl' if world.device.type == 'cuda' else 'gloo', processes.SLOW_TIMEOUT
+        )
     if c.use_fsdp and c.fsdp_min_num_params:
         notes.append(
             f'fsdp_min_num_params={c.fsdp_min_num_params} has no meaning here: FSDP shares out'

@@ -28,7 +28,7 @@ from onetrain.files import redact
 from onetrain.ops.ring_attention import Ring
 
 # for what waits for disks and networks: a checkpoint may take long to read
-PATIENCE = datetime.timedelta(days=1)
+SLOW_TIMEOUT = datetime.timedelta(days=1)
 
 _store = None  # where a rank that fails alone says so
 
@@ -64,14 +64,14 @@ class World:
     data_rank: int = 0
     data_size: int = 1
     ring: Ring | None = None
-    here: int = 1  # processes on this machine
+    local_size: int = 1  # processes on this machine
     local_rank: int = 0  # of these
     # torch.cuda.Stream on which steps are recorded, warmed up and exchange gradients; None without
     # CUDA graphs
     graph_stream: torch.cuda.Stream | None = None
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @property
@@ -188,7 +188,7 @@ def start(
     else:
         chosen = torch.device('cpu')
         _keep_freed_memory()
-    world = World(rank, size, chosen, here=here, local_rank=local_rank)
+    world = World(rank, size, chosen, local_size=here, local_rank=local_rank)
     raise_limit()
     if size > 1:
         if backend == 'nccl' and out_dir:
@@ -274,7 +274,7 @@ def join(world: 'World', backend: str, timeout: Any):
                 os.environ['MASTER_ADDR'],
                 int(os.environ['MASTER_PORT']),
                 world.size,
-                is_master=world.main and not torchruns,
+                is_master=world.is_main and not torchruns,
             )
             store = _store = (
                 rendezvous(store, world.rank, world.size, timeout) if torchruns else store
@@ -291,7 +291,7 @@ def join(world: 'World', backend: str, timeout: Any):
         if _heartbeat:
             _heartbeat.start()
     world.group = dist.group.WORLD
-    _slow_group = _slow_group or dist.new_group(backend='gloo', timeout=PATIENCE)
+    _slow_group = _slow_group or dist.new_group(backend='gloo', timeout=SLOW_TIMEOUT)
     world.slow_group = _slow_group
 
 
@@ -329,7 +329,7 @@ def report_error(error: str) -> None:
     print(f'error{where}: {redact(str(error))}', file=sys.stderr, flush=True)
 
 
-def store():
+def rendezvous_store():
     """Return the store in which the processes of this start met; None for a single one."""
     return _store
 
@@ -341,7 +341,7 @@ def was_reported():
     return _store is not None and _store.check(['told'])
 
 
-def run_and_leave(main: Callable):
+def run_and_exit(main: Callable):
     """End the process with the exit code of main(), and after an error of the program with 1."""
     try:
         code = main()
@@ -350,7 +350,7 @@ def run_and_leave(main: Callable):
             raise
         traceback.print_exc()
         if _heartbeat:
-            _heartbeat.name_silent()
+            _heartbeat.report_unresponsive()
         sys.stderr.flush()
         _join_saver()
         sys.stdout.flush()

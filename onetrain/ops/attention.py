@@ -39,7 +39,7 @@ _MODULES = {
     'flash_attn_3': 'flash_attn_interface',
     'flash_attn_2': 'flash_attn',
 }
-_KNOW_WINDOWS = ('flash_attn_3', 'flash_attn_2')
+_NATIVE_WINDOW = ('flash_attn_3', 'flash_attn_2')
 # of GPUs: Hopper, and the data center's Blackwell
 _GENERATIONS = {'flash_attn_4': (9, 10), 'flash_attn_3': (9,)}
 
@@ -162,7 +162,7 @@ def make_attention_mask(
     window: tokens that a query sees, itself included; documents: (B, T) int64, the number of each
     token's text, or None.
     """
-    if window is not None and window >= T or backend in _KNOW_WINDOWS:  # by themselves
+    if window is not None and window >= T or backend in _NATIVE_WINDOW:  # by themselves
         window = None
     if window is None and documents is None and backend != 'flex':
         return None
@@ -217,7 +217,7 @@ def attention(
     return _KERNELS[backend](q, k, v, dropout, window, mask, sinks)
 
 
-def _back(window, k):
+def _window_size(window, k):
     return (-1, -1) if window is None or window >= k.size(2) else (window - 1, 0)
 
 
@@ -239,7 +239,7 @@ def _flash_attn_3(q, k, v, dropout, window, mask, sinks):
         k.transpose(1, 2),
         v.transpose(1, 2),
         causal=True,
-        window_size=_back(window, k),
+        window_size=_window_size(window, k),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
@@ -254,7 +254,7 @@ def _flash_attn_2(q, k, v, dropout, window, mask, sinks):
         v.transpose(1, 2),
         dropout_p=dropout,
         causal=True,
-        window_size=_back(window, k),
+        window_size=_window_size(window, k),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     ).transpose(1, 2)
 

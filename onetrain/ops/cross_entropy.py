@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -1  # a target with this value is no target (nanoGPT's convention)
-PLAIN_BYTES = {'cpu': 2**24, 'cuda': 2**31}  # of fp32 logits up to which the loss is torch's
+UNCHUNKED_BYTES = {'cpu': 2**24, 'cuda': 2**31}  # of fp32 logits up to which the loss is torch's
 # on a GPU, where half of these are never written: torch's is faster there and takes less memory
 PLAIN_BYTES_COMPILED = 2**34
 CHUNK_BYTES = {'cpu': 2**28, 'cuda': 2**29}  # of those of a chunk
@@ -82,7 +82,7 @@ def choose_chunk(
             > (
                 PLAIN_BYTES_COMPILED
                 if compiled and device_type == 'cuda'
-                else PLAIN_BYTES[device_type]
+                else UNCHUNKED_BYTES[device_type]
             )
             else 0
         )
@@ -97,20 +97,18 @@ def choose_chunk(
     )
 
 
-def written_chunk(
-    chunk: int, tokens: int, vocab_size: int, device_type: str, compiled: bool
-) -> int:
+def eager_chunk(chunk: int, tokens: int, vocab_size: int, device_type: str, compiled: bool) -> int:
     """Return the chunk with which the loss as it is written takes the memory that it takes with
     `chunk` as it is run.
 
     Compiled, torch's loss keeps 2 bytes for each logit; as it is written, a chunk takes 8 for each
     of its own.
     """
-    large = 4 * tokens * vocab_size > PLAIN_BYTES[device_type]
+    large = 4 * tokens * vocab_size > UNCHUNKED_BYTES[device_type]
     return tokens // 4 if compiled and device_type == 'cuda' and not chunk and large else chunk
 
 
-def _less_target(p, target, fused):
+def _subtract_target(p, target, fused):
     """Return p (N, V) less 1 at each target (N, 1), in place unless `fused`: compiled for a GPU,
     where a comparison joins the kernels around it and a scatter that is to repeat sorts.
     """
@@ -160,7 +158,7 @@ class _ChunkedLoss(torch.autograd.Function):
             # not in place: torch 2.11 would compile a backward pass of zeros
             total = total + torch.where(there, norm - right, 0.0).sum()
             if wanted:
-                slope = _less_target(
+                slope = _subtract_target(
                     p.mul_(1 + 2 * z_loss * norm) if z_loss else p, target, fused
                 ).to(dtype)
                 torch.mm(slope, w, out=ctx.gradients[0][first : first + chunk]).mul_(there)

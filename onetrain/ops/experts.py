@@ -53,7 +53,7 @@ def choose_dispatch(requested: str, widths: tuple, dtype: torch.dtype, device_ty
     return 'grouped', None
 
 
-def waits_for_host(device_type: str) -> bool:
+def syncs_host(device_type: str) -> bool:
     """Return whether torch's grouped matmul copies the counts of tokens to the host on this device:
     it has a kernel for all experts at once on some GPUs only.
     """
@@ -161,9 +161,12 @@ def _grouped(x, experts, gates, fc, proj, activate):
         owners, torch.arange(len(fc[0]), device=owners.device), right=True
     ).to(torch.int32)
     h = _linear(
-        activate(_linear(_Send.apply(x, order, inverse, k), fc, owners, ends)), proj, owners, ends
+        activate(_linear(_Permute.apply(x, order, inverse, k), fc, owners, ends)),
+        proj,
+        owners,
+        ends,
     )
-    return (_Return.apply(h, order, inverse).view(n, k, -1) * gates[..., None]).sum(dim=1)
+    return (_Unpermute.apply(h, order, inverse).view(n, k, -1) * gates[..., None]).sum(dim=1)
 
 
 def _linear(x, weight_and_bias, owners, ends):
@@ -210,7 +213,7 @@ grouped_mm.register_autograd(
 )
 
 
-class _Send(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     """Rows of x (N, C) in the order of the sorted pairs: (N * k, C). That the order is a
     permutation spares backward the atomic additions of indexing.
     """
@@ -232,7 +235,7 @@ class _Send(torch.autograd.Function):
         )
 
 
-class _Return(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     """Rows of sorted pairs back in the order of tokens."""
 
     @staticmethod

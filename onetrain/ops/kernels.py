@@ -119,7 +119,7 @@ def select_kernels(
         dispatch, reason = experts.choose_dispatch(c.expert_dispatch, sizes, dtype, device.type)
     if reason:
         notes.append(f'expert_dispatch={c.expert_dispatch} falls back to {dispatch} ({reason})')
-    if dispatch == 'grouped' and experts.waits_for_host(device.type):
+    if dispatch == 'grouped' and experts.syncs_host(device.type):
         notes.append(
             'expert_dispatch=grouped is slow on this GPU, where torch multiplies one expert after'
             ' another and waits for the host at each matmul: compute capability 9.0 or 10.0 (H100,'

@@ -11,7 +11,7 @@ from onetrain import cpu
 from onetrain.distributed import collectives, processes
 from onetrain.model_config import ModelConfig
 from onetrain.ops import kernels
-from onetrain.ops.cross_entropy import choose_chunk, written_chunk
+from onetrain.ops.cross_entropy import choose_chunk, eager_chunk
 from onetrain.training import memory, validate
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class ModelOptions:
         settings = {
             **self.model_kwargs(batch_size),
             'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
-            'loss_chunk': written_chunk(
+            'loss_chunk': eager_chunk(
                 self.loss_chunk(batch_size)[0],
                 batch_size * self.local_length,
                 self.shape.vocab_size,

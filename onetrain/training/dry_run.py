@@ -64,7 +64,7 @@ def dry_run(c: 'Config', given: dict[str, str], shape_keys: list[str], root: str
             attention_backend=c.attention_backend,
         )
     startup = _startup(shown, model, world, prediction, assumed)
-    if world.main:
+    if world.is_main:
         order = order_of(train, c.block_size, c.seed) if train else None
         columns = Terminal().columns()
         facts = startup, meta, order, world, 'dry run', _weights(start)

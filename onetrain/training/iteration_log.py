@@ -90,7 +90,7 @@ class IterationLog:
         loss = result.loss.item()  # waits for the device
         used = memory_gb(self.world.device)
         waited = {} if c.use_cuda_graphs else layouts.gradient_wait(self.train_model)
-        table = collectives.gather_numbers(
+        table = collectives.all_gather_numbers(
             {**used, 'data_wait_s': self.loader.wait_s / self.interval_steps, **waited}, self.world
         )
         worst = {key: max(values) for key, values in table.items()}

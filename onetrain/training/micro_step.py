@@ -125,8 +125,8 @@ class CudaGraphStep:
     """
 
     def __init__(self, plain: 'ForwardBackward', record: Callable = record_graph):
-        self.plain, self.record = plain, record
-        self.kinds = [
+        self.eager_step, self.record = plain, record
+        self.graph_keys = [
             (number == 0, plain.world.ddp and number == plain.accumulation - 1)
             for number in range(plain.accumulation)
         ]
@@ -134,8 +134,8 @@ class CudaGraphStep:
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int):
         self._copy_inputs(x, y)
-        self.graphs[self.kinds[number]].replay()
-        return self.losses[self.kinds[number]]
+        self.graphs[self.graph_keys[number]].replay()
+        return self.losses[self.graph_keys[number]]
 
     def _copy_inputs(self, x, y):
         self.x.copy_(x, non_blocking=True)
@@ -144,7 +144,7 @@ class CudaGraphStep:
     def _eager(self, x, y, number):
         """Return what a graph is to repeat."""
         self._copy_inputs(x, y)
-        return self.plain(self.x, self.y, number)
+        return self.eager_step(self.x, self.y, number)
 
     def zero_grad(self):
         """Nothing: the first micro-step of the next optimizer step overwrites the gradients."""
@@ -156,7 +156,7 @@ class CudaGraphStep:
         Raises UserError on every rank where a step cannot be recorded, or its graphs do not
         repeat it.
         """
-        before, world = time.perf_counter(), self.plain.world
+        before, world = time.perf_counter(), self.eager_step.world
         if batches[0][0].is_cuda and world.graph_stream is None:
             world.graph_stream = torch.cuda.Stream()
         # strides as those of a batch, or the compiler would begin anew for them, which a recording
@@ -169,15 +169,15 @@ class CudaGraphStep:
         )
         # as torch's documentation asks: libraries make their plans, DDP its buckets
         with layouts.on_graph_stream(world):
-            for _ in range(11 if any(exchange for _, exchange in self.kinds) else 3):
-                expected = self._trial(self._eager, self.plain.zero_grad, batches, forget)
-            again = self._trial(self._eager, self.plain.zero_grad, batches, forget)
+            for _ in range(11 if any(exchange for _, exchange in self.graph_keys) else 3):
+                expected = self._trial(self._eager, self.eager_step.zero_grad, batches, forget)
+            again = self._trial(self._eager, self.eager_step.zero_grad, batches, forget)
         if batches[0][0].is_cuda:
             torch.cuda.synchronize()
-        self.plain.zero_grad()
+        self.eager_step.zero_grad()
         error = self._record_all()
         forget()
-        if collectives.all_reduce_max(int(error is not None), self.plain.world):
+        if collectives.all_reduce_max(int(error is not None), self.eager_step.world):
             raise UserError(
                 'use_cuda_graphs=True: the step cannot be recorded'
                 f' ({error or "on another process"}): type --use_cuda_graphs=False'
@@ -189,7 +189,7 @@ class CudaGraphStep:
             if repeats
             else torch.allclose(expected[1], found[1], rtol=0.01)
         )
-        if collectives.all_reduce_max(int(not alike), self.plain.world):
+        if collectives.all_reduce_max(int(not alike), self.eager_step.world):
             raise UserError(
                 'use_cuda_graphs=True: the recorded step does not compute what the plain one does'
                 f' (losses and norms of gradients {found[1].tolist()[:6]}, expected'
@@ -202,13 +202,13 @@ class CudaGraphStep:
         since they share memory. Returns what went wrong, or None.
         """
         pool = None
-        for number, kind in enumerate(self.kinds):
+        for number, kind in enumerate(self.graph_keys):
             if kind not in self.graphs:
                 try:
                     self.graphs[kind] = self.record(
                         functools.partial(self._work, kind, number),
                         pool,
-                        self.plain.world.graph_stream,
+                        self.eager_step.world.graph_stream,
                     )
                 except RuntimeError as failure:
                     # what ended the recording, rather than that it ended
@@ -219,8 +219,8 @@ class CudaGraphStep:
 
     def _work(self, kind, number):
         if kind[0]:
-            self.plain.zero_grad()
-        self.losses[kind] = self.plain(self.x, self.y, number)
+            self.eager_step.zero_grad()
+        self.losses[kind] = self.eager_step(self.x, self.y, number)
 
     def _trial(self, call, zero_grad, batches, forget):
         """Return two optimizer steps' worth of micro-steps on these batches in turn: ([bits of the
@@ -230,11 +230,11 @@ class CudaGraphStep:
         for start in range(2):
             zero_grad()
             torch.manual_seed(start)  # dropout
-            for number in range(len(self.kinds)):
+            for number in range(len(self.graph_keys)):
                 loss = call(*batches[(start + number) % 2], number)
                 bits.append(loss.clone())
                 values.append(loss.double())
-            gradients = [p.grad for p in self.plain.model.parameters()]
+            gradients = [p.grad for p in self.eager_step.model.parameters()]
             bits += [g.contiguous().view(torch.int32).sum() for g in gradients]
             values += [g.double().norm() for g in gradients]
         zero_grad()

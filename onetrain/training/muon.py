@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 # elements up to which matrices of one shape are made orthogonal in one go: small ones take most of
 # their time to launch
-TOGETHER = 2**22
+MAX_BATCH_NUMEL = 2**22
 
 
 class Muon(torch.optim.Optimizer):
@@ -94,9 +94,9 @@ class Muon(torch.optim.Optimizer):
             if ranks == 1:
                 directions = [newton_schulz(torch.stack(updates[0]))]
             elif mesh is None:
-                directions = _each_by_one(updates)
+                directions = _orthogonalize_replicated(updates)
             else:
-                directions = _each_by_one_of_rows(updates, [same[0].shape for same in turn], mesh)
+                directions = _orthogonalize_sharded(updates, [same[0].shape for same in turn], mesh)
             for same, (local, averages, _), found in zip(turn, averaged, directions):
                 self._apply(same, local, averages, found, group)
 
@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
                 )
 
 
-def _each_by_one(updates):
+def _orthogonalize_replicated(updates):
     """Return the orthogonal of each list of matrices, which all ranks have in full: rank i does the
     i-th and sends it to the others.
     """
@@ -181,7 +181,7 @@ def _exchange(parts, sizes, device, group):
     return received.split(sizes)
 
 
-def _each_by_one_of_rows(updates, shapes, mesh):
+def _orthogonalize_sharded(updates, shapes, mesh):
     """Return the same for matrices of `shapes` of which every rank of the mesh's last dimension has
     some rows: rows in, rows out.
     """
@@ -233,12 +233,14 @@ def multiplications(matrices: list[torch.Tensor]) -> int:
 
 
 def group_by_shape(parameters: list[torch.Tensor]) -> Iterator:
-    """Yield lists of those that have one shape, TOGETHER elements at most or one parameter."""
+    """Yield lists of those that have one shape, MAX_BATCH_NUMEL elements at most or one
+    parameter.
+    """
     shapes = {}
     for p in parameters:
         shapes.setdefault(p.shape, []).append(p)
     for shape, same in shapes.items():
-        number = max(1, TOGETHER // shape.numel())
+        number = max(1, MAX_BATCH_NUMEL // shape.numel())
         yield from (same[first : first + number] for first in range(0, len(same), number))
 
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunOutputs:
-    """Where a run writes: name and lineage of it, copier and machines that upload; None where it
+    """Where a run writes: name and lineage of it, uploader and machines that upload; None where it
     writes nothing or uploads nothing.
     """
 
     run_name: str | None = None
     lineage: str | None = None
-    copier: Uploader | None = None
+    uploader: Uploader | None = None
     machines: Machines | None = None
 
 
@@ -72,9 +72,9 @@ def open_outputs(
     outputs = RunOutputs(run_name, lineage)
     if c.upload_to:
         outputs.machines = Machines(world, c.upload_to)
-        if world.main:
+        if world.is_main:
             keep = c.upload_keep_local
-            outputs.copier = Uploader(c.upload_to, c.out_dir, run_name, keep, outputs.machines)
+            outputs.uploader = Uploader(c.upload_to, c.out_dir, run_name, keep, outputs.machines)
         elif world.local_rank == 0:
             outputs.machines.serve()
     return outputs
@@ -114,7 +114,7 @@ def open_log(
         c.out_dir,
         outputs.run_name,
         header,
-        active=world.main,
+        active=world.is_main,
         write=not c.eval_only,
         resume_step=start.step if start.checkpoint_state or c.auto_resume else None,
         evaluated=evaluated is not None,
@@ -123,7 +123,7 @@ def open_log(
         first=start.step,
         terminal=terminal,
     )
-    if world.main and not c.eval_only:
+    if world.is_main and not c.eval_only:
         if c.wandb_log:
             log.to_wandb(c.wandb_project, c.wandb_run_name)
         if c.trackio_log:
@@ -165,7 +165,7 @@ def open_keeper(
         keep_all=c.keep_all_checkpoints,
         background=c.checkpoint_async,
         before_commit=log.sync,
-        copier=outputs.copier,
+        uploader=outputs.uploader,
     )
     facts = {
         'run_name': outputs.run_name,
@@ -185,7 +185,7 @@ def open_keeper(
         facts,
         outputs.lineage,
         log,
-        outputs.copier,
+        outputs.uploader,
         stop,
         world,
     )

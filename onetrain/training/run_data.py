@@ -79,7 +79,7 @@ def open_data(
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     for file in sorted((train, val), key=len):
         check_vocab_and_length(file, shape.vocab_size, shape.block_size)
-    document_end = validate.end_of_documents(c, meta) if c.document_mask else None
+    document_end = validate.require_eot_id(c, meta) if c.document_mask else None
     if world.ring:
         validate.validate_context_parallel(c, shape)
     validate.warn_ignored_keys(c, given, shape, ROUTING, notes)

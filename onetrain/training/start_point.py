@@ -70,7 +70,7 @@ class StartPoint:
         fetching = c.resume_from and not resume.is_step(c.resume_from)
         if fetching or not c.eval_only:  # evaluating alone only reads
             folder.acquire(make=fetching or c.auto_resume)
-        c, verified = resume.automatic(c, world)
+        c, verified = resume.apply_auto_resume(c, world)
         start = cls(c)
         if c.init_from == 'resume':
             start = cls(*resume.find_checkpoint(c, given, shape_keys, world, notes, verified))
@@ -155,7 +155,7 @@ class StartPoint:
             model.fill(self.nanogpt['model'].items())
         elif self.hf_folder and c.upcycle:
             model.init_weights(c.seed, device)  # the routers
-            model.fill(huggingface.upcycled(self.hf_folder, model.config), partly=True)
+            model.fill(huggingface.upcycled(self.hf_folder, model.config), partial=True)
         elif self.hf_folder:
             model.fill(huggingface.read_weights(self.hf_folder, model.config))
         elif not self.checkpoint_state:

@@ -310,8 +310,8 @@ def report(
     width = min(100, columns or 100)
     sequences_per_step = c.batch_size * c.gradient_accumulation_steps * world.data_size
     paths, slow_path = None, None
-    if startup['hardware']['gpu_name'] and world.here > 1 and world.main:
-        paths, slow_path = topology.describe_topology(topology.read_topology(world.here))
+    if startup['hardware']['gpu_name'] and world.local_size > 1 and world.is_main:
+        paths, slow_path = topology.describe_topology(topology.read_topology(world.local_size))
     groups = {
         'Model': _model(c, startup['model']),
         'Weights': [weights],
@@ -444,7 +444,7 @@ def evaluation_line(step: int, losses: dict, best_before: float | None = None) -
     )
 
 
-def memory_readings(loss: float, text_bytes: 'TextBytes') -> dict:
+def loss_metrics(loss: float, text_bytes: 'TextBytes') -> dict:
     """Return {'perplexity', 'bits_per_byte'} of a loss in nats per token, null where it is not
     finite or the text is not known.
 

@@ -227,7 +227,7 @@ def validate_cuda_graphs(
     """
     if not c.use_cuda_graphs:
         return False
-    if dispatch == 'grouped' and experts.waits_for_host(device_type):
+    if dispatch == 'grouped' and experts.syncs_host(device_type):
         raise UserError(
             'use_cuda_graphs=True cannot record experts on this GPU, whose grouped matmul waits for'
             ' the host (compute capability 9.0 and 10.0 have one that does not): type'
@@ -262,7 +262,7 @@ def validate_cuda_graphs(
     return device_type == 'cuda'
 
 
-def end_of_documents(c: 'Config', meta: dict) -> int:
+def require_eot_id(c: 'Config', meta: dict) -> int:
     """Return the token after which documents are kept apart. Raises UserError where the data set
     has none.
     """

@@ -665,7 +665,7 @@ def test_machines_copy_together_and_say_what_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         collectives, 'broadcast_from_main', lambda work, world: 'copies of this run'
     )
-    monkeypatch.setattr(processes, 'store', lambda: hashes)
+    monkeypatch.setattr(processes, 'rendezvous_store', lambda: hashes)
     monkeypatch.setattr(shared_upload, 'copy_files', copy_files)
     first, second = (
         shared_upload.Machines(processes.World(rank, 4, torch.device('cpu')), f'file://{tmp_path}')

@@ -159,7 +159,7 @@ if os.environ['RANK'] == '2':
         real = train.ForwardBackward.__call__
         train.ForwardBackward.__call__ = lambda *args: (time.sleep(0.05), real(*args))[1]
 if __name__ == '__main__':
-    train.processes.run_and_leave(lambda: train.main(argv))
+    train.processes.run_and_exit(lambda: train.main(argv))
 """
 
 
@@ -202,7 +202,7 @@ from onetrain.checkpoint import async_writer as saver
 real = saver.Saver._commit
 saver.Saver._commit = lambda *args: (time.sleep(8), real(*args))[1]
 if __name__ == '__main__':
-    train.processes.run_and_leave(lambda: train.main(sys.argv[1:]))
+    train.processes.run_and_exit(lambda: train.main(sys.argv[1:]))
 """
 
 
@@ -337,7 +337,7 @@ def noted(fs, path, *more):
         print(os.environ['RANK'], os.path.basename(path), file=f)
 copier._transfer = noted
 if __name__ == '__main__':
-    train.processes.run_and_leave(lambda: train.main(sys.argv[1:]))
+    train.processes.run_and_exit(lambda: train.main(sys.argv[1:]))
 """
 
 

@@ -126,7 +126,7 @@ loader.TrainLoader.windows = lambda self, micro: (time.sleep(0.7), windows(self,
 read_batch = loader.read_batch
 loader.read_batch = lambda *args: (time.sleep(0.3), read_batch(*args))[1]
 if __name__ == '__main__':
-    train.processes.run_and_leave(lambda: train.main(sys.argv[1:]))
+    train.processes.run_and_exit(lambda: train.main(sys.argv[1:]))
 """)
     code, output = run_process(
         str(tmp_path / 'slow.py'),

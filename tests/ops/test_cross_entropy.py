@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onetrain.ops.cross_entropy import (
     IGNORE,
-    _less_target,
+    _subtract_target,
     choose_chunk,
+    eager_chunk,
     next_token_loss,
-    written_chunk,
 )
 
 
@@ -93,7 +93,7 @@ def test_compiled_it_is_the_same(reduction, z_loss):
 def test_the_slope_is_the_same_by_comparison_and_by_scatter():
     p, target = torch.rand(9, 13), torch.randint(0, 13, (9, 1))
     assert (
-        torch.equal(_less_target(p, target, True), _less_target(p.clone(), target, False))
+        torch.equal(_subtract_target(p, target, True), _subtract_target(p.clone(), target, False))
         and (p >= 0).all()
     )
 
@@ -178,13 +178,13 @@ def test_which_chunk_is_taken():
         and choose_chunk(None, 2048, 50304, 'cpu', torch.float32, True)[0] == 1024
     )
     assert (
-        written_chunk(0, 16384, 128256, 'cuda', True) == 4096
-        and written_chunk(1024, 16384, 128256, 'cuda', True) == 1024
+        eager_chunk(0, 16384, 128256, 'cuda', True) == 4096
+        and eager_chunk(1024, 16384, 128256, 'cuda', True) == 1024
     )
     assert (
-        written_chunk(0, 16384, 128256, 'cuda', False)
-        == written_chunk(0, 512, 128256, 'cuda', True)
-        == written_chunk(0, 16384, 128256, 'cpu', True)
+        eager_chunk(0, 16384, 128256, 'cuda', False)
+        == eager_chunk(0, 512, 128256, 'cuda', True)
+        == eager_chunk(0, 16384, 128256, 'cpu', True)
         == 0
     )
     assert (

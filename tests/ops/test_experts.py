@@ -199,7 +199,7 @@ def model(**changes):
 
 
 def test_routing_is_in_float32_whatever_comes_in():
-    router = model().routed[0].router
+    router = model().moe_layers[0].router
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         chosen, gates, _ = router(x)
@@ -216,19 +216,19 @@ def test_losses_of_routing_are_in_the_gradient_only():
         m = model(aux_loss=weight, z_loss=weight / 10)
         loss = m(x[:, :-1], x[:, 1:])
         loss.backward()
-        gradients.append(m.routed[0].router.weight.grad.clone())
+        gradients.append(m.moe_layers[0].router.weight.grad.clone())
         values.append(loss.item())
     assert values[0] == values[1] and not torch.allclose(*gradients)
     m = model(aux_loss=0.5, z_loss=0.05)  # the gradient is that of the written-out loss
     x_in, statistics = x[:, :-1], []
-    for moe in m.routed:
+    for moe in m.moe_layers:
         moe.router.register_forward_hook(lambda module, args, out: statistics.append(out[2]))
     loss = m(x_in, x[:, 1:])
     aux, z = torch.stack(statistics)[:, -2:].mean(0)
     expected = torch.autograd.grad(
-        loss.detach() * 0 + Model.forward(m.eval(), x_in, x[:, 1:]), m.routed[0].router.weight
+        loss.detach() * 0 + Model.forward(m.eval(), x_in, x[:, 1:]), m.moe_layers[0].router.weight
     )[0]
-    extra = torch.autograd.grad(0.5 * aux + 0.05 * z, m.routed[0].router.weight)[0]
+    extra = torch.autograd.grad(0.5 * aux + 0.05 * z, m.moe_layers[0].router.weight)[0]
     assert torch.allclose(gradients[1], expected + extra, atol=1e-6) and extra.abs().max() > 1e-4
 
 
@@ -430,7 +430,7 @@ def test_a_bad_step_moves_no_balance(dataset, tmp_path, monkeypatch, train):
     real = Model.after_step
 
     def nan_at_five(self, world, rate, skipped):
-        seen.append((skipped.item(), self.routed[0].router.balance.clone()))
+        seen.append((skipped.item(), self.moe_layers[0].router.balance.clone()))
         return real(self, world, rate, skipped)
 
     seen = []
@@ -531,7 +531,7 @@ def unbalanced(balance_rate, steps, seed):
     )
     m.init_weights(seed)
     with torch.no_grad():
-        m.routed[0].router.bias += torch.linspace(0.5, -0.5, 8)
+        m.moe_layers[0].router.bias += torch.linspace(0.5, -0.5, 8)
     optimizer, world = torch.optim.AdamW(m.parameters(), lr=1e-3), type('World', (), {'size': 1})()
     scores = []
     for step in range(steps):

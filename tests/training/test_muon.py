@@ -132,11 +132,11 @@ def test_small_matrices_go_together(monkeypatch, in_bfloat16):
     """To the bits of one after the other."""
     found = []
     for most, expected in (
-        (muon.TOGETHER, [2, 2, 2, 2]),
+        (muon.MAX_BATCH_NUMEL, [2, 2, 2, 2]),
         (2 * 64 * 32, [2, 2, 1, 1, 1, 1]),
         (1, [1] * 8),
     ):
-        monkeypatch.setattr(muon, 'TOGETHER', most)
+        monkeypatch.setattr(muon, 'MAX_BATCH_NUMEL', most)
         model = Model(resolve_shape(SHAPE))
         assert sorted(
             map(
@@ -356,7 +356,7 @@ def shared_steps(layout, bad_step):
         (0.9, 0.95),
         ranks=size if mesh is None else 1,
     )
-    real, muon.TOGETHER = muon.newton_schulz, 2 * 96
+    real, muon.MAX_BATCH_NUMEL = muon.newton_schulz, 2 * 96
     muon.newton_schulz = lambda matrices: (made.append(len(matrices)), real(matrices))[1]
     try:
         for step in range(3):
@@ -366,7 +366,7 @@ def shared_steps(layout, bad_step):
             optimizer.found_inf = torch.tensor(float(step == bad_step))
             optimizer.step()
     finally:
-        muon.newton_schulz, muon.TOGETHER = real, 2**22
+        muon.newton_schulz, muon.MAX_BATCH_NUMEL = real, 2**22
     found = []
     for p in parameters:
         for tensor in (p, optimizer.state[p]['momentum']):

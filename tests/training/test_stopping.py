@@ -253,14 +253,14 @@ def test_two_processes_never_write_in_one_folder(dataset, tmp_path):
 
 
 def test_the_codes_of_a_request():
-    request = signals.StopRequest(talk=False)
+    request = signals.StopRequest(verbose=False)
     try:
         assert request.code() == 0
         request.max_hours = 1e-9
         assert request.code() == 75
-        request.fault = 3
+        request.requested_code = 3
         assert request.code() == 3
-        request.at_once = False
+        request.exit_immediately = False
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.code() == 143
         os.kill(os.getpid(), signal.SIGTERM)  # within a second: the same signal on two ways
@@ -339,8 +339,8 @@ def test_a_repeat_is_expected_under_torchrun_only(monkeypatch):
             if under_torchrun
             else monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
         )
-        request = signals.StopRequest(talk=False)
-        request.at_once = False
+        request = signals.StopRequest(verbose=False)
+        request.exit_immediately = False
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             for expected in exits:

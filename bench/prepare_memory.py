@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-from prepare_speed import ROOT, make_corpus  # noqa: E402 (finds the project)
+from prepare_speed import ROOT, make_corpus
 
 from onetrain.command_line import number, run_command
 

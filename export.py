@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    huggingface.require_safetensors()
+    huggingface.require_safetensors(writing=True)
     check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
         raise UserError(
@@ -341,7 +341,7 @@ def card_rows(shape: 'ModelConfig', state: dict, log: dict, kind: str) -> list[t
         loss = f'{log["val_loss"]:.4f} nats per token at iteration {log["evaluated"]}'
         rows.append(('validation loss', loss))
     if hardware:
-        gpus = f'{hardware.get("num_gpus")} x {hardware.get("gpu_name")}'
+        gpus = f'{hardware.get("num_gpus", 1)} x {hardware.get("gpu_name")}'
         device = gpus if hardware.get('gpu_name') else hardware.get('cpu_name', 'CPU')
         rows.append(('hardware', device))
     if 'hours' in log:

@@ -150,7 +150,7 @@ def resume(args):
     """A run that was stopped half-way and continued against one that was not, bit by bit."""
     from step import write_noise
 
-    from plots.run_log import load_run
+    from onetrain.logs.read_log import load_run
 
     with tempfile.TemporaryDirectory() as folder:
         write_noise(f'{folder}/noise', 500, 100_000)
@@ -322,7 +322,7 @@ def float8(args):
     """float8 matmuls against bfloat16; and their loss on the same batches for a while."""
     from step import write_noise
 
-    from plots.run_log import load_run
+    from onetrain.logs.read_log import load_run
 
     if _missing('torchao'):
         sys.exit('the package torchao is not installed: pip install torchao')

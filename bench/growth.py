@@ -87,9 +87,9 @@ def iteration(step, experts=0):
         from onetrain.ops import experts as of_experts
 
         routing = torch.rand(48, 128 + of_experts.STATISTICS)
-        every = of_experts.report.__code__.co_argcount > 5
+        every = of_experts.routing_report.__code__.co_argcount > 5
         shares = (step % 100 == 1,) if every else ()
-        fields['moe'] = of_experts.report(
+        fields['moe'] = of_experts.routing_report(
             routing, range(48), [torch.zeros(128)] * 48, 4096, 8, *shares
         )
     return fields
@@ -142,7 +142,6 @@ def resume(count, folder):
 
 
 def plot(count, folder):
-    sys.path.insert(0, os.path.join(sys.path[0], 'plots'))
     import plot_single_run
 
     plot_single_run.main([folder])
@@ -336,7 +335,7 @@ def prepare(code, folder):
     )
 
 
-def one(part, x, folder):
+def one(part, x, folder, code):
     """Measure a point in this process: prints its seconds and peak memory as JSON."""
     import resource
 
@@ -370,7 +369,7 @@ def one(part, x, folder):
         'save_mb': lambda: on_ranks(2, save, folder, x, False),
         'verify_mb': lambda: on_ranks(2, save, folder, x, True),
         'muon': lambda: on_ranks(x, muon),
-        'prepare': lambda: prepare(sys.path[0], folder),
+        'prepare': lambda: prepare(code, folder),
     }
     begun = time.perf_counter()
     seconds = work[part]()
@@ -391,6 +390,8 @@ def measure(args):
     for part in args.only:
         for x in POINTS[part][0]:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                code = os.path.abspath(args.code)
+                environment = {**os.environ, 'PYTHONPATH': f'{code}:{code}/plots'}
                 command = [
                     sys.executable,
                     os.path.abspath(__file__),
@@ -400,11 +401,15 @@ def measure(args):
                     '--folder',
                     folder,
                     '--code',
-                    args.code,
+                    code,
                 ]
                 try:
                     done = subprocess.run(
-                        command, capture_output=True, text=True, timeout=args.limit
+                        command,
+                        capture_output=True,
+                        text=True,
+                        timeout=args.limit,
+                        env=environment,
                     )
                     lines = done.stdout.strip().splitlines()
                     result = (
@@ -535,8 +540,7 @@ def main(argv=None):
     of_draw.add_argument('--output', default='growth.png', metavar='FILE')
     args = parser.parse_args(argv)
     if args.command == 'one':
-        sys.path.insert(0, os.path.abspath(args.code))
-        one(args.part, args.x, args.folder)
+        one(args.part, args.x, args.folder, args.code)
     else:
         {'measure': measure, 'draw': draw}[args.command](args)
     return 0

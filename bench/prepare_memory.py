@@ -44,7 +44,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             make_corpus(folder, megabytes, 32000)
             for name in (f'{folder}/tokenizer', 'stdlib_bpe'):
-                environment = {**os.environ, 'PYTHONPATH': f'{folder}/plugin'}
+                environment = {**os.environ, 'PYTHONPATH': f'{ROOT}:{folder}/plugin'}
                 process = subprocess.Popen(
                     [
                         sys.executable,

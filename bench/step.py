@@ -2,6 +2,10 @@
 alone take. What bench/throughput.py and bench/peers.py measure.
 """
 
+# first, so that a Ctrl-C while libraries are imported ends this without a traceback
+from onetrain.command_line import run_command  # noqa: F401
+
+# isort: split
 import dataclasses
 import os
 import statistics
@@ -11,7 +15,6 @@ import torch
 
 import train
 from model import Model
-from onetrain.command_line import run_command  # noqa: F401
 from onetrain.data.order import order_of
 from onetrain.data.token_file import TokenFileWriter, read_meta
 from onetrain.distributed import processes

@@ -25,9 +25,9 @@ import time
 from step import ROOT, config_of, device_of, vocabulary_of, write_noise
 
 from onetrain.config import UserError
+from onetrain.logs.read_log import load_run
 from onetrain.ops import kernels
 from onetrain.ops.cross_entropy import choose_chunk
-from plots.run_log import load_run
 
 
 def main(argv=None):

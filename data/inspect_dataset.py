@@ -11,13 +11,16 @@ unless there are more than --sample of them (default: 200 million): then
 evenly spaced stretches, and it says so.
 """
 
+# first, so that a Ctrl-C while libraries are imported ends this without a traceback
+from onetrain.command_line import ROOT, ArgumentParser, run_command  # noqa: F401
+
+# isort: split
 import argparse
 import os
 from collections.abc import Iterator
 
 import numpy as np
 
-from onetrain.command_line import ROOT, ArgumentParser, run_command  # noqa: F401
 from onetrain.config import UserError
 from onetrain.data.dataset import LocalFile, Tokens, fingerprint_of_pieces
 from onetrain.data.token_file import read_meta, token_dtype

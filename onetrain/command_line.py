@@ -27,19 +27,31 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERRUPTED = 130  # 128 + SIGINT
 
 
+COMMANDS = ('train', 'sample', 'evaluate', 'export', 'checkpoints')
+
+
 def _program():
     """Return the absolute path of the running program, '/' where there is none."""
-    return os.path.abspath(getattr(sys.modules.get('__main__'), '__file__', None) or '/')
+    path = getattr(sys.modules.get('__main__'), '__file__', None)
+    if path is None and '-m' in sys.orig_argv:  # python -m onetrain.doctor, before it is found
+        module = sys.orig_argv[sys.orig_argv.index('-m') + 1]
+        if module.startswith('onetrain.'):
+            return os.path.join(ROOT, *module.split('.')) + '.py'
+    return os.path.abspath(path or '/')
 
 
 def check_checkout(path: str, root: str = ROOT):
-    """Leave with exit code 2 where the script `path` lies in another copy of onetrain than `root`,
-    the installed one: it would run with the code of the other.
+    """Leave with exit code 2 where `path`, a script in data/, plots/ or bench/, lies in another
+    copy of onetrain than `root`, the installed one, which PYTHONPATH does not name: it would run
+    with the code of the other.
     """
+    paths = os.environ.get('PYTHONPATH', '')
+    named = [os.path.realpath(place) for place in paths.split(':') if place]
     other = os.path.dirname(path)
     while other != os.path.dirname(other):
         if os.path.isfile(os.path.join(other, 'onetrain', 'command_line.py')):
-            if os.path.realpath(other) != os.path.realpath(root):
+            ours = os.path.relpath(path, other).split(os.sep)[0] in ('data', 'plots', 'bench')
+            if ours and os.path.realpath(root) not in (os.path.realpath(other), *named):
                 print(
                     f'error: this script is of the copy {other}, and the onetrain that Python finds'
                     f' is that of {root}: type `pip install -e {other}`, or put'
@@ -55,11 +67,8 @@ def _is_a_command():
     """Return whether the running program is one of the project's scripts, not a test or another
     program that imports them.
     """
-    path = _program()
-    return path.startswith(ROOT + os.sep) and os.path.relpath(path, ROOT).split(os.sep)[0] not in (
-        'tests',
-        '.venv',
-    )
+    path = os.path.relpath(_program(), ROOT).split(os.sep)
+    return path[0] in ('onetrain', 'data', 'plots', 'bench', *(f'{name}.py' for name in COMMANDS))
 
 
 def _leave(number, frame):

@@ -17,12 +17,9 @@ import pickletools
 import re
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onetrain.config import UserError
-
-if TYPE_CHECKING:
-    from onetrain.config import UserError
 
 HIDDEN = '***'  # stands for the part of a URL that redact() takes out
 
@@ -183,7 +180,7 @@ def open_url(url: str) -> tuple:
     return fs, root.rstrip('/') or '/'
 
 
-def sentence(error: 'BaseException | UserError') -> str:
+def sentence(error: BaseException) -> str:
     """Return what an exception of a library says as one line without secrets, at most 200
     characters.
     """

@@ -7,6 +7,10 @@ A folder stands for all evaluation*.json in it. The picture is saved as evaluati
 a table is printed.
 """
 
+# first, so that a Ctrl-C while libraries are imported ends this without a traceback
+from onetrain.command_line import ArgumentParser, run_command
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
@@ -16,11 +20,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from plot_single_run import BLUE, GRAY, GREEN, ORANGE, PURPLE, STYLE, check_output, save
-from run_log import number
 
-from onetrain.command_line import ArgumentParser, run_command
 from onetrain.config import UserError
 from onetrain.files import parse_json
+from onetrain.logs.read_log import number
 
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, GRAY)
 

@@ -3,6 +3,10 @@
 python plots/compare_runs.py out-gpt2-1.36b out-llama-1.36b --x tokens
 """
 
+# first, so that a Ctrl-C while libraries are imported ends this without a traceback
+from onetrain.command_line import ArgumentParser, run_command, whole
+
+# isort: split
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -26,13 +30,12 @@ from plot_single_run import (
     smooth,
     trained,
 )
-from run_log import NothingLogged, cleaned, load_run
 
-from onetrain.command_line import ArgumentParser, run_command, whole
 from onetrain.config import UserError
+from onetrain.logs.read_log import NothingLogged, cleaned, load_run
 
 if TYPE_CHECKING:
-    from run_log import Run
+    from onetrain.logs.read_log import Run
 
 COLORS = ['#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#b8892b', '#3a9d9d', '#b0557a', '#5b5b5b']
 LINES = ['-', '--', ':', '-.']

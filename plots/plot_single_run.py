@@ -9,6 +9,10 @@ panel is a function (axes, run, window) that draws it, and a line in PANELS with
 needs.
 """
 
+# first, so that a Ctrl-C while libraries are imported ends this without a traceback
+from onetrain.command_line import ArgumentParser, run_command
+
+# isort: split
 import argparse
 import sys
 import webbrowser
@@ -19,14 +23,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
-from run_log import cleaned, load_runs
 
-from onetrain.command_line import ArgumentParser, run_command
 from onetrain.config import UserError
 from onetrain.files import replacing
+from onetrain.logs.read_log import cleaned, load_runs
 
 if TYPE_CHECKING:
-    from run_log import Run
+    from onetrain.logs.read_log import Run
 
 BLUE, ORANGE, GREEN, PURPLE, GRAY = '#2f6690', '#d1603d', '#4a8c5c', '#7a5c99', '#808080'
 STYLE = {

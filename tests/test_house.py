@@ -154,14 +154,18 @@ def test_nothing_edits_the_path_of_python():
         assert 'sys.path' not in edits, path
 
 
-def test_a_script_of_another_copy_is_refused(tmp_path, capsys):
+def test_a_script_of_another_copy_is_refused(tmp_path, capsys, monkeypatch):
     """It would run with the package that is installed, which is that of another folder."""
     script = tmp_path / 'copy' / 'data' / 'books' / 'prepare.py'
     os.makedirs(tmp_path / 'copy' / 'onetrain')
     (tmp_path / 'copy' / 'onetrain' / 'command_line.py').write_text('')
+    command_line.check_checkout(str(script))  # PYTHONPATH names the package: it is meant
+    monkeypatch.delenv('PYTHONPATH')
     with pytest.raises(SystemExit) as left:
         command_line.check_checkout(str(script))
     assert left.value.code == 2
     assert f'`pip install -e {tmp_path}/copy`' in capsys.readouterr().err
     command_line.check_checkout(os.path.join(ROOT, 'data', 'books', 'prepare.py'))
     command_line.check_checkout('/usr/bin/python3')
+    for path in ('tests/test_x.py', '.venv/bin/pytest', 'train.py'):
+        command_line.check_checkout(str(tmp_path / 'copy' / path))

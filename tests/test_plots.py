@@ -12,9 +12,10 @@ import matplotlib
 import numpy as np
 import plot_single_run
 import pytest
-import run_log
 from matplotlib.image import imread
-from run_log import load_run
+
+from onetrain.logs import read_log
+from onetrain.logs.read_log import load_run
 
 PLOTS = Path(__file__).resolve().parent.parent / 'plots'
 
@@ -709,7 +710,7 @@ def test_a_long_log_is_thinned_and_loses_no_spike(tmp_path, monkeypatch):
     """Extremes of the iterations between are drawn, the last iteration stays, and what a resume
     took back is gone.
     """
-    monkeypatch.setattr(run_log, 'KEPT', 50)
+    monkeypatch.setattr(read_log, 'KEPT', 50)
     losses = {it: 4.0 - it / 1000 for it in range(1, 1001)}
     losses[517], losses[333], losses[812] = 9.0, 0.5, 11.0
     records = [record(it, loss=loss) for it, loss in losses.items()]
@@ -747,13 +748,13 @@ def test_a_long_log_is_thinned_and_loses_no_spike(tmp_path, monkeypatch):
 
 
 def test_reading_holds_a_bounded_number_of_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_log, 'KEPT', 50)
+    monkeypatch.setattr(read_log, 'KEPT', 50)
     path, held = write_jsonl(tmp_path, []), []
     with open(path, 'a') as f:
         f.writelines(json.dumps(record(it)) + '\n' for it in range(1, 5001))
-    add = run_log.Thinned.add
+    add = read_log.Thinned.add
     monkeypatch.setattr(
-        run_log.Thinned,
+        read_log.Thinned,
         'add',
         lambda self, entry: (add(self, entry), held.append(len(self.kept) + len(self.between)))[0],
     )
@@ -768,7 +769,7 @@ def test_reading_holds_a_bounded_number_of_records(tmp_path, monkeypatch):
     )
     parsed = load_run([compact])  # every line in whole: it does not look like the project's own
     assert len(held) == 5050
-    for name in run_log.EXTREMES:
+    for name in read_log.EXTREMES:
         assert all((a == b).all() for a, b in zip(quick.raw(name), parsed.raw(name), strict=True))
 
 

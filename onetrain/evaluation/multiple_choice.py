@@ -209,22 +209,19 @@ def encode_items(
     """Return {name: (items, make_requests())} of load_tasks()'s. Raises UserError for text that
     the tokenizer does not know.
     """
-    try:
-        return {
-            name: (
-                items,
-                make_requests(
-                    items, lambda text: tokenizer.encode(text).tolist(), tokenizer.eot_id, context
-                ),
-            )
-            for name, items in tasks.items()
-        }
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(
-            f'the tasks {", ".join(tasks)} cannot be asked with this tokenizer: {error}'
-        ) from None
+
+    def tokenize(text):
+        try:
+            return tokenizer.encode(text).tolist()
+        except ValueError as error:
+            raise UserError(
+                f'the tasks {", ".join(tasks)} cannot be asked with this tokenizer: {error}'
+            ) from None
+
+    return {
+        name: (items, make_requests(items, tokenize, tokenizer.eot_id, context))
+        for name, items in tasks.items()
+    }
 
 
 def fingerprint(encoded: dict[str, tuple]) -> str:

@@ -1,6 +1,7 @@
 """Weights under Hugging Face's names: read from safetensors files, and written to them."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -184,16 +185,14 @@ def _reordered(tensor, first, second, head_dim):
     )
 
 
-def require_safetensors() -> None:
-    """Raise UserError where the packages that read and write these files are missing."""
-    try:
-        import huggingface_hub  # noqa: F401
-        import safetensors.torch  # noqa: F401
-    except ImportError as error:
+def require_safetensors(writing: bool = False) -> None:
+    """Raise UserError where the packages that read these files, or write them, are missing."""
+    needed = ['safetensors', 'huggingface_hub'] if writing else ['safetensors']
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(
-            f'Hugging Face folders need the packages safetensors and huggingface_hub ({error}):'
-            ' pip install safetensors huggingface_hub'
-        ) from None
+            f'Hugging Face folders need {" and ".join(missing)}: pip install {" ".join(missing)}'
+        )
 
 
 def tensors_of(folder: str) -> dict:

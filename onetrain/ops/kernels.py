@@ -244,7 +244,7 @@ def fastest_backend(
                 reason = _difference(found, expected, dtype)
                 seconds |= {} if reason else {backend: took}
             except (RuntimeError, AssertionError) as error:  # the packages assert what they want
-                reason = ' '.join(str(error).split())[:100]
+                reason = ' '.join(str(error).split())[:100] or type(error).__name__
             if reason:
                 failures.append(f'{backend} {reason}')
     return _choose_fastest(seconds, failures)

@@ -23,7 +23,6 @@ from onetrain.ops import flash_lse
 from onetrain.ops.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
-    pass
     from onetrain.data.dataset import Mixture, Tokens
 
 

@@ -5,13 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from onetrain.config import UserError
 from onetrain.tokenizers.base import EOT, HuggingFaceTokenizer
-
-if TYPE_CHECKING:
-    pass
 
 GPT2, LLAMA3 = 'gpt2', 'llama3'
 PATTERNS = {

@@ -1,5 +1,6 @@
 """What a run would be, told without weights, data or files."""
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
@@ -100,10 +101,12 @@ def _data(c, root, notes):
         train, _, meta = open_dataset(c.dataset, root, c.data_url)
         return train, meta, f'data set {c.dataset}'
     except NotPrepared as error:
-        notes.append(f'vocab_size is that of the recipe or the preset: {error}')
         for name, _ in parse_mixture(c.dataset):  # of a mixture another may be there
-            if meta := read_meta(folder_of(name, root)):
-                return None, meta, f'data set {name}'
+            with contextlib.suppress(ValueError):  # a damaged one is told when it is opened
+                if meta := read_meta(folder_of(name, root)):
+                    notes.append(f'vocab_size is that of {name}: {error}')
+                    return None, meta, f'data set {name}'
+        notes.append(f'vocab_size is that of the recipe or the preset: {error}')
         return None, {}, f'arch_preset={c.arch_preset}'
 
 

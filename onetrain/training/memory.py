@@ -206,7 +206,9 @@ def refuse_large_step(
         taken = predicted(recompute, c.batch_size, accumulation).total
         if taken <= room:
             ways.append((f'--activation_checkpointing={how}', taken))
-    for changes, most in (({}, prediction.total), (recompute, taken)):
+    attempts: list[tuple] = [({}, prediction.total)]
+    attempts += [(recompute, taken)] if recompute else []
+    for changes, most in attempts:
         if changes and ways:  # one key suffices
             break
         at = functools.partial(predicted, changes)

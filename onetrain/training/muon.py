@@ -15,7 +15,7 @@ so the bits are those of one process, too.
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,6 @@ from torch.optim.adamw import adamw
 
 from onetrain import cpu
 from onetrain.distributed.layouts import rank_rows
-
-if TYPE_CHECKING:
-    pass
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 # elements up to which matrices of one shape are made orthogonal in one go: small ones take most of

@@ -188,9 +188,9 @@ def test_the_slowest_rank_is_named(dataset, tmp_path, what, layout):
     named = [
         r
         for r in records(tmp_path)
-        if r['slowest_rank'] == 2 and 40 < r['slowest_rank_wait_ms'] < r['time_ms']
+        if r['slowest_rank'] == 2 and 20 < r['slowest_rank_wait_ms'] < r['time_ms']
     ]
-    assert len(named) >= 12, [
+    assert len(named) >= 8, [
         (r['slowest_rank'], r['slowest_rank_wait_ms'], r['time_ms']) for r in records(tmp_path)
     ]
 
@@ -307,7 +307,7 @@ def test_torchrun_restarts_the_workers_and_they_continue_bitwise(dataset, tmp_pa
     try:
         for line in process.stdout:
             output += line
-            if line.startswith((f'iter {last // 9}/', f'iter {last // 2}/')) and kills < deaths:
+            if line.startswith((f'iter {last // 2}/', f'iter {last * 3 // 4}/')) and kills < deaths:
                 os.kill(workers(process.pid)[kills], signal.SIGKILL)
                 kills += 1
                 time.sleep(0.5)

@@ -132,7 +132,7 @@ def test_graphs_with_ranks_that_exchange_gradients(monkeypatch):
         lambda model, last, world: asked.append(last) or torch.enable_grad(),
     )
     graphs = micro_step.CudaGraphStep(step, record=Again)
-    assert graphs.kinds == [(True, False), (False, False), (False, False), (False, True)]
+    assert graphs.graph_keys == [(True, False), (False, False), (False, False), (False, True)]
     graphs.prepare(batches(2), forget(step))
     first, *others = graphs.graphs.values()
     assert (

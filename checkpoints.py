@@ -55,6 +55,7 @@ TRIES = 4
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         'place', help="a run's folder, or a folder of runs, here or at a URL that fsspec knows"
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do what the parsed `args` ask for; returns the exit code. Raises UserError."""
     if '' in (args.place, args.copy_to):
         raise UserError('an empty name is no place: give a folder or a URL')
     name, *steps = args.action or ['list']
@@ -141,10 +143,12 @@ def runs_of(args: argparse.Namespace) -> tuple:
 
 
 def steps_of(run: str, fs: 'AbstractFileSystem', args: argparse.Namespace) -> list[int]:
+    """Return the steps of a run that `args` mean: --step, or all."""
     return [step for step in store.steps(run, fs) if args.step in (None, step)]
 
 
 def show(args: argparse.Namespace) -> int:
+    """Print a line for each checkpoint; returns the exit code."""
     fs, runs = runs_of(args)
     found = []
     if not args.json:
@@ -188,6 +192,7 @@ def line_of(entry: dict, level: str) -> str:
 
 
 def size(count: int) -> str:
+    """Return a number of bytes as text, such as 1.5 GB."""
     return f'{count / 1e9:.2f} GB' if count >= 1e9 else f'{count / 1e6:.2f} MB'
 
 
@@ -424,10 +429,12 @@ def places_of(run: str, fs: 'AbstractFileSystem', args: argparse.Namespace) -> l
 
 
 def state_of(exists: bool, reason: bool | str | None) -> str:
+    """Return 'whole', 'BROKEN' or 'removed' for the table of status()."""
     return 'BROKEN' if exists and reason else 'whole' if exists else 'removed'
 
 
 def copy(args: argparse.Namespace) -> int:
+    """Copy checkpoints and logs to --copy_to; returns the exit code."""
     fs, runs = runs_of(args)
     to_fs, to_root = open_url(args.copy_to)
     copied = there = broken = 0

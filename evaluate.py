@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument('--dataset', help='a folder of data/; default: that of the run')
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure what the parsed `args` ask for; returns the exit code. Raises UserError."""
     for name in ('batch_size', 'max_new_tokens') + (('limit',) if args.limit is not None else ()):
         if not 1 <= getattr(args, name) <= 2**31:
             raise UserError(f'--{name}={getattr(args, name)} must be at least 1 and at most 2**31')
@@ -422,6 +424,7 @@ def speed(model: 'Model', device: torch.device, seconds: float = 1.0) -> list[di
 
 
 def synchronized(device: torch.device) -> float:
+    """Return the time in seconds once the device has done its work."""
     if device.type == 'cuda':
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument('--out_dir', default='out', help='folder of a run')
     parser.add_argument(
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Export what the parsed `args` name; returns the exit code. Raises UserError."""
     huggingface.require_safetensors(writing=True)
     check_folder(args.to)
     if not re.fullmatch(r'[1-9]\d*(\.\d+)? ?[KMGT]?B', args.shard_size, re.ASCII | re.IGNORECASE):
@@ -367,6 +369,7 @@ def hub(name: str):
 
 
 def upload(name: str, folder: str):
+    """Upload the files of `folder` to the hub under `name`. Raises UserError."""
     try:
         hub(name).upload_folder(repo_id=name, folder_path=folder)
     except UserError:

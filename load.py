@@ -185,6 +185,7 @@ def build(
     backend: str,
     document_end: int | None = None,
 ) -> 'Model':
+    """Return a Model of this shape on `device`, in evaluation mode, with memory but no values."""
     backend, _ = choose_backend(
         backend,
         device.type,

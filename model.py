@@ -60,6 +60,7 @@ class Norm(nn.Module):
         self.rms, self.eps = kind == 'rmsnorm', eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x of any shape, normalized over its last dimension."""
         weight, bias = self.weight, self.bias
         if weight.dtype != x.dtype:  # FSDP gathers them in bf16; kernels want one dtype
             weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
@@ -94,6 +95,9 @@ class Attention(nn.Module):
         mask: str | torch.Tensor | None,
         cache: 'Cache | None',
     ) -> torch.Tensor:
+        """Return (B, T, n_embd) of the same. cos_sin: of rope.cos_sin_table() at the positions of
+        x, or None; ring, mask, cache: as in Model.forward().
+        """
         B, T, _ = x.shape  # (B, T, n_embd)
         # (B, n_head + 2 n_kv, T, head_dim)
         qkv = self.c_attn(x).view(B, T, sum(self.heads), self.head_dim).transpose(1, 2)
@@ -157,6 +161,7 @@ class MLP(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, T, n_embd) of the same."""
         x = self.c_proj(self.activation_fn(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
@@ -184,6 +189,7 @@ class Router(nn.Linear):
         )
 
     def forward(self, x: torch.Tensor) -> tuple:
+        """Return (experts, gates, statistics) of tokens x, (tokens, n_embd)."""
         with torch.autocast(x.device.type, enabled=False):
             logits = super().forward(x.float())
             chosen, gates, scores = experts.choose_experts(logits, self.balance, **self.how)
@@ -220,6 +226,7 @@ class MoE(nn.Module):
         self.dropout, self.dispatch = dropout, dispatch
 
     def forward(self, x: torch.Tensor) -> tuple:
+        """Return (y, statistics of routing) of x, both of x (B, T, n_embd)."""
         flat = x.flatten(0, -2)  # (tokens, n_embd)
         chosen, gates, statistics = self.router(flat)  # (tokens, top_k) twice
         y = experts.run_experts(
@@ -264,6 +271,9 @@ class Block(nn.Module):
         mask: str | torch.Tensor | None = None,
         cache: 'Cache | None' = None,
     ) -> tuple:
+        """Return (x, statistics of routing or None), x (B, T, n_embd), computed again in backward()
+        as activation_checkpointing says.
+        """
         if self.activation_checkpointing == 'none' or not torch.is_grad_enabled():
             return self._forward(x, cos_sin, ring, mask, cache)
         keep = (
@@ -325,6 +335,7 @@ class Head(nn.Linear):
     def forward(
         self, x: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = 'mean'
     ) -> torch.Tensor:
+        """Return logits (B, T, V) of x, or with `targets` the loss."""
         return (
             super().forward(x)
             if targets is None

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(
@@ -111,6 +112,7 @@ def check_bounds(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write what the parsed `args` ask for; returns the exit code. Raises UserError."""
     check_bounds(args)
     starts = [
         text_of(start[5:], '--start=FILE:') if start.startswith('FILE:') else start

@@ -72,6 +72,7 @@ def set_up(everything: bool = False) -> None:
 
 
 def demo():
+    """Prepare, train, sample and plot the demo."""
     set_up()
     if not os.path.exists(os.path.join(ROOT, 'data', 'pystdlib', 'train.bin')):
         call("tokenize the source of Python's standard library", 'data/pystdlib/prepare.py')
@@ -106,16 +107,19 @@ def demo():
 
 
 def doctor():
+    """Print what this machine has and lacks."""
     python = PYTHON if os.path.exists(PYTHON) else sys.executable
     sys.exit(subprocess.run([python, '-m', 'onetrain.doctor', *sys.argv[2:]], cwd=ROOT).returncode)
 
 
 def check():
+    """Check that this copy keeps its promises here."""
     set_up()
     call('check', '-m', 'onetrain.self_check')
 
 
 def test():
+    """Run the tests."""
     set_up(everything=True)
     # whole files to each process: much of a file waits for other processes, and its fixtures are
     # made once
@@ -135,6 +139,7 @@ def test():
 
 
 def main():
+    """Run the command line."""
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f'error: this is Python {sys.version.split()[0]}; onetrain needs 3.10 to 3.13')
     commands = {'demo': demo, 'doctor': doctor, 'check': check, 'test': test, 'setup': set_up}

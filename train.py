@@ -305,6 +305,7 @@ class Config:
 
     @property
     def save_interval(self) -> int:
+        """Iterations between checkpoints: checkpoint_interval, else those between evaluations."""
         return self.checkpoint_interval or (
             self.eval_interval if self.always_save_checkpoint else 0
         )
@@ -635,6 +636,7 @@ def evaluates_at(c: Config, step: int, start_step: int, cached_losses: dict | No
 
 
 def samples_at(c: Config, step: int, start_step: int) -> bool:
+    """Return whether to show samples before iteration step + 1."""
     return c.sample_interval > 0 and step % c.sample_interval == 0 and step > start_step
 
 
@@ -886,6 +888,7 @@ def finish(
 
 
 def learning_rate(c: Config, step: int) -> float:
+    """Return the learning rate of optimizer step `step` (0-based)."""
     return optim.learning_rate_at(
         step,
         learning_rate=c.learning_rate,

@@ -219,6 +219,7 @@ def doubts(found: dict, tokens: Tokens, meta: dict) -> list[str]:
 
 
 def describe(folder: str, tokens: Tokens, meta: dict, found: dict) -> Iterator:
+    """Yield the lines about a split: sizes, ids, lengths of documents, warnings."""
     pieces, counts, size = tokens.pieces, found['counts'], meta.get('vocab_size')
     used = int((counts > 0).sum())
     yield (

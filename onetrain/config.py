@@ -227,6 +227,7 @@ def shortened(value: Any) -> str:
 
 
 def a_type(value: Any) -> str:
+    """Return the type of a value as a user would call it, such as 'a str'."""
     return (
         'None'
         if value is None

@@ -51,10 +51,12 @@ class TokenFlops:
 
     @property
     def total(self) -> float:
+        """FLOPs of one token, forward and backward."""
         return self.attention + self.ffn + self.head
 
     @property
     def causal(self) -> float:
+        """The same without the half of the scores that causality spares."""
         return self.total - self.scores / 2
 
 

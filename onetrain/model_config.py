@@ -195,6 +195,7 @@ class ModelConfig:
 
     @property
     def rotary_dims(self) -> int:
+        """Dimensions of each head that RoPE rotates."""
         return int(self.head_dim * self.rotary_pct)
 
     @property
@@ -211,6 +212,7 @@ class ModelConfig:
 
     @property
     def expert_layers(self):
+        """Numbers of the layers with experts."""
         return range(self.n_dense_layers, self.n_layer) if self.num_experts else range(0)
 
     def describe(self) -> str:

@@ -61,6 +61,7 @@ def losses(folder: str) -> dict[int, float]:
 
 
 def step(text: str, begun: float) -> None:
+    """Print what was checked and how long it took."""
     print(f'{time.monotonic() - begun:5.1f} s  {text}', flush=True)
 
 

@@ -60,6 +60,7 @@ class StopRequest:
         ).start()
 
     def code(self) -> int:
+        """Return the exit code that was asked for, 0 for none."""
         if self.signal is not None:
             return 128 + self.signal
         if self.requested_code:

@@ -196,6 +196,7 @@ def table(models: list[tuple]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(
         description='Draw what evaluate.py found for checkpoints, runs and models.'
     )
@@ -211,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Draw what the parsed `args` name. Raises UserError."""
     check_output(args.output)
     models = [load(path) for path in args.path]
     print('\n'.join(table(models)))

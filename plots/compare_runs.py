@@ -108,6 +108,7 @@ def name_places(runs: list) -> list[str]:
 
 
 def distinct(values: list) -> bool:
+    """Return whether no two values are the same."""
     return len(set(values)) == len(values)
 
 
@@ -233,14 +234,17 @@ def best_loss(run: 'Run') -> float:
 
 
 def median(run: 'Run', name: str) -> float:
+    """Return the median of a column, NaN where it is not known."""
     return np.nanmedian(run.column(name)) if run.has(name) else np.nan
 
 
 def known(value: float, form: Callable) -> str:
+    """Return form(value), or '-' where it is not known."""
     return form(value) if np.isfinite(value) else '-'
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(
         description='Draw runs over each other and print a table of their results.'
     )
@@ -275,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Draw what the parsed `args` name. Raises UserError."""
     check_output(args.output)
     given = args.labels.split(',') if args.labels else [None] * len(args.path)
     if len(given) != len(args.path):

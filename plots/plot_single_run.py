@@ -177,6 +177,7 @@ def draw_marks(
 
 
 def draw_loss(axes: Any, run: 'Run', window: int) -> None:
+    """Draw training and validation loss."""
     plot_smoothed(
         axes,
         run,
@@ -240,6 +241,7 @@ def add_perplexity(axes: Any) -> None:
 
 
 def draw_lr(axes: Any, run: 'Run', window: int) -> None:
+    """Draw the learning rate."""
     plot_line(axes, run.iters, run.column('lr'), color=BLUE)
     axes.set(title='Learning rate', ylabel='learning rate')
     axes.set_ylim(bottom=0)
@@ -247,6 +249,7 @@ def draw_lr(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_grad_norm(axes: Any, run: 'Run', window: int) -> None:
+    """Draw the norm of the gradient."""
     plot_smoothed(axes, run, 'gradients.global_norm', window, color=BLUE, label='all parameters')
     mean, low, high = (
         run.column(f'gradients.{kind}_layer_norm') for kind in ('mean', 'min', 'max')
@@ -278,6 +281,7 @@ def draw_grad_norm(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_throughput(axes: Any, run: 'Run', window: int) -> None:
+    """Draw tokens per second and MFU."""
     speed, mfu = run.column('tokens_per_sec'), run.column('mfu_percent')
     title = 'Throughput'
     if run.has('tokens_per_sec'):
@@ -303,6 +307,7 @@ def draw_throughput(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_memory(axes: Any, run: 'Run', window: int) -> None:
+    """Draw the memory in use."""
     drawn = []
     for name, label, color, line in (
         ('max_allocated', 'allocated, peak', BLUE, '-'),
@@ -324,6 +329,7 @@ def draw_memory(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_load(axes: Any, run: 'Run', window: int) -> None:
+    """Draw how evenly experts are loaded."""
     for layer in run.each(r'moe\.layers\.\d+\.load_score'):
         plot_line(axes, run.iters, layer, color=BLUE, alpha=0.3, linewidth=0.8)
     plot_line(
@@ -344,6 +350,7 @@ def draw_load(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_utilization(axes: Any, run: 'Run', window: int) -> None:
+    """Draw the share of the tokens that each expert got."""
     layers, experts = run.expert_shares.shape
     times = run.expert_shares * experts
     image = axes.imshow(
@@ -363,6 +370,7 @@ def draw_utilization(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_router(axes: Any, run: 'Run', window: int) -> None:
+    """Draw the losses of the router."""
     low, high = (run.each(rf'moe\.layers\.\d+\.bias_{end}') for end in ('min', 'max'))
     axes.fill_between(
         run.iters,
@@ -384,6 +392,7 @@ def draw_router(axes: Any, run: 'Run', window: int) -> None:
 
 
 def draw_tasks(axes: Any, run: 'Run', window: int) -> None:
+    """Draw the accuracy of multiple-choice tasks."""
     for number, (name, values) in enumerate(run.eval_tasks.items()):
         plot_line(
             axes,
@@ -517,6 +526,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns the exit code."""
     parser = ArgumentParser(description='Draw one run from its log.')
     parser.add_argument(
         'path',
@@ -544,6 +554,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Draw the run that the parsed `args` name. Raises UserError."""
     if args.smooth is not None and not 1 <= args.smooth <= 10**9:
         raise UserError(f'--smooth must be at least 1 and at most 10**9, got {args.smooth}')
     if args.output:

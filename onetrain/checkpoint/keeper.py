@@ -102,6 +102,7 @@ class CheckpointKeeper:
         self.report_uploads()
 
     def report_uploads(self) -> None:
+        """Log what the uploader did since the last call."""
         for line in self.uploader.take_messages() if self.uploader else ():
             self.log.say(line)
 

@@ -516,5 +516,6 @@ class OutDirLock:
         )
 
     def release(self) -> None:
+        """Let other runs have the folder."""
         if self.file is not None:
             self.file.close()

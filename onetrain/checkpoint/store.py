@@ -64,10 +64,12 @@ warnings.filterwarnings('ignore', category=UserWarning, message='torch.distribut
 
 
 def folder_of(out_dir: str) -> str:
+    """Return the folder of all checkpoints of a run."""
     return os.path.join(out_dir, 'checkpoints')
 
 
 def path_of(out_dir: str, step: int) -> str:
+    """Return the folder of the checkpoint of iteration `step`."""
     return os.path.join(folder_of(out_dir), f'step_{step:08d}')
 
 
@@ -242,6 +244,7 @@ def first_whole(out_dir: str, candidates: list[int], why: Callable) -> tuple:
 
 
 def sha256(path: str, fs: 'AbstractFileSystem' = LOCAL) -> str:
+    """Return the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with fs.open(path, 'rb') as f:
         while block := f.read(2**22):
@@ -712,6 +715,7 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 def sync_folder(path: str) -> None:
+    """Make the names in a folder outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

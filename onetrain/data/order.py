@@ -87,6 +87,7 @@ class MixedOrder(Order):
         )
 
     def at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the first token of the windows at `positions`, an int64 array."""
         source, turn = self.source[positions % len(self.source)], positions // len(self.source)
         within = turn * self.counts[source] + self.before[positions % len(self.source)]
         starts = np.empty(len(positions), np.int64)

@@ -130,5 +130,6 @@ def assert_same_on_all_ranks(values: dict, what: str, world: 'World') -> None:
 
 
 def barrier(world: 'World') -> None:
+    """Wait until all ranks are here."""
     if world.size > 1:
         dist.barrier(group=world.slow_group)

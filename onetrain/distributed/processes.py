@@ -72,6 +72,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and talks."""
         return self.rank == 0
 
     @property
@@ -81,10 +82,12 @@ class World:
 
     @property
     def ddp(self) -> bool:
+        """Whether torch's DistributedDataParallel sums the gradients."""
         return self.layout in ('DDP', 'ZeRO-1')
 
     @property
     def fsdp(self) -> bool:
+        """Whether FSDP shards the parameters."""
         return self.layout in ('ZeRO-2', 'ZeRO-3')
 
     def describe(self) -> str:
@@ -262,6 +265,7 @@ def rendezvous(store: Any, rank: int, size: int, timeout: Any):
 
 
 def join(world: 'World', backend: str, timeout: Any):
+    """Join the process group of all ranks, or make one of a single process."""
     global _store, _slow_group, _timeout, _heartbeat
     world.backend = backend
     if not dist.is_initialized():

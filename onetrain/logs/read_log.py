@@ -270,6 +270,7 @@ def cleaned(value: Any) -> dict:
 
 
 def is_record(record: dict) -> bool:
+    """Return whether this is a record of an iteration."""
     return isinstance(record, dict) and is_whole(record.get('iter'), 0, 2**53)
 
 
@@ -385,6 +386,7 @@ class Thinned:
         return True
 
     def add(self, record: dict) -> None:
+        """Take up the record of the next iteration."""
         self.last = record
         if self.stride > 1:
             gradients = record.get('gradients')
@@ -615,6 +617,7 @@ def number(value: Any) -> float:
 
 
 def accuracy(record: dict, name: str) -> float:
+    """Return the accuracy of a task in a record, NaN where it has none."""
     tasks = record.get('tasks')
     score = tasks.get(name) if isinstance(tasks, dict) else None
     return number(score.get('acc_norm')) if isinstance(score, dict) else np.nan

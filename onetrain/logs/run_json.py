@@ -121,6 +121,7 @@ class Summary:
         self.rates, self.mfus, self.peak_gb = _Thinned(), _Thinned(), None
 
     def add(self, record: dict) -> None:
+        """Take up a record of the log."""
         kind = record['type']
         if kind == 'iter':
             if not self.iterations:
@@ -145,6 +146,7 @@ class Summary:
             self.checkpoints += 1
 
     def as_dict(self) -> dict:
+        """Return the summary of what was taken up."""
         step = self.last['iter'] if self.last else 0
         # the first iteration, which includes the warm-up, counts only if there is no other
         timed, total = max(1, self.iterations - 1), self.total_ms

@@ -126,6 +126,7 @@ class Cache:
         return both
 
     def end(self, T: int) -> None:
+        """Count T more tokens as read, by all layers."""
         if self.static:
             self.at += T  # a number of Python's would be compiled in, and each token compiled anew
         else:

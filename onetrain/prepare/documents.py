@@ -87,6 +87,7 @@ ASKED_AT_ONCE = 16  # files elsewhere
 
 
 def is_url(path: str) -> bool:
+    """Return whether a path is a URL that fsspec opens."""
     return '://' in path
 
 

@@ -41,10 +41,12 @@ class Part(NamedTuple):
     record: dict
 
     def path(self, kind: str) -> str:
+        """Return the path of a file of this part: kind 'bin', 'docs' or 'json'."""
         return part_path(self.folder, self.number, kind)
 
 
 def part_path(folder: str, index: int, kind: str) -> str:
+    """Return the path of a file of part `index`: kind 'bin', 'docs' or 'json'."""
     return os.path.join(folder, f'{index:06d}.{kind}')
 
 

@@ -90,9 +90,11 @@ class Plan:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
     def folder(self, output: str) -> str:
+        """Return the folder of the parts of this plan."""
         return os.path.join(output, f'parts-{self.digest}')
 
     def save(self, output: str) -> None:
+        """Write the plan beside its parts, so that --merge finds it."""
         os.makedirs(self.folder(output), exist_ok=True)
         with replacing(os.path.join(self.folder(output), 'plan.json')) as f:
             f.write(

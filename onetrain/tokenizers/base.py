@@ -50,12 +50,15 @@ class Tokenizer:
     lossless: bool
 
     def encode(self, text: str) -> np.ndarray:
+        """Return the ids of a text, 1-D uint32."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids."""
         raise NotImplementedError
 
     def describe(self, folder: str) -> dict:
+        """Return a dict for meta['tokenizer']; writes what it needs to `folder`."""
         raise NotImplementedError
 
 
@@ -284,6 +287,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def of_texts(cls, texts: Iterable) -> 'Tokenizer':
+        """Return the tokenizer of all characters that `texts` have."""
         characters = set()
         for text in texts:
             characters.update(text)
@@ -576,6 +580,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def of_file(cls, path: str) -> 'Tokenizer':
+        """Return the tokenizer of a .model file. Raises UserError."""
         if not os.path.isfile(path):
             raise UserError(
                 f'there is no sentencepiece model {path}: type the path of an existing .model file'

@@ -136,6 +136,7 @@ class BatchPlan:
 
     @property
     def autocast(self):
+        """Context of the forward pass."""
         return self.options.autocast
 
     def model(self, world: 'World') -> 'Model':

@@ -43,9 +43,11 @@ class Prediction:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
     def describe(self) -> str:
+        """Return the sum and its parts in words."""
         parts = ', '.join(
             f'{what} {getattr(self, what) / 1e9:.2f}'
             for what in ('parameters', 'gradients', 'optimizer', 'activations')
@@ -75,6 +77,7 @@ class Counter(TorchDispatchMode):
         return result
 
     def count(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor, until it is gone."""
         storage = tensor.untyped_storage()
         if storage not in self.known:
             size = self.known[storage] = storage.nbytes()

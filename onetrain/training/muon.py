@@ -53,6 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        """Update all parameters. closure: not used, as torch calls it."""
         for group in self.param_groups:
             with_gradients = [p for p in group['params'] if p.grad is not None]
             for p in with_gradients:

@@ -125,6 +125,7 @@ def build_adamw(
 
 
 def set_learning_rate(optimizer: Muon | torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups."""
     for group in optimizer.param_groups:
         group['lr'] = lr
 
@@ -214,6 +215,7 @@ class Optimization:
 
     @property
     def parameters(self) -> list[torch.Tensor]:
+        """The parameters of the model."""
         return list(self.named.values())
 
     def tensors(self, model: 'Model', weights_only: bool = False) -> dict[str, torch.Tensor]:

@@ -97,10 +97,12 @@ class StartPoint:
 
     @property
     def step(self) -> int:
+        """Iteration to begin after, 0 for a new run."""
         return self.checkpoint_state['step'] if self.checkpoint_state else 0
 
     @property
     def from_own_checkpoint(self) -> bool:
+        """Whether this continues a checkpoint of this project."""
         return self.checkpoint_state is not None and self.nanogpt is None
 
     def describe_weights(self, data_folder: str, world: 'World') -> str:

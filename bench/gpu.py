@@ -10,6 +10,8 @@ what do the kernels and the peers do.
 Each part is a process of its own that may fail, or take longer than --minutes, without ending the
 rest; what it printed goes to the terminal and, all together, to --output (default: gpu.log), and
 gpu.json beside it has the figures of the recipes.
+
+Where the package is not installed: PYTHONPATH=. python bench/gpu.py
 """
 
 import argparse

@@ -744,16 +744,7 @@ def warn_about_plan(
         validate.warn_about_learning_rate(
             start.checkpoint_state['config'], c, start.step, learning_rate, notes
         )
-    windows = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
-    seen = set(data.val.sources_of(windows).tolist())
-    for number, name in enumerate(data.sources):
-        if number not in seen and len(data.sources) > 1:
-            notes.append(
-                f'WARNING: no evaluation sees {name}, whose share of {len(windows)} sequences is'
-                ' none, or which has none: raise --eval_iters'
-            )
-    validation = (len(data.val) - 1) // c.block_size
-    validate.warn_about_data(c, start.step, order, plan.sequences_per_step, validation, notes)
+    validate.warn_about_data(c, data, start.step, order, plan.sequences_per_step, notes)
 
 
 def check_model(c: Config, model: Model, world: World) -> None:

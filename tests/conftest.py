@@ -191,20 +191,24 @@ def torchrun(processes, *args, timeout=240, script='train.py'):
     )
 
 
+def rank_environments(size):
+    """What torchrun would add to the environment of each of `size` processes."""
+    common = {
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': str(free_port()),
+        'WORLD_SIZE': str(size),
+        'LOCAL_WORLD_SIZE': str(size),
+    }
+    return [{**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(size)]
+
+
 def run_ranks(processes, *args, timeout=240, script='train.py'):
     """(largest exit code, output) of a script in processes with the environment that torchrun gives
     them, but without its start of an interpreter for each.
     """
-    common = {
-        'MASTER_ADDR': '127.0.0.1',
-        'MASTER_PORT': str(free_port()),
-        'WORLD_SIZE': str(processes),
-        'LOCAL_WORLD_SIZE': str(processes),
-        'OMP_NUM_THREADS': '1',
-    }
     started = [
-        start_process(script, *args, env={**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
-        for rank in range(processes)
+        start_process(script, *args, env={'OMP_NUM_THREADS': '1', **of_rank})
+        for of_rank in rank_environments(processes)
     ]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
@@ -226,6 +230,14 @@ def records(out_dir, kind='iter'):
 
 def losses(out_dir):
     return {record['iter']: record['loss'] for record in records(out_dir)}
+
+
+def small_gpt2(block_size, vocab_size):
+    """A GPT-2 of one layer with biases and the weights of seed 0."""
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=block_size, vocab_size=vocab_size)
+    model = Model(resolve_shape(dict(arch_preset='gpt2', bias=True, **sizes)))
+    model.init_weights(0)
+    return model
 
 
 def weights(out_dir, step):

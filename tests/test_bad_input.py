@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
-from conftest import TINY, losses, run_process, write_dataset
+from conftest import TINY, losses, run_process, small_gpt2, write_dataset
 
 import train as trainer
 
@@ -108,23 +108,9 @@ def test_out_dir_that_cannot_be_a_folder(dataset, tmp_path, capsys):
 
 
 def test_preset_that_contradicts_the_weights(dataset, tmp_path, capsys):
-    from model import Model
     from onetrain import huggingface
-    from onetrain.model_config import resolve_shape
 
-    model = Model(
-        resolve_shape(
-            dict(
-                arch_preset='gpt2',
-                n_layer=1,
-                n_head=2,
-                n_embd=16,
-                block_size=64,
-                vocab_size=80,
-                bias=True,
-            )
-        )
-    )
+    model = small_gpt2(block_size=64, vocab_size=80)
     huggingface.write_model(str(tmp_path / 'hf'), model.config, model.state_dict())
     code = trainer.main(
         [

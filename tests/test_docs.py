@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT, free_port, write_dataset
+from conftest import ROOT, TEXT, rank_environments, write_dataset
 from forks import Forked
 
 SHRUNK = [
@@ -175,15 +175,7 @@ class Shell:
             size = int(
                 next(word.split('=')[1] for word in own if word.startswith('--nproc_per_node='))
             )
-            common = {
-                'MASTER_ADDR': '127.0.0.1',
-                'MASTER_PORT': str(free_port()),
-                'WORLD_SIZE': str(size),
-                'LOCAL_WORLD_SIZE': str(size),
-            }
-            environments = [
-                {**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(size)
-            ]
+            environments = rank_environments(size)
         processes = [
             Forked(words, self.folder, {**self.environment, **more}) for more in environments
         ]

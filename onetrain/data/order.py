@@ -8,6 +8,7 @@ token once (but for less than two windows at the ends), and what a step sees doe
 number of ranks, the micro-batch, evaluation or logging.
 """
 
+import abc
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from onetrain.data.dataset import Tokens
 
 
-class Order:
+class Order(abc.ABC):
     """An order of windows. per_epoch: how many there are before any comes again."""
 
     block_size: int
     per_epoch: int
 
+    @abc.abstractmethod
     def at(self, positions: np.ndarray) -> np.ndarray:
         """Return the first token of the windows at `positions`, an int64 array."""
-        raise NotImplementedError
 
     def starts(self, position: int, count: int) -> np.ndarray:
         """Return the first token of the windows at positions position .. position + count - 1:

@@ -31,14 +31,11 @@ def bytes_of(
     ids, before = (np.asarray(part) for part in (ids, before))
     ids, before = ids[ids != tokenizer.eot_id], before[before != tokenizer.eot_id]
     if hasattr(tokenizer, 'byte_length'):
-        lengths = [
-            (tokenizer.byte_length(int(i)), n) for i, n in zip(*np.unique(ids, return_counts=True))
-        ]
-        return (
-            None
-            if any(length is None for length, _ in lengths)
-            else sum(length * int(n) for length, n in lengths)
-        )
+        ids, counts = np.unique(ids, return_counts=True)
+        lengths = [tokenizer.byte_length(i) for i in ids.tolist()]
+        if None in lengths:
+            return None
+        return sum(length * count for length, count in zip(lengths, counts.tolist()))
     text = decode_after(tokenizer, before.tolist(), ids.tolist())
     return len(text.rstrip(UNKNOWN).encode('utf-8', 'replace'))
 

@@ -23,6 +23,7 @@ Each class below is a Tokenizer, which has
                         tokenizer_of() needs to `folder`
 """
 
+import abc
 import contextlib
 import difflib
 import glob
@@ -41,7 +42,7 @@ from onetrain.tokenizers.byte_level import TiktokenEquivalent, equivalent_of
 from onetrain.tokenizers.fast_tiktoken import FastTiktoken
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """What all tokenizers have, see above."""
 
     vocab_size: int
@@ -49,17 +50,17 @@ class Tokenizer:
     eot_token: str | None
     lossless: bool
 
+    @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, 1-D uint32."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def describe(self, folder: str) -> dict:
         """Return a dict for meta['tokenizer']; writes what it needs to `folder`."""
-        raise NotImplementedError
 
 
 HF_FILES = (

@@ -15,6 +15,7 @@ from onetrain.ops import experts
 if TYPE_CHECKING:
     from onetrain.data.order import Order
     from onetrain.model_config import ModelConfig
+    from onetrain.training.run_data import RunData
     from train import Config
 
 _MOST = {
@@ -157,16 +158,14 @@ def _check_packages(c):
 
 def warn_about_data(
     c: 'Config',
+    data: 'RunData',
     start_step: int,
     order: 'Order',
     sequences_per_step: int,
-    validation: int,
     notes: list[str],
 ) -> None:
     """Warn of a run that reads its data too often, evaluates on too little, or has no learning rate
-    left.
-
-    order: of order.order_of(); validation: sequences that the validation set has.
+    left. order: of order.order_of().
     """
     if c.decay_lr and start_step and c.lr_decay_iters <= start_step < c.max_iters:
         notes.append(
@@ -180,6 +179,15 @@ def warn_about_data(
             f'WARNING: {epochs:,.1f} epochs of the data: more than about 4 passes over the data'
             ' help little'
         )
+    windows = data.val.evaluation_starts(c.block_size, c.eval_iters * c.batch_size)
+    seen = set(data.val.sources_of(windows).tolist())
+    for number, name in enumerate(data.sources):
+        if number not in seen and len(data.sources) > 1:
+            notes.append(
+                f'WARNING: no evaluation sees {name}, whose share of {len(windows)} sequences is'
+                ' none, or which has none: raise --eval_iters'
+            )
+    validation = (len(data.val) - 1) // c.block_size
     if validation < c.eval_iters * c.batch_size:
         notes.append(
             f'WARNING: the validation set has {validation:,} sequences, fewer than the'

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from conftest import small_gpt2
 
 from model import Model
 from onetrain import huggingface
@@ -479,20 +480,7 @@ def test_gpt2_without_biases_is_written_with_zeros(tmp_path):
 
 
 def test_shorter_block_keeps_the_first_positions(tmp_path):
-    model = Model(
-        resolve_shape(
-            dict(
-                arch_preset='gpt2',
-                n_layer=1,
-                n_head=2,
-                n_embd=16,
-                block_size=8,
-                vocab_size=50,
-                bias=True,
-            )
-        )
-    )
-    model.init_weights(0)
+    model = small_gpt2(block_size=8, vocab_size=50)
     huggingface.write_model(str(tmp_path), model.config, model.state_dict())
     short = resolve_shape({**huggingface.read_settings(str(tmp_path)), 'block_size': 4})
     assert torch.equal(
@@ -567,20 +555,7 @@ def test_gpt2_is_found_in_the_hubs_cache(tmp_path, monkeypatch, dataset):
     snapshot.mkdir(parents=True)
     (tmp_path / 'hub' / 'models--gpt2' / 'refs').mkdir()
     (tmp_path / 'hub' / 'models--gpt2' / 'refs' / 'main').write_text('abc')
-    model = Model(
-        resolve_shape(
-            dict(
-                arch_preset='gpt2',
-                n_layer=1,
-                n_head=2,
-                n_embd=16,
-                block_size=64,
-                vocab_size=80,
-                bias=True,
-            )
-        )
-    )
-    model.init_weights(0)
+    model = small_gpt2(block_size=64, vocab_size=80)
     huggingface.write_model(str(snapshot), model.config, model.state_dict())
     from conftest import run_process
 

@@ -205,6 +205,8 @@ def refuse_large_step(
     for how in {'none': ('selective', 'full'), 'selective': ('full',)}.get(
         c.activation_checkpointing, ()
     ):
+        if time.monotonic() > until:
+            break
         recompute = {'activation_checkpointing': how}
         taken = predicted(recompute, c.batch_size, accumulation).total
         if taken <= room:
@@ -223,7 +225,7 @@ def refuse_large_step(
                 words += [f'--gradient_accumulation_steps={sequences // size}']
             ways.append((' '.join(words), total))
     lines = [f'{words} takes {total / 1e9:.2f} GB' for words, total in ways] or [
-        'neither activation_checkpointing nor a batch_size of 1 makes it fit'
+        'no activation_checkpointing or smaller batch_size was found with which it fits'
     ]
     if not sharded and device.type == 'cuda':
         lines.append('--use_fsdp=True on several GPUs shards it')
@@ -240,7 +242,7 @@ def _smaller_batch(predicted, batch_size, sequences, room, most, until):
     predicted: function of (batch_size, accumulation); most: bytes of batch_size, from which those
     of others are estimated by a straight line before they are predicted.
     """
-    if batch_size == 1:
+    if batch_size == 1 or time.monotonic() > until:
         return 0, 0
     least = predicted(1, min(sequences, 2)).total
     slope = (most - least) / (batch_size - 1)

@@ -28,9 +28,7 @@ from onetrain.config import UserError, resolve
 if TYPE_CHECKING:
     from model import Model
     from onetrain.checkpoint.keeper import CheckpointKeeper
-    from onetrain.checkpoint.resume import OutDirLock
     from onetrain.data.order import Order
-    from onetrain.distributed.collectives import Agreement
     from onetrain.distributed.processes import World
     from onetrain.logs.run_log import RunLog
     from onetrain.signals import StopRequest
@@ -348,6 +346,7 @@ from onetrain.training.iteration_log import IterationLog, mfu_function
 from onetrain.training.micro_step import CudaGraphStep, ForwardBackward, compile_and_capture
 from onetrain.training.outputs import open_keeper, open_log, open_outputs
 from onetrain.training.run_data import load_prompts_and_tasks, open_data
+from onetrain.training.session import Session
 from onetrain.training.start_point import StartPoint
 from onetrain.training.startup_report import (
     ending_lines,
@@ -406,19 +405,20 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
 
     given: {key: where it was given}; stop: signals.StopRequest.
     """
-    notes = []  # fallbacks and changes, for the report
     validate.validate(c)
-    validate.warn_about_schedule(c, notes)
     world = processes.start(c.device, c.backend, c.timeout_minutes, c.out_dir)
+    session = Session(world, stop, terminal)
+    notes = session.notes
+    validate.warn_about_schedule(c, notes)
     same = {**resume.config_record(c), 'torch': torch.__version__}
     collectives.assert_same_on_all_ranks(same, 'the configuration', world)
 
     # ---- where to start from, the data, how a step is computed
     lock = resume.OutDirLock(c.out_dir, world)
-    start = StartPoint.find(c, given, SHAPE_KEYS, lock, world, notes)
-    data = open_data(start, given, ROOT, world, terminal, notes)
+    start = StartPoint.find(c, given, SHAPE_KEYS, lock, session)
+    data = open_data(start, given, ROOT, session)
     origin = start.describe_weights(data.folder, world)
-    plan = plan_batches(start, data, world, terminal, notes)
+    plan = plan_batches(start, data, session)
     c = plan.config
     state = start.initial_state(plan, data.train_data_changed, notes)
     order = order_of(data.train, c.block_size, c.seed)
@@ -428,22 +428,22 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
     # ---- model and optimizer
     model = plan.model(world)
     check_model(c, model, world)
-    prediction = predict_memory(plan, model, terminal, notes)
-    outputs = open_outputs(start, plan, model, lock, world, notes)
+    prediction = predict_memory(plan, model, session)
+    outputs = open_outputs(start, plan, model, lock, session)
     before_gb = memory_gb(world.device)['allocated_gb']
-    eval_model, train_model = build_model(start, plan, model, world, terminal)
+    eval_model, train_model = build_model(start, plan, model, session)
     optimization = build_optimizer(c, model, world)
-    start.load_checkpoint(model, optimization, world, terminal)
+    start.load_checkpoint(model, optimization, session)
 
     # ---- evaluation, log and report
-    agreement = collectives.Agreement(world)
-    evaluator = Evaluator(plan, data, prompts, model, eval_model, world, agreement, stop, terminal)
+    evaluator = Evaluator(plan, data, prompts, model, eval_model, session)
     windows_hash, changed = evaluator.windows_hash, data.val_data_changed
     cached_losses = start.cached_losses(windows_hash, changed)
     state.best_val_loss = start.best_loss(windows_hash, changed, cached_losses, notes)
     mfu = mfu_function(plan, model, world)
     startup = startup_info(c, model, optimization.optimizer, world, prediction)
-    log = open_log(c, start, outputs, startup, mfu, cached_losses, world, terminal)
+    open_log(c, start, outputs, startup, mfu, cached_losses, session)
+    log = session.log
     run_name, columns = outputs.run_name, terminal.columns()
     for line in report(c, startup, data.meta, order, world, run_name, origin, notes, columns):
         log.say(line)
@@ -456,19 +456,15 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
     # ---- what the loop works with
     text_bytes = count_text_bytes(plan, data, prompts) if world.is_main else None
     loader = open_loader(plan, data, order, state, world)
-    keeper = open_keeper(
-        start, plan, data, evaluator, outputs, model, optimization, state, log, stop
-    )
+    keeper = open_keeper(start, plan, data, evaluator, outputs, model, optimization, state, session)
     stop.max_hours = c.max_time
     guard = optimization.guard
     micro_step = build_micro_step(
-        plan, data, order, state, model, train_model, optimization, evaluator, log, terminal
+        plan, data, order, state, model, train_model, optimization, evaluator, session
     )
     gc.freeze()  # what stays for good is not searched for garbage again
-    iterations = IterationLog(
-        plan, model, train_model, loader, guard, mfu, log, world, terminal, start.step
-    )
-    announce_start(c, state.step, log, terminal)
+    iterations = IterationLog(plan, model, train_model, loader, guard, mfu, session, start.step)
+    announce_start(c, state.step, session)
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     stop_code = 0
@@ -493,15 +489,13 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
                     stop_code = collectives.all_reduce_max(stop.code(), world)
                     continue
                 if sampling:
-                    log_samples(plan, step, prompts, model, stop, log, world)
+                    log_samples(plan, step, prompts, model, session)
         if ending:
             with terminal.doing('saving the checkpoint'):
                 keeper.report_save(wait=True)
             break
 
-        result = train_step(
-            plan, state, model, optimization, micro_step, loader, keeper, agreement, stop, terminal
-        )
+        result = train_step(plan, state, model, optimization, micro_step, loader, keeper, session)
         stop_code = result.stop_code
         if stop_code:
             continue
@@ -510,16 +504,14 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
         if iterations.due(state.step, bool(result.statistics)):
             bad = iterations.record(state, result)
             if bad['row'] >= c.max_bad_steps:
-                stop_code = rewind_after_bad_steps(c, plan, state, order, bad, keeper, guard, log)
+                stop_code = rewind_after_bad_steps(plan, order, bad, keeper, guard, log)
             iterations.reset_interval()
 
     if stop_code == signals.NOT_FINITE and world.is_main:
         resume.archive_newer(c.out_dir, state.step)  # saved between the first bad step and now
     loader.close()
     terminal.end_bar()
-    return finish(
-        c, start, state, stop_code, keeper, outputs, prediction, before_gb, lock, log, stop
-    )
+    return finish(start, stop_code, keeper, outputs, prediction, before_gb, session)
 
 
 def build_micro_step(
@@ -531,26 +523,25 @@ def build_micro_step(
     train_model: nn.Module,
     optimization: Optimization,
     evaluator: Evaluator,
-    log: RunLog,
-    terminal: Terminal,
+    session: Session,
 ) -> ForwardBackward | CudaGraphStep:
     """Return what computes a micro-step, compiled and recorded where the config asks for it."""
-    c, world = plan.config, plan.options.world
+    c, world = plan.config, session.world
     # DDP averages gradients over ranks: this makes it the mean over the tokens of a step
     weight = world.size / plan.tokens_per_step
     micro_step = ForwardBackward(
         model, train_model, world, plan.autocast, optimization.scaler, weight, plan.accumulation
     )
     if state.step < c.max_iters and (c.compile or c.use_cuda_graphs):
-        return compile_and_capture(plan, data, order, state, micro_step, evaluator, log, terminal)
+        return compile_and_capture(plan, data, order, state, micro_step, evaluator, session)
     return micro_step
 
 
-def announce_start(c: Config, step: int, log: RunLog, terminal: Terminal) -> None:
+def announce_start(c: Config, step: int, session: Session) -> None:
     """Show the progress bar from iteration `step` on, or say that there is nothing to train."""
-    terminal.start_bar(c.max_iters, step)
+    session.terminal.start_bar(c.max_iters, step)
     if step >= c.max_iters:
-        log.say(
+        session.log.say(
             f'nothing to train: already at iter {step} of max_iters={c.max_iters}; a larger'
             ' --max_iters goes on'
         )
@@ -580,21 +571,20 @@ def train_step(
     micro_step: ForwardBackward | CudaGraphStep,
     loader: TrainLoader,
     keeper: CheckpointKeeper,
-    agreement: Agreement,
-    stop: StopRequest,
-    terminal: Terminal,
+    session: Session,
 ) -> StepResult:
     """Take one optimizer step, of plan.accumulation micro-steps; returns a StepResult.
 
     A step during which the run is asked to stop is given up: the weights are those of the last one,
     and its batches will come again.
     """
-    c, world, guard = plan.config, plan.options.world, optimization.guard
+    c, guard = plan.config, optimization.guard
+    world, stop, agreement = session.world, session.stop, session.agreement
     lr = learning_rate(c, state.step)
     optim.set_learning_rate(optimization.optimizer, lr)
     loss = torch.zeros((), device=world.device)
     title = f'iter {state.step + 1}/{c.max_iters}: micro-step'
-    with terminal.doing(title, plan.accumulation) as work:
+    with session.terminal.doing(title, plan.accumulation) as work:
         for number in range(plan.accumulation):
             batch = loader.next(stop.code)
             # the all-reduce about stopping starts before the micro-step, so that they overlap
@@ -673,11 +663,10 @@ def log_samples(
     step: int,
     prompts: PromptsAndTasks,
     model: Model,
-    stop: StopRequest,
-    log: RunLog,
-    world: World,
+    session: Session,
 ) -> None:
     """Continue the prompts of sample_start and log the texts."""
+    world, stop = session.world, session.stop
     # a generator of its own: sampling must not change what training draws; alike on every rank
     generator = torch.Generator(world.device).manual_seed(plan.config.seed)
     with layouts.forward_only(model), plan.autocast:
@@ -692,24 +681,22 @@ def log_samples(
             interrupted=lambda: collectives.all_reduce_max(stop.code(), world),
         )
     for prompt, ids in zip(prompts.ids, written):
-        log.sample(step, prompts.tokenizer.decode(prompt + ids))
+        session.log.sample(step, prompts.tokenizer.decode(prompt + ids))
 
 
 def rewind_after_bad_steps(
-    c: Config,
     plan: BatchPlan,
-    state: TrainState,
     order: Order,
     bad: dict[str, int],
     keeper: CheckpointKeeper,
     guard: NonFiniteGuard,
     log: RunLog,
-):
+) -> int:
     """Go back to the last good step after too many that were not finite; returns the exit code.
 
     The weights are still those of that step: bad steps change none. bad: of guard.counts().
     """
-    good = bad['first'] - 1
+    c, state, good = plan.config, keeper.state, bad['first'] - 1
     missed = state.step - good
     first = state.position - missed * plan.sequences_per_step
     last = first + c.max_bad_steps * plan.sequences_per_step - 1
@@ -757,20 +744,18 @@ def check_model(c: Config, model: Model, world: World) -> None:
         )
 
 
-def build_model(
-    start: StartPoint, plan: BatchPlan, model: Model, world: World, terminal: Terminal
-) -> tuple:
+def build_model(start: StartPoint, plan: BatchPlan, model: Model, session: Session) -> tuple:
     """Give `model` memory and values on this rank's layout; returns (what evaluation calls, what
     training calls).
     """
-    c = plan.config
+    c, world = plan.config, session.world
     torch.manual_seed(c.seed)
     reduce_dtype = getattr(torch, c.fsdp_reduce_dtype)
     layouts.shard(model, world, plan.options.dtype, reduce_dtype, c.fsdp_offload)
     offloaded = c.use_fsdp and c.fsdp_offload
     model.allocate('cpu' if offloaded else world.device, buffers_on=world.device)
     new = c.init_from == 'scratch'
-    with terminal.doing('initializing the weights' if new else 'loading the weights'):
+    with session.terminal.doing('initializing the weights' if new else 'loading the weights'):
         start.initialize(model, world.device)
     return layouts.wrap(model, world, c.compile, plan.accumulation, c.use_cuda_graphs)
 
@@ -823,23 +808,19 @@ def open_loader(
 
 
 def finish(
-    c: Config,
     start: StartPoint,
-    state: TrainState,
     stop_code: int,
     keeper: CheckpointKeeper,
     outputs: RunOutputs,
     prediction: memory.Prediction | None,
     before_gb: float,
-    lock: OutDirLock,
-    log: RunLog,
-    stop: StopRequest,
+    session: Session,
 ) -> int:
     """Report how the run ended, wait for its copies and release its folder; returns the exit code.
 
     prediction: of the memory of a step; before_gb: what was allocated before there was a model.
     """
-    world = keeper.world
+    c, state, log = keeper.config, keeper.state, session.log
     if stop_code not in (0, signals.NOT_FINITE):
         command = f'{interpreter()} train.py --out_dir={c.out_dir} --init_from=resume'
         again = f'{command} continues it'
@@ -852,7 +833,10 @@ def finish(
     if keeper.failed:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and state.step > start.step:
-        peak_gb, columns = memory_gb(world.device)['max_allocated_gb'], log.terminal.columns()
+        peak_gb, columns = (
+            memory_gb(session.world.device)['max_allocated_gb'],
+            session.terminal.columns(),
+        )
         summary = log.end()
         for line in ending_lines(
             c, outputs.run_name, summary, prediction, peak_gb, before_gb, columns
@@ -863,7 +847,7 @@ def finish(
     if c.upload_to:
         patience = '' if stop_code else ' (Ctrl-C, or ten minutes without success, give up)'
         log.say(f'copying to {redact(c.upload_to)}{patience}')
-        with log.terminal.doing('copying'):
+        with session.terminal.doing('copying'):
             copied = keeper.finish_copying(stop_code)
         if not copied:
             log.say(
@@ -872,10 +856,12 @@ def finish(
             )
         outputs.machines.close()
     log.close()
-    lock.release()
+    outputs.folder.release()
     unsaved = signals.SAVE_FAILED if keeper.failed or not copied else 0
     # also the barrier before the end: torchrun ends all when one leaves with an error
-    return collectives.all_reduce_max(stop.requested_code or stop_code or unsaved, world)
+    return collectives.all_reduce_max(
+        session.stop.requested_code or stop_code or unsaved, session.world
+    )
 
 
 def learning_rate(c: Config, step: int) -> float:

@@ -25,6 +25,7 @@ from onetrain.training import optim
 from onetrain.training.batch_plan import ModelOptions, plan_batches
 from onetrain.training.micro_step import CudaGraphStep, ForwardBackward
 from onetrain.training.run_data import open_data
+from onetrain.training.session import Session
 from onetrain.training.start_point import StartPoint, TrainState
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -59,16 +60,16 @@ class Step:
     """
 
     def __init__(self, c, folder):
-        terminal, notes = Terminal(active=False), []
         self.world = world = processes.start(c.device)
+        session = Session(world, None, Terminal(active=False))
         start = StartPoint(dataclasses.replace(c, dataset=folder, **ALONE))
-        data = open_data(start, {}, ROOT, world, terminal, notes)
-        plan = plan_batches(start, data, world, terminal, notes)
+        data = open_data(start, {}, ROOT, session)
+        plan = plan_batches(start, data, session)
         self.device, self.dtype, self.shape = world.device, plan.options.dtype, data.shape
         self.autocast, self.accumulation = plan.autocast, plan.accumulation
         self.tokens, self.grad_clip, self.steps = plan.tokens_per_step, c.grad_clip, 0
         self.model = plan.model(world)
-        _, self.train_model = train.build_model(start, plan, self.model, world, terminal)
+        _, self.train_model = train.build_model(start, plan, self.model, session)
         optimization = train.build_optimizer(plan.config, self.model, world)
         self.parameters, self.guard = optimization.parameters, optimization.guard
         self.optimizer = optimization.optimizer

@@ -15,8 +15,6 @@ from onetrain.logs.run_log import now
 if TYPE_CHECKING:
     from model import Model
     from onetrain.checkpoint.async_writer import Saver
-    from onetrain.checkpoint.uploader import Uploader
-    from onetrain.distributed.processes import World
     from onetrain.logs.run_log import RunLog
     from onetrain.signals import StopRequest
     from onetrain.training.optim import Optimization
@@ -28,8 +26,8 @@ class CheckpointKeeper:
     """Saves the run, one checkpoint at a time, and keeps the best validation loss.
 
     state: TrainState, of which it updates best_val_loss; optimization: optim.Optimization; facts:
-    what of state.json stays as it is in a run; lineage: of its checkpoints; uploader: Uploader or
-    None. failed: what kept the last save from succeeding, or None; saved_step: of it, -1 for none.
+    what of state.json stays as it is in a run; lineage: of its checkpoints. failed: what kept the
+    last save from succeeding, or None; saved_step: of it, -1 for none.
     """
 
     def __init__(
@@ -42,14 +40,12 @@ class CheckpointKeeper:
         facts: dict,
         lineage: str,
         log: 'RunLog',
-        uploader: 'Uploader | None',
         stop: 'StopRequest',
-        world: 'World',
     ):
         self.config, self.state, self.saver = config, state, saver
         self.model, self.optimization = model, optimization
         self.facts, self.lineage, self.log = facts, lineage, log
-        self.uploader, self.stop, self.world = uploader, stop, world
+        self.uploader, self.stop, self.world = saver.uploader, stop, saver.world
         self.saved_step = -1
         self.failed: str | None = None
         self.evaluated: tuple = -1, None  # (step, losses)

@@ -12,12 +12,9 @@ from onetrain.ops.cross_entropy import IGNORE
 
 if TYPE_CHECKING:
     from model import Model
-    from onetrain.distributed.collectives import Agreement
-    from onetrain.distributed.processes import World
-    from onetrain.logs.terminal import Terminal
-    from onetrain.signals import StopRequest
     from onetrain.training.batch_plan import BatchPlan
     from onetrain.training.run_data import PromptsAndTasks, RunData
+    from onetrain.training.session import Session
 
 
 class Evaluator:
@@ -25,7 +22,7 @@ class Evaluator:
     rank.
 
     eval_model: what evaluation calls, from layouts.wrap(); plan: BatchPlan; prompts_and_tasks: of
-    run_data; agreement: collectives.Agreement; stop: signals.StopRequest.
+    run_data.
     """
 
     def __init__(
@@ -35,19 +32,17 @@ class Evaluator:
         prompts_and_tasks: 'PromptsAndTasks',
         model: 'Model',
         eval_model: nn.Module,
-        world: 'World',
-        agreement: 'Agreement',
-        stop: 'StopRequest',
-        terminal: 'Terminal',
+        session: 'Session',
     ):
         self.config, self.autocast = plan.config, plan.autocast
         self.data, self.prompts_and_tasks = data, prompts_and_tasks
-        self.model, self.eval_model, self.world = model, eval_model, world
-        self.agreement, self.stop, self.terminal = agreement, stop, terminal
+        self.model, self.eval_model = model, eval_model
+        self.world, self.terminal = session.world, session.terminal
+        self.agreement, self.stop = session.agreement, session.stop
         c = self.config
         self.windows_hash = evaluation_identity(data.val, c)  # losses on others are not comparable
         self.batches = sum(
-            evaluation_length(file, c.block_size, c.batch_size, c.eval_iters, world.data_size)
+            evaluation_length(file, c.block_size, c.batch_size, c.eval_iters, self.world.data_size)
             for file in (data.train, data.val)
         )
 

@@ -16,9 +16,9 @@ from onetrain.training import memory, validate
 
 if TYPE_CHECKING:
     from onetrain.distributed.processes import World
-    from onetrain.logs.terminal import Terminal
     from onetrain.training.memory import Prediction
     from onetrain.training.run_data import RunData
+    from onetrain.training.session import Session
     from onetrain.training.start_point import StartPoint
     from train import Config
 
@@ -147,14 +147,12 @@ class BatchPlan:
         )
 
 
-def plan_batches(
-    start: 'StartPoint', data: 'RunData', world: 'World', terminal: 'Terminal', notes: list[str]
-) -> 'BatchPlan':
+def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'BatchPlan':
     """Return the BatchPlan of start.config. data: RunData."""
-    c = start.config
+    c, world, notes = start.config, session.world, session.notes
     dtype = kernels.precision(c.dtype, world.device)
     kernels.set_deterministic(c.deterministic)  # before a trial times them
-    with terminal.doing('trying attention kernels'):
+    with session.terminal.doing('trying attention kernels'):
         chosen, told = collectives.broadcast_from_main(
             lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
         )
@@ -164,7 +162,7 @@ def plan_batches(
         c = dataclasses.replace(c, compile=False)
     options = ModelOptions(c, data.shape, chosen, data.document_end, dtype, world)
     if c.find_batch_size:
-        c = with_largest_batch(options, terminal, notes)
+        c = with_largest_batch(options, session)
     accumulation = validate.accumulation_steps(c, world.data_size)
     if note := options.loss_chunk(c.batch_size)[1]:
         notes.append(note)
@@ -193,7 +191,7 @@ def resolved_plan(options: 'ModelOptions', accumulation: int, **changes) -> 'Bat
     return BatchPlan(c, options, accumulation, sequences, sequences * c.block_size)
 
 
-def with_largest_batch(options: 'ModelOptions', terminal: 'Terminal', notes: list[str]) -> 'Config':
+def with_largest_batch(options: 'ModelOptions', session: 'Session') -> 'Config':
     """Return options.config with the largest batch_size that is predicted to fit, and as many
     micro-steps as keep the tokens of an optimizer step.
     """
@@ -203,21 +201,19 @@ def with_largest_batch(options: 'ModelOptions', terminal: 'Terminal', notes: lis
         one = dataclasses.replace(c, batch_size=1)
         sequences = validate.accumulation_steps(one, world.data_size)
     room = memory.available_memory(world.device)
-    with terminal.doing('looking for the largest batch_size that fits'):
+    with session.terminal.doing('looking for the largest batch_size that fits'):
         size = memory.find_batch_size(
             lambda size: options.predict(size, sequences // size), sequences, room
         )
         size = -collectives.all_reduce_max(-size, world)  # what fits on every rank
-    notes.append(
+    session.notes.append(
         f'batch_size={size}, with {sequences // size} micro-steps an iteration, is the largest'
         f' that fits: {room / 1e9:.1f} GB are free'
     )
     return dataclasses.replace(c, batch_size=size, gradient_accumulation_steps=sequences // size)
 
 
-def predict_memory(
-    plan: 'BatchPlan', model: Model, terminal: 'Terminal', notes: list[str]
-) -> 'Prediction | None':
+def predict_memory(plan: 'BatchPlan', model: Model, session: 'Session') -> 'Prediction | None':
     """Return the memory.Prediction of a step, None where it is small or cannot be told. Raises
     UserError for a step that does not fit, unless ignore_memory is set.
     """
@@ -233,7 +229,7 @@ def predict_memory(
         return None
     prediction = None
     try:
-        with terminal.doing('predicting the memory'):
+        with session.terminal.doing('predicting the memory'):
             prediction = options.predict(c.batch_size, plan.accumulation)
             collectives.broadcast_from_main(
                 lambda: (
@@ -242,5 +238,5 @@ def predict_memory(
                 world,
             )
     except memory.NotPredicted as error:
-        notes.append(str(error))
+        session.notes.append(str(error))
     return prediction

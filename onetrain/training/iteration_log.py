@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from model import Model
     from onetrain.data.loader import TrainLoader
     from onetrain.distributed.processes import World
-    from onetrain.logs.run_log import RunLog
-    from onetrain.logs.terminal import Terminal
     from onetrain.training.batch_plan import BatchPlan
     from onetrain.training.optim import NonFiniteGuard
+    from onetrain.training.session import Session
     from onetrain.training.start_point import TrainState
     from train import StepResult
 
@@ -45,15 +44,14 @@ class IterationLog:
         loader: 'TrainLoader',
         guard: 'NonFiniteGuard',
         utilization: Callable,
-        log: 'RunLog',
-        world: 'World',
-        terminal: 'Terminal',
+        session: 'Session',
         start_step: int,
     ):
         self.config, self.plan, self.model, self.loader = plan.config, plan, model, loader
-        self.train_model, self.log, self.world, self.terminal = train_model, log, world, terminal
+        self.train_model, self.log = train_model, session.log
+        self.world, self.terminal = session.world, session.terminal
         self.start_step = start_step
-        self.stragglers = Stragglers(world, log.say)
+        self.stragglers = Stragglers(self.world, self.log.say)
         self.guard, self.utilization = guard, utilization
         self.last_counts = guard.counts()
         self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, True

@@ -21,10 +21,9 @@ if TYPE_CHECKING:
     from onetrain.data.order import Order
     from onetrain.distributed.processes import World
     from onetrain.evaluation.evaluator import Evaluator
-    from onetrain.logs.run_log import RunLog
-    from onetrain.logs.terminal import Terminal
     from onetrain.training.batch_plan import BatchPlan
     from onetrain.training.run_data import RunData
+    from onetrain.training.session import Session
     from onetrain.training.start_point import TrainState
 
 
@@ -249,14 +248,12 @@ def compile_and_capture(
     state: 'TrainState',
     micro_step: 'ForwardBackward',
     evaluator: 'Evaluator',
-    log: 'RunLog',
-    terminal: 'Terminal',
+    session: 'Session',
 ) -> 'ForwardBackward | CudaGraphStep':
     """Compile, and record the CUDA graphs, on the first tokens of the data, which changes no
     weight; returns the micro-step to train with.
     """
-    c, world = plan.config, plan.options.world
-    model = micro_step.model
+    c, world, log, model = plan.config, session.world, session.log, micro_step.model
     # as the loader gives it out: strides count too
     batches = [
         inputs_and_targets(
@@ -275,7 +272,7 @@ def compile_and_capture(
 
     if c.compile:
         log.say('compiling')
-        with terminal.doing('compiling'):
+        with session.terminal.doing('compiling'):
             x, y = batches[0]
             seconds, error = compile_ahead(
                 lambda: micro_step(x, y, plan.accumulation - 1), evaluator.one_batch

@@ -16,23 +16,22 @@ from onetrain.logs.run_log import RunLog, new_run_name, now, unsaved_run
 if TYPE_CHECKING:
     from model import Model
     from onetrain.checkpoint.resume import OutDirLock
-    from onetrain.distributed.processes import World
     from onetrain.evaluation.evaluator import Evaluator
-    from onetrain.logs.terminal import Terminal
-    from onetrain.signals import StopRequest
     from onetrain.training.batch_plan import BatchPlan
     from onetrain.training.optim import Optimization
     from onetrain.training.run_data import RunData
+    from onetrain.training.session import Session
     from onetrain.training.start_point import StartPoint, TrainState
     from train import Config
 
 
 @dataclass
 class RunOutputs:
-    """Where a run writes: name and lineage of it, uploader and machines that upload; None where it
-    writes nothing or uploads nothing.
+    """Where a run writes: its folder, name and lineage, uploader and machines that upload; None
+    where it writes nothing or uploads nothing.
     """
 
+    folder: 'OutDirLock'
     run_name: str | None = None
     lineage: str | None = None
     uploader: Uploader | None = None
@@ -44,13 +43,13 @@ def open_outputs(
     plan: 'BatchPlan',
     model: 'Model',
     folder: 'OutDirLock',
-    world: 'World',
-    notes: list[str],
+    session: 'Session',
 ) -> 'RunOutputs':
     """Take out_dir for this run; returns a RunOutputs. Raises UserError where others have it."""
     c, saved = plan.config, start.checkpoint_state
+    world, notes = session.world, session.notes
     if c.eval_only:
-        return RunOutputs()
+        return RunOutputs(folder)
     folder.acquire(make=True)
     if saved:
         resume.archive_rejected(c, saved, world, notes)
@@ -69,7 +68,7 @@ def open_outputs(
     )
     there = c.upload_to and place_of(c.upload_to, c.out_dir)
     lineage = collectives.broadcast_from_main(lambda: resume.choose_lineage(c, saved, there), world)
-    outputs = RunOutputs(run_name, lineage)
+    outputs = RunOutputs(folder, run_name, lineage)
     if c.upload_to:
         outputs.machines = Machines(world, c.upload_to)
         if world.is_main:
@@ -97,10 +96,10 @@ def open_log(
     startup: dict,
     utilization: Callable,
     evaluated: dict | None,
-    world: 'World',
-    terminal: 'Terminal',
-) -> 'RunLog':
-    """Return the RunLog, with its header written, and what else it goes to opened."""
+    session: 'Session',
+) -> None:
+    """Set session.log, with its header written, and what else it goes to opened."""
+    world = session.world
     constants = utilization(tokens_per_sec=1.0)
     shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')
     header = {
@@ -110,7 +109,7 @@ def open_log(
         'metadata': {key: getattr(c, key) for key in shown}
         | {'world_size': world.size, 'version': __version__},
     }
-    log = RunLog(
+    session.log = log = RunLog(
         c.out_dir,
         outputs.run_name,
         header,
@@ -121,7 +120,7 @@ def open_log(
         save_json=c.save_log_to_json,
         save_interval=c.log_save_interval,
         first=start.step,
-        terminal=terminal,
+        terminal=session.terminal,
     )
     if world.is_main and not c.eval_only:
         if c.wandb_log:
@@ -140,7 +139,6 @@ def open_log(
             stall_ms=None,
             total_ms=None,
         )
-    return log
 
 
 def open_keeper(
@@ -152,19 +150,18 @@ def open_keeper(
     model: 'Model',
     optimization: 'Optimization',
     state: 'TrainState',
-    log: RunLog,
-    stop: 'StopRequest',
+    session: 'Session',
 ) -> 'CheckpointKeeper':
     """Return the CheckpointKeeper, with the memory of its copies taken."""
-    c, world = plan.config, plan.options.world
+    c = plan.config
     saver = Saver(
         c.out_dir,
-        world,
+        session.world,
         keep=c.keep_checkpoints,
         keep_every=c.keep_every,
         keep_all=c.keep_all_checkpoints,
         background=c.checkpoint_async,
-        before_commit=log.sync,
+        before_commit=session.log.sync,
         uploader=outputs.uploader,
     )
     facts = {
@@ -177,17 +174,7 @@ def open_keeper(
         'optimizer': type(optimization.optimizer).__name__,
     }
     keeper = CheckpointKeeper(
-        c,
-        state,
-        model,
-        optimization,
-        saver,
-        facts,
-        outputs.lineage,
-        log,
-        outputs.uploader,
-        stop,
-        world,
+        c, state, model, optimization, saver, facts, outputs.lineage, session.log, session.stop
     )
     if start.from_own_checkpoint:
         keeper.saved_step = start.step

@@ -24,8 +24,8 @@ from onetrain.training import validate
 
 if TYPE_CHECKING:
     from onetrain.distributed.processes import World
-    from onetrain.logs.terminal import Terminal
     from onetrain.tokenizers.base import Tokenizer
+    from onetrain.training.session import Session
     from onetrain.training.start_point import StartPoint
     from train import Config
 
@@ -58,12 +58,7 @@ class RunData:
 
 
 def open_data(
-    start: 'StartPoint',
-    given: dict[str, str],
-    root: str,
-    world: 'World',
-    terminal: 'Terminal',
-    notes: list[str],
+    start: 'StartPoint', given: dict[str, str], root: str, session: 'Session'
 ) -> 'RunData':
     """Return the RunData of start.config, from `root`/data or from data_url. Raises UserError for
     data that the model or the checkpoint does not fit.
@@ -71,8 +66,9 @@ def open_data(
     start: StartPoint; given: {key: where it was given}.
     """
     c, saved = start.config, start.checkpoint_state
+    world, notes = session.world, session.notes
     resolve_shape(dataclasses.asdict(c), 1)  # told before a data set that is missing
-    with terminal.doing('opening the data'):
+    with session.terminal.doing('opening the data'):
         train, val, meta = collectives.once_per_machine(
             lambda: open_dataset(c.dataset, root, c.data_url), world
         )

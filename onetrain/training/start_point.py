@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from model import Model
     from onetrain.checkpoint.resume import OutDirLock
     from onetrain.distributed.processes import World
-    from onetrain.logs.terminal import Terminal
     from onetrain.training.batch_plan import BatchPlan
     from onetrain.training.optim import Optimization
+    from onetrain.training.session import Session
     from train import Config
 
 
@@ -59,14 +59,14 @@ class StartPoint:
         given: dict[str, str],
         shape_keys: list[str],
         folder: 'OutDirLock',
-        world: 'World',
-        notes: list[str],
+        session: 'Session',
     ) -> 'StartPoint':
         """Find what `c` asks for: settings now, weights once there is a model.
 
         given: {key: where it was given}; shape_keys: keys that come from the checkpoint; folder:
         resume.OutDirLock. Raises UserError.
         """
+        world, notes = session.world, session.notes
         fetching = c.resume_from and not resume.is_step(c.resume_from)
         if fetching or not c.eval_only:  # evaluating alone only reads
             folder.acquire(make=fetching or c.auto_resume)
@@ -164,7 +164,7 @@ class StartPoint:
             model.init_weights(c.seed, device)
 
     def load_checkpoint(
-        self, model: 'Model', optimization: 'Optimization', world: 'World', terminal: 'Terminal'
+        self, model: 'Model', optimization: 'Optimization', session: 'Session'
     ) -> None:
         """Read the checkpoint, if this starts from one: weights and the state of the scaler, and
         unless the run only evaluates that of optimizer and guard.
@@ -176,8 +176,8 @@ class StartPoint:
                     layouts.copy_into_shard(tensor, self.nanogpt['optimizer'][name])
         elif self.checkpoint_state:
             tensors = o.tensors(model, weights_only=self.config.eval_only)
-            with terminal.doing('loading the checkpoint'):
-                store.load(self.checkpoint_state['path'], tensors, world)
+            with session.terminal.doing('loading the checkpoint'):
+                store.load(self.checkpoint_state['path'], tensors, session.world)
             o.scaler.load_state_dict(self.checkpoint_state['scaler'])
 
     def cached_losses(self, windows: str, val_data_changed: bool) -> dict | None:

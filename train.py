@@ -52,7 +52,15 @@ Family = Literal[
     'custom',
 ]
 Backend = Literal[
-    'auto', 'flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual'
+    'auto',
+    'flash_attn_4',
+    'flash_attn_3',
+    'flash_attn_2',
+    'cudnn',
+    'blocks',
+    'sdpa',
+    'flex',
+    'manual',
 ]
 
 
@@ -169,9 +177,9 @@ class Config:
     parallel_residual: bool | None = None  # Attention and MLP read the same input (GPT-NeoX).
     weight_tying: bool | None = None  # Use the token embedding as the weight of the head.
     attention_backend: Backend | None = None
-    # Attention kernel; falls back in this order (cudnn only if asked for). auto times them and
-    # takes the fastest. None is flex on an H100 or H200 where deterministic and compile are on,
-    # and sdpa elsewhere.
+    # Attention kernel; falls back in this order (cudnn and blocks only if asked for). auto times
+    # them and takes the fastest. None is flex on an H100 or H200 where deterministic and compile
+    # are on, blocks on a CPU in bfloat16 (up to a block_size of 1024), and sdpa elsewhere.
     attention_sinks: bool | None = None
     # Add a learned logit to each head's softmax (gpt-oss).
     sliding_window: int | None = None  # Tokens that a query sees, itself included; 0 is all.
@@ -240,7 +248,8 @@ class Config:
     device: str | None = None
     # Device: 'cpu', 'cuda' or 'cuda:1'; None is a GPU if there is one.
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
-    # Precision of the matmuls; weights stay float32. None is bfloat16 on a GPU, float32 on a CPU.
+    # Precision of the matmuls; weights stay float32. None is bfloat16 on a GPU, and on a CPU that
+    # computes faster in it, for models at least 128 wide; else float32.
     fp8: bool = False
     # Compute the matmuls of the large linear layers in float8 (needs torchao).
     compile: bool = True  # Compile the model with torch.compile.

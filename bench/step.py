@@ -49,7 +49,7 @@ def write_noise(folder, vocab_size, tokens=2_000_000, tokenizer='none'):
 def options_of(c):
     """Return the ModelOptions of a recipe in one process."""
     world, shape = processes.start(c.device), resolve_shape(dataclasses.asdict(c), c.vocab_size)
-    dtype = kernels.precision(c.dtype, world.device)
+    dtype = kernels.precision(c.dtype, world.device, shape.n_embd)
     chosen = kernels.select_kernels(c, shape, world.device, dtype)[0]
     return ModelOptions(c, shape, chosen, None, dtype, world)
 

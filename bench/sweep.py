@@ -170,7 +170,7 @@ class Sweep:
                 'flash_attn_4',
             ]
             if self.on_gpu
-            else ['sdpa', 'manual']
+            else ['sdpa', 'blocks', 'manual']
         )
 
     def in_chunks(self):

@@ -3,8 +3,8 @@
 `flash_attn_3` and `flash_attn_2` are the packages of that name, `flash_attn_4` is FlashAttention 4,
 which torch takes in place of its own flash kernels, `sdpa` is torch's scaled_dot_product_attention
 (which picks its own flash, cuDNN or memory-efficient kernel), `cudnn` the same with cuDNN's kernel
-only, `flex` is torch's flex_attention, `manual` is the formula softmax(q k^T / sqrt(d)) v written
-out. `auto` is what kernels.fastest_backend() finds.
+only, `flex` is torch's flex_attention, `blocks` is for a CPU (block_attention.py), `manual` is the
+formula softmax(q k^T / sqrt(d)) v written out. `auto` is what kernels.fastest_backend() finds.
 
 Beyond causality there are three switches. A window lets a query see that many tokens back, itself
 included. Documents keep it within its own text. A sink is one learned logit per head that joins the
@@ -26,12 +26,22 @@ from torch.nn.attention import (
 )
 
 from onetrain.ops import flash_lse
+from onetrain.ops.block_attention import block_attention
 from onetrain.ops.ring_attention import ring_attention
 
 if TYPE_CHECKING:
     from onetrain.ops.ring_attention import Ring
 
-BACKENDS = ('flash_attn_4', 'flash_attn_3', 'flash_attn_2', 'cudnn', 'sdpa', 'flex', 'manual')
+BACKENDS = (
+    'flash_attn_4',
+    'flash_attn_3',
+    'flash_attn_2',
+    'cudnn',
+    'blocks',
+    'sdpa',
+    'flex',
+    'manual',
+)
 # a mask for queries that see all keys: a single token after those before it
 FULL_ATTENTION = 'everything'
 _MODULES = {
@@ -56,7 +66,7 @@ def choose_backend(
     deterministic: bool = False,
 ) -> tuple:
     """Return (backend, reasons): the first backend from `requested` on, in the order of BACKENDS,
-    that can run; cuDNN's only where it is asked for.
+    that can run; `cudnn` and `blocks` only where they are asked for.
 
     dtype: torch dtype that the kernel would see; window, documents, sinks: whether the model has
     them; deterministic: whether gradients must repeat to the last bit. reasons: one sentence for
@@ -64,7 +74,7 @@ def choose_backend(
     """
     reasons = []
     for backend in BACKENDS[BACKENDS.index(requested) :]:
-        if backend == 'cudnn' != requested:
+        if backend in ('cudnn', 'blocks') and backend != requested:
             continue
         reason = unsupported_reason(
             backend, device_type, dtype, head_dim, dropout, window, documents, sinks, deterministic
@@ -92,12 +102,9 @@ def unsupported_reason(
     if sinks and dropout > 0:
         return 'has no dropout together with attention_sinks'
     if backend == 'sdpa':
-        if sinks and device_type != 'cpu' and (window or documents):
-            return (
-                'gives no log-sum-exp for attention_sinks where there is a window or a document'
-                ' mask'
-            )
-        return None
+        return _reason_against_sdpa(device_type, window, documents, sinks)
+    if backend == 'blocks':
+        return _reason_against_blocks(device_type, window, documents, sinks)
     if device_type != 'cuda':
         return 'needs an NVIDIA GPU'
     if backend == 'flex':
@@ -126,6 +133,19 @@ def unsupported_reason(
     if head_dim > most or head_dim % 8:
         return f'needs a head_dim that is a multiple of 8 and at most {most}, not {head_dim}'
     return None
+
+
+def _reason_against_sdpa(device_type, window, documents, sinks):
+    if sinks and device_type != 'cpu' and (window or documents):
+        return 'gives no log-sum-exp for attention_sinks where there is a window or a document mask'
+    return None
+
+
+def _reason_against_blocks(device_type, window, documents, sinks):
+    if device_type != 'cpu':
+        return 'is for a CPU'
+    special = {'sliding_window': window, 'document_mask': documents, 'attention_sinks': sinks}
+    return next((f'is not used with {name}' for name, has in special.items() if has), None)
 
 
 def _installed(module):
@@ -259,6 +279,10 @@ def _flash_attn_2(q, k, v, dropout, window, mask, sinks):
     ).transpose(1, 2)
 
 
+def _blocks(q, k, v, dropout, window, mask, sinks):
+    return block_attention(q, k, v, dropout)
+
+
 def _sdpa(q, k, v, dropout, window, mask, sinks):
     grouped = q.size(1) != k.size(1)
     if sinks is not None:
@@ -362,6 +386,7 @@ _KERNELS = {
     'flash_attn_3': _flash_attn_3,
     'flash_attn_2': _flash_attn_2,
     'cudnn': _cudnn,
+    'blocks': _blocks,
     'sdpa': _sdpa,
     'flex': _flex,
     'manual': _manual,

@@ -28,17 +28,50 @@ if TYPE_CHECKING:
     from train import Config
 
 
-def precision(name: str | None, device: torch.device) -> torch.dtype:
+# below this width, casting takes what faster matmuls save (bench/RESULTS.md)
+MIN_WIDTH_FOR_BFLOAT16 = 128
+# far from what is found: 1.6 to 3 with instructions for bfloat16, below 1 without. So one machine
+# always decides alike, and a run that starts anew repeats
+MIN_SPEEDUP_OF_BFLOAT16 = 1.3
+
+
+# of sequences whose attention weights are small beside what else a step stores
+MAX_LENGTH_OF_BLOCKS = 1024
+
+
+def precision(name: str | None, device: torch.device, width: int = 0) -> torch.dtype:
     """Return the torch dtype of matmuls: `name`, such as 'bfloat16', or where it is None bfloat16
-    on a GPU that has it, float16 on others, float32 on a CPU. Raises UserError for float16 on a
-    CPU.
+    on a GPU that has it, float16 on others; on a CPU bfloat16 where it trains a model of this width
+    faster, else float32. Raises UserError for float16 on a CPU.
     """
-    name = name or (
-        'float32' if device.type == 'cpu' else 'bfloat16' if _has_bfloat16() else 'float16'
-    )
+    if name is None and device.type == 'cpu':
+        wide = width >= MIN_WIDTH_FOR_BFLOAT16
+        faster = wide and bfloat16_speedup() >= MIN_SPEEDUP_OF_BFLOAT16
+        name = 'bfloat16' if faster else 'float32'
+    name = name or ('bfloat16' if _has_bfloat16() else 'float16')
     if name == 'float16' and device.type == 'cpu':
         raise UserError('dtype=float16 needs a GPU: type --dtype=bfloat16 or --dtype=float32')
     return getattr(torch, name)
+
+
+@functools.cache
+def bfloat16_speedup() -> float:
+    """Return how many times as fast as in float32 this CPU multiplies matrices in bfloat16, found
+    by trying; 0 where it has no instructions for that.
+    """
+    if not cpu.has_bfloat16():
+        return 0.0
+    ratios = []
+    for turn in range(7):
+        took = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            x, w = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            took[dtype] = time.perf_counter() - started
+        if turn > 1:  # the first make the kernels
+            ratios.append(took[torch.float32] / took[torch.bfloat16])
+    return statistics.median(ratios)
 
 
 def autocast(device_type: str, dtype: torch.dtype):
@@ -174,10 +207,16 @@ def default_backend(
     """Return the backend where attention_backend is None, by rule: a run that continues takes the
     same again.
 
-    The backward pass of torch's flash attention that repeats to the last bit leaves much of a GPU
+    On a CPU torch's kernel gains nothing from bfloat16, where matmuls over blocks take a half to a
+    sixth of its time; they keep the attention weights, which long sequences have too many of. The
+    backward pass of torch's flash attention that repeats to the last bit leaves much of a GPU
     idle. flex_attention's repeats too and takes half the time or less, measured on an H100 for
     heads of 64 and 128 (bench/RESULTS.md); so do windows, which sdpa has as a mask alone.
     """
+    if device.type == 'cpu':
+        special = any(shape.windows) or c.document_mask or shape.attention_sinks
+        short = c.block_size <= MAX_LENGTH_OF_BLOCKS and c.context_parallel == 1
+        return 'blocks' if dtype == torch.bfloat16 and short and not special else 'sdpa'
     faster = (
         device.type == 'cuda'
         and torch.cuda.get_device_capability(device)[0] == 9

@@ -85,10 +85,10 @@ class ModelOptions:
 
     def predict(self, batch_size: int, accumulation: int) -> 'Prediction':
         """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
-        c, world = self.config, self.world
+        c, world, backend = self.config, self.world, self.chosen['backend']
         settings = {
             **self.model_kwargs(batch_size),
-            'backend': 'manual' if self.chosen['backend'] == 'manual' else 'sdpa',
+            'backend': backend if backend in ('manual', 'blocks') else 'sdpa',
             'loss_chunk': eager_chunk(
                 self.loss_chunk(batch_size)[0],
                 batch_size * self.local_length,
@@ -150,9 +150,11 @@ class BatchPlan:
 def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'BatchPlan':
     """Return the BatchPlan of start.config. data: RunData."""
     c, world, notes = start.config, session.world, session.notes
-    dtype = kernels.precision(c.dtype, world.device)
     kernels.set_deterministic(c.deterministic)  # before a trial times them
-    with session.terminal.doing('trying attention kernels'):
+    with session.terminal.doing('trying kernels'):
+        dtype = collectives.broadcast_from_main(
+            lambda: kernels.precision(c.dtype, world.device, data.shape.n_embd), world
+        )
         chosen, told = collectives.broadcast_from_main(
             lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
         )

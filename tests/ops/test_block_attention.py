@@ -1,0 +1,98 @@
+"""Attention by blocks of queries is attention: outputs and gradients, of any length, with grouped
+queries and with dropout; and it is what a CPU takes in bfloat16, by rule.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from onetrain.model_config import resolve_shape
+from onetrain.ops import block_attention as blocks
+from onetrain.ops import kernels
+from onetrain.ops.attention import attention, choose_backend
+from train import Config
+
+
+def inputs(B, n_head, n_kv, T, head_dim=16, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [
+        torch.randn(B, T, n, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
+        for n in (n_head, n_kv, n_kv)
+    ]
+
+
+def results(backend, tensors):
+    out = attention(*tensors, backend)
+    return out, *torch.autograd.grad(out.float().square().sum(), tensors)
+
+
+@pytest.mark.parametrize('B, n_head, n_kv', [(2, 4, 4), (3, 6, 2), (1, 4, 1)])
+@pytest.mark.parametrize('T', [1, 7, 128, 129, 300])
+def test_it_is_attention(B, n_head, n_kv, T):
+    tensors = inputs(B, n_head, n_kv, T)
+    for found, expected in zip(results('blocks', tensors), results('manual', tensors)):
+        assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_sequences_are_computed_in_parts_of_the_batch(monkeypatch):
+    """Whatever the parts, the same bits."""
+    tensors = inputs(5, 2, 2, 200)
+    whole = results('blocks', tensors)
+    monkeypatch.setattr(blocks, 'MAX_SCORES', 2 * 2 * 128 * 200)  # two sequences
+    assert all(map(torch.equal, results('blocks', tensors), whole))
+
+
+def test_bfloat16_stays_near_float32():
+    tensors = inputs(2, 4, 4, 200, 32)
+    low = [x.detach().bfloat16().requires_grad_() for x in tensors]
+    for found, expected in zip(results('blocks', low), results('manual', tensors)):
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_gradients_with_dropout(monkeypatch):
+    monkeypatch.setattr(blocks, 'BLOCK', 4)
+    tensors = inputs(1, 2, 1, 6, 3, torch.float64)
+
+    def dropped(*tensors):
+        torch.manual_seed(1)
+        return attention(*tensors, 'blocks', 0.4)
+
+    assert torch.autograd.gradcheck(dropped, tensors)
+    ones = [*tensors[:2], torch.ones_like(tensors[2])]
+    means = torch.stack([attention(*ones, 'blocks', 0.4).mean() for _ in range(200)])
+    assert abs(means.mean() - 1) < 0.05 and means.std() > 0
+
+
+def test_it_is_for_what_it_computes():
+    device = 'cpu', torch.bfloat16, 16
+    assert choose_backend('blocks', *device) == ('blocks', [])
+    assert choose_backend('flash_attn_2', *device)[0] == 'sdpa'  # only where it is asked for
+    for special, reason in (
+        ('window', 'sliding_window'),
+        ('documents', 'document_mask'),
+        ('sinks', 'attention_sinks'),
+    ):
+        chosen, reasons = choose_backend('blocks', *device, **{special: True})
+        assert chosen == 'sdpa' and reason in reasons[0]
+    assert choose_backend('blocks', 'cuda', torch.bfloat16, 16)[0] == 'sdpa'
+
+
+@pytest.mark.parametrize(
+    'dtype, options, expected',
+    [
+        (torch.bfloat16, {}, 'blocks'),
+        (torch.float32, {}, 'sdpa'),
+        (torch.bfloat16, dict(block_size=2048), 'sdpa'),
+        (torch.bfloat16, dict(document_mask=True), 'sdpa'),
+        (torch.bfloat16, dict(attention_sinks=True), 'sdpa'),
+        (torch.bfloat16, dict(dropout=0.1), 'blocks'),
+        (torch.bfloat16, dict(attention_backend='sdpa'), 'sdpa'),
+    ],
+)
+def test_the_usual_backend_on_a_cpu(dtype, options, expected):
+    c = Config(**{'arch_preset': 'llama', 'vocab_size': 64, 'block_size': 256, **options})
+    shape = resolve_shape(dataclasses.asdict(c))
+    chosen, _ = kernels.select_kernels(c, shape, torch.device('cpu'), dtype)
+    assert chosen['backend'] == expected

@@ -1,10 +1,11 @@
 """
 Training speed beside others: train.py's step, nanoGPT's loop, Hugging Face's Trainer and, where it
-is installed, litgpt, with the same model, batch and dtype, each in a process of its own, in turns.
+is installed, litgpt, with the same model and batch, each in a process of its own, in turns, and as
+its users run it: on a CPU the others compute in float32, on a GPU all in bfloat16.
 
     python bench/peers.py  # GPT-2's kind, then LLaMA's, on this machine's CPU
     python bench/peers.py --family=llama --rounds=7 --steps=4
-    python bench/peers.py --device=cuda --dtype=bfloat16 --n_layer=12 --n_head=12 --n_embd=768 \\
+    python bench/peers.py --device=cuda --n_layer=12 --n_head=12 --n_embd=768 \\
         --block_size=1024 --batch_size=16
 
 nanoGPT's loop is rewritten from what it does, around the same model: the whole of it compiled, all
@@ -54,10 +55,18 @@ def shape_of(args):
 
 
 def context(args):
+    from step import kernels
+
+    return kernels.autocast(args.device, dtype_of(args))
+
+
+def dtype_of(args):
+    """The torch dtype of a peer's matmuls."""
     import torch
     from step import kernels
 
-    return kernels.autocast(args.device, getattr(torch, args.dtype))
+    width = args.n_embd if args.peer == 'onetrain' else 0
+    return kernels.precision(args.dtype, torch.device(args.device), width)
 
 
 def onetrain(args):
@@ -83,9 +92,9 @@ def onetrain(args):
                             'block_size',
                             'batch_size',
                             'device',
-                            'dtype',
                         )
                     },
+                    **({'dtype': args.dtype} if args.dtype else {}),
                 ).items()
             ]
         ),
@@ -131,7 +140,7 @@ def litgpt(args):
     fabric = lightning.Fabric(
         accelerator=args.device,
         devices=1,
-        precision='32-true' if args.dtype == 'float32' else 'bf16-mixed',
+        precision='32-true' if dtype_of(args) == torch.float32 else 'bf16-mixed',
     )
     fabric.launch()
     with fabric.init_module():
@@ -239,7 +248,7 @@ def hf_trainer(args, between):
             save_strategy='no',
             disable_tqdm=True,
             use_cpu=args.device == 'cpu',
-            bf16=args.dtype == 'bfloat16',
+            bf16=dtype_of(args) == torch.bfloat16,
             torch_compile=args.hf_compile,
         )
         transformers.Trainer(
@@ -251,7 +260,6 @@ def serve(args):
     """Take steps: as many as each line of standard input says, and print the seconds that they
     took.
     """
-    import torch
     from step import kernels, matmuls
 
     waiting = {'steps': 0}
@@ -271,7 +279,7 @@ def serve(args):
                 *matmuls(
                     shape_of(args),
                     args.batch_size * args.block_size,
-                    getattr(torch, args.dtype),
+                    dtype_of(args),
                     args.device,
                 ),
                 flush=True,
@@ -341,7 +349,8 @@ def measure(args, folder):
         process.wait(60)
     print(
         f'{args.family}: {args.n_layer} layers, {args.n_embd} wide, vocabulary {vocabulary:,},'
-        f' {args.batch_size} x {args.block_size} tokens, {args.dtype} on {args.device}, medians of'
+        f' {args.batch_size} x {args.block_size} tokens, {args.dtype or "each as it comes"} on'
+        f' {args.device}, medians of'
         f' {args.rounds} x {args.steps} steps'
     )
     middle = {peer: statistics.median(found) for peer, found in seconds.items()}
@@ -382,7 +391,7 @@ def main():
     ):
         parser.add_argument(f'--{name}', type=whole(), default=default)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of all of them')
     parser.add_argument('--hf_compile', action='store_true')
     parser.add_argument('--peers', nargs='+', default=PEERS, choices=PEERS)
     parser.add_argument(

@@ -39,4 +39,3 @@ sample_interval = eval_interval
 sample_start = 'def '
 
 dtype = 'bfloat16' if has_bfloat16() else 'float32'
-compile = False

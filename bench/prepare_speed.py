@@ -79,7 +79,9 @@ elif name.startswith('library:'):
     library = Tokenizer.from_file(name[8:] + '/tokenizer.json')
     encode = lambda text: library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 else:
-    encode = load_tokenizer(name).encode
+    tokenizer = load_tokenizer(name)
+    tokenizer.accelerate()
+    encode = tokenizer.encode
 texts, size = [], 0
 for line in open(source):
     texts.append(json.loads(line)['text'])

@@ -11,6 +11,8 @@ every possible id fits and uint32 where not) and `meta.pkl`, a dict of plain bui
     documents     the same, in documents
     max_id        {'train': int, 'val': int}, largest id seen
     split         one sentence: what went to val
+    encoder       where it is not the tokenizer's own: the library that gave the ids, with its
+                  version (tokenizers/fast_bpe.py)
     fingerprint   {'train': hex, 'val': hex}, see fingerprint()
     ends          {'train': 'train.ends', 'val': 'val.ends'}: files of how many tokens of the split
                   there are up to the end of each document, raw little-endian uint64

@@ -58,20 +58,23 @@ def precision(name: str | None, device: torch.device, width: int = 0) -> torch.d
 def bfloat16_speedup() -> float:
     """Return how many times as fast as in float32 this CPU multiplies matrices in bfloat16, found
     by trying; 0 where it has no instructions for that.
+
+    On one thread, by the time that it computed and the best of many tries: other programs must not
+    decide.
     """
     if not cpu.has_bfloat16():
         return 0.0
-    ratios = []
-    for turn in range(7):
-        took = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            x, w = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-            started = time.perf_counter()
+    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(20):
+        for dtype in best:
+            x, w = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+            started = time.thread_time()
             torch.nn.functional.linear(x, w)
-            took[dtype] = time.perf_counter() - started
-        if turn > 1:  # the first make the kernels
-            ratios.append(took[torch.float32] / took[torch.bfloat16])
-    return statistics.median(ratios)
+            best[dtype] = min(best[dtype], time.thread_time() - started)
+    torch.set_num_threads(threads)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def autocast(device_type: str, dtype: torch.dtype):

@@ -49,13 +49,14 @@ def assemble(
     counts['lost'] = count_lost(made, max_lost)
     dropped = find_repeated([part.path('docs') for part in made], output) if dedup else None
     tokenizer = plan.tokenizer
+    encoders = sorted({part.record.get('encoder') or '' for part in made} - {''})
     writer = TokenFileWriter(
         output,
         vocab_size=tokenizer.vocab_size,
         eot_id=tokenizer.eot_id,
         tokenizer=tokenizer,
         split=split,
-        extra=extra,
+        extra={**(extra or {}), **({'encoder': ', '.join(encoders)} if encoders else {})},
         sharded=sharded,
     )
     with (

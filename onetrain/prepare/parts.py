@@ -64,10 +64,10 @@ def make_part(
     told now and then of more bytes of source, tokens and documents. Returns the record, a dict:
 
     tokens, documents, max_id; ids_sha256 (hex) and size of the ids, docs_sha256 and number of
-    pieces, of each unit too; lines of each unit; rows that are not blank, broken ones among them,
-    the first (unit, line, problem) or None; characters that were decoded again, those of them that
-    were lost, examples of these; modified: times of the files. Raises UserError for a file that
-    cannot be read and for ids beyond the vocabulary.
+    pieces, of each unit too; encoder of the tokenizer; lines of each unit; rows that are not blank,
+    broken ones among them, the first (unit, line, problem) or None; characters that were decoded
+    again, those of them that were lost, examples of these; modified: times of the files. Raises
+    UserError for a file that cannot be read and for ids beyond the vocabulary.
     """
     dtype = token_dtype({'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'})
     rows, progress = _Rows(units, text_field), _Progress(advance)
@@ -103,6 +103,7 @@ def make_part(
         'size': tokens * dtype.itemsize,
         'ids_sha256': digest.hexdigest(),
         'docs_sha256': hashlib.sha256(docs).hexdigest(),
+        'encoder': tokenizer.encoder,
         **rows.record(),
         **losses.record(),
         'modified': modified,

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between
-THREADED = {'tokenizers', 'pyarrow', 'fsspec', 'torch'}
+THREADED = {'tokenizers', 'pyarrow', 'fsspec', 'torch', 'gigatoken'}
+CORPUS = 2**23  # bytes of source for which it pays to look for a faster tokenizer
 
 
 @dataclasses.dataclass
@@ -229,10 +230,13 @@ def tokenize(
             )
             bar.update(done)
 
+        missing = [index for index in mine if index not in made]
+        if missing and plan.size() > CORPUS:
+            plan.tokenizer.accelerate()
         for index, record in _make(
             plan,
             folder,
-            [index for index in mine if index not in made],
+            missing,
             num_proc or len(os.sched_getaffinity(0)),
             advance,
         ):

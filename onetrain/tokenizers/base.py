@@ -28,18 +28,19 @@ import contextlib
 import difflib
 import glob
 import hashlib
-import importlib
+import importlib.metadata
 import os
 import re
 import shutil
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from onetrain.config import UserError
 from onetrain.files import check_own, inside, is_whole, parse_json, replacing
-from onetrain.tokenizers.byte_level import TiktokenEquivalent, equivalent_of
-from onetrain.tokenizers.fast_tiktoken import FastTiktoken
+from onetrain.tokenizers import fast_bpe
+from onetrain.tokenizers.byte_level import equivalent_of
 
 
 class Tokenizer(abc.ABC):
@@ -58,6 +59,15 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids."""
 
+    # what encode() goes through beside the tokenizer's own library, as meta.pkl records it
+    encoder: str | None = None
+
+    def accelerate(self, trusted: str | None = None) -> None:  # noqa: B027
+        """Encode by a faster library from now on, where there is one that gives the same ids, which
+        takes seconds to find out: for a corpus. trusted: `encoder` of another process, which found
+        it out.
+        """
+
     @abc.abstractmethod
     def describe(self, folder: str) -> dict:
         """Return a dict for meta['tokenizer']; writes what it needs to `folder`."""
@@ -73,9 +83,6 @@ HF_FILES = (
 )
 TEMPLATES = 'additional_chat_templates'  # folder beside them of named .jinja files
 EOT = '<|endoftext|>'
-# characters of text after which it is taken for a corpus, for which a second's preparation is worth
-# it
-TRIAL = 2**20
 UNKNOWN = '\N{REPLACEMENT CHARACTER}'
 
 
@@ -321,10 +328,7 @@ class TiktokenTokenizer(Tokenizer):
     """
 
     lossless = True
-    encoded, quick = (
-        0,
-        None,
-    )  # characters so far; fast_tiktoken.FastTiktoken after some
+    fast: fast_bpe.FastBPE | None = None
 
     def __init__(self, name: str):
         tiktoken = _library('tiktoken', name)
@@ -350,12 +354,14 @@ class TiktokenTokenizer(Tokenizer):
         self.eot_id = self.encoding.eot_token if self.eot_token else None
 
     def encode(self, text: str) -> np.ndarray:
-        if self.quick is not None:
-            return self.quick.encode(text)
-        if self.encoded <= TRIAL < self.encoded + len(text):
-            self.quick = FastTiktoken(self.encoding._pat_str, self.encoding._mergeable_ranks)
-        self.encoded += len(text)
+        if self.fast is not None and (ids := self.fast.encode(text)) is not None:
+            return ids
         return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def accelerate(self, trusted: str | None = None) -> None:
+        reference = None if trusted else self.encoding.encode_ordinary
+        self.fast = fast_bpe.fast_bpe_of_tiktoken(self.encoding, reference)
+        self.encoder = fast_bpe.version() if self.fast else None
 
     def byte_length(self, i: int):
         return len(self._token(i))
@@ -364,7 +370,7 @@ class TiktokenTokenizer(Tokenizer):
         return _join(self._token(int(i)) for i in ids)
 
     def __reduce__(self):
-        return TiktokenTokenizer, (self.name,)
+        return _rebuilt, (TiktokenTokenizer, self.encoder, self.name)
 
     def _token(self, i):
         # a model's vocabulary may be padded beyond n_vocab, and some encodings have gaps
@@ -430,8 +436,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     files: {name: bytes} of those of HF_FILES that exist, and of templates of conversations; source:
     where they are from, for messages. The files are kept, so that describe() can write them even
-    when their folder is gone, or is the one written to. After some text, encode() goes through
-    tiktoken where that gives the same ids faster (byte_level.py).
+    when their folder is gone, or is the one written to.
     """
 
     lossless = False
@@ -455,8 +460,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(max(ids) + 1, self.tokenizer.get_vocab_size(with_added_tokens=True))
         self.eot_id = self._eos()
         self.eot_token = None if self.eot_id is None else self.tokenizer.id_to_token(self.eot_id)
-        self.twin: TiktokenEquivalent | None = None
-        self.encoded = 0
+        self.fast: Any = None  # FastBPE or TiktokenEquivalent
 
     @classmethod
     def of_folder(cls, folder: str, root: str | None = None) -> 'Tokenizer':
@@ -479,7 +483,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __reduce__(self):
         # a pickled tokenizers.Tokenizer forgets encode_special_tokens
-        return HuggingFaceTokenizer, (self.files, self.source)
+        return _rebuilt, (HuggingFaceTokenizer, self.encoder, self.files, self.source)
 
     def _eos(self):
         for name in ('tokenizer_config.json', 'special_tokens_map.json'):
@@ -513,8 +517,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return settings
 
     def encode(self, text: str) -> np.ndarray:
-        if self.twin is not None and (ids := self.twin.encode(text)) is not None:
+        if self.fast is not None and (ids := self.fast.encode(text)) is not None:
             return ids
+        return np.array(self._library_ids(text), dtype=np.uint32)
+
+    def _library_ids(self, text):
         with _panics_are_errors(
             lambda error: (
                 f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
@@ -523,14 +530,20 @@ class HuggingFaceTokenizer(Tokenizer):
         ):
             # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the
             # time
-            ids = np.array(
-                self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids,
-                dtype=np.uint32,
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def accelerate(self, trusted: str | None = None) -> None:
+        content = self.files['tokenizer.json'].decode('utf-8')
+        self.fast = self.encoder = None
+        if trusted is None or trusted == fast_bpe.version():
+            reference = None if trusted else self._library_ids
+            self.fast = fast_bpe.fast_bpe_of_json(content, reference)
+            self.encoder = fast_bpe.version() if self.fast else None
+        if self.fast is None and (equivalent := equivalent_of(content)):
+            self.fast, self.encoder = (
+                equivalent,
+                f'tiktoken {importlib.metadata.version("tiktoken")}',
             )
-        if self.encoded <= TRIAL < self.encoded + len(text):
-            self.twin = equivalent_of(self.files['tokenizer.json'].decode('utf-8'))
-        self.encoded += len(text)
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         with _panics_are_errors(
@@ -597,6 +610,14 @@ class SentencePieceTokenizer(Tokenizer):
     def describe(self, folder: str) -> dict[str, str]:
         _write(os.path.join(folder, 'tokenizer.model'), self.model)
         return {'kind': 'sentencepiece', 'path': 'tokenizer.model'}
+
+
+def _rebuilt(kind, encoder, *arguments):
+    """Return the Tokenizer that another process pickled."""
+    tokenizer = kind(*arguments)
+    if encoder:
+        tokenizer.accelerate(encoder)
+    return tokenizer
 
 
 def _library(name, spec):

@@ -1,5 +1,6 @@
 r"""The ids of a Hugging Face byte-level BPE (GPT-2's kind: LLaMA-3, Qwen, StarCoder2, ...) from
-tiktoken's loop: the same ids, several times as fast.
+tiktoken's loop: the same ids, several times as fast. For those that gigatoken (fast_bpe.py) does
+not know, and where it is not installed.
 
 Both libraries cut a text with one regular expression and merge bytes within each piece, lowest rank
 first. They differ in what may merge: a pair that is listed, or any pair that makes up a token. That
@@ -21,31 +22,33 @@ from typing import Any
 
 import numpy as np
 
-from onetrain.tokenizers.fast_tiktoken import ATOM, GPT2, FastTiktoken
+from onetrain.tokenizers.fast_bpe import KNOWN
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # each digit for itself, and what is before it
 GPT2_DIGITS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
-KNOWN = 0x32000
+# of a regular expression: a class or an escaped character
+ATOM = re.compile(r'\\[pP]\{\^?\w+\}|\\[^1-9kKbBAzZG]|\[\^?(?:\\.|[^\]\\])+\]')
 FOLDED = 'ſK'  # characters that are an s or a k where case does not count
 
 
 class TiktokenEquivalent:
-    """quick: fast_tiktoken.FastTiktoken of merge ranks; ids: (number of ranks,) uint32, the id of
-    each; unsafe: (0x110000,) bool, characters that are left to the library; words: added tokens,
-    whose text is too; normal: whether a text must be in NFC.
+    """encoding: tiktoken's of merge ranks; ids: (number of ranks,) uint32, the id of each; unsafe:
+    (0x110000,) bool, characters that are left to the library; words: added tokens, whose text is
+    too; normal: whether a text must be in NFC.
     """
 
     def __init__(
         self,
-        quick: FastTiktoken,
+        encoding: Any,
         ids: np.ndarray,
         unsafe: np.ndarray,
         words: set[str],
         normal: bool,
     ):
-        self.quick, self.ids, self.unsafe, self.normal = quick, ids, unsafe, normal
+        self.encoding, self.ids, self.unsafe, self.normal = encoding, ids, unsafe, normal
         self.words = re.compile('|'.join(map(re.escape, sorted(words)))) if words else None
 
     def encode(self, text: str) -> np.ndarray | None:
@@ -59,7 +62,7 @@ class TiktokenEquivalent:
                 return None
             if self.normal and not unicodedata.is_normalized('NFC', text):
                 return None
-        return self.ids[self.quick.encode(text)]
+        return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
 
 
 def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
@@ -93,7 +96,13 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
     ranks = ranks_of(model, tokenizers)
     if ranks is None:
         return None
-    quick = FastTiktoken(pattern, {token: rank for rank, (token, _) in enumerate(ranks)})
+    encoding = tiktoken.Encoding(
+        'equivalent',
+        pat_str=pattern,
+        mergeable_ranks={token: rank for rank, (token, _) in enumerate(ranks)},
+        # it looks for special tokens first: with none at all it looks at every character
+        special_tokens={'<|none|>': len(ranks)},
+    )
     unsafe = disagreements(pattern, tiktoken, tokenizers)
     # of characters that are younger than Python's tables the normal form is not known
     if normalizer is not None:
@@ -102,7 +111,7 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
         token['content'] for token in described.get('added_tokens', []) if not token['special']
     }
     return TiktokenEquivalent(
-        quick,
+        encoding,
         np.array([i for _, i in ranks], dtype=np.uint32),
         unsafe,
         words,

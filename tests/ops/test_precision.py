@@ -1,0 +1,63 @@
+"""dtype=None on a CPU: bfloat16 where it trains the model faster, the same whenever a run starts
+anew, and what a run had where it continues.
+"""
+
+import glob
+import json
+
+import pytest
+import torch
+
+from onetrain import cpu
+from onetrain.ops import kernels
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize(
+    'speedup, width, name, expected',
+    [
+        (2.0, 128, None, 'bfloat16'),
+        (2.0, 127, None, 'float32'),
+        (1.2, 1024, None, 'float32'),
+        (2.0, 1024, 'float32', 'float32'),
+        (0.0, 32, 'bfloat16', 'bfloat16'),
+        (2.0, 0, None, 'float32'),  # not a training run
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_is_faster(speedup, width, name, expected, monkeypatch):
+    monkeypatch.setattr(kernels, 'bfloat16_speedup', lambda: speedup)
+    assert kernels.precision(name, CPU, width) == getattr(torch, expected)
+
+
+def test_the_trial(monkeypatch):
+    """Leaves the threads alone; without the instructions there is none."""
+    threads = torch.get_num_threads()
+    kernels.bfloat16_speedup.cache_clear()
+    found = kernels.bfloat16_speedup()
+    assert (found > kernels.MIN_SPEEDUP_OF_BFLOAT16) == cpu.has_bfloat16()
+    assert torch.get_num_threads() == threads
+    kernels.bfloat16_speedup.cache_clear()
+    monkeypatch.setattr(cpu, 'has_bfloat16', lambda: False)
+    monkeypatch.setattr(torch, 'set_num_threads', None)
+    assert kernels.bfloat16_speedup() == 0
+    kernels.bfloat16_speedup.cache_clear()
+
+
+@pytest.mark.parametrize('first, then', [(2.0, 0.0), (0.0, 2.0)])
+def test_a_run_keeps_what_it_began_with(first, then, train, tmp_path, monkeypatch, capsys):
+    options = '--n_embd=128', '--n_head=4', '--eval_interval=2'
+    monkeypatch.setattr(kernels, 'bfloat16_speedup', lambda: first)
+    assert train(tmp_path, *options, '--max_iters=2') == 0
+    monkeypatch.setattr(kernels, 'bfloat16_speedup', lambda: then)
+    assert train(tmp_path, *options, '--init_from=resume', '--max_iters=4') == 0
+    said = capsys.readouterr().out
+    kept = ('bfloat16', 'blocks') if first else ('float32', 'sdpa')
+    (path,) = glob.glob(str(tmp_path / 'run_*.jsonl'))
+    with open(path) as f:
+        headers = [entry for entry in map(json.loads, f) if 'config' in entry]
+    assert headers and all(
+        (entry['config']['dtype'], entry['config']['attention_backend']) == kept
+        for entry in headers
+    )
+    assert said.count(f'Attention backend: {kept[1]}') == 2

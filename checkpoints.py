@@ -95,6 +95,9 @@ def run(args: argparse.Namespace) -> int:
         or len(steps) != wanted[name]
         or not all(step.isascii() and step.isdigit() for step in steps)
     ):
+        if args.place in wanted and name not in wanted:  # the other way around
+            swapped = ' '.join([name, args.place, *steps])
+            raise UserError(f'the folder comes first: type `python checkpoints.py {swapped}`')
         raise UserError(
             f'{" ".join(args.action)!r} is not understood: type view STEP, compare STEP STEP, or'
             f' status, such as `python checkpoints.py {args.place} view 1000`'

@@ -29,6 +29,7 @@ PACKAGES = {  # name: (what it is for, how it is installed, whether training nee
     'matplotlib': ('pictures', 'pip install -r requirements.txt', False),
     'tokenizers': ('byte-level BPE', "pip install -e '.[data]'", False),
     'tiktoken': ("GPT-2's tokenizer", "pip install -e '.[data]'", False),
+    'gigatoken': ('faster tokenizing', "pip install -e '.[data]'", False),
     'sentencepiece': ("LLaMA-2's tokenizer", "pip install -e '.[data]'", False),
     'pyarrow': ('.parquet files', "pip install -e '.[data]'", False),
     'zstandard': ('.jsonl.zst files', "pip install -e '.[data]'", False),

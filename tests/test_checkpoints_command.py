@@ -164,6 +164,11 @@ def test_what_cannot_be_asked(run, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_an_action_before_the_folder(capsys):
+    assert checkpoints.main(['view', 'out-x', '8']) == 2
+    assert 'type `python checkpoints.py out-x view 8`' in capsys.readouterr().err
+
+
 def test_doctor(monkeypatch, tmp_path, capsys):
     assert doctor.main(['--json', f'--url=file://{tmp_path}/place']) == 0
     found = {entry['subject']: entry for entry in json.loads(capsys.readouterr().out)['findings']}

@@ -73,8 +73,6 @@ def open_data(
             lambda: open_dataset(c.dataset, root, c.data_url), world
         )
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
-    for file in sorted((train, val), key=len):
-        check_vocab_and_length(file, shape.vocab_size, shape.block_size)
     document_end = validate.require_eot_id(c, meta) if c.document_mask else None
     if world.ring:
         validate.validate_context_parallel(c, shape)
@@ -91,12 +89,14 @@ def open_data(
     token_ids = collectives.broadcast_from_main(lambda: matching.digest_of_dataset(folder), world)
     train_data_changed = val_data_changed = False
     if saved:
-        train_data_changed, val_data_changed = resume.check_data(
-            saved, splits, c.allow_data_change, notes
-        )
         collectives.broadcast_from_main(
             lambda: matching.check_resumed(saved, folder, meta, c.dataset, notes), world
         )
+        train_data_changed, val_data_changed = resume.check_data(
+            saved, splits, c.allow_data_change, notes
+        )
+    for file in sorted((train, val), key=len):
+        check_vocab_and_length(file, shape.vocab_size, shape.block_size)
     return RunData(
         train=train,
         val=val,

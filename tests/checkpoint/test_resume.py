@@ -265,7 +265,9 @@ def test_other_data_is_refused_unless_allowed(train, tmp_path, dataset, capsys):
     assert state['best_val_loss'] == evaluated[1]['val_loss']  # the last came after it was saved
 
 
-@pytest.mark.parametrize('now', ['same ids', 'other ids', 'nothing named', 'what it was is gone'])
+@pytest.mark.parametrize(
+    'now', ['same ids', 'other ids', 'more ids', 'nothing named', 'what it was is gone']
+)
 def test_other_data_to_continue_with_must_have_the_tokenizer_of_the_run(tmp_path, capsys, now):
     """Compared by their ids; where they cannot be, the run says so and goes on."""
     ids = np.random.default_rng(0).integers(0, 20, 3000)
@@ -284,6 +286,9 @@ def test_other_data_to_continue_with_must_have_the_tokenizer_of_the_run(tmp_path
     letters = 'abcdefghijklmnopqrst'
     before = folder('before', letters)
     after = folder('after', letters[::-1] if now == 'other ids' else letters, split='another')
+    if now == 'more ids':  # beyond the vocabulary of the run, which cannot grow
+        letters += 'uvwxyz'
+        after = folder('more', letters, vocab_size=26)
     if now == 'nothing named':
         meta = read_meta(after)
         with open(os.path.join(after, 'meta.pkl'), 'wb') as f:

@@ -1,0 +1,65 @@
+"""Validation losses of a recipe under two or more settings, each with several seeds: whether they
+differ by more than chance.
+
+    python bench/seeds.py config/shakespeare_char_quick.py --settings dtype=float32 dtype=bfloat16
+    python bench/seeds.py config/demo_pystdlib.py --seeds=3 --settings muon_momentum=0.9 \\
+        muon_momentum=0.95 --always max_iters=450 lr_decay_iters=450
+
+Several keys of one setting stand in one word: dtype=bfloat16,attention_backend=sdpa. Runs take
+turns and go to a temporary folder. A difference is given with the standard error of the mean of the
+pairs of runs with one seed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from onetrain.command_line import run_command, whole
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def final_loss(recipe: str, out_dir: str, settings: list[str]) -> float:
+    """Train, and return the last validation loss."""
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), recipe, f'--out_dir={out_dir}']
+    command += [f'--{setting}' for setting in settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f'{" ".join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}')
+    (name,) = [name for name in os.listdir(out_dir) if name.endswith('.jsonl')]
+    with open(os.path.join(out_dir, name)) as f:
+        return [e['val_loss'] for e in map(json.loads, f) if e.get('type') == 'eval'][-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('recipe')
+    parser.add_argument('--settings', nargs='+', required=True, metavar='KEY=VALUE')
+    parser.add_argument('--always', nargs='*', default=[], metavar='KEY=VALUE')
+    parser.add_argument('--seeds', type=whole(), default=5)
+    args = parser.parse_args()
+    losses = {setting: [] for setting in args.settings}
+    for seed in range(args.seeds):
+        for setting in [*losses][:: 1 if seed % 2 else -1]:
+            with tempfile.TemporaryDirectory() as folder:
+                keys = [*args.always, *setting.split(','), f'seed={seed}']
+                losses[setting].append(final_loss(args.recipe, os.path.join(folder, 'run'), keys))
+            print(f'seed {seed}, {setting}: {losses[setting][-1]:.4f}', flush=True)
+    first = losses[args.settings[0]]
+    for setting, found in losses.items():
+        spread = statistics.stdev(found) if len(found) > 1 else float('nan')
+        print(f'{setting}: {statistics.mean(found):.4f}, standard deviation {spread:.4f}')
+        if found is not first and len(found) > 1:
+            pairs = [b - a for a, b in zip(first, found)]
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
+            print(f'    {statistics.mean(pairs):+.4f} +- {error:.4f} beside {args.settings[0]}')
+
+
+if __name__ == '__main__':
+    sys.exit(run_command(lambda _: main()))

@@ -70,11 +70,10 @@ def make_part(
     UserError for a file that cannot be read and for ids beyond the vocabulary.
     """
     dtype = token_dtype({'dtype': 'uint16' if tokenizer.vocab_size <= 2**16 else 'uint32'})
-    rows, progress = _Rows(units, text_field), _Progress(advance)
-    losses, digest, table = _Losses(tokenizer), hashlib.sha256(), []
+    rows, progress, losses = _Rows(units, text_field), _Progress(advance), _Losses(tokenizer)
+    digest, table, pieces = hashlib.sha256(), [], [0] * len(units)
     tokens = texts = max_id = 0
     modified = [_modified(unit.path) for unit in units]
-    pieces = [0] * len(units)
     # the checksum in the record vouches for it, not fsync()
     with replacing(part_path(folder, index, 'bin'), tidy=False) as f:
         for unit, content in rows:

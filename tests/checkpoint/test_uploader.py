@@ -177,17 +177,17 @@ def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(
         f'--dataset={dataset}',
         f'--out_dir={out}',
         *TINY,
-        '--max_iters=600',
-        '--eval_interval=200',
+        '--max_iters=200',
+        '--eval_interval=100',
         f'--upload_to={url}',
-        '--log_interval=10',
+        '--log_interval=5',
         env=s3.environment,
     )
     output, stopped, started = '', False, False
     try:
         for line in process.stdout:
             output += line
-            if line.startswith('iter 10/') and not stopped:
+            if line.startswith('iter 5/') and not stopped:
                 s3.stop()
                 stopped = True
             if 'copying to' in line and not started:  # training is over, nothing could be copied
@@ -199,9 +199,9 @@ def test_a_server_that_is_down_blocks_no_step_and_gets_all_in_the_end(
         end_all(process)
         if stopped and not started:
             s3.start()
-    assert 'works again' in output and 'copied step 600' in output
+    assert 'works again' in output and 'copied step 200' in output
     fs, root, step, rejected = uploader.find_run(url, 'full')
-    assert (step, rejected) == (600, []) and fs.size(
+    assert (step, rejected) == (200, []) and fs.size(
         f'{root}/{os.path.basename(root)}.jsonl'
     ) > 5000
 

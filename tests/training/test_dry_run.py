@@ -124,6 +124,7 @@ def test_a_step_that_does_not_fit_is_refused(dataset, tmp_path, monkeypatch, cap
         '--batch_size=8',
         '--max_iters=1',
         '--eval_iters=1',
+        '--dtype=float32',
     ]
     assert run_train(dataset, tmp_path / 'a', *large) == 2
     error = capsys.readouterr().err

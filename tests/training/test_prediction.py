@@ -137,7 +137,8 @@ def test_the_largest_that_fits():
 
 
 def test_a_run_finds_its_batch_size_and_keeps_the_batch(dataset, tmp_path, monkeypatch, capsys):
-    wanted = ['--n_embd=128', '--max_iters=4', '--eval_interval=2', '--find_batch_size=True']
+    wanted = ['--n_embd=128', '--dtype=float32', '--max_iters=4', '--eval_interval=2']
+    wanted += ['--find_batch_size=True']
     room = []
     monkeypatch.setattr(memory, 'available_memory', lambda device: room[0])
     monkeypatch.setattr('onetrain.training.startup_report.available_memory', lambda device: room[0])

@@ -86,16 +86,18 @@ def run_command(
     work: Callable,
     argv: list[str] | None = None,
     tell: Callable | None = None,
-    interrupted: str = 'interrupted',
+    interrupted: str | None = 'interrupted',
 ) -> int:
     """Return the exit code of work(argv), or 2 where it raises what a user can mend, after telling
     it in one sentence.
 
     argv: None for sys.argv[1:]. tell: function that takes the sentence; None: print it to standard
-    error. interrupted: what is told at Ctrl-C.
+    error. interrupted: what is told at Ctrl-C; None: work() has nothing to put in order then, so it
+    ends at once, whatever library would have swallowed the exception.
     """
     if (
-        threading.current_thread() is threading.main_thread()
+        interrupted is not None
+        and threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is _leave
     ):
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -124,11 +124,12 @@ def load_run(
     path, state = find_checkpoint(out_dir, step)
     config = state['config']
     tokenizer, meta, elsewhere = tokenizer_of_run(state)
+    backend = config.get('attention_backend') or 'sdpa'
     model = build(
         apply_context_overrides(config, changes),
         device,
         dtype,
-        config.get('attention_backend') or 'sdpa',
+        'sdpa' if backend == 'blocks' else backend,  # which is for training
         meta.get('eot_id') if config.get('document_mask') else None,
     )
     store.load(path, {f'model.{name}': tensor for name, tensor in model.tensors().items()})

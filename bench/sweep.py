@@ -179,7 +179,7 @@ class Sweep:
             self.now('batch_size') * self.c.block_size,
             self.vocabulary,
             device_of(self.c).type,
-            kernels.precision(self.c.dtype, device_of(self.c)),
+            kernels.precision(self.c.dtype, device_of(self.c), self.c.n_embd or 0),
             self.now('compile'),
         )[0]
 

@@ -92,8 +92,8 @@ def run_command(
     it in one sentence.
 
     argv: None for sys.argv[1:]. tell: function that takes the sentence; None: print it to standard
-    error. interrupted: what is told at Ctrl-C; None: work() has nothing to put in order then, so it
-    ends at once, whatever library would have swallowed the exception.
+    error. interrupted: what is told at Ctrl-C, after work() has put things in order; None: it has
+    nothing to put in order, so Ctrl-C ends the process at once.
     """
     if (
         interrupted is not None
@@ -110,7 +110,7 @@ def run_command(
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(f'\n{interrupted}', file=sys.stderr, flush=True)
+        print(f'\n{interrupted or "interrupted"}', file=sys.stderr, flush=True)
         return INTERRUPTED
     except BrokenPipeError:  # as `| head` does; nothing more can be shown
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -3,8 +3,10 @@ trainer.
 """
 
 import contextlib
+import inspect
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +27,39 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ['PYTHONPATH'] = ROOT
 
 torch.set_num_threads(2)
+
+# in the source of a test or its fixtures: processes that it starts, runs that it trains
+_LONG = re.compile(
+    r'\b(start_process|run_process|run_ranks|run_train|torchrun|subprocess|spawn|main\(|train\('
+    r'|prepare\(|fastest_backend|time\.sleep)|torch\.compile|compile=True'
+)
+_LONG_FIXTURES = {'train', 'ranks', 's3'}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--quick', action='store_true', help='leave out tests that train or start processes'
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption('--quick'):
+        return
+    quick = []
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs
+        sources = [item.function, *(found[-1].func for found in fixtures.values())]
+        own = [code for code in sources if code.__module__ not in ('conftest', 'ranks')]
+        own = [code for code in own if inspect.getsourcefile(code).startswith(ROOT)]
+        long = _LONG_FIXTURES & fixtures.keys() or any(
+            _LONG.search(inspect.getsource(code)) for code in own
+        )
+        if not long:
+            quick.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in quick])
+    items[:] = quick
+
+
 TEXT = (
     'the quick brown fox jumps over the lazy dog; 0123456789 sphinx of black quartz, judge my'
     ' vow!\n'

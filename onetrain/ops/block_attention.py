@@ -4,9 +4,9 @@
     queries  [masked]                 block 0 sees 128 keys,
              [ seen  |masked]         block 1 sees 256, ...
 
-Which leaves out most of what causality masks, and keeps a block within the caches of a CPU. There
-torch's own flash kernel multiplies small tiles, for which bfloat16 gains nothing: this takes a half
-to a sixth of its time (bench/RESULTS.md). The weights are kept for the backward pass.
+This leaves out most of what causality masks, and keeps a block within the caches of a CPU. There
+torch's own flash kernel multiplies small tiles, for which bfloat16 gains nothing: this takes a
+quarter to seven tenths of its time (bench/RESULTS.md). The weights are kept for the backward pass.
 """
 
 import math
@@ -53,7 +53,8 @@ class _BlockAttention(torch.autograd.Function):
             keep = None
             if dropout:
                 keep = torch.rand_like(weights, dtype=torch.float32) >= dropout
-            kept += [weights, keep]
+            if any(ctx.needs_input_grad):
+                kept += [weights, keep]
             dropped = weights if keep is None else weights * keep / (1 - dropout)
             out[:, :, start:end] = torch.bmm(dropped, v[:, :end]).view(N, G, length, D)
         ctx.save_for_backward(q, k, v, *kept)

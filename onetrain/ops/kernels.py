@@ -30,12 +30,10 @@ if TYPE_CHECKING:
 
 # below this width, casting takes what faster matmuls save (bench/RESULTS.md)
 MIN_WIDTH_FOR_BFLOAT16 = 128
-# far from what is found: 1.6 to 3 with instructions for bfloat16, below 1 without. So one machine
-# always decides alike, and a run that starts anew repeats
+# far from what is found: 1.6 to 3 with instructions for bfloat16, below 1 without. So a machine
+# decides alike each time, and a run that starts anew repeats
 MIN_SPEEDUP_OF_BFLOAT16 = 1.3
-
-
-# of sequences whose attention weights are small beside what else a step stores
+# of sequences for which attention may keep its weights
 MAX_LENGTH_OF_BLOCKS = 1024
 
 
@@ -210,14 +208,16 @@ def default_backend(
     """Return the backend where attention_backend is None, by rule: a run that continues takes the
     same again.
 
-    On a CPU torch's kernel gains nothing from bfloat16, where matmuls over blocks take a half to a
-    sixth of its time; they keep the attention weights, which long sequences have too many of. The
-    backward pass of torch's flash attention that repeats to the last bit leaves much of a GPU
-    idle. flex_attention's repeats too and takes half the time or less, measured on an H100 for
-    heads of 64 and 128 (bench/RESULTS.md); so do windows, which sdpa has as a mask alone.
+    On a CPU torch's kernel gains nothing from bfloat16, where matmuls over blocks take a quarter to
+    seven tenths of its time; they keep the attention weights, which are many where sequences are
+    long, and which selective recomputation does not know how to keep. The backward pass of torch's
+    flash attention that repeats to the last bit leaves much of a GPU idle. flex_attention's repeats
+    too and takes half the time or less, measured on an H100 for heads of 64 and 128
+    (bench/RESULTS.md); so do windows, which sdpa has as a mask alone.
     """
     if device.type == 'cpu':
         special = any(shape.windows) or c.document_mask or shape.attention_sinks
+        special = special or c.activation_checkpointing == 'selective'
         short = c.block_size <= MAX_LENGTH_OF_BLOCKS and c.context_parallel == 1
         return 'blocks' if dtype == torch.bfloat16 and short and not special else 'sdpa'
     faster = (

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 PART_BYTES = 4 * 2**20, 2**30  # of source: the smallest and the largest part
 PARTS = 2000  # about, for a corpus in between
 THREADED = {'tokenizers', 'pyarrow', 'fsspec', 'torch', 'gigatoken'}
-CORPUS = 2**23  # bytes of source for which it pays to look for a faster tokenizer
+CORPUS = 2**23  # bytes of source above which it pays to look for a faster tokenizer
 
 
 @dataclasses.dataclass
@@ -329,6 +329,7 @@ def _make(plan, folder, todo, num_proc, advance):
         advance(*(a - b for a, b in zip(now, seen)))
         seen[:] = now
 
+    os.environ['RAYON_NUM_THREADS'] = '1'  # a thread for each process that is started now
     # a worker is told of the units of a part when it is to make it, not of all there are
     pool = concurrent.futures.ProcessPoolExecutor(
         min(num_proc, len(todo)),
@@ -365,7 +366,6 @@ def _make(plan, folder, todo, num_proc, advance):
 
 def _begin(plan, folder, counters):
     global _work
-    os.environ['RAYON_NUM_THREADS'] = '1'  # a thread for each process
     _work = plan, folder, counters
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()

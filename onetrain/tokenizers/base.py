@@ -19,6 +19,8 @@ Each class below is a Tokenizer, which has
     lossless            whether decode(encode(text)) is the text, whatever it is
     byte_length(id)     bytes of the text that an id stands for, None for an id without a token;
                         only where each id stands for bytes of its own
+    accelerate()        from now on encode() goes through a faster library where that gives the same
+                        ids, whose name and version is then `encoder`, else None
     describe(folder)    dict of plain builtins for meta['tokenizer']; writes the files that
                         tokenizer_of() needs to `folder`
 """
@@ -50,6 +52,7 @@ class Tokenizer(abc.ABC):
     eot_id: int | None
     eot_token: str | None
     lossless: bool
+    encoder: str | None = None
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -58,9 +61,6 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids."""
-
-    # what encode() goes through beside the tokenizer's own library, as meta.pkl records it
-    encoder: str | None = None
 
     def accelerate(self, trusted: str | None = None) -> None:  # noqa: B027
         """Encode by a faster library from now on, where there is one that gives the same ids, which

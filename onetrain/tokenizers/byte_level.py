@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from onetrain.tokenizers.fast_bpe import KNOWN
+from onetrain.tokenizers.fast_bpe import KNOWN, NFC
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # each digit for itself, and what is before it
@@ -82,8 +82,7 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
         pattern is None
         or re.search(r'[$^\\]', ATOM.sub('x', pattern))
         or model.get('type') != 'BPE'
-        or normalizer
-        not in (None, {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]})
+        or normalizer not in (None, *NFC)
     ):
         return None
     if (

@@ -3,7 +3,8 @@ as `tokenizers`.
 
 gigatoken is young and by one author, so nothing rests on it: it is optional (the extra `data`), and
 taken for a tokenizer only after it gave that one's own ids for some 5,000 texts, in which every
-character that is in use stands beside letters, digits and white space (is_same()).
+character that is in use stands beside letters, digits and white space (is_same()). Texts that hold
+an added token, or are not in the normal form that the tokenizer wants, are left to its library.
 """
 
 import importlib.metadata
@@ -14,7 +15,7 @@ import re
 import tempfile
 import unicodedata
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,23 +28,34 @@ NFC = {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}
 
 
 class FastBPE:
-    """encoder: a gigatoken.Tokenizer; normal: whether a text must be in NFC, of whose characters
-    none may be younger than Python's tables.
+    """encoder: a gigatoken.Tokenizer; words: added tokens; normal: whether a text must be in NFC,
+    and none of its characters younger than Python's tables.
     """
 
-    def __init__(self, encoder: Any, normal: bool = False):
+    def __init__(self, encoder: Any, words: Iterable[str] = (), normal: bool = False):
         self.encoder = encoder
-        self.not_normal = _unassigned() if normal else None
+        self.words = re.compile('|'.join(map(re.escape, sorted(words)))) if words else None
+        self.unknown = _unassigned() if normal else None
 
     def encode(self, text: str) -> np.ndarray | None:
         """Return (n,) uint32 ids, or None for a text that is left to the tokenizer's library."""
-        if self.not_normal is not None and not text.isascii():
-            if self.not_normal.search(text) or not unicodedata.is_normalized('NFC', text):
+        if self.words and self.words.search(text):
+            return None
+        if self.unknown is not None and not text.isascii():
+            if self.unknown.search(text) or not unicodedata.is_normalized('NFC', text):
                 return None
         try:
             return self.encoder.encode(text)
-        except TypeError:  # half a surrogate pair, which has no bytes
+        except BaseException as error:  # such as half a surrogate pair, which has no bytes
+            if _is_interrupt(error):
+                raise
             return None
+
+    def normalized(self, text: str) -> str:
+        """Return what of `text` encode() does not leave to the library, in the normal form."""
+        if self.unknown is None:
+            return text
+        return unicodedata.normalize('NFC', self.unknown.sub('', text))
 
 
 def fast_bpe_of_json(content: str, reference: Callable[[str], list[int]] | None) -> FastBPE | None:
@@ -53,13 +65,17 @@ def fast_bpe_of_json(content: str, reference: Callable[[str], list[int]] | None)
     """
     described = json.loads(content)
     added = described.get('added_tokens') or []
-    described['added_tokens'] = [token for token in added if not token.get('special')]
-    normal = described.get('normalizer') in NFC
-    if normal:
-        described['normalizer'] = None
-    described.update(truncation=None, padding=None, post_processor=None)
+    words = {token['content'] for token in added if not token.get('special')}
+    normalizer = described.get('normalizer')
+    if normalizer not in (None, *NFC):
+        return None
+    for key in ('added_tokens', 'normalizer', 'truncation', 'padding', 'post_processor'):
+        described[key] = [] if key == 'added_tokens' else None
     return _made(
-        lambda library: library.Tokenizer.from_json(json.dumps(described)), reference, normal
+        lambda library: FastBPE(
+            library.Tokenizer.from_json(json.dumps(described)), words, normalizer is not None
+        ),
+        reference,
     )
 
 
@@ -81,23 +97,28 @@ def fast_bpe_of_tiktoken(
                     b64encode(token) + b' %d\n' % i
                     for token, i in encoding._mergeable_ranks.items()
                 )
-            return library.Tokenizer.from_tiktoken(path, scheme, {})
+            return FastBPE(library.Tokenizer.from_tiktoken(path, scheme, {}))
 
-    return _made(load, reference, normal=False)
+    return _made(load, reference)
 
 
-def _made(load, reference, normal):
+def _made(load, reference):
     try:
         import gigatoken
     except ImportError:
         return None
     try:
-        fast = FastBPE(load(gigatoken), normal)
-        return fast if reference is None or is_same(fast.encode, reference) else None
+        fast = load(gigatoken)
     except BaseException as error:  # what it does not know, it says in many ways
-        if isinstance(error, Exception) or type(error).__name__ == 'PanicException':
-            return None
-        raise
+        if _is_interrupt(error):
+            raise
+        return None
+    return fast if reference is None or is_same(fast, reference) else None
+
+
+def _is_interrupt(error):
+    """Return whether an error is none of the library, whose panics are no Exception."""
+    return not isinstance(error, Exception) and type(error).__name__ != 'PanicException'
 
 
 def version() -> str | None:
@@ -110,11 +131,13 @@ def version() -> str | None:
         return None
 
 
-def is_same(encode: Callable, reference: Callable[[str], list[int]]) -> bool:
-    """Return whether encode(text), where it is not None, is reference(text) for all probes()."""
-    for text in probes():
-        ids = encode(text)
-        if ids is not None and ids.tolist() != reference(text):
+def is_same(fast: FastBPE, reference: Callable[[str], list[int]]) -> bool:
+    """Return whether fast.encode(text) is reference(text) for all probes(), in its normal form."""
+    for text in map(fast.normalized, probes()):
+        ids = fast.encode(text)
+        if ids is None and fast.words and fast.words.search(text):
+            continue
+        if ids is None or ids.tolist() != reference(text):
             return False
     return True
 
@@ -127,6 +150,7 @@ def probes() -> Iterator[str]:
     codes += range(KNOWN, 0x110000, 997)
     for first in range(0, len(codes), 64):
         yield ''.join(f'{chr(c)}a {chr(c)}1' for c in codes[first : first + 64])
+    yield from ('a' * 5000, ' ' * 5000, '\n' * 5000, '漢' * 5000, '7' * 5000, 'ab ' * 3000)
     draw = random.Random(0)
     kinds = [
         lambda: draw.choice(' \n\r\t\x0b\x0c\x1c\x85\xa0\u2028\u3000\u200b'),

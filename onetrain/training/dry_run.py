@@ -111,7 +111,7 @@ def _data(c, root, notes):
 
 
 def _plan(c, meta, world, assumed, notes):
-    """Return (BatchPlan, sentences about its kernels), for which nothing is timed."""
+    """Return (BatchPlan, sentences about its kernels), for which no attention kernel is timed."""
     shape = resolve_shape(dataclasses.asdict(c), meta.get('vocab_size'))
     dtype = kernels.precision(c.dtype, world.device, shape.n_embd)
     trial = c.attention_backend == 'auto'

@@ -98,7 +98,7 @@ def open_log(
     evaluated: dict | None,
     session: 'Session',
 ) -> None:
-    """Set session.log, with its header written, and what else it goes to opened."""
+    """Set session.log: write its header and open what else it goes to."""
     world = session.world
     constants = utilization(tokens_per_sec=1.0)
     shown = ('device', 'dtype', 'compile', 'use_zero1', 'use_fsdp')

@@ -21,7 +21,7 @@ from onetrain.tokenizers.byte_level import KNOWN, equivalent_of, ranks_of
 @pytest.mark.parametrize('kind', KINDS)
 def test_ids_are_the_librarys(kind):
     tokenizer = trained(kind)
-    twin = equivalent_of(tokenizer.to_str())
+    equivalent = equivalent_of(tokenizer.to_str())
     left = 0
     for text in [
         *source(),
@@ -34,7 +34,7 @@ def test_ids_are_the_librarys(kind):
         "it's IT'S it'ſ",
         '5' * 99,
     ]:
-        ids = twin.encode(text)
+        ids = equivalent.encode(text)
         left += ids is None
         assert (
             ids is None
@@ -48,20 +48,22 @@ def test_ids_are_the_librarys(kind):
 def test_what_the_library_must_see(kind):
     tokenizer = trained(kind)
     tokenizer.add_tokens(['<tool>'])
-    twin = equivalent_of(tokenizer.to_str())
+    equivalent = equivalent_of(tokenizer.to_str())
     # which is ordinary text
-    assert twin.encode('a <tool> b') is None and twin.encode(f'a {EOT} b') is not None
-    assert twin.encode(f'a{chr(KNOWN)}') is None
-    assert (twin.encode('e\u0301') is None) == (kind == 'qwen3') and twin.encode('é') is not None
+    assert equivalent.encode('a <tool> b') is None and equivalent.encode(f'a {EOT} b') is not None
+    assert equivalent.encode(f'a{chr(KNOWN)}') is None
+    assert (equivalent.encode('e\u0301') is None) == (kind == 'qwen3') and equivalent.encode(
+        'é'
+    ) is not None
     # not assigned: its normal form may change
-    assert (twin.encode('\u0378') is None) == (kind == 'qwen3')
+    assert (equivalent.encode('\u0378') is None) == (kind == 'qwen3')
     assert (
         trained('llama3').pre_tokenizer is not None
         and equivalent_of(trained('llama3').to_str()).encode("it'ſ") is None
     )
 
 
-def test_tokenizers_that_have_no_twin():
+def test_tokenizers_that_have_no_equivalent():
     def changed(change):
         described = json.loads(trained('gpt2', 400).to_str())
         change(described)
@@ -135,9 +137,9 @@ def test_tokens_that_merges_do_not_make():
     assert [token for token, _ in ranks_of(hidden, tokenizers)[256:]] == [b'ab', b'bc']
     library = Tokenizer(models.BPE(hidden['vocab'], [tuple(merge) for merge in hidden['merges']]))
     library.pre_tokenizer = BY_REGEX
-    twin = equivalent_of(library.to_str())
+    equivalent = equivalent_of(library.to_str())
     for text in ('abc', 'abcabc', 'bc abc', 'xabcx'):
-        assert twin.encode(text).tolist() == library.encode(text).ids
+        assert equivalent.encode(text).tolist() == library.encode(text).ids
     # two ways to one token, as in LLaMA-3's list
     both = model(['ab', 'bc', 'abc'], [['b', 'c'], ['a', 'b'], ['a', 'bc'], ['ab', 'c']])
     assert [token for token, _ in ranks_of(both, tokenizers)[256:]] == [b'bc', b'ab', b'abc']

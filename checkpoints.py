@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError('an empty name is no place: give a folder or a URL')
     name, *steps = args.action or ['list']
     wanted = {'list': 0, 'view': 1, 'compare': 2, 'status': 0}
+    if args.place in wanted and not args.action and not os.path.exists(args.place):
+        raise UserError(f'the folder comes first: type `python checkpoints.py FOLDER {args.place}`')
     if (
         name not in wanted
         or len(steps) != wanted[name]

@@ -10,7 +10,6 @@ turns and go to a temporary folder. A difference is given with the standard erro
 pairs of runs with one seed.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 
-from onetrain.command_line import run_command, whole
+from onetrain.command_line import ArgumentParser, run_command, whole
+from onetrain.config import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -36,14 +36,17 @@ def final_loss(recipe: str, out_dir: str, settings: list[str]) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('recipe')
     parser.add_argument('--settings', nargs='+', required=True, metavar='KEY=VALUE')
     parser.add_argument('--always', nargs='*', default=[], metavar='KEY=VALUE')
     parser.add_argument('--seeds', type=whole(), default=5)
     args = parser.parse_args()
+    for word in [*args.always, *','.join(args.settings).split(',')]:
+        if '=' not in word:
+            raise UserError(f'{word!r} is no setting: type KEY=VALUE, such as dtype=bfloat16')
+    if not os.path.isfile(args.recipe):
+        raise UserError(f'there is no recipe {args.recipe}: type a file such as config/own_text.py')
     losses = {setting: [] for setting in args.settings}
     for seed in range(args.seeds):
         for setting in [*losses][:: 1 if seed % 2 else -1]:

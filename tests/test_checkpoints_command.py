@@ -167,6 +167,8 @@ def test_what_cannot_be_asked(run, capsys, words, message):
 def test_an_action_before_the_folder(capsys):
     assert checkpoints.main(['view', 'out-x', '8']) == 2
     assert 'type `python checkpoints.py out-x view 8`' in capsys.readouterr().err
+    assert checkpoints.main(['status']) == 2
+    assert 'type `python checkpoints.py FOLDER status`' in capsys.readouterr().err
 
 
 def test_doctor(monkeypatch, tmp_path, capsys):

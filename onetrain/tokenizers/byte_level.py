@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from onetrain.tokenizers.fast_bpe import KNOWN, NFC
+from onetrain.tokenizers.fast_bpe import KNOWN, NFC, added_words
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # each digit for itself, and what is before it
@@ -83,6 +83,7 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
         or re.search(r'[$^\\]', ATOM.sub('x', pattern))
         or model.get('type') != 'BPE'
         or normalizer not in (None, *NFC)
+        or added_words(described) is None
     ):
         return None
     if (
@@ -106,14 +107,11 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
     # of characters that are younger than Python's tables the normal form is not known
     if normalizer is not None:
         unsafe[:KNOWN] |= np.array([unicodedata.category(chr(i)) == 'Cn' for i in range(KNOWN)])
-    words = {
-        token['content'] for token in described.get('added_tokens', []) if not token['special']
-    }
     return TiktokenEquivalent(
         encoding,
         np.array([i for _, i in ranks], dtype=np.uint32),
         unsafe,
-        words,
+        added_words(described),
         normalizer is not None,
     )
 

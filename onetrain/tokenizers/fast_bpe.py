@@ -64,10 +64,8 @@ def fast_bpe_of_json(content: str, reference: Callable[[str], list[int]] | None)
     reference None: not compared again, in another process of the same work.
     """
     described = json.loads(content)
-    added = described.get('added_tokens') or []
-    words = {token['content'] for token in added if not token.get('special')}
-    normalizer = described.get('normalizer')
-    if normalizer not in (None, *NFC):
+    words, normalizer = added_words(described), described.get('normalizer')
+    if words is None or normalizer not in (None, *NFC):
         return None
     for key in ('added_tokens', 'normalizer', 'truncation', 'padding', 'post_processor'):
         described[key] = [] if key == 'added_tokens' else None
@@ -77,6 +75,18 @@ def fast_bpe_of_json(content: str, reference: Callable[[str], list[int]] | None)
         ),
         reference,
     )
+
+
+def added_words(described: dict) -> set[str] | None:
+    """Return the added tokens of a tokenizer.json that are found in a text: those that are not
+    special; None where the text that one is found by is not the one that it is written with.
+    """
+    added = described.get('added_tokens') or []
+    words = {token['content'] for token in added if not token.get('special')}
+    as_written = described.get('normalizer') is None or all(
+        unicodedata.is_normalized('NFC', word) for word in words
+    )
+    return words if as_written else None
 
 
 def fast_bpe_of_tiktoken(

@@ -84,6 +84,16 @@ def test_what_it_cannot_load_is_left_alone(tmp_path, monkeypatch):
     assert own.encoder is None and own.encode('a b').tolist() == own._library_ids('a b')
 
 
+def test_an_added_token_that_is_found_in_another_form_than_written(tmp_path):
+    """By the library, which brings it into the normal form of the texts."""
+    library = trained('qwen3')
+    library.add_tokens([AddedToken('cafe\u0301', normalized=True)])
+    own = saved(library, tmp_path)
+    own.accelerate()
+    assert own.encoder is None
+    assert own.encode('1 caf\xe9 2').tolist() == library.encode('1 caf\xe9 2').ids
+
+
 def test_half_a_surrogate_pair_goes_to_the_library():
     fast = fast_bpe.fast_bpe_of_json(trained('gpt2', 400).to_str(), None)
     assert fast.encode('a\ud800') is None and fast.encode('a') is not None

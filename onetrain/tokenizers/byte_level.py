@@ -22,13 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from onetrain.tokenizers.fast_bpe import KNOWN, NFC, added_words
+from onetrain.tokenizers.fast_bpe import KNOWN, NFC, added_words, pattern_of
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# each digit for itself, and what is before it
-GPT2_DIGITS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-)
 # of a regular expression: a class or an escaped character
 ATOM = re.compile(r'\\[pP]\{\^?\w+\}|\\[^1-9kKbBAzZG]|\[\^?(?:\\.|[^\]\\])+\]')
 FOLDED = 'ſK'  # characters that are an s or a k where case does not count
@@ -114,33 +109,6 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
         added_words(described),
         normalizer is not None,
     )
-
-
-def pattern_of(pre_tokenizer: dict | None) -> str | None:
-    """Return the regular expression that cuts a text as this description in a tokenizer.json does,
-    or None.
-    """
-    steps = (
-        pre_tokenizer['pretokenizers']
-        if pre_tokenizer and pre_tokenizer['type'] == 'Sequence'
-        else [pre_tokenizer]
-    )
-    if not steps[-1] or steps[-1]['type'] != 'ByteLevel' or steps[-1]['add_prefix_space']:
-        return None
-    by_regex = steps[-1].get('use_regex', True)
-    if len(steps) == 1 and by_regex:
-        return GPT2
-    if len(steps) == 2 and steps[0] == {'type': 'Digits', 'individual_digits': True} and by_regex:
-        return GPT2_DIGITS
-    if (
-        len(steps) == 2
-        and steps[0]['type'] == 'Split'
-        and steps[0]['behavior'] == 'Isolated'
-        and not steps[0]['invert']
-        and not by_regex
-    ):
-        return steps[0]['pattern'].get('Regex')
-    return None
 
 
 def characters() -> dict[str, int]:

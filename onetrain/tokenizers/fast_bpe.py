@@ -24,6 +24,11 @@ import numpy as np
 _SCHEMES = {'cl100k_base': 'gpt4', 'o200k_base': 'o200k'}
 # beyond it hardly any character is in use
 KNOWN = 0x32000
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# each digit for itself, and what is before it
+GPT2_DIGITS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
 NFC = {'type': 'NFC'}, {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}
 
 
@@ -67,6 +72,8 @@ def fast_bpe_of_json(content: str, reference: Callable[[str], list[int]] | None)
     words, normalizer = added_words(described), described.get('normalizer')
     if words is None or normalizer not in (None, *NFC):
         return None
+    if pattern_of(described.get('pre_tokenizer')) is None:  # of others it may overlook a step
+        return None
     for key in ('added_tokens', 'normalizer', 'truncation', 'padding', 'post_processor'):
         described[key] = [] if key == 'added_tokens' else None
     return _made(
@@ -75,6 +82,33 @@ def fast_bpe_of_json(content: str, reference: Callable[[str], list[int]] | None)
         ),
         reference,
     )
+
+
+def pattern_of(pre_tokenizer: dict | None) -> str | None:
+    """Return the regular expression that cuts a text as this description in a tokenizer.json does,
+    or None.
+    """
+    steps = (
+        pre_tokenizer['pretokenizers']
+        if pre_tokenizer and pre_tokenizer['type'] == 'Sequence'
+        else [pre_tokenizer]
+    )
+    if not steps[-1] or steps[-1]['type'] != 'ByteLevel' or steps[-1]['add_prefix_space']:
+        return None
+    by_regex = steps[-1].get('use_regex', True)
+    if len(steps) == 1 and by_regex:
+        return GPT2
+    if len(steps) == 2 and steps[0] == {'type': 'Digits', 'individual_digits': True} and by_regex:
+        return GPT2_DIGITS
+    if (
+        len(steps) == 2
+        and steps[0]['type'] == 'Split'
+        and steps[0]['behavior'] == 'Isolated'
+        and not steps[0]['invert']
+        and not by_regex
+    ):
+        return steps[0]['pattern'].get('Regex')
+    return None
 
 
 def added_words(described: dict) -> set[str] | None:

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import tiktoken
-from small_tokenizers import EOT, KINDS, hard_texts, source, trained
-from tokenizers import AddedToken
+from small_tokenizers import BYTES, EOT, KINDS, LLAMA3, hard_texts, source, trained
+from tokenizers import AddedToken, Regex
+from tokenizers.pre_tokenizers import Sequence, Split
 
 from onetrain.data.token_file import read_meta
 from onetrain.prepare import pipeline
@@ -68,10 +69,17 @@ def test_it_is_not_taken_where_one_id_differs(kind):
     assert all(chr(code) in seen for code in range(0x32000) if not 0xD800 <= code < 0xE000)
 
 
+def split_twice():
+    """Return a pre-tokenizer one of whose steps gigatoken overlooks."""
+    steps = [Split('KING', 'isolated'), Split(Regex(LLAMA3), 'isolated'), BYTES]
+    return json.loads(Sequence(steps).__getstate__())
+
+
 def test_what_it_cannot_load_is_left_alone(tmp_path, monkeypatch):
     for key, value in (
         ('pre_tokenizer', {'type': 'Whitespace'}),
         ('normalizer', {'type': 'Lowercase'}),
+        ('pre_tokenizer', split_twice()),
     ):
         described = {**json.loads(trained('gpt2', 400).to_str()), key: value}
         assert fast_bpe.fast_bpe_of_json(json.dumps(described), None) is None

@@ -359,7 +359,7 @@ class TiktokenTokenizer(Tokenizer):
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
     def accelerate(self, trusted: str | None = None) -> None:
-        reference = None if trusted else self.encoding.encode_ordinary
+        reference = None if trusted else self.encoding.encode_ordinary_batch
         self.fast = fast_bpe.fast_bpe_of_tiktoken(self.encoding, reference)
         self.encoder = fast_bpe.version() if self.fast else None
 
@@ -519,18 +519,19 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         if self.fast is not None and (ids := self.fast.encode(text)) is not None:
             return ids
-        return np.array(self._library_ids(text), dtype=np.uint32)
+        return np.array(self._library_ids([text])[0], dtype=np.uint32)
 
-    def _library_ids(self, text):
+    def _library_ids(self, texts):
         with _panics_are_errors(
             lambda error: (
-                f'the tokenizer of {self.source} cannot encode {text[:40]!r} ({error}): '
+                f'the tokenizer of {self.source} cannot encode {texts[0][:40]!r} ({error}): '
                 'leave out characters that its training text did not have'
             )
         ):
             # encode_batch_fast gives the ids of encode without the offsets, in two thirds of the
             # time
-            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def accelerate(self, trusted: str | None = None) -> None:
         content = self.files['tokenizer.json'].decode('utf-8')

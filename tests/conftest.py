@@ -3,6 +3,7 @@ trainer.
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -30,10 +31,15 @@ torch.set_num_threads(2)
 
 # in the source of a test or its fixtures: processes that it starts, runs that it trains
 _LONG = re.compile(
-    r'\b(start_process|run_process|run_ranks|run_train|torchrun|subprocess|spawn|main\(|train\('
+    r'\b(start_process|run_process|run_ranks|ranks\(|run_train|torchrun|subprocess|spawn|main\(|train\('
     r'|prepare\(|fastest_backend|time\.sleep)|torch\.compile|compile=True'
 )
 _LONG_FIXTURES = {'train', 'ranks', 's3'}
+
+
+@functools.cache
+def _is_long(code):
+    return bool(_LONG.search(inspect.getsource(code)))
 
 
 def pytest_addoption(parser):
@@ -51,8 +57,10 @@ def pytest_collection_modifyitems(config, items):
         sources = [item.function, *(found[-1].func for found in fixtures.values())]
         own = [code for code in sources if code.__module__ not in ('conftest', 'ranks')]
         own = [code for code in own if inspect.getsourcefile(code).startswith(ROOT)]
-        long = _LONG_FIXTURES & fixtures.keys() or any(
-            _LONG.search(inspect.getsource(code)) for code in own
+        long = (
+            '/distributed/' in str(item.path)
+            or _LONG_FIXTURES & fixtures.keys()
+            or any(map(_is_long, own))
         )
         if not long:
             quick.append(item)

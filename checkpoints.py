@@ -90,16 +90,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError('an empty name is no place: give a folder or a URL')
     name, *steps = args.action or ['list']
     wanted = {'list': 0, 'view': 1, 'compare': 2, 'status': 0}
-    if args.place in wanted and not args.action and not os.path.exists(args.place):
-        raise UserError(f'the folder comes first: type `python checkpoints.py FOLDER {args.place}`')
+    if args.place in wanted and not os.path.exists(args.place):
+        words = [*args.action[:1], args.place, *steps] if args.action else ['FOLDER', args.place]
+        raise UserError(f'the folder comes first: type `python checkpoints.py {" ".join(words)}`')
     if (
         name not in wanted
         or len(steps) != wanted[name]
         or not all(step.isascii() and step.isdigit() for step in steps)
     ):
-        if args.place in wanted and name not in wanted:  # the other way around
-            swapped = ' '.join([name, args.place, *steps])
-            raise UserError(f'the folder comes first: type `python checkpoints.py {swapped}`')
         raise UserError(
             f'{" ".join(args.action)!r} is not understood: type view STEP, compare STEP STEP, or'
             f' status, such as `python checkpoints.py {args.place} view 1000`'

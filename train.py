@@ -842,10 +842,8 @@ def finish(
     if keeper.failed:
         log.say('THE LAST CHECKPOINT WAS NOT SAVED (see above)')
     if stop_code == 0 and state.step > start.step:
-        peak_gb, columns = (
-            memory_gb(session.world.device)['max_allocated_gb'],
-            session.terminal.columns(),
-        )
+        peak_gb = memory_gb(session.world.device)['max_allocated_gb']
+        columns = session.terminal.columns()
         summary = log.end()
         for line in ending_lines(
             c, outputs.run_name, summary, prediction, peak_gb, before_gb, columns

@@ -350,8 +350,7 @@ def measure(args, folder):
     print(
         f'{args.family}: {args.n_layer} layers, {args.n_embd} wide, vocabulary {vocabulary:,},'
         f' {args.batch_size} x {args.block_size} tokens, {args.dtype or "each as it comes"} on'
-        f' {args.device}, medians of'
-        f' {args.rounds} x {args.steps} steps'
+        f' {args.device}, medians of {args.rounds} x {args.steps} steps'
     )
     middle = {peer: statistics.median(found) for peer, found in seconds.items()}
     took, flops = (statistics.median(column) for column in zip(*alone))

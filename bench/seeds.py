@@ -2,8 +2,8 @@
 differ by more than chance.
 
     python bench/seeds.py config/shakespeare_char_quick.py --settings dtype=float32 dtype=bfloat16
-    python bench/seeds.py config/demo_pystdlib.py --seeds=3 --settings muon_momentum=0.9 \\
-        muon_momentum=0.95 --always max_iters=450 lr_decay_iters=450
+    python bench/seeds.py config/shakespeare_char_quick.py --seeds=2 --always max_iters=40 \\
+        --settings muon_momentum=0.85 muon_momentum=0.95,learning_rate=1e-2
 
 Several keys of one setting stand in one word: dtype=bfloat16,attention_backend=sdpa. Runs take
 turns and go to a temporary folder. A difference is given with the standard error of the mean of the

@@ -72,13 +72,13 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
     described = json.loads(content)
     model = described['model']
     pattern = pattern_of(described['pre_tokenizer'])
-    normalizer = described.get('normalizer')
+    words, normalizer = added_words(described), described.get('normalizer')
     if (
         pattern is None
         or re.search(r'[$^\\]', ATOM.sub('x', pattern))
         or model.get('type') != 'BPE'
         or normalizer not in (None, *NFC)
-        or added_words(described) is None
+        or words is None
     ):
         return None
     if (
@@ -106,7 +106,7 @@ def equivalent_of(content: str) -> 'TiktokenEquivalent | None':
         encoding,
         np.array([i for _, i in ranks], dtype=np.uint32),
         unsafe,
-        added_words(described),
+        words,
         normalizer is not None,
     )
 

@@ -88,6 +88,12 @@ class Descriptors:
 
 
 FILES = Descriptors()
+# a process that is forked while another thread reads would inherit a lock that nobody releases
+os.register_at_fork(
+    before=FILES.lock.acquire,
+    after_in_parent=FILES.lock.release,
+    after_in_child=FILES.lock.release,
+)
 
 
 class ChangedFile(UserError):

@@ -12,6 +12,7 @@ import hashlib
 import os
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Sequence
 
@@ -36,6 +37,7 @@ class Storage:
         self.pid: int | None = None
         self.known, self.looked = {}, time.monotonic()
         self.looking: threading.Thread | None = None
+        STORAGES.add(self)
 
     def __reduce__(self):
         return Storage, (self.url,)
@@ -103,6 +105,18 @@ class Storage:
             f'{redact(self.url)}/{wanted[0][0]} cannot be read ({type(error).__name__}:'
             f' {sentence(error)})'
         ) from None
+
+
+STORAGES: weakref.WeakSet[Storage] = weakref.WeakSet()
+
+
+def _unlock():
+    """Give each Storage a new lock: a thread that held the old one does not exist here."""
+    for storage in STORAGES:
+        storage.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock)
 
 
 def _version(info):

@@ -5,6 +5,8 @@ any layout, resumable anywhere.
 import itertools
 import os
 import pickle
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from onetrain.counter_rng import permute
 from onetrain.data.dataset import check_vocab_and_length, open_dataset
 from onetrain.data.loader import TrainLoader, evaluation_batches
 from onetrain.data.order import WindowOrder
+from onetrain.descriptors import FILES
 from onetrain.ops.cross_entropy import IGNORE
 
 CPU = torch.device('cpu')
@@ -136,6 +139,39 @@ def test_worker_processes_give_the_same_batches(counting):
     file = open_split(counting)
     layout = dict(batch_size=4, world_size=1, accumulation=2, steps=10, position=40)
     assert sequences(file, **layout, num_workers=2) == sequences(file, **layout)
+
+
+@pytest.mark.parametrize('remote', (False, True))
+def test_workers_inherit_no_lock_of_a_thread_that_reads(counting, remote, tmp_path):
+    """Text bytes are counted, and copies made, by threads of the process that starts workers."""
+    if remote:
+        file, _, _ = open_dataset('there', str(tmp_path), f'file://{counting}')
+        lock = file.pieces[0].storage.lock
+    else:
+        file, lock = open_split(counting), FILES.lock
+    held = threading.Event()
+
+    def read():
+        with lock:
+            held.set()
+            time.sleep(0.5)
+
+    threading.Thread(target=read).start()
+    held.wait()
+    loader = TrainLoader(
+        file,
+        WindowOrder(len(file), 32, seed=3),
+        batch_size=4,
+        rank=0,
+        world_size=1,
+        position=0,
+        device=CPU,
+        num_workers=1,
+    )
+    limit = time.monotonic() + 30
+    batch = loader.next(lambda: time.monotonic() > limit)
+    loader.close()
+    assert batch is not None
 
 
 def test_evaluation_windows_are_fixed_disjoint_and_independent_of_ranks(counting, tmp_path):

@@ -313,7 +313,7 @@ def _selective_policy():
     """Contexts of a forward pass and its repetition in which outputs of matmuls and of attention
     are kept, and all else is computed again.
     """
-    kept = {'aten::mm', 'aten::addmm', 'onetrain::grouped_mm', *OPS_TO_SAVE}
+    kept = {'aten::mm', 'aten::addmm', 'aten::_scaled_mm', 'onetrain::grouped_mm', *OPS_TO_SAVE}
     return create_selective_checkpoint_contexts(
         lambda ctx, operator, *args, **kwargs: (
             CheckpointPolicy.MUST_SAVE

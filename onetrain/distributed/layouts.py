@@ -179,7 +179,8 @@ def shard(
     for unit in others + units:  # what lies within another first
         fully_shard(
             unit,
-            reshard_after_forward=world.layout == 'ZeRO-3',
+            # the head and its norm, a list, end the forward pass and begin the backward one
+            reshard_after_forward=world.layout == 'ZeRO-3' and not isinstance(unit, list),
             mp_policy=low if unit in units else MixedPrecisionPolicy(),
             **common,
         )

@@ -380,6 +380,7 @@ OPS_TO_SAVE = (
     'flash_attn::_flash_attn_forward',
     'flash_attn_3::_flash_attn_forward',
     'flash_attn_3::fwd',
+    'flex_attention',
 )
 _KERNELS = {
     'flash_attn_4': _flash_attn_4,

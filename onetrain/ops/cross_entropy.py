@@ -163,13 +163,15 @@ class _ChunkedLoss(torch.autograd.Function):
                 ).to(dtype)
                 torch.mm(slope, w, out=ctx.gradients[0][first : first + chunk]).mul_(there)
                 here = here * there
-                if weight.dtype == dtype and first:
+                if first and dtype == torch.float32:
                     ctx.gradients[1].addmm_(slope.T, here)
-                else:
+                else:  # summed in float32: under FSDP the weight is in bfloat16
                     of_weight = slope.T @ here
                     ctx.gradients[1] = (
-                        ctx.gradients[1].add_(of_weight) if first else of_weight.to(weight.dtype)
+                        ctx.gradients[1].add_(of_weight) if first else of_weight.float()
                     )
+        if wanted:
+            ctx.gradients[1] = ctx.gradients[1].to(weight.dtype)
         return total
 
     @staticmethod

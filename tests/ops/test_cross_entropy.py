@@ -130,6 +130,26 @@ def test_bf16_matmuls_with_a_loss_in_fp32():
         assert a.dtype == b.dtype and (a - b).norm() < 0.02 * a.norm()
 
 
+def test_chunks_of_a_bf16_head_are_summed_in_fp32():
+    """As under FSDP, which gathers the head in bf16: many chunks are as exact as one."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2048, 16), torch.randn(31, 16) * 0.3
+    targets = torch.randint(0, 31, (2048,))
+
+    def gradient(dtype, chunk):
+        w = weight.bfloat16().to(dtype).requires_grad_()
+        h = hidden.bfloat16().to(dtype)
+        next_token_loss(h, w, targets, 'sum', chunk).backward()
+        return w.grad.double()
+
+    exact = gradient(torch.float32, 0)
+    one, many = (
+        ((gradient(torch.bfloat16, chunk) - exact).norm() / exact.norm()).item()
+        for chunk in (2047, 8)
+    )
+    assert many < 1.5 * one
+
+
 def test_without_gradients_and_with_a_frozen_head():
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(40, 8), torch.randn(11, 8), torch.randint(0, 11, (40,))

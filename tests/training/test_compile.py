@@ -5,12 +5,18 @@ and where the compiler fails the run goes on without.
 import pytest
 import torch
 from conftest import equal, losses, records, run_train, weights
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from model import Model
+from model import Model, _selective_policy
 from onetrain.evaluation import multiple_choice
 from onetrain.generation import generate
 from onetrain.model_config import resolve_shape
+from onetrain.ops import attention
 
 COMMON = [
     '--compile=True',
@@ -115,3 +121,50 @@ def test_what_has_ever_new_lengths_is_not_compiled():
     )
     model(x, x).backward()
     assert counter.frame_count == compiled > 0
+
+
+def test_selective_recomputation_keeps_attention_and_float8_matmuls(monkeypatch):
+    """Seen in what the compiler is given to run backward. flex_attention has no backward pass on a
+    CPU, which matters to running alone.
+    """
+    monkeypatch.setattr(flex_attention, '_validate_device', lambda *_: None)
+    monkeypatch.setattr(attention, '_compiled', [flex_attention.flex_attention])
+    shape = resolve_shape(
+        dict(arch_preset='llama', n_layer=1, n_head=2, n_embd=32, block_size=128, vocab_size=64)
+    )
+    graphs = []
+
+    def seen(graph, inputs):
+        graphs.append(' '.join(str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=seen, bw_compiler=seen, partition_fn=min_cut_rematerialization_partition
+    )
+    x = torch.zeros(1, 128, dtype=torch.int64)
+    forward_passes = {}
+    for kind in ('full', 'selective'):
+        model = Model(shape, 'flex', activation_checkpointing=kind)
+        torch.compile(model, backend=backend)(x, x).backward()
+        assert 'flex_attention_backward' in graphs[-1]
+        forward_passes[kind] = graphs[-1].split().count('flex_attention')
+    assert forward_passes == {'full': 1, 'selective': 0}
+
+    calls = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal calls
+            calls += function is torch.ops.aten._scaled_mm.default
+            return function(*args, **(kwargs or {}))
+
+    eight, one = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(())
+
+    def block(x):
+        product = torch._scaled_mm(eight, eight.t(), one, one, out_dtype=torch.bfloat16)
+        return (x.sigmoid() * product).sigmoid()
+
+    x = torch.ones(16, 16, dtype=torch.bfloat16, requires_grad=True)
+    with Count():
+        checkpoint(block, x, use_reentrant=False, context_fn=_selective_policy).sum().backward()
+    assert calls == 1

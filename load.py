@@ -252,4 +252,6 @@ def load(args: argparse.Namespace) -> tuple:
         model, tokenizer, source = load_huggingface(args.hf, device, dtype, changes)
     else:
         model, tokenizer, source, state = load_run(args.out_dir, args.step, device, dtype, changes)
+    if dtype != torch.float32:
+        model.cast_matmuls(dtype)
     return model, tokenizer, source, state, world, kernels.autocast(device.type, dtype)

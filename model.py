@@ -452,6 +452,16 @@ class Model(nn.Module):
             for layer, moe in zip(self.config.expert_layers, self.moe_layers)
         }
 
+    def cast_matmuls(self, dtype: torch.dtype) -> None:
+        """Keep the weights of matmuls in `dtype`, for a model that is trained no further: autocast
+        would cast them for each token that is written. Results are the same to the last bit.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, Experts)) and not isinstance(module, Router):
+                for name, p in [*module.named_parameters(recurse=False)]:
+                    # not in place: the token table, which may be tied to the head, stays as it is
+                    setattr(module, name, nn.Parameter(p.detach().to(dtype), requires_grad=False))
+
     def sharding_units(self):
         """Return (units, others) for layouts.shard(): what is gathered together, in the order of
         the forward pass; others holds what must be gathered in fp32. A tied table is used at both
@@ -679,7 +689,8 @@ class Model(nn.Module):
         non_embedding leaves out the token and position tables (a tied head is the token table, so
         it is left out too); active counts of the experts as many as a token goes to.
         """
-        total = sum(p.numel() for p in self.parameters())
+        tied = ['lm_head.weight'] * self.config.weight_tying  # a copy after cast_matmuls()
+        total = sum(p.numel() for name, p in self.named_parameters() if name not in tied)
         tables = self.transformer.wte.weight.numel() + (
             self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
         )

@@ -250,6 +250,9 @@ class Config:
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
     # Precision of the matmuls; weights stay float32. None is bfloat16 on a GPU, and on a CPU that
     # computes faster in it, for models at least 128 wide; else float32.
+    float32_matmul_precision: Literal['highest', 'high', 'medium'] = 'highest'
+    # With dtype=float32: how exact its matmuls are, as torch.set_float32_matmul_precision has it;
+    # high is TF32 on GPUs that have it.
     fp8: bool = False
     # Compute the matmuls of the large linear layers in float8 (needs torchao).
     compile: bool = True  # Compile the model with torch.compile.

@@ -408,8 +408,12 @@ def generation(args):
                 *(
                     ['--new_tokens=8', '--rounds=1']
                     if args.small
-                    else ['--new_tokens=512', '--rounds=3', '--compile']
+                    else ['--new_tokens=512', '--rounds=3']
                 ),
+                '--ways',
+                'cached',
+                'anew',
+                'compiled',
             ],
             check=True,
         )

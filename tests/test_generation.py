@@ -106,6 +106,20 @@ def test_decoding_is_compiled_once(family):
         assert len(generate(model, PROMPTS[:2], 12, temperature=0, compiled=True)[0]) == 12
 
 
+@pytest.mark.parametrize('name', ('gpt2', 'llama3', 'moe', 'gpt_oss'))
+def test_weights_in_the_dtype_of_the_matmuls_change_nothing(name):
+    model = build(name)
+    idx, counts = torch.tensor([PROMPTS[1]]), model.parameter_counts()['total']
+    with torch.autocast('cpu', dtype=torch.bfloat16), torch.no_grad():
+        expected = model(idx)
+        model.cast_matmuls(torch.bfloat16)
+        assert torch.equal(model(idx), expected)
+    low = {p.dtype for name, p in model.named_parameters() if 'c_fc' in name or 'lm_head' in name}
+    assert low == {torch.bfloat16}
+    assert model.transformer.wte.weight.dtype == torch.float32
+    assert model.parameter_counts()['total'] == counts
+
+
 def test_a_window_keeps_no_more_than_it_looks_back_on():
     from onetrain.generation import cache_for
 

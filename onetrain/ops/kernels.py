@@ -141,6 +141,8 @@ def select_kernels(
             'dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16'
         )
     backend, notes = _select_backend(c, shape, device, dtype)
+    if note := _idle_note(c, shape, device, dtype, backend):
+        notes.append(note)
     if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
         notes.append(
             f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul'
@@ -160,6 +162,17 @@ def select_kernels(
             ' H200, B200) has one kernel for all'
         )
     float8 = fp8.choose_recipe(dtype, device) if c.fp8 else None
+    tokens = c.batch_size * c.block_size // c.context_parallel
+    if float8 == 'hardware' and tokens % 16:
+        raise UserError(
+            f'fp8=True needs a multiple of 16 tokens per micro-step, not {tokens} (batch_size *'
+            f' block_size): type --batch_size={-(-c.batch_size // 16) * 16}, or --fp8=False'
+        )
+    if c.float32_matmul_precision != 'highest' and dtype != torch.float32:
+        notes.append(
+            f'float32_matmul_precision={c.float32_matmul_precision} has no effect with'
+            f' dtype={str(dtype).removeprefix("torch.")}'
+        )
     if dtype == torch.bfloat16 and device.type == 'cpu' and not cpu.has_bfloat16():
         notes.append(
             'WARNING: this CPU has no instructions for bfloat16, which torch emulates:'
@@ -168,6 +181,46 @@ def select_kernels(
     if float8 == 'emulated':
         notes.append('fp8=True is emulated on a CPU: the same rounding, slower than without')
     return {'backend': backend, 'dispatch': dispatch, 'float8': float8}, notes
+
+
+def idle_share(sequences: int, heads: int, processors: int) -> float:
+    """Return the share of a GPU of so many multiprocessors that FlashAttention 2's deterministic
+    backward pass leaves idle, with heads of 128.
+
+    It starts ceil(processors / pairs) blocks for each pair of a sequence and a head
+    (run_flash_bwd_seqk_parallel of its flash_bwd_launch_template.h), and there is room for one
+    block on a multiprocessor. Times measured on an H100 follow it (bench/RESULTS.md).
+    """
+    pairs = sequences * heads
+    blocks = pairs * math.ceil(processors / pairs)
+    return 1 - blocks / (processors * math.ceil(blocks / processors))
+
+
+def _idle_note(c, shape, device, dtype, backend):
+    """Return a sentence where the batch size leaves much of the GPU idle, else None."""
+    if not (
+        device.type == 'cuda'
+        and c.deterministic
+        and backend in ('sdpa', 'flash_attn_2')
+        and dtype in (torch.float16, torch.bfloat16)
+        and 64 < shape.head_dim <= 128
+        and not (any(shape.windows) or c.document_mask)
+        and torch.cuda.get_device_capability(device) in ((8, 0), (9, 0))
+    ):
+        return None
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    idle = functools.partial(idle_share, heads=shape.n_head, processors=processors)
+    better = [
+        size for size in range(c.batch_size // 2 + 1, 2 * c.batch_size + 1) if idle(size) < 0.1
+    ]
+    if idle(c.batch_size) < 0.25 or not better:
+        return None
+    nearest = sorted(sorted(better, key=lambda size: abs(size - c.batch_size))[:2])
+    return (
+        f'batch_size={c.batch_size} leaves {100 * idle(c.batch_size):.0f} % of the GPU idle in'
+        " attention's backward pass, which repeats to the last bit;"
+        f' {" or ".join(f"--batch_size={size}" for size in nearest)} would not'
+    )
 
 
 def _select_backend(c, shape, device, dtype):
@@ -285,7 +338,7 @@ def fastest_backend(
                 expected = expected or found
                 reason = _difference(found, expected, dtype)
                 seconds |= {} if reason else {backend: took}
-            except (RuntimeError, AssertionError) as error:  # the packages assert what they want
+            except Exception as error:  # each package and its compiler raise their own
                 reason = ' '.join(str(error).split())[:100] or type(error).__name__
             if reason:
                 failures.append(f'{backend} {reason}')

@@ -151,6 +151,7 @@ def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'B
     """Return the BatchPlan of start.config. data: RunData."""
     c, world, notes = start.config, session.world, session.notes
     kernels.set_deterministic(c.deterministic)  # before a trial times them
+    torch.set_float32_matmul_precision(c.float32_matmul_precision)
     with session.terminal.doing('trying kernels'):
         dtype = collectives.broadcast_from_main(
             lambda: kernels.precision(c.dtype, world.device, data.shape.n_embd), world

@@ -246,6 +246,8 @@ def _system(c, startup, world):
         )
         machine += f' for each of {world.size} processes' if world.size > 1 else ''
     precision = f'{c.dtype}, weights in float32' if c.dtype != 'float32' else 'float32'
+    if c.dtype == 'float32' and c.float32_matmul_precision != 'highest':
+        precision += f', matmul precision {c.float32_matmul_precision}'
     precision += f', {startup["model"]["float8_layers"]} linear layers in float8' if c.fp8 else ''
     again = {
         'none': [],

@@ -149,6 +149,14 @@ def test_where_it_cannot_be_had(dataset, tmp_path, monkeypatch, capsys):
         fp8.choose_recipe(torch.bfloat16, torch.device('cuda'))
 
 
+def test_a_micro_step_whose_tokens_do_not_divide(monkeypatch, train, tmp_path, capsys):
+    monkeypatch.setattr(fp8, 'choose_recipe', lambda dtype, device: 'hardware')
+    assert train(tmp_path, '--fp8=True', '--block_size=15', '--batch_size=6') == 2
+    error = capsys.readouterr().err
+    assert 'a multiple of 16 tokens per micro-step, not 90' in error
+    assert '--batch_size=16' in error
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
     reason='needs a GPU that multiplies float8',

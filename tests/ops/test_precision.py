@@ -58,3 +58,25 @@ def test_a_run_keeps_what_it_began_with(first, then, train, tmp_path, monkeypatc
         for entry in headers
     )
     assert said.count(f'Attention backend: {kept[1]}') == 2
+
+
+def test_matmuls_of_float32_are_as_exact_as_asked_for(train, tmp_path, monkeypatch, capsys):
+    told, told_torch = torch.set_float32_matmul_precision, []
+    monkeypatch.setattr(
+        torch, 'set_float32_matmul_precision', lambda name: (told_torch.append(name), told(name))
+    )
+    for number, (options, said) in enumerate(
+        (
+            (['--float32_matmul_precision=high'], 'float32, matmul precision high'),
+            ([], 'float32; Compile'),
+            (
+                ['--float32_matmul_precision=high', '--dtype=bfloat16'],
+                'float32_matmul_precision=high has no effect with dtype=bfloat16',
+            ),
+        )
+    ):
+        out = tmp_path / str(number)
+        assert train(out, '--max_iters=1', '--dtype=float32', *options) == 0
+        assert said in capsys.readouterr().out
+    assert told_torch == ['high', 'highest', 'high']
+    told('highest')

@@ -29,7 +29,12 @@ def final_loss(recipe: str, out_dir: str, settings: list[str]) -> float:
     command += [f'--{setting}' for setting in settings]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f'{" ".join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}')
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ['it said nothing']
+        errors = [line for line in said if line.startswith('error: ')]
+        sentence = (errors or said)[-1].removeprefix('error: ')
+        raise UserError(
+            f'the run with {" ".join(settings)} ended with {done.returncode}: {sentence}'
+        )
     (name,) = [name for name in os.listdir(out_dir) if name.endswith('.jsonl')]
     with open(os.path.join(out_dir, name)) as f:
         return [e['val_loss'] for e in map(json.loads, f) if e.get('type') == 'eval'][-1]

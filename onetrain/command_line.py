@@ -163,7 +163,16 @@ class ArgumentParser(argparse.ArgumentParser):
             if re.match(r'--\w', word) and word.split('=')[0] not in known
         ]
         if unknown and message.startswith(('unrecognized', 'the following arguments are required')):
-            message = f'unknown option {unknown[0]}{nearest(unknown[0], known)}; `--help` lists all'
+            hint = nearest(unknown[0], known)
+            if unknown[0] == '--init_from' and '--hf' in known:  # as in nanoGPT's sample.py
+                hint = ': --out_dir=RUN reads a run, --hf=FOLDER Hugging Face weights'
+            message = f'unknown option {unknown[0]}{hint}; `--help` lists all'
+        elif found := re.match(r"argument (\S+): ignored explicit argument '(.*)'", message):
+            option, value = found.groups()
+            off = value.lower() in ('false', '0', 'no', 'off')
+            message = (
+                f'{option} takes no value: {"leave it out" if off else f"type {option} alone"}'
+            )
         elif '--out_dir' in known and message.startswith('unrecognized arguments: '):
             word = message.removeprefix('unrecognized arguments: ').split()[0]
             message = f'{word} is no option, did you mean --out_dir={word}'

@@ -300,6 +300,13 @@ def test_a_layout_that_one_process_has_no_use_for_is_announced(dataset, tmp_path
         ),
         # no abbreviations: what is added later must not change their meaning
         ('sample.py', ['--temp', '0'], 'unknown option --temp'),
+        ('sample.py', ['--compile=False'], '--compile takes no value: leave it out'),
+        ('sample.py', ['--compile=True'], '--compile takes no value: type --compile alone'),
+        (
+            'sample.py',
+            ['--init_from=gpt2'],
+            'unknown option --init_from: --out_dir=RUN reads a run',
+        ),
         ('export.py', ['--to=x', '--stpe=3'], "unknown option --stpe, did you mean '--step'"),
         (
             'checkpoints.py',

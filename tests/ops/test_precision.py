@@ -58,6 +58,7 @@ def test_a_run_keeps_what_it_began_with(first, then, train, tmp_path, monkeypatc
         for entry in headers
     )
     assert said.count(f'Attention backend: {kept[1]}') == 2
+    assert said.count('this CPU multiplies 2.0 times as fast in it') == (first == 2.0)
 
 
 def test_matmuls_of_float32_are_as_exact_as_asked_for(train, tmp_path, monkeypatch, capsys):

@@ -59,6 +59,7 @@ PARTS = (
     'correctness',
     'resume',
     'tests',
+    'shipped',
     'throughput',
     'deterministic',
     'graphs',
@@ -242,6 +243,27 @@ def throughput(args):
             json.dump(rows, f, indent=2)
     if not rows:
         sys.exit('no recipe ran')
+
+
+def shipped(args):
+    """The recipe with its own batch_size and accumulation, and where its time goes."""
+    path = f'{ROOT}/config/{args.recipes[0]}.py'
+    settings = SMALL if args.small else ['--dtype=bfloat16', '--compile=True']
+    for script, more in (
+        ('throughput', ['--iterations=2' if args.small else '--iterations=5']),
+        ('step_parts', []),
+    ):
+        subprocess.run(
+            [
+                sys.executable,
+                f'{ROOT}/bench/{script}.py',
+                path,
+                *settings,
+                *more,
+                f'--device={args.device}',
+            ],
+            check=True,
+        )
 
 
 def against(args, title, recipe, settings, key):
@@ -538,6 +560,7 @@ def main():
         return {
             'correctness': correctness,
             'resume': resume,
+            'shipped': shipped,
             'throughput': throughput,
             'graphs': graphs,
             'deterministic': deterministic,

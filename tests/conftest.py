@@ -13,6 +13,10 @@ import socket
 import subprocess
 import sys
 
+# before torch is imported: in several processes, threads that wait by spinning leave the cores
+# little time for anything else
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+
 import numpy as np
 import pytest
 import torch

@@ -96,7 +96,7 @@ def attention_alone(c, shape, step: Step) -> float:
         found = []
         for _ in range(6):
             started = synchronized_time(step.device)
-            out = attention(*inputs, step.model.backend, 0.0, None, window, mask, None)
+            out = attention(*inputs, step.model.backend, 0.0, None, window, mask)
             torch.autograd.grad(out, inputs, grad)
             found.append(synchronized_time(step.device) - started)
         total += statistics.median(found[1:]) * shape.windows.count(window)
@@ -124,8 +124,8 @@ def traffic(c, shape, step: Step) -> dict:
     return {REST: rest, 'optimizer': (7 + 3) * 4 * parameters / step.accumulation}
 
 
-def main(argv):
-    c = config_of(argv)
+def main(argv=None):
+    c = config_of(sys.argv[1:] if argv is None else argv)
     c = dataclasses.replace(c, vocab_size=vocabulary_of(c))
     with tempfile.TemporaryDirectory() as folder:
         write_noise(folder, c.vocab_size)
@@ -156,4 +156,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(run_command(lambda _: main(sys.argv[1:])))
+    sys.exit(run_command(main))

@@ -6,10 +6,13 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
+from multiprocessing import resource_tracker
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONTEXT = multiprocessing.get_context('forkserver')
@@ -67,12 +70,66 @@ class Forked:
         self.process.kill()
 
 
-def _become(command, cwd, env, output):
+class ForkedWorker:
+    """What torchrun needs of subprocess.Popen, for a worker that is forked from it. The agent's
+    output is the worker's.
+    """
+
+    def __init__(self, command, env):
+        self.command, self.returncode = command, None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            # as a new interpreter would have it: the agent's connections end with the agent
+            os.closerange(3, 4096)
+            resource_tracker._resource_tracker._fd = None
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _become(list(command), os.getcwd(), env)
+        finally:
+            os._exit(1)
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        limit = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if limit is not None and time.monotonic() > limit:
+                raise subprocess.TimeoutExpired(self.command, timeout)
+            time.sleep(0.02)
+        return self.returncode
+
+
+def _fork_workers():
+    """Have torchrun, in this process, fork its workers where it would start interpreters."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    handler = subprocess_handler.SubprocessHandler
+    start = handler._popen
+
+    def popen(self, args, env):
+        if tuple(args[:2]) == (sys.executable, '-u') and self._stdout is self._stderr is None:
+            return ForkedWorker(args[2:], env)
+        return start(self, args, env)
+
+    handler._popen = popen
+
+
+def _become(command, cwd, env, output=None):
     """Be the command, as far as a new interpreter could tell."""
     os.setsid()
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    output.close()
+    if output is not None:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        output.close()
     sys.stdin, sys.stdout, sys.stderr = (
         open(os.devnull),
         *(os.fdopen(stream, 'w', buffering=1, closefd=False) for stream in (1, 2)),
@@ -100,6 +157,8 @@ def _become(command, cwd, env, output):
     ]
     code = 1
     try:
+        if command[0] == 'torch.distributed.run':
+            _fork_workers()
         if module:
             runpy.run_module(command[0], run_name='__main__', alter_sys=True)
         else:

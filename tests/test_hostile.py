@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_dataset, run_process, write_dataset
+from conftest import ROOT, TINY, make_dataset, run_process, write_dataset
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -659,8 +659,7 @@ def test_a_folder_that_cannot_hold_a_run_is_told_before_any_work(what, dataset, 
             [
                 f'--dataset={dataset}',
                 f'--out_dir={out}',
-                '--device=cpu',
-                '--compile=False',
+                *TINY,
                 '--max_iters=1',
             ]
         )

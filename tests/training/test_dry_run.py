@@ -366,11 +366,12 @@ def test_a_dry_run_tells_a_wrong_data_set_from_one_that_is_not_prepared(
     name, told, tmp_path, capsys
 ):
     """The latter is assumed; the former is an error, as it is without --dry_run."""
+    small = ['--dry_run=True', '--device=cpu', '--n_layer=1', '--n_head=2', '--n_embd=16']
     if told == 'is no mixture':
-        assert trainer.main([f'--dataset={name}', '--dry_run=True', '--device=cpu']) == 2
+        assert trainer.main([f'--dataset={name}', *small]) == 2
         assert told in capsys.readouterr().err
     else:
         os.makedirs(tmp_path / 'data' / 'books')
         with pytest.raises(NotPrepared, match=f'{told}: type --dataset=books'):
             open_dataset(name, str(tmp_path))
-    assert trainer.main(['--dataset=openwebtext', '--dry_run=True', '--device=cpu']) == 0
+    assert trainer.main(['--dataset=openwebtext', *small]) == 0

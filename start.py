@@ -60,12 +60,9 @@ def set_up(everything: bool = False) -> None:
         sys.exit(
             'error: python3 -m venv failed; on Debian and Ubuntu type: apt-get install python3-venv'
         )
-    if (
-        subprocess.run(
-            [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', *what], cwd=ROOT
-        ).returncode
-        != 0
-    ):
+    # compiled is what is imported, when it is
+    install = [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', '--no-compile']
+    if subprocess.run([*install, *what], cwd=ROOT).returncode != 0:
         sys.exit('error: pip could not install what is needed; is a package index reachable?')
     with open(stamp, 'w') as f:
         f.write(wanted)

@@ -51,7 +51,7 @@ def main():
     ways = [*WAYS, 'transformers']
     parser.add_argument('--ways', nargs='+', choices=ways, default=['cached', 'anew'])
     parser.add_argument('--prompt_tokens', type=whole(), default=4)
-    parser.add_argument('--new_tokens', type=whole(), default=128)
+    parser.add_argument('--new_tokens', type=whole(2), default=128)
     parser.add_argument('--rounds', type=whole(), default=5)
     parser.add_argument('--batch', type=whole(), default=1)
     args = parser.parse_args()

@@ -550,7 +550,11 @@ def main():
     parser.add_argument('--small', action='store_true', help='tiny models')
     parser.add_argument('--only', nargs='+', choices=PARTS, default=PARTS)
     parser.add_argument(
-        '--recipes', nargs='+', choices=RECIPES, default=RECIPES, help='of the part throughput'
+        '--recipes',
+        nargs='+',
+        choices=RECIPES,
+        default=RECIPES,
+        help='of throughput; shipped takes the first',
     )
     parser.add_argument('--minutes', type=number(), default=20, help='that a part may take')
     parser.add_argument('--output', default='gpu.log')

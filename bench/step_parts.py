@@ -58,6 +58,8 @@ def profiled(step: Step, iterations: int) -> dict:
         synchronized_time(step.device)
     seconds = dict.fromkeys((*PARTS, REST), 0.0)
     for event in profile.events():
+        if event.is_user_annotation:  # spans the kernels within it
+            continue
         if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
             seconds[part_of(event.name)] += event.time_range.elapsed_us() / 1e6
         elif not on_gpu and event.name.startswith(('aten::', 'cpp_', 'onetrain::')):
@@ -68,7 +70,8 @@ def profiled(step: Step, iterations: int) -> dict:
 
 def bandwidth(device: torch.device) -> float:
     """Return bytes per second that a copy reads and writes, the median of 5."""
-    source = torch.empty(2**28 if device.type == 'cuda' else 2**25)
+    # written: what never was lies on one page of zeros
+    source = torch.ones(2**28 if device.type == 'cuda' else 2**25)
     source, target, found = source.to(device), torch.empty_like(source, device=device), []
     for _ in range(6):
         started = synchronized_time(device)
@@ -81,7 +84,7 @@ def attention_alone(c, shape, step: Step) -> float:
     """Return seconds of attention, forward and backward, in the layers of a micro-step."""
     generator = torch.Generator(step.device).manual_seed(0)
     heads = (shape.n_head, shape.num_key_value_heads, shape.num_key_value_heads, shape.n_head)
-    *inputs, grad = (
+    q, k, v, grad = (
         torch.randn(
             (c.batch_size, n, c.block_size, shape.head_dim),
             generator=generator,
@@ -96,8 +99,8 @@ def attention_alone(c, shape, step: Step) -> float:
         found = []
         for _ in range(6):
             started = synchronized_time(step.device)
-            out = attention(*inputs, step.model.backend, 0.0, None, window, mask)
-            torch.autograd.grad(out, inputs, grad)
+            out = attention(q, k, v, step.model.backend, window=window, mask=mask)
+            torch.autograd.grad(out, (q, k, v), grad)
             found.append(synchronized_time(step.device) - started)
         total += statistics.median(found[1:]) * shape.windows.count(window)
     return total

@@ -167,7 +167,9 @@ class ArgumentParser(argparse.ArgumentParser):
             if unknown[0] == '--init_from' and '--hf' in known:  # as in nanoGPT's sample.py
                 hint = ': --out_dir=RUN reads a run, --hf=FOLDER Hugging Face weights'
             message = f'unknown option {unknown[0]}{hint}; `--help` lists all'
-        elif found := re.match(r"argument (\S+): ignored explicit argument '(.*)'", message):
+        elif found := re.match(
+            r"argument (\S+): ignored explicit argument ['\"](.*)['\"]", message
+        ):
             option, value = found.groups()
             off = value.lower() in ('false', '0', 'no', 'off')
             message = (

@@ -23,6 +23,10 @@ class Descriptors:
     def __init__(self, most: int = MOST):
         self.most, self.lock, self.open = most, threading.Lock(), collections.OrderedDict()
 
+    def unlock(self) -> None:
+        """Take a new lock, in a process in which the thread that held the old one is not."""
+        self.lock = threading.Lock()
+
     def _of(self, path, flags):
         key = path, flags
         if key in self.open:
@@ -89,11 +93,7 @@ class Descriptors:
 
 FILES = Descriptors()
 # a process that is forked while another thread reads would inherit a lock that nobody releases
-os.register_at_fork(
-    before=FILES.lock.acquire,
-    after_in_parent=FILES.lock.release,
-    after_in_child=FILES.lock.release,
-)
+os.register_at_fork(after_in_child=FILES.unlock)
 
 
 class ChangedFile(UserError):

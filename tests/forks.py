@@ -77,10 +77,15 @@ class ForkedWorker:
 
     def __init__(self, command, env):
         self.command, self.returncode = command, None
+        ready, said = os.pipe()
         self.pid = os.fork()
         if self.pid:
+            os.close(said)
+            os.read(ready, 1)  # b'' once it has a session of its own and closed the pipe
+            os.close(ready)
             return
         try:
+            os.setsid()
             # as a new interpreter would have it: the agent's connections end with the agent
             os.closerange(3, 4096)
             resource_tracker._resource_tracker._fd = None
@@ -89,7 +94,8 @@ class ForkedWorker:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _become(list(command), os.getcwd(), env)
-        finally:
+        except BaseException:
+            traceback.print_exc()
             os._exit(1)
 
     def poll(self):
@@ -125,8 +131,8 @@ def _fork_workers():
 
 def _become(command, cwd, env, output=None):
     """Be the command, as far as a new interpreter could tell."""
-    os.setsid()
     if output is not None:
+        os.setsid()
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         output.close()

@@ -35,7 +35,9 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale, *keep):
-        out, *weights = _forward(q, k, v, [*keep], scale, any(ctx.needs_input_grad[:3]))
+        v = v.contiguous()  # not a view of what all three were computed together in
+        with torch.autocast(q.device.type, enabled=False):
+            out, *weights = _forward(q, k, v, [*keep], scale, any(ctx.needs_input_grad[:3]))
         ctx.save_for_backward(q, k, v, *weights, *keep)
         ctx.scale, ctx.blocks = scale, len(weights)
         return out

@@ -6,6 +6,7 @@ Weights, optimizer state and all that is no such matmul keep their dtype.
 
 import importlib.util
 import logging
+import math
 import sys
 
 import torch
@@ -38,6 +39,19 @@ def choose_recipe(dtype: torch.dtype, device: torch.device) -> str:
             f' {str(dtype).removeprefix("torch.")}: type --dtype=bfloat16, or --fp8=False'
         )
     return 'hardware'
+
+
+def check_tokens(batch_size: int, length: int) -> None:
+    """Raise UserError unless micro-steps of batch_size sequences, of `length` tokens on a rank,
+    have a multiple of 16 tokens: a gradient of a weight is a matmul over them.
+    """
+    if batch_size * length % 16:
+        multiple = 16 // math.gcd(16, length)
+        larger = math.ceil(batch_size / multiple) * multiple
+        raise UserError(
+            f'fp8=True needs a multiple of 16 tokens per micro-step, not {batch_size * length}'
+            f' (batch_size * block_size): type --batch_size={larger}, or --fp8=False'
+        )
 
 
 def gains_from_float8(layer: nn.Module) -> bool:

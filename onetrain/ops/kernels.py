@@ -141,8 +141,6 @@ def select_kernels(
             'dtype=float16 with fsdp_offload=True is not possible: type --dtype=bfloat16'
         )
     backend, notes = _select_backend(c, shape, device, dtype)
-    if note := _idle_note(c, shape, device, dtype, backend):
-        notes.append(note)
     if device.type == 'cuda' and c.init_from == 'scratch' and shape.vocab_size % 64:
         notes.append(
             f'vocab_size={shape.vocab_size} is no multiple of 64, which makes the largest matmul'
@@ -162,12 +160,6 @@ def select_kernels(
             ' H200, B200) has one kernel for all'
         )
     float8 = fp8.choose_recipe(dtype, device) if c.fp8 else None
-    tokens = c.batch_size * c.block_size // c.context_parallel
-    if float8 == 'hardware' and tokens % 16:
-        raise UserError(
-            f'fp8=True needs a multiple of 16 tokens per micro-step, not {tokens} (batch_size *'
-            f' block_size): type --batch_size={-(-c.batch_size // 16) * 16}, or --fp8=False'
-        )
     if c.float32_matmul_precision != 'highest' and dtype != torch.float32:
         notes.append(
             f'float32_matmul_precision={c.float32_matmul_precision} has no effect with'
@@ -196,8 +188,10 @@ def idle_share(sequences: int, heads: int, processors: int) -> float:
     return 1 - blocks / (processors * math.ceil(blocks / processors))
 
 
-def _idle_note(c, shape, device, dtype, backend):
-    """Return a sentence where the batch size leaves much of the GPU idle, else None."""
+def idle_note(
+    c: 'Config', shape: 'ModelConfig', device: torch.device, dtype: torch.dtype, backend: str
+) -> str | None:
+    """Return a sentence where batch_size leaves much of the GPU idle, else None."""
     if not (
         device.type == 'cuda'
         and c.deterministic

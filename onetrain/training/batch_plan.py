@@ -10,7 +10,7 @@ from model import Model
 from onetrain import cpu
 from onetrain.distributed import collectives, processes
 from onetrain.model_config import ModelConfig
-from onetrain.ops import kernels
+from onetrain.ops import fp8, kernels
 from onetrain.ops.cross_entropy import choose_chunk, eager_chunk
 from onetrain.training import memory, validate
 
@@ -151,11 +151,13 @@ def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'B
     """Return the BatchPlan of start.config. data: RunData."""
     c, world, notes = start.config, session.world, session.notes
     kernels.set_deterministic(c.deterministic)  # before a trial times them
-    torch.set_float32_matmul_precision(c.float32_matmul_precision)
     with session.terminal.doing('trying kernels'):
         dtype = collectives.broadcast_from_main(
             lambda: kernels.precision(c.dtype, world.device, data.shape.n_embd), world
         )
+        # in other dtypes routers are the only matmuls of float32, which must stay exact
+        exact = dtype != torch.float32
+        torch.set_float32_matmul_precision('highest' if exact else c.float32_matmul_precision)
         chosen, told = collectives.broadcast_from_main(
             lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
         )
@@ -171,6 +173,10 @@ def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'B
     options = ModelOptions(c, data.shape, chosen, data.document_end, dtype, world)
     if c.find_batch_size:
         c = with_largest_batch(options, session)
+    if chosen['float8'] == 'hardware':
+        fp8.check_tokens(c.batch_size, c.block_size // c.context_parallel)
+    if note := kernels.idle_note(c, data.shape, world.device, dtype, chosen['backend']):
+        notes.append(note)
     accumulation = validate.accumulation_steps(c, world.data_size)
     if note := options.loss_chunk(c.batch_size)[1]:
         notes.append(note)

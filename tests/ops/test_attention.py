@@ -178,12 +178,12 @@ def test_a_gpu_that_a_batch_size_leaves_idle_is_told(monkeypatch):
         settings = dict(attention_backend='sdpa', n_head=18, n_embd=2304, batch_size=8)
         c = Config(**{**settings, 'vocab_size': 32000, **changes})
         shape = resolve_shape(dataclasses.asdict(c), 32000)
-        return kernels.select_kernels(c, shape, torch.device('cuda'), torch.bfloat16)[1]
+        return kernels.idle_note(c, shape, torch.device('cuda'), torch.bfloat16, 'sdpa')
 
-    assert notes() == [
+    assert notes() == (
         "batch_size=8 leaves 45 % of the GPU idle in attention's backward pass, which repeats to"
         ' the last bit; --batch_size=7 or --batch_size=14 would not'
-    ]
+    )
     assert not notes(batch_size=7) and not notes(deterministic=False) and not notes(n_head=36)
 
 
@@ -341,8 +341,6 @@ def test_the_usual_backend_on_an_h100(options, expected, monkeypatch):
         }
     )
     shape, device = resolve_shape(dataclasses.asdict(c)), torch.device('cuda')
-    h100 = types.SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: h100)
     assert kernels.select_kernels(c, shape, device, torch.bfloat16)[0]['backend'] == expected
     assert kernels.select_kernels(c, shape, torch.device('cpu'), torch.float32)[0]['backend'] == (
         expected if expected == 'manual' else 'sdpa'

@@ -155,6 +155,8 @@ def test_a_micro_step_whose_tokens_do_not_divide(monkeypatch, train, tmp_path, c
     error = capsys.readouterr().err
     assert 'a multiple of 16 tokens per micro-step, not 90' in error
     assert '--batch_size=16' in error
+    with pytest.raises(UserError, match='--batch_size=6,'):
+        fp8.check_tokens(5, 24)
 
 
 @pytest.mark.skipif(

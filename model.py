@@ -689,8 +689,9 @@ class Model(nn.Module):
         non_embedding leaves out the token and position tables (a tied head is the token table, so
         it is left out too); active counts of the experts as many as a token goes to.
         """
-        tied = ['lm_head.weight'] * self.config.weight_tying  # a copy after cast_matmuls()
-        total = sum(p.numel() for name, p in self.named_parameters() if name not in tied)
+        total = sum(p.numel() for p in self.parameters())
+        if self.config.weight_tying and self.lm_head.weight is not self.transformer.wte.weight:
+            total -= self.lm_head.weight.numel()  # the copy that cast_matmuls() made
         tables = self.transformer.wte.weight.numel() + (
             self.transformer.wpe.weight.numel() if 'wpe' in self.transformer else 0
         )

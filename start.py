@@ -60,7 +60,7 @@ def set_up(everything: bool = False) -> None:
         sys.exit(
             'error: python3 -m venv failed; on Debian and Ubuntu type: apt-get install python3-venv'
         )
-    # compiled is what is imported, when it is
+    # Python compiles what it imports, which is a small part of it
     install = [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check', '--no-compile']
     if subprocess.run([*install, *what], cwd=ROOT).returncode != 0:
         sys.exit('error: pip could not install what is needed; is a package index reachable?')

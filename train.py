@@ -466,6 +466,7 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
         return collectives.all_reduce_max(stop.code(), world)
 
     # ---- what the loop works with
+    # forks its processes, so before a thread reads the data
     loader = open_loader(plan, data, order, state, world)
     text_bytes = count_text_bytes(plan, data, prompts) if world.is_main else None
     keeper = open_keeper(start, plan, data, evaluator, outputs, model, optimization, state, session)

@@ -155,18 +155,11 @@ def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'B
         dtype = collectives.broadcast_from_main(
             lambda: kernels.precision(c.dtype, world.device, data.shape.n_embd), world
         )
-        # in other dtypes routers are the only matmuls of float32, which must stay exact
-        exact = dtype != torch.float32
-        torch.set_float32_matmul_precision('highest' if exact else c.float32_matmul_precision)
+        kernels.set_matmul_precision(c.float32_matmul_precision, dtype)
         chosen, told = collectives.broadcast_from_main(
             lambda: kernels.select_kernels(c, data.shape, world.device, dtype), world
         )
     notes += told
-    if c.dtype is None and world.device.type == 'cpu' and dtype == torch.bfloat16 and world.is_main:
-        notes.append(
-            f'dtype=bfloat16: this CPU multiplies {kernels.bfloat16_speedup():.1f} times as fast in'
-            ' it; --dtype=float32 is the other way'
-        )
     if c.compile and world.device.type == 'cpu' and not cpu.has_compiler():
         notes.append('compile=True needs a C++ compiler, and there is none: running without')
         c = dataclasses.replace(c, compile=False)

@@ -224,7 +224,7 @@ def test_a_rank_that_hangs_takes_the_job_down_within_the_timeout(dataset, tmp_pa
         f'--dataset={dataset}',
         f'--out_dir={tmp_path}',
         *TINY,
-        f'--max_iters={100000 if at else 20}',
+        f'--max_iters={100000 if at else 45}',
         '--checkpoint_interval=20',
         '--timeout_minutes=0.1',
         env={'OMP_NUM_THREADS': '1'},

@@ -11,6 +11,7 @@ GPU is at its limit of power.
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from step import (
     write_noise,
 )
 
+from onetrain.ops import kernels
 from onetrain.ops.attention import attention, make_attention_mask
 from onetrain.ops.kernels import synchronized_time
 
@@ -82,27 +84,16 @@ def bandwidth(device: torch.device) -> float:
 
 def attention_alone(c, shape, step: Step) -> float:
     """Return seconds of attention, forward and backward, in the layers of a micro-step."""
-    generator = torch.Generator(step.device).manual_seed(0)
     heads = (shape.n_head, shape.num_key_value_heads, shape.num_key_value_heads, shape.n_head)
-    q, k, v, grad = (
-        torch.randn(
-            (c.batch_size, n, c.block_size, shape.head_dim),
-            generator=generator,
-            device=step.device,
-            dtype=step.dtype,
-        ).requires_grad_()
-        for n in heads
+    (q, k, v), grad = kernels.random_inputs(
+        c.batch_size, heads, c.block_size, shape.head_dim, step.device, step.dtype
     )
-    total = 0.0
+    backend, total = step.model.backend, 0.0
     for window in set(shape.windows):
-        mask = make_attention_mask(step.model.backend, c.block_size, step.device, window, None)
-        found = []
-        for _ in range(6):
-            started = synchronized_time(step.device)
-            out = attention(q, k, v, step.model.backend, window=window, mask=mask)
-            torch.autograd.grad(out, (q, k, v), grad)
-            found.append(synchronized_time(step.device) - started)
-        total += statistics.median(found[1:]) * shape.windows.count(window)
+        mask = make_attention_mask(backend, c.block_size, step.device, window, None)
+        call = functools.partial(attention, q, k, v, backend, window=window, mask=mask)
+        _, took = kernels.time_attention(call, (q, k, v), grad)
+        total += took * shape.windows.count(window)
     return total
 
 

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -317,7 +318,7 @@ def fastest_backend(
     # as many sequences as there will be, within a gigabyte or so: a kernel that fills a card with
     # 16 may leave half of it idle with 8
     B = min(batch_size, max(1, 2**17 // T) if device.type == 'cuda' else 1)
-    inputs, grad = _random_inputs(B, (n_head, n_kv, n_kv, n_head), T, head_dim, device, dtype)
+    inputs, grad = random_inputs(B, (n_head, n_kv, n_kv, n_head), T, head_dim, device, dtype)
     logits = torch.zeros(n_head, device=device, requires_grad=True) if sinks else None
     texts = (torch.arange(T, device=device) // max(1, T // 4)).expand(B, T) if documents else None
     seconds, failures, expected = {}, [], None
@@ -341,7 +342,7 @@ def fastest_backend(
                 mask = make_attention_mask(backend, T, device, window, texts)
                 call = functools.partial(attention, *inputs)
                 call = functools.partial(call, backend, 0.0, None, window, mask, logits)
-                found, took = _trial(call, inputs, grad)
+                found, took = time_attention(call, inputs, grad)
                 expected = expected or found
                 reason = _difference(found, expected, dtype)
                 seconds |= {} if reason else {backend: took}
@@ -352,7 +353,14 @@ def fastest_backend(
     return _choose_fastest(seconds, failures)
 
 
-def _random_inputs(B, heads, T, head_dim, device, dtype):
+def random_inputs(
+    B: int,
+    heads: tuple,
+    T: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple:
     """Return ((q, k, v), gradient of the output), each (B, its number of heads, T, head_dim)."""
     generator = torch.Generator(device).manual_seed(0)
     *inputs, grad = (
@@ -386,7 +394,7 @@ def _choose_fastest(seconds, failures):
     return best, '; '.join([f'forward and backward of a layer take {times}', *failures])
 
 
-def _trial(call, inputs, grad):
+def time_attention(call: Callable, inputs: tuple, grad: torch.Tensor) -> tuple:
     """Return (output and gradients in float32, median seconds of 5 calls after 2)."""
     took = []
     for _ in range(7):

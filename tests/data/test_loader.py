@@ -87,22 +87,15 @@ def test_positions_are_a_pure_function():
     assert (whole == pieces).all()
 
 
+def open_loader(file, **options):
+    defaults = dict(batch_size=4, rank=0, world_size=1, position=0, device=CPU)
+    return TrainLoader(file, WindowOrder(len(file), 32, seed=3), **{**defaults, **options})
+
+
 def sequences(file, *, batch_size, world_size, accumulation, steps, position=0, **options):
     """First tokens of the sequences of each step, in the order of the stream."""
-    order = WindowOrder(len(file), 32, seed=3)
-    loaders = [
-        TrainLoader(
-            file,
-            order,
-            batch_size=batch_size,
-            rank=r,
-            world_size=world_size,
-            position=position,
-            device=CPU,
-            **options,
-        )
-        for r in range(world_size)
-    ]
+    size = dict(batch_size=batch_size, world_size=world_size, position=position)
+    loaders = [open_loader(file, rank=r, **size, **options) for r in range(world_size)]
     rows = []
     for _ in range(steps):
         for _ in range(accumulation):
@@ -158,16 +151,7 @@ def test_workers_inherit_no_lock_of_a_thread_that_reads(counting, remote, tmp_pa
 
     threading.Thread(target=read).start()
     held.wait()
-    loader = TrainLoader(
-        file,
-        WindowOrder(len(file), 32, seed=3),
-        batch_size=4,
-        rank=0,
-        world_size=1,
-        position=0,
-        device=CPU,
-        num_workers=1,
-    )
+    loader = open_loader(file, num_workers=1)
     limit = time.monotonic() + 30
     batch = loader.next(lambda: time.monotonic() > limit)
     loader.close()

@@ -6,7 +6,7 @@
 # Parameters: 2,787,072 with a vocabulary of 2048. Memory: 0.6 GB. Batch: 8 sequences x 128 tokens x
 # 1 micro-step = 1,024 tokens per iteration; 1800 iterations are 1.8 M tokens, two thirds of the
 # text. A CPU without instructions for bfloat16 takes float32, and fewer iterations. Expect a
-# validation loss of 3.16 in five minutes (bench/RESULTS.md), and text in the shape of Python.
+# validation loss of about 3.2 in five minutes (bench/RESULTS.md), and text in the shape of Python.
 from onetrain.cpu import has_bfloat16
 
 out_dir = 'out-demo'

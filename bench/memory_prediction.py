@@ -89,7 +89,7 @@ def measure(model, device, dtype):
             del loss
 
     started = time.perf_counter()
-    predicted = memory.predict(build, batch, block, device, autocast)
+    predicted = memory.step_memory(build, batch, block, device, autocast).per_rank('single', 1)
     seconds = time.perf_counter() - started
     with device:
         train(build(1, 8 * heads), 1, 1)  # kernels are loaded

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -43,11 +44,12 @@ class Work:
 class Terminal:
     """The standard output of the process that talks; others have one with active=False.
 
-    A terminal gets a bar once start_bar() is called; a file gets lines alone.
+    A terminal gets a bar once start_bar() is called; a file gets lines alone. file: where to write
+    instead, for a command whose output is read by another.
     """
 
-    def __init__(self, active: bool = True):
-        self.active, self.bar = active, None
+    def __init__(self, active: bool = True, file: TextIO | None = None):
+        self.active, self.file, self.bar = active, file, None
         self.works, self.last_line, self.named = [], time.monotonic(), False
         self.ended = threading.Event()
         self.thread: threading.Thread | None = None
@@ -55,7 +57,7 @@ class Terminal:
     def say(self, text: str = '') -> None:
         """Print a line, above the bar."""
         if self.active:
-            tqdm.write(text)
+            tqdm.write(text, file=self.file)
             self.last_line, self.named = time.monotonic(), False
 
     @contextlib.contextmanager
@@ -79,7 +81,7 @@ class Terminal:
             if bar is not None and not bar.disable:
                 bar.set_description_str(self.look(0.0) or '', refresh=True)
             elif text := self.look(AGAIN_S):
-                tqdm.write(text)
+                tqdm.write(text, file=self.file)
 
     def look(self, again: float = AGAIN_S) -> str | None:
         """Return what is being done, if that has taken QUIET_S and no line appeared meanwhile;

@@ -16,7 +16,7 @@ from onetrain.training import memory, validate
 
 if TYPE_CHECKING:
     from onetrain.distributed.processes import World
-    from onetrain.training.memory import Prediction
+    from onetrain.training.memory import Prediction, StepMemory
     from onetrain.training.run_data import RunData
     from onetrain.training.session import Session
     from onetrain.training.start_point import StartPoint
@@ -31,7 +31,8 @@ class ModelOptions:
     """What Model needs beside its shape, and what a step of it takes.
 
     config: train.Config; chosen: of kernels.select_kernels(); document_end: as of RunData; dtype:
-    of the matmuls.
+    of the matmuls; assumed_device: type of the device that a step is planned for, where that is
+    not the one of `world`.
     """
 
     config: 'Config'
@@ -40,6 +41,12 @@ class ModelOptions:
     document_end: int | None
     dtype: torch.dtype
     world: processes.World
+    assumed_device: str | None = None
+
+    @property
+    def device_type(self) -> str:
+        """Return the type of the device that a step runs on."""
+        return self.assumed_device or self.world.device.type
 
     @property
     def autocast(self):
@@ -58,14 +65,26 @@ class ModelOptions:
         """Return tokens of a sequence on this rank."""
         return self.config.block_size // self.config.context_parallel
 
-    def loss_chunk(self, batch_size: int) -> tuple:
-        """Return what choose_chunk() does for micro-steps of batch_size sequences."""
+    def loss_chunk(self, tokens: int) -> tuple:
+        """Return what choose_chunk() does for micro-steps of `tokens` tokens on this rank."""
         return choose_chunk(
             self.config.loss_chunk,
-            batch_size * self.local_length,
+            tokens,
             self.shape.vocab_size,
-            self.world.device.type,
+            self.device_type,
             self.dtype,
+            self.compiles_whole_model,
+        )
+
+    def step_chunk(self, tokens: int) -> int:
+        """Return the chunk of the loss that takes, as it is written, what a step takes as it is
+        run.
+        """
+        return eager_chunk(
+            self.loss_chunk(tokens)[0],
+            tokens,
+            self.shape.vocab_size,
+            self.device_type,
             self.compiles_whole_model,
         )
 
@@ -80,24 +99,24 @@ class ModelOptions:
             z_loss=c.z_loss_weight,
             document_end=self.document_end,
             head_z_loss=c.head_z_loss_weight,
-            loss_chunk=self.loss_chunk(batch_size)[0],
+            loss_chunk=self.loss_chunk(batch_size * self.local_length)[0],
         )
 
     def predict(self, batch_size: int, accumulation: int) -> 'Prediction':
         """Return the memory.Prediction of a step. Raises memory.NotPredicted."""
+        world = self.world
+        step = self.step_memory(batch_size, accumulation)
+        return step.per_rank(world.layout, world.size // self.config.fsdp_replicas)
+
+    def step_memory(self, batch_size: int, accumulation: int) -> 'StepMemory':
+        """Return the memory.StepMemory of a step. Raises memory.NotPredicted."""
         c, world, backend = self.config, self.world, self.chosen['backend']
         settings = {
             **self.model_kwargs(batch_size),
             'backend': backend if backend in ('manual', 'blocks') else 'sdpa',
-            'loss_chunk': eager_chunk(
-                self.loss_chunk(batch_size)[0],
-                batch_size * self.local_length,
-                self.shape.vocab_size,
-                world.device.type,
-                self.compiles_whole_model,
-            ),
+            'loss_chunk': self.step_chunk(batch_size * self.local_length),
         }
-        return memory.predict(
+        return memory.step_memory(
             lambda: Model(self.shape, **settings),
             batch_size,
             self.local_length,
@@ -105,8 +124,6 @@ class ModelOptions:
             self.autocast,
             accumulation=accumulation,
             muon=c.optimizer == 'muon',
-            layout=world.layout,
-            ranks=world.size // c.fsdp_replicas,
         )
 
     def check_memory(self, prediction: 'Prediction', accumulation: int) -> None:
@@ -171,7 +188,7 @@ def plan_batches(start: 'StartPoint', data: 'RunData', session: 'Session') -> 'B
     if note := kernels.idle_note(c, data.shape, world.device, dtype, chosen['backend']):
         notes.append(note)
     accumulation = validate.accumulation_steps(c, world.data_size)
-    if note := options.loss_chunk(c.batch_size)[1]:
+    if note := options.loss_chunk(c.batch_size * options.local_length)[1]:
         notes.append(note)
     graphs = validate.validate_cuda_graphs(c, world.device.type, chosen['dispatch'], notes)
     options = dataclasses.replace(options, config=c)

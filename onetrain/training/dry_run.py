@@ -121,7 +121,8 @@ def _plan(c, meta, world, assumed, notes):
     chosen, told = kernels.select_kernels(with_sdpa, shape, world.device, dtype)
     accumulation = validate.accumulation_steps(c, world.data_size)
     document_end = meta.get('eot_id') if c.document_mask else None
-    options = ModelOptions(c, shape, chosen, document_end, dtype, world)
+    gpu = 'cuda' if assumed else None
+    options = ModelOptions(c, shape, chosen, document_end, dtype, world, gpu)
     return resolved_plan(options, accumulation), told
 
 

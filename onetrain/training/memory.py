@@ -89,7 +89,41 @@ class Counter(TorchDispatchMode):
         self.now -= size
 
 
-def predict(
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a step on one process that holds all of the model.
+
+    peak: the most at a time, without optimizer state; units: of each part that FSDP gathers by
+    itself, ascending.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    peak: int
+    units: tuple[int, ...]
+
+    def per_rank(self, layout: str, ranks: int, offload: bool = False) -> 'Prediction':
+        """Return the Prediction for a rank under `layout`, one of those in layouts.py, which shards
+        what it shards over `ranks`; offload: whether the memory of the CPU holds that.
+        """
+        fully = layout in ('ZeRO-2', 'ZeRO-3')
+        activations = self.peak - self.parameters - self.gradients
+        if fully:  # what is gathered: all, or the unit at work and the next
+            activations += self.parameters if layout == 'ZeRO-2' else sum(self.units[-2:])
+        if fully and offload:
+            # the gradients of a unit, until they are summed over the ranks
+            return Prediction(0, self.units[-1], 0, activations)
+        share = ranks if fully else 1
+        return Prediction(
+            self.parameters // share,
+            self.gradients // share,
+            self.optimizer // (ranks if fully or layout == 'ZeRO-1' else 1),
+            activations,
+        )
+
+
+def step_memory(
     build: Callable,
     batch_size: int,
     length: int,
@@ -98,43 +132,24 @@ def predict(
     *,
     accumulation: int = 1,
     muon: bool = False,
-    layout: str = 'single',
-    ranks: int = 1,
-) -> 'Prediction':
-    """Return the Prediction for a rank's step of `accumulation` micro-steps of batch_size
-    sequences, `length` tokens of each on this rank.
+) -> 'StepMemory':
+    """Return the StepMemory of `accumulation` micro-steps of batch_size sequences, `length` tokens
+    of each on this rank.
 
     build(): the model as one process has it; autocast: context of the forward pass; muon: whether
-    its matrices have one tensor of optimizer state, not two; ranks: over which the layout, one of
-    those in layouts.py, shards what it shards. Raises NotPredicted where an operator needs
-    contents, as a loop over experts does.
+    its matrices have one tensor of optimizer state, not two. Raises NotPredicted where an operator
+    needs contents, as a loop over experts does.
     """
     try:
-        parameters, gradients, state, peak, units = _step(
-            build, batch_size, length, device, autocast, min(accumulation, 2), muon
-        )
+        return _step(build, batch_size, length, device, autocast, min(accumulation, 2), muon)
     except Exception as error:  # whatever an operator of this device says
         raise NotPredicted(
             f'the memory of a step cannot be predicted ({type(error).__name__}:'
             f' {" ".join(str(error).split())[:150]})'
         ) from None
-    fully = layout in ('ZeRO-2', 'ZeRO-3')
-    activations = peak - parameters - gradients
-    if fully:  # what is gathered: all, or the unit at work and the next
-        activations += parameters if layout == 'ZeRO-2' else sum(units[-2:])
-    share = ranks if fully else 1
-    return Prediction(
-        parameters // share,
-        gradients // share,
-        state // (ranks if fully or layout == 'ZeRO-1' else 1),
-        activations,
-    )
 
 
 def _step(build, batch_size, length, device, autocast, micro_steps, muon):
-    """Return (bytes of parameters, gradients, optimizer state, most of all at a time but for this
-    state, of each unit that FSDP gathers, ascending).
-    """
     with FakeTensorMode(), torch.device(device), Counter() as counter:
         model = build()
         for p in model.parameters():
@@ -155,7 +170,7 @@ def _step(build, batch_size, length, device, autocast, micro_steps, muon):
             sum(p.nbytes for p in module.parameters())
             for module in (*model.transformer.h, model.transformer.wte, model.lm_head)
         )
-    return parameters, gradients, state, counter.peak, units
+    return StepMemory(parameters, gradients, state, counter.peak, tuple(units))
 
 
 def available_memory(device: torch.device) -> int:

@@ -118,7 +118,7 @@ def test_flash_attention_4_is_switched_on_for_the_process_and_off_again(monkeypa
     assert current_flash_attention_impl() is None
     Model.on_meta(shape, 'flash_attn_4').allocate('cpu')
     assert current_flash_attention_impl() == 'FA4'
-    memory.predict(lambda: Model(shape), 1, 8, 'cpu', contextlib.nullcontext())
+    memory.step_memory(lambda: Model(shape), 1, 8, 'cpu', contextlib.nullcontext())
     assert current_flash_attention_impl() == 'FA4'
     Model.on_meta(shape, 'sdpa').allocate('cpu')
     assert current_flash_attention_impl() is None

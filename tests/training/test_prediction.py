@@ -29,13 +29,13 @@ def test_predicted_is_what_is_measured(capsys):
         assert ratio == pytest.approx(1, abs=0.1), capsys.readouterr().out
 
 
-def predict(batch_size, **settings):
+def predict(batch_size, layout='single', ranks=1, **settings):
     shape = resolve_shape(
         dict(arch_preset='llama', n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=500)
     )
-    return memory.predict(
+    return memory.step_memory(
         lambda: Model(shape), batch_size, 32, 'cpu', contextlib.nullcontext(), **settings
-    )
+    ).per_rank(layout, ranks)
 
 
 def test_what_the_layout_shares_out_and_what_grows_with_the_batch():

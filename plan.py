@@ -31,11 +31,13 @@ from onetrain.files import replacing
 from onetrain.logs.read_log import load_runs
 from onetrain.logs.read_log import number as number_of
 from onetrain.logs.terminal import Terminal
-from onetrain.model_config import PRESETS
+from onetrain.model_config import PRESETS, resolve_shape
 from onetrain.planning import budget, pictures, scaling_laws
 from onetrain.planning.machines import parse_machines
+from onetrain.planning.memory_table import MemoryTable
 from onetrain.planning.recipe_plan import RecipePlan, compare_lines, plan_lines
 from onetrain.planning.time_and_cost import assumed_speeds
+from onetrain.training.memory import SHARE
 from train import ALIASES, Config
 
 if __name__ == '__main__':
@@ -122,7 +124,7 @@ def plan_recipe(args: argparse.Namespace, words: list[str]) -> tuple[list[str], 
     config, _ = resolve(Config, words, ALIASES)
     config, tokens = with_data(config)
     law = scaling_laws.read_law(args.law)
-    machines = parse_machines(args.gpus) if args.gpus else [None]
+    machines = parse_machines(args.gpus) if args.gpus is not None else [None]
     terminal = Terminal(file=sys.stderr)
     files = [word for word in words if not word.startswith('-')]
     typed = [word for word in words if word.startswith('-')]
@@ -164,7 +166,7 @@ def best_model(args: argparse.Namespace, words: list[str]) -> tuple[list[str], d
             f'{words[0]!r} does not go with --budget, which looks for a model itself: type'
             f' --preset={"|".join(FAMILIES)}'
         )
-    machines = parse_machines(args.gpus) if args.gpus else []
+    machines = parse_machines(args.gpus) if args.gpus is not None else []
     total = args.budget if args.budget is not None else _machine_budget(args, machines)
     grid = budget.Grid(args.preset or 'llama3', _layers(args.layers), args.ratio)
     law = scaling_laws.read_law(args.law)
@@ -231,15 +233,12 @@ def _layers(text):
 
 
 def _fits(candidate, grid, machine):
-    """Return whether a step of one sequence fits, all computed twice that can be."""
+    """Return whether a step of one sequence fits without offload, where all is computed twice."""
+    if 16 * candidate.parameters / machine.count > SHARE * machine.memory:  # the state alone
+        return False
     keys = grid.keys(candidate.n_layer, candidate.n_embd, candidate.head_dim, candidate.d_ff)
-    config = Config(**keys, batch_size=1, dtype='bfloat16', activation_checkpointing='full')
-    arguments = argparse.Namespace(**dict.fromkeys((*LENGTHS, 'mfu', 'like', 'iters_per_hour')))
-    arguments.price = arguments.price_per_hour = None
-    plan = RecipePlan(
-        config, machine, arguments, scaling_laws.LAWS['hoffmann'], Terminal(file=sys.stderr).doing
-    )
-    return plan.best is not None
+    config = Config(**keys, batch_size=1, dtype='bfloat16')
+    return MemoryTable(config, resolve_shape(keys)).fits(machine)
 
 
 def _write(path, text):

@@ -20,7 +20,7 @@ _CARDS = {
     'H200': ('NVIDIA H200', 141),
     'B200': ('NVIDIA B200', 180),
 }
-_OTHER_NAMES = {'3090': 'RTX-3090', '4090': 'RTX-4090', 'a100': 'A100-80', 'h10080': 'H100'}
+_OTHER_NAMES = {'a100': 'A100-80', 'h10080': 'H100'}
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ class Machine:
 
 def parse_machines(text: str) -> list[Machine]:
     """Return the machines of a list such as '8xA100-80,1xH200,2x24GB'. Raises UserError."""
-    return [_parse(word.strip()) for word in text.split(',')]
+    words = [word.strip() for word in text.split(',') if word.strip()]
+    if not words:
+        raise UserError('--gpus= names no GPU: type such as --gpus=8xH100')
+    return [_parse(word) for word in words]
 
 
 def _parse(word):
-    match = re.fullmatch(r'(?:(\d{1,6})\s*[x*×]\s*)?(\S.*)', word)
-    count, name = int(match[1] or 1) if match else 1, match[2] if match else word
+    match = re.match(r'(\d{1,6})\s*[x*×]\s*', word)
+    count, name = (int(match[1]), word[match.end() :]) if match else (1, word)
     if not 1 <= count <= 10**5:
         raise UserError(f'--gpus={word}: type from 1 to 100,000 GPUs')
     if count > PER_NODE and count % PER_NODE:
@@ -83,4 +86,4 @@ def _parse(word):
 
 def _plain(name):
     """Return a name without what people write in different ways."""
-    return re.sub(r'nvidia|geforce|rtx(?=\W*[34])|gb$|[^a-z0-9]', '', name.lower())
+    return re.sub(r'nvidia|geforce|rtx|gb$|[^a-z0-9]', '', name.lower())

@@ -166,7 +166,7 @@ class MemoryTable:
                 Layout('', 'single' if alone else 'DDP', _SINGLE),
                 self.config.block_size,
             )
-            sizes = [n for n in BATCHES if self._loss_kind(layout, n * block) == kind][:3] or [1]
+            sizes = [n for n in BATCHES if self._loss_kind(layout, n * block) == kind][:5] or [1]
             self.lines[how, alone, kind] = [
                 (n * block, self.predict(layout, how, n, 2)) for n in (sizes[0], sizes[-1])
             ]
@@ -210,6 +210,13 @@ class MemoryTable:
             for layout in layouts_of(machine, self.config)
             for how in RECOMPUTATIONS
         ]
+
+    def fits(self, machine: 'Machine') -> bool:
+        """Return whether one sequence fits on `machine` under a layout without offload."""
+        layouts = [each for each in layouts_of(machine, self.config) if each.name != 'offload']
+        step = self.predict(layouts[0], 'full', 1, 1)
+        taken = min(_per_rank(step, layout, machine.count) for layout in layouts)
+        return taken <= SHARE * machine.memory
 
     def best(
         self, choices: list[Choice], machine: 'Machine', sequences: Callable

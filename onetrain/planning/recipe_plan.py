@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -54,12 +55,13 @@ class RecipePlan:
         self.problem: str | None = None
         self.choices, self.best, self.why = [], None, ''
         self.data_tokens = data_tokens
+        self.price = args.price_per_hour or (args.price and args.price * self.count)
+        self.speeds = self._speeds()
+        self._check_length()
         self.table = table
         if machine:
             self._memory(machine)
-        self.price = args.price_per_hour or (args.price and args.price * self.count)
         self.batch_size = self.best.batch_size if self.best else c.batch_size
-        self.speeds = self._speeds()
         self.fix_length()
 
     @property
@@ -118,20 +120,23 @@ class RecipePlan:
             )
         return speeds
 
-    def fix_length(self) -> None:
-        """Compute tokens, time and cost from the length that was asked for. Raises UserError where
-        it cannot be told.
-        """
-        args, hours = self.args, self.args.hours
-        if args.dollars is not None:
-            if not self.price:
-                raise UserError('--dollars needs --price (of a GPU and hour) or --price_per_hour')
-            hours = args.dollars / self.price
-        if hours is not None and not self.speeds:
+    def _check_length(self):
+        """Raise UserError where the length that was asked for cannot be told."""
+        args = self.args
+        if args.dollars is not None and not self.price:
+            raise UserError('--dollars needs --price (of a GPU and hour) or --price_per_hour')
+        if (args.hours is not None or args.dollars is not None) and not self.speeds:
             raise UserError(
                 'how many tokens the hours are needs a speed: type --gpus of a kind that is known,'
                 ' --like or --iters_per_hour'
             )
+
+    def fix_length(self) -> None:
+        """Compute tokens, time and cost from the length that was asked for."""
+        args, hours = self.args, self.args.hours
+        if args.dollars is not None:
+            assert self.price
+            hours = args.dollars / self.price
         tokens = args.tokens
         if tokens is None and hours is None:
             tokens = (args.iters or self.config.max_iters) * self.tokens_per_iter
@@ -257,11 +262,13 @@ class RecipePlan:
             lines.append(f'torchrun --standalone --nproc_per_node={each} $RUN')
         more = max(2, nodes)
         ranks = more * each // self.best.layout.keys['context_parallel']
-        micro_step = self.best.batch_size * self.config.block_size * ranks
-        if nodes > 1 or self.tokens_per_iter % micro_step == 0:
+        sequences, rest = divmod(self.tokens_per_iter, self.config.block_size * ranks)
+        if sequences and not rest:
+            size = math.gcd(sequences, self.best.batch_size)
+            other = f' --batch_size={size}' if size != self.best.batch_size else ''
             lines += [
                 f'torchrun --nnodes={more} --nproc_per_node={each} --rdzv_backend=c10d \\',
-                '  --rdzv_endpoint=FIRST_HOST:29500 $RUN',
+                f'  --rdzv_endpoint=FIRST_HOST:29500 $RUN{other}',
             ]
         per_node = f' --gpus-per-node={each}' if each != PER_NODE else ''
         return [*lines, f'sbatch --nodes={nodes}{per_node} scripts/train.sbatch ${{RUN#train.py}}']

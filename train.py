@@ -96,6 +96,11 @@ class Config:
     trackio_log: bool = False
     # Keep the log for trackio's dashboard on this machine, under wandb_project and wandb_run_name.
     tensorboard_log: bool = False  # Write TensorBoard events to out_dir/tensorboard.
+    telemetry_interval: float = 10.0
+    # Seconds between lines of out_dir/gpu_metrics.jsonl about GPUs, processor, memory, disk and
+    # network; 0 writes none.
+    price_per_hour: float = 0.0
+    # Dollars for an hour of all machines of the run, to log what it costs; 0 logs no cost.
     dry_run: bool = False
     # Print the report, the predicted memory and where each value comes from, then exit; no data
     # and no GPU are needed.
@@ -551,8 +556,12 @@ def build_micro_step(
 
 
 def announce_start(c: Config, step: int, session: Session) -> None:
-    """Show the progress bar from iteration `step` on, or say that there is nothing to train."""
+    """Show the progress bar from iteration `step` on, or say that there is nothing to train, and
+    begin to write what the machine does.
+    """
     session.terminal.start_bar(c.max_iters, step)
+    if session.telemetry:  # a thread, so after the loader has forked its processes
+        session.telemetry.start()
     if step >= c.max_iters:
         session.log.say(
             f'nothing to train: already at iter {step} of max_iters={c.max_iters}; a larger'
@@ -834,6 +843,8 @@ def finish(
     prediction: of the memory of a step; before_gb: what was allocated before there was a model.
     """
     c, state, log = keeper.config, keeper.state, session.log
+    if session.telemetry:
+        session.telemetry.close()
     if stop_code not in (0, signals.NOT_FINITE):
         command = f'{interpreter()} train.py --out_dir={c.out_dir} --init_from=resume'
         again = f'{command} continues it'

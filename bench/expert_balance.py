@@ -44,7 +44,9 @@ def run(folder, rate, steps):
         ]
     )
     assert code == 0
-    log = next(name for name in os.listdir(folder) if name.endswith('.jsonl'))
+    log = next(
+        name for name in os.listdir(folder) if name.startswith('run_') and name.endswith('.jsonl')
+    )
     with open(os.path.join(folder, log)) as f:
         lines = [json.loads(line) for line in f]
     return [

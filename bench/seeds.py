@@ -35,7 +35,9 @@ def final_loss(recipe: str, out_dir: str, settings: list[str]) -> float:
         raise UserError(
             f'the run with {" ".join(settings)} ended with {done.returncode}: {sentence}'
         )
-    (name,) = [name for name in os.listdir(out_dir) if name.endswith('.jsonl')]
+    (name,) = [
+        name for name in os.listdir(out_dir) if name.startswith('run_') and name.endswith('.jsonl')
+    ]
     with open(os.path.join(out_dir, name)) as f:
         return [e['val_loss'] for e in map(json.loads, f) if e.get('type') == 'eval'][-1]
 

@@ -268,7 +268,7 @@ def run_ranks(processes, *args, timeout=240, script='train.py'):
 
 def records(out_dir, kind='iter'):
     """The records of one type in the only JSONL of out_dir."""
-    logs = [name for name in os.listdir(out_dir) if name.endswith('.jsonl')]
+    logs = [n for n in os.listdir(out_dir) if n.startswith('run_') and n.endswith('.jsonl')]
     assert len(logs) == 1, logs
     with open(os.path.join(out_dir, logs[0])) as f:
         lines = [json.loads(line) for line in f]

@@ -169,7 +169,11 @@ def test_trained_exported_and_read_by_transformers(dataset, exported, family):
 
 def test_card_shards_and_dtype(dataset, tmp_path, capsys):
     assert run_train(dataset, tmp_path / 'run', '--max_iters=4', '--eval_interval=2') == 0
-    log = next(name for name in os.listdir(tmp_path / 'run') if name.endswith('.jsonl'))
+    log = next(
+        name
+        for name in os.listdir(tmp_path / 'run')
+        if name.startswith('run_') and name.endswith('.jsonl')
+    )
     with open(tmp_path / 'run' / log, 'a') as f:
         f.write('{"type": "iter", "it')  # cut by a kill
     assert (

@@ -638,7 +638,9 @@ def test_the_clock_decides_nothing(train, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='after which no other can come'):
         store.new_lineage(['99991231T235959.999999Z'])
     assert new_run_name(str(tmp_path)) > max(
-        name[:-6] for name in os.listdir(tmp_path) if name.endswith('.jsonl')
+        name[:-6]
+        for name in os.listdir(tmp_path)
+        if name.startswith('run_') and name.endswith('.jsonl')
     )
 
 

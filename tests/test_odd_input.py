@@ -492,7 +492,7 @@ def test_preparing(made, tmp_path, capsys, monkeypatch):
 
 
 def test_plots(made, tmp_path, capsys):
-    log = next(path for path in (made / 'run').iterdir() if path.suffix == '.jsonl')
+    log = next((made / 'run').glob('run_*.jsonl'))
     (tmp_path / 'run_1.jsonl').mkdir()
     os.symlink('/nowhere', tmp_path / 'run_2.jsonl')
     for name, content in (
@@ -549,7 +549,7 @@ def test_plots(made, tmp_path, capsys):
 
 def test_odd_lines_in_the_log_of_a_run_that_continues(made, dataset, tmp_path, capsys):
     shutil.copytree(made / 'run', tmp_path / 'run')
-    log = next(path for path in (tmp_path / 'run').iterdir() if path.suffix == '.jsonl')
+    log = next((tmp_path / 'run').glob('run_*.jsonl'))
     good = log.read_text().splitlines()
     record = next(json.loads(line) for line in good if '"iter"' in line and '"loss"' in line)
     odd = [

@@ -20,19 +20,22 @@ def read_topology(count: int) -> dict[tuple, str]:
     """Return {(i, j): kind} between the first `count` GPUs that this process may use, kind as
     nvidia-smi writes it; {} where it cannot be asked.
     """
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
-    gpus = (
-        [int(gpu) for gpu in visible.split(',')]
-        if re.fullmatch(r'\d+(,\d+)*', visible)
-        else list(range(count))
-    )
     try:
         text = subprocess.run(
             ['nvidia-smi', 'topo', '-m'], capture_output=True, text=True, timeout=20, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return parse_topology(text, gpus[:count])
+    return parse_topology(text, visible_gpus(count))
+
+
+def visible_gpus(count: int) -> list[int]:
+    """Return the numbers, as nvidia-smi counts, of the first `count` GPUs that this process may
+    use.
+    """
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+    known = re.fullmatch(r'\d+(,\d+)*', visible)
+    return [int(gpu) for gpu in visible.split(',')][:count] if known else list(range(count))
 
 
 def parse_topology(text: str, gpus: list[int]) -> dict[tuple, str]:

@@ -140,16 +140,15 @@ class RecipePlan:
         tokens = args.tokens
         if tokens is None and hours is None:
             tokens = (args.iters or self.config.max_iters) * self.tokens_per_iter
-        evaluations = time_and_cost.evaluation_share(
-            self.config, self.batch_size, self.tokens_per_iter
-        )
-        if args.iters_per_hour:  # measured with all that a run does
-            evaluations = 0.0
+        batch = self.batch_size, self.tokens_per_iter
         self.estimates = [
             time_and_cost.estimate(
                 speed,
                 self.flops.total,
-                evaluations=evaluations,
+                # an iterations_per_hour holds all that a run does
+                evaluations=0.0
+                if args.iters_per_hour
+                else time_and_cost.evaluation_share(self.config, speed, self.flops.total, *batch),
                 price_per_hour=self.price,
                 tokens=tokens,
                 hours=hours,

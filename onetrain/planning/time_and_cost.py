@@ -9,6 +9,7 @@ from onetrain.config import UserError
 from onetrain.logs.read_log import load_run, number
 
 if TYPE_CHECKING:
+    from onetrain.logs.read_log import Run
     from onetrain.planning.machines import Machine
     from train import Config
 
@@ -21,12 +22,13 @@ class Speed:
     """What all GPUs together do.
 
     mfu: the share of their peak that it is, None where that is not known; source: 'assumed',
-    'given' or where it was measured.
+    'given' or where it was measured; evaluation_s: seconds of an evaluation, where it was measured.
     """
 
     flops_per_sec: float
     mfu: float | None
     source: str
+    evaluation_s: float | None = None
 
     def describe(self) -> str:
         """Return such as '40 % MFU, assumed'."""
@@ -72,7 +74,7 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
         )
     achieved = float(np.median(rates)) * per_token
     if machine is None:
-        return Speed(achieved, None, f'as measured in {path}')
+        return Speed(achieved, None, f'as measured in {path}', evaluation_seconds(run))
     shares = run.columns['mfu_percent']
     shares = shares[len(shares) // 2 :]
     shares = shares[np.isfinite(shares)]
@@ -86,10 +88,29 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
     return Speed(peak * share, share, f'as in {path}')
 
 
-def evaluation_share(c: 'Config', batch_size: int, tokens_per_iter: float) -> float:
-    """Return the time of the evaluations as a share of that of training: forward passes over
-    eval_iters batches of both splits.
+def evaluation_seconds(run: 'Run') -> float | None:
+    """Return what an evaluation of a run took, with the checkpoint before it: the median of what
+    passed beside the iterations where there was one. None where that cannot be seen.
     """
+    iters, wall = run.iters, run.columns['wall_s']
+    beside = np.diff(wall) - np.diff(iters) * run.column('time_ms')[1:] / 1e3
+    # an evaluation at 100 comes before iteration 101
+    numbers = [
+        np.sum((run.eval_iters >= a) & (run.eval_iters < b)) for a, b in zip(iters, iters[1:])
+    ]
+    each = [gap / n for gap, n in zip(beside, numbers) if n and np.isfinite(gap) and gap > 0]
+    return float(np.median(each)) if each else None
+
+
+def evaluation_share(
+    c: 'Config', speed: Speed, flops_per_token: float, batch_size: int, tokens_per_iter: float
+) -> float:
+    """Return the time of the evaluations as a share of that of training: as was measured, else
+    that of forward passes over eval_iters batches of both splits.
+    """
+    if speed.evaluation_s is not None:
+        rate = speed.flops_per_sec / flops_per_token
+        return speed.evaluation_s * rate / (c.eval_interval * tokens_per_iter)
     tokens = 2 * c.eval_iters * batch_size * c.block_size
     return _FORWARD * tokens / (c.eval_interval * tokens_per_iter)
 

@@ -98,6 +98,10 @@ class IterationLog:
         norm = result.grad_norm.item()
         statistics = {key: value.item() for key, value in result.statistics.items()}
         bad, moe = self.guard.counts(), self._routing(step, result.routing)
+        left, wall_s = self._seconds_left(step), self.log.wall_s()
+        cost = costs(c.price_per_hour, wall_s, left)
+        more = [f'load {moe["load_score"]:.0f}'] if moe else []
+        more += [f'${cost["cost"]:,.2f}'] if cost else []
         self.log.event(
             'iter',
             iter=step,
@@ -109,7 +113,9 @@ class IterationLog:
             data_wait_ms=1000 * worst['data_wait_s'],
             comm_wait_ms=1000 * worst['comm_wait_s'] if 'comm_wait_s' in worst else None,
             **self.stragglers.of(table, seconds),
-            wall_s=self.log.wall_s(),
+            wall_s=wall_s,
+            left_s=left,
+            **cost,
             mfu=mfu and {key: mfu[key] for key in flops.VARIES},
             memory={key: worst[key] for key in used},
             gradients={'global_norm': norm, **statistics},
@@ -125,8 +131,8 @@ class IterationLog:
                 norm,
                 rate,
                 mfu and mfu['mfu_percent'],
-                self._seconds_left(step),
-                [f'load {moe["load_score"]:.0f}'] if moe else [],
+                left,
+                more,
                 self.terminal.width(),
             )
         )
@@ -166,6 +172,17 @@ class IterationLog:
                     f'SKIPPED {skipped} updates since the last line ({what}), {bad[key]} in all'
                 )
         self.last_counts = bad
+
+
+def costs(price_per_hour: float, seconds: float, left: float | None) -> dict:
+    """Return {'cost': dollars so far, 'cost_total': of the whole run}, {} without a price.
+
+    seconds: that the run has trained, over all its resumptions; left: None where not known.
+    """
+    if not price_per_hour:
+        return {}
+    total = None if left is None else price_per_hour * (seconds + left) / 3600
+    return {'cost': price_per_hour * seconds / 3600, 'cost_total': total}
 
 
 def mfu_function(plan: 'BatchPlan', model: 'Model', world: 'World') -> Callable:

@@ -1,5 +1,6 @@
 """What a run writes to, opened: its folder, its copy elsewhere, its log, its checkpoints."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,9 @@ from onetrain.checkpoint.keeper import CheckpointKeeper
 from onetrain.checkpoint.shared_upload import Machines
 from onetrain.checkpoint.uploader import Uploader, place_of
 from onetrain.distributed import collectives
+from onetrain.distributed.topology import visible_gpus
 from onetrain.logs.run_log import RunLog, new_run_name, now, unsaved_run
+from onetrain.logs.telemetry import Telemetry, metrics_name
 
 if TYPE_CHECKING:
     from model import Model
@@ -122,6 +125,11 @@ def open_log(
         first=start.step,
         terminal=session.terminal,
     )
+    if world.local_rank == 0 and not c.eval_only:
+        path = os.path.join(c.out_dir, metrics_name(world.rank // world.local_size))
+        gpus = visible_gpus(world.local_size) if world.device.type == 'cuda' else []
+        resumed = bool(start.checkpoint_state)
+        session.telemetry = Telemetry(path, c.telemetry_interval, gpus, log.say, resumed)
     if world.is_main and not c.eval_only:
         if c.wandb_log:
             log.to_wandb(c.wandb_project, c.wandb_run_name)

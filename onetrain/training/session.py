@@ -8,6 +8,7 @@ from onetrain.distributed.collectives import Agreement
 if TYPE_CHECKING:
     from onetrain.distributed.processes import World
     from onetrain.logs.run_log import RunLog
+    from onetrain.logs.telemetry import Telemetry
     from onetrain.logs.terminal import Terminal
     from onetrain.signals import StopRequest
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 @dataclass
 class Session:
     """world: the ranks and this one's device; stop: requests to stop; notes: fallbacks and changes,
-    for the report; agreement: of the ranks on whether to stop; log: from open_log() on.
+    for the report; agreement: of the ranks on whether to stop; log: from open_log() on; telemetry:
+    of one process of each machine.
     """
 
     world: 'World'
@@ -24,6 +26,7 @@ class Session:
     notes: list[str] = field(default_factory=list)
     agreement: Agreement = field(init=False)
     log: 'RunLog' = field(init=False)
+    telemetry: 'Telemetry | None' = None
 
     def __post_init__(self):
         self.agreement = Agreement(self.world)

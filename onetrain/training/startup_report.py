@@ -278,6 +278,7 @@ def _system(c, startup, world):
         f'CUDA Graphs: {"on" if c.use_cuda_graphs else "off"}',
         *again,
         *([] if c.deterministic else ['not deterministic']),
+        *([f'${c.price_per_hour:,.2f} an hour'] if c.price_per_hour else []),
     ]
 
 
@@ -484,6 +485,8 @@ def ending_lines(
     done = [f'{summary["final_iter"]:,} iterations in {duration(summary["wall_s"] or 0)}']
     if tokens:
         done.append(f'{short_number(tokens)} tokens')
+    if c.price_per_hour:
+        done.append(f'${c.price_per_hour * (summary["wall_s"] or 0) / 3600:,.2f}')
     if speed:
         utilization = f', MFU {100 * mfu:.1f} %' if mfu else ''
         done.append(f'{short_number(speed)} tok/s{utilization} (median)')

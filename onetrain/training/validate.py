@@ -62,6 +62,8 @@ _NOT_NEGATIVE = (
     'sample_interval',
     'keep_every',
     'max_time',
+    'telemetry_interval',
+    'price_per_hour',
     'loss_chunk',
     'gradient_log_interval',
     'expert_log_interval',

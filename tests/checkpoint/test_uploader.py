@@ -55,7 +55,7 @@ def test_checkpoints_and_logs_are_copied_while_training_and_complete_in_the_end(
         )
         for name in os.listdir(local):
             assert open(f'{local}/{name}', 'rb').read() == fs.cat_file(f'{there}/{name}'), name
-    (log,) = glob.glob(f'{out}/*.jsonl')
+    (log,) = glob.glob(f'{out}/run_*.jsonl')
     copied = fs.cat_file(f'{root}/{os.path.basename(log)}').decode().splitlines()
     assert copied == open(log).read().splitlines() and json.loads(copied[-1])['type'] == 'end'
 
@@ -366,7 +366,9 @@ def test_a_copy_that_is_there_has_its_log(train, tmp_path, monkeypatch):
         '_write',
         lambda fs, path, data: (written.append(os.path.basename(path)), write(fs, path, data)),
     )
-    run_name = os.path.basename(glob.glob(f'{tmp_path / "a"}/*.jsonl')[0]).removesuffix('.jsonl')
+    run_name = os.path.basename(glob.glob(f'{tmp_path / "a"}/run_*.jsonl')[0]).removesuffix(
+        '.jsonl'
+    )
     assert uploader.Uploader(f'file://{tmp_path / "there"}', str(tmp_path / 'a'), run_name).finish(
         30
     )

@@ -302,7 +302,7 @@ def test_another_run_does_not_take_the_log_of_one_that_died(tmp_path, train):
     before = (tmp_path / 'run_20200101_000000.jsonl').read_text()
     assert train(tmp_path, '--max_iters=2', '--auto_resume=True') == 0
     assert (tmp_path / 'run_20200101_000000.jsonl').read_text() == before and len(
-        [n for n in os.listdir(tmp_path) if n.endswith('.jsonl')]
+        [n for n in os.listdir(tmp_path) if n.startswith('run_') and n.endswith('.jsonl')]
     ) == 2
 
 

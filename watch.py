@@ -4,6 +4,8 @@ Watch runs while they train, from here or over ssh.
     python watch.py out-demo
     python watch.py out-a out-b --refresh=10
     python watch.py s3://bucket/runs/out-a --once
+    python watch.py out-a out-b --web
+    python watch.py out-a out-b --html=report.html
 
 A run is the out_dir of train.py, one of its run_*.jsonl, or the URL that it is copied to with
 --upload_to. Ctrl-C ends this command and nothing else. The states: running; stale, if nothing was
@@ -12,12 +14,17 @@ stopped and finished.
 """
 
 import argparse
+import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from onetrain.command_line import ArgumentParser, number, run_command
+from onetrain.command_line import ArgumentParser, number, run_command, whole
 from onetrain.config import UserError
 from onetrain.watch.follow import Follower
+
+if TYPE_CHECKING:
+    from onetrain.watch import web
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         '--refresh', type=number(most=86400), default=2.0, help='seconds between two looks'
     )
+    parser.add_argument('--web', action='store_true', help='serve a page, which stays up to date')
+    parser.add_argument('--port', type=whole(most=65535), default=8000, help='of the page')
+    parser.add_argument(
+        '--host',
+        default='127.0.0.1',
+        help='address that the page is served at; beyond this machine it asks for a token',
+    )
+    parser.add_argument('--html', metavar='FILE', help='write how they stand as one page, and end')
     return run_command(lambda argv: run(parser.parse_args(argv)), argv, interrupted=None)
 
 
@@ -38,11 +53,19 @@ def run(args: argparse.Namespace) -> int:
     try:
         from rich.console import Console
         from rich.live import Live
+
+        from onetrain.watch import web
+        from onetrain.watch.terminal_view import view
     except ImportError:
         raise UserError('watch.py needs the package rich: pip install rich') from None
-    from onetrain.watch.terminal_view import view
 
     followers = [Follower(place) for place in args.runs]
+    if args.html:
+        web.write_report([each.look() for each in followers], args.html)
+        print(f'wrote {args.html}')
+        return 0
+    if args.web:
+        return serve(web.Server(followers, args.host, args.port, args.refresh))
     console = Console()
     # a pipe or a file gets lines of 80 columns
     width = min(console.width, 120) if console.is_terminal else 80
@@ -61,6 +84,19 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(args.refresh)
             standings, shown = look()
             live.update(shown, refresh=True)
+    return 0
+
+
+def serve(server: 'web.Server') -> int:
+    """Serve the page until Ctrl-C."""
+    port = server.server_address[1]
+    print(f'open {server.address} (Ctrl-C ends it)')
+    if server.token is None:
+        host = os.uname().nodename
+        print(f'from elsewhere: ssh -L {port}:localhost:{port} {host}, then the same address')
+    sys.stdout.flush()
+    with server:
+        server.serve_forever()
     return 0
 
 

@@ -24,6 +24,13 @@ from onetrain.logs.read_log import LogError, NothingLogged, load_run, number
 from onetrain.logs.run_json import parse_record
 from onetrain.logs.telemetry import metrics_name
 
+# the curves that are kept, and the column of read_log.py that each is
+CURVES = {
+    'loss': 'loss',
+    'tokens_per_sec': 'tokens_per_sec',
+    'grad_norm': 'gradients.global_norm',
+    'lr': 'lr',
+}
 KEPT = 4000  # points of a curve; one with twice as many is thinned
 RECENT = 200  # iterations that medians are over
 STALE_INTERVALS = 5  # without a record, after which a run is stale
@@ -60,8 +67,8 @@ class Standing:
 
     state: 'waiting' for its first record | 'running' | 'stale' | 'gone' without an end | 'stopped'
     | 'finished'; why: a phrase on it; age_s: since the last record; numbers: what can be shown, in
-    the units of its names, each there only if known; gpus, machine: the last lines of
-    gpu_metrics.jsonl.
+    the units of its names, each there only if known; curves: those of CURVES, and val_loss; gpus,
+    machine: the last lines of gpu_metrics.jsonl; log: path of the text that the run showed.
     """
 
     name: str
@@ -69,12 +76,12 @@ class Standing:
     why: str
     age_s: float
     numbers: dict[str, float]
-    loss: Curve
-    val_loss: Curve
+    curves: dict[str, Curve]
     gpus: list[dict]
     machine: dict
     config: dict
     architecture: str
+    log: Path | None
 
 
 class Follower:
@@ -121,7 +128,7 @@ class Follower:
         self.offset, self.seen, self.rest = 0, b'', b''
         self.header: dict = {}
         self.end: dict | None = None
-        self.loss, self.val_loss = Curve(), Curve()
+        self.curves = {name: Curve() for name in (*CURVES, 'val_loss')}
         self.best: tuple[float, int] | None = None
         self.evaluation: dict = {}
         self.checkpoint: dict = {}
@@ -166,9 +173,10 @@ class Follower:
             tail += len(f.readline())  # the rest of a line
             first = next((r for line in f if (r := parse_record(line)) and 'iter' in r), None)
         until = first['iter'] if first else 0
-        for step, value in zip(run.iters.tolist(), run.column('loss').tolist()):
-            if step < until:
-                self.loss.add(step, value)
+        for name, key in CURVES.items():
+            for step, value in zip(run.iters.tolist(), run.column(key).tolist()):
+                if step < until:
+                    self.curves[name].add(step, value)
         for step, value in zip(run.eval_iters.tolist(), run.eval_val_loss.tolist()):
             if step < until:
                 self._evaluated(step, value)
@@ -180,7 +188,12 @@ class Follower:
             self.header = record
         elif kind == 'iter':
             self.end = None
-            self.loss.add(record['iter'], record.get('loss'))
+            for name, key in CURVES.items():
+                outer, _, inner = key.partition('.')
+                value = record.get(outer)
+                if inner:
+                    value = value.get(inner) if isinstance(value, dict) else None
+                self.curves[name].add(record['iter'], value)
             self.recent.append(record)
         elif kind == 'eval':
             self.evaluation = record
@@ -195,7 +208,7 @@ class Follower:
             self.end = record
 
     def _evaluated(self, step, value):
-        self.val_loss.add(step, value)
+        self.curves['val_loss'].add(step, value)
         value = number(value)
         if value == value and (self.best is None or value < self.best[0]):
             self.best = value, step
@@ -215,12 +228,12 @@ class Follower:
             why,
             age,
             self._numbers(),
-            self.loss,
-            self.val_loss,
+            self.curves,
             gpus,
             machine,
             config if isinstance(config, dict) else {},
             architecture if isinstance(architecture, str) else '',
+            None if self.remote or not self.path else self.path.with_suffix('.log'),
         )
 
     def _state(self, age, folder):

@@ -35,7 +35,7 @@ def _panel(standing, width, height):
     color = COLORS[standing.state]
     lines = [*facts(standing), *hardware(standing)]
     text = Text('\n'.join(lines))
-    curve = draw(standing.loss, standing.val_loss, width - 4, height, color)
+    curve = draw(standing.curves['loss'], standing.curves['val_loss'], width - 4, height, color)
     parts = [text] if curve is None else [text, curve]
     why = f': {standing.why}' if standing.why else ''
     title = f'[bold]{escape(standing.name)}[/bold] [{color}]{standing.state}[/{color}]{escape(why)}'
@@ -46,7 +46,7 @@ def facts(standing: Standing) -> list[str]:
     """Return lines about the run itself."""
     n = standing.numbers
     groups = [_progress(n), _losses(n), _speed(n), _rest(n)]
-    return [_plain(standing.architecture)] * bool(standing.architecture) + [
+    return [plain(standing.architecture)] * bool(standing.architecture) + [
         '  '.join(words) for words in groups if words
     ]
 
@@ -101,40 +101,49 @@ def _rest(n):
 
 def hardware(standing: Standing) -> list[str]:
     """Return lines about the GPUs and the machine."""
-    lines = []
-    for gpu in standing.gpus:
-        words = [f'GPU {gpu["gpu"]}']
-        for key, form in (
-            ('utilization_percent', '{:.0f} %'),
-            ('memory_used_gb', '{:.1f} GB'),
-            ('temperature_c', '{:.0f} °C'),
-            ('power_w', '{:.0f} W'),
-            ('sm_clock_mhz', '{:.0f} MHz'),
-        ):
-            words += [form.format(gpu[key])] if _is_number(gpu.get(key)) else []
-        reasons = gpu.get('throttle')
-        if isinstance(reasons, list):
-            words.append('slowed by ' + _plain(', '.join(map(str, reasons))))
-        lines.append('  '.join(words))
-    machine = standing.machine
-    words = []
-    for key, form in (
+    lines = [[f'GPU {gpu["gpu"]}', *gpu_phrases(gpu)] for gpu in standing.gpus]
+    lines += [words] if (words := machine_phrases(standing.machine)) else []
+    return ['  '.join(words) for words in lines]
+
+
+def gpu_phrases(gpu: dict) -> list[str]:
+    """Return what a line of gpu_metrics.jsonl says of a GPU."""
+    words = _phrases(
+        gpu,
+        ('utilization_percent', '{:.0f} %'),
+        ('memory_used_gb', '{:.1f} GB'),
+        ('temperature_c', '{:.0f} °C'),
+        ('power_w', '{:.0f} W'),
+        ('sm_clock_mhz', '{:.0f} MHz'),
+    )
+    reasons = gpu.get('throttle')
+    if isinstance(reasons, list):
+        words.append('slowed by ' + plain(', '.join(map(str, reasons))))
+    return words
+
+
+def machine_phrases(machine: dict) -> list[str]:
+    """Return what a line of gpu_metrics.jsonl says of the machine."""
+    return _phrases(
+        machine,
         ('cpu_percent', 'CPU {:.0f} %'),
         ('memory_used_gb', 'memory {:.1f} GB'),
         ('disk_free_gb', 'disk {:.0f} GB free'),
         ('received_mb_per_sec', 'in {:.1f} MB/s'),
         ('sent_mb_per_sec', 'out {:.1f} MB/s'),
         ('energy_kwh', '{:.2f} kWh'),
-    ):
-        words += [form.format(machine[key])] if _is_number(machine.get(key)) else []
-    return lines + (['  '.join(words)] if words else [])
+    )
+
+
+def _phrases(record, *forms):
+    return [form.format(record[key]) for key, form in forms if _is_number(record.get(key))]
 
 
 def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _plain(text):
+def plain(text: str) -> str:
     """Return a text of a log in one line that no terminal takes for more than text."""
     return ''.join(c if c.isprintable() else ' ' for c in text)[:200]
 

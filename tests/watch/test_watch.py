@@ -52,8 +52,8 @@ def test_numbers_are_those_of_the_log(run):
     assert (n['val_loss'], n['val_iter']) == (evaluations[-1]['val_loss'], 12)
     waits = [r['data_wait_ms'] for r in steps]
     assert n['data_wait_percent'] == 100 * statistics.median(waits) / n['time_ms']
-    assert standing.loss.values == [r['loss'] for r in steps]
-    assert standing.val_loss.iters == [r['iter'] for r in evaluations]
+    assert standing.curves['loss'].values == [r['loss'] for r in steps]
+    assert standing.curves['val_loss'].iters == [r['iter'] for r in evaluations]
     text = shown(standing)
     assert 'iter 12/12' in text and f'val {n["val_loss"]:.4f} at 12' in text
     assert (
@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_and_resumed(dataset, tmp_path):
         end_all(process)
     last = records(out)[-1]['iter']
     assert f'at iteration {last:,}' == stopped.why
-    assert watched.loss.iters == [r['iter'] for r in records(out)]  # the cut was noticed
+    assert watched.curves['loss'].iters == [r['iter'] for r in records(out)]  # the cut was noticed
 
 
 def test_states_that_only_time_tells(run, tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_only_what_is_new_is_read(run, tmp_path):
             f.write(data[here.stat().st_size : end])
         standing = follower.look()
     whole = Follower(str(run)).look()
-    assert standing.numbers == whole.numbers and standing.loss == whole.loss
+    assert standing.numbers == whole.numbers and standing.curves['loss'] == whole.curves['loss']
     header, *_ = data.split(b'\n', 1)
     steps = [json.loads(line) for line in data.splitlines() if b'"iter", "iter"' in line]
     with open(here, 'wb') as f:
@@ -166,11 +166,11 @@ def test_only_what_is_new_is_read(run, tmp_path):
                 f.write(json.dumps({'type': 'eval', 'iter': n, 'val_loss': 5 - n / 1e4}).encode())
                 f.write(b'\n')
     standing = follower.look()
-    assert standing.numbers['iter'] == 30000 and len(standing.val_loss.iters) == 30
+    assert standing.numbers['iter'] == 30000 and len(standing.curves['val_loss'].iters) == 30
     assert standing.numbers['loss'] == pytest.approx(5 - 3, abs=1e-2)
-    assert 1000 < len(standing.loss.iters) <= 2 * follow.KEPT
-    assert standing.loss.iters == sorted(set(standing.loss.iters))
-    assert standing.loss.iters[0] < 10 and standing.loss.iters[-1] > 29900
+    assert 1000 < len(standing.curves['loss'].iters) <= 2 * follow.KEPT
+    assert standing.curves['loss'].iters == sorted(set(standing.curves['loss'].iters))
+    assert standing.curves['loss'].iters[0] < 10 and standing.curves['loss'].iters[-1] > 29900
     run_of_all = load_run([here])
     assert standing.numbers['best_val_loss'] == run_of_all.eval_val_loss.min()
     began = time.perf_counter()

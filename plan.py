@@ -25,6 +25,7 @@ import json
 import os
 import shlex
 
+from onetrain import huggingface
 from onetrain.config import UserError, nearest, resolve
 from onetrain.data.dataset import open_dataset
 from onetrain.files import replacing
@@ -38,7 +39,7 @@ from onetrain.planning.memory_table import MemoryTable
 from onetrain.planning.recipe_plan import RecipePlan, compare_lines, plan_lines
 from onetrain.planning.time_and_cost import assumed_speeds
 from onetrain.training.memory import SHARE
-from train import ALIASES, Config
+from train import ALIASES, SHAPE_KEYS, Config
 
 if __name__ == '__main__':
     imported()
@@ -121,7 +122,14 @@ def plan_recipe(args: argparse.Namespace, words: list[str]) -> tuple[list[str], 
     for name in ('chinchilla', 'as_guide', 'layers', 'to', 'plot'):
         if getattr(args, name):
             raise UserError(f'--{name} needs --budget, --preset or --fit')
-    config, _ = resolve(Config, words, ALIASES)
+    config, given = resolve(Config, words, ALIASES)
+    if config.init_from == 'resume':
+        raise UserError(
+            'a plan is made of a recipe, not of a run: type its config file with'
+            ' --init_from=scratch'
+        )
+    if config.init_from != 'scratch':  # whose shape is that of the weights
+        config, _ = huggingface.resolve_source(config, given, SHAPE_KEYS)
     config, tokens = with_data(config)
     law = scaling_laws.read_law(args.law)
     machines = parse_machines(args.gpus) if args.gpus is not None else [None]

@@ -290,6 +290,7 @@ class RecipePlan:
             'checkpoints_kept': self.checkpoints_kept,
             'law': dataclasses.asdict(self.law),
             'loss': self.loss,
+            'loss_extrapolated': not self.law.covers(self.counts['total'], self.tokens),
             'chinchilla_tokens': TOKENS_PER_PARAMETER * self.counts['total'],
             'memory': [_choice_record(choice) for choice in self.choices],
             'best': self.best and {**_choice_record(self.best), 'why': self.why},
@@ -383,9 +384,12 @@ def _epochs(plan):
 
 def _loss_phrases(plan):
     best = TOKENS_PER_PARAMETER * plan.counts['total']
+    covered = plan.law.covers(plan.counts['total'], plan.tokens)
     return [
-        f'{plan.loss:.4f} predicted by {plan.law.name}',
-        f'Chinchilla takes {_size(best)} tokens',
+        f'{plan.loss:.4f} predicted by {plan.law.name}'
+        if covered
+        else f'{plan.law.name} has no runs of this size',
+        f'Chinchilla: {_size(best)} tokens',
     ]
 
 

@@ -4,7 +4,6 @@ They hold for the text and the tokenizer that they were fitted on: losses of dif
 not compare.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -18,12 +17,16 @@ from onetrain.config import UserError
 
 TOKENS_PER_PARAMETER = 20  # that Chinchilla was trained on
 HUBER_DELTA = 1e-3  # of log L, as in Hoffmann et al., appendix D.3
+CONSTANTS = ('E', 'A', 'B', 'alpha', 'beta')
 LEAST_RUNS = 6  # one more than there are constants
 
 
 @dataclass(frozen=True)
 class Law:
-    """Constants of L(N, D), in nats per token."""
+    """Constants of L(N, D), in nats per token.
+
+    sizes, lengths: the least and the most parameters and tokens of the runs that it was fitted to.
+    """
 
     name: str
     E: float
@@ -31,17 +34,28 @@ class Law:
     B: float
     alpha: float
     beta: float
+    sizes: tuple[float, float] = (0.0, math.inf)
+    lengths: tuple[float, float] = (0.0, math.inf)
+
+    def covers(self, parameters: float, tokens: float) -> bool:
+        """Return whether such a run lies between those that the law was fitted to."""
+        return (
+            self.sizes[0] <= parameters <= self.sizes[1]
+            and self.lengths[0] <= tokens <= self.lengths[1]
+        )
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Return the loss of a model of `parameters` after `tokens`."""
         return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
 
 
+# of Chinchilla's 400 models
+_PUBLISHED: dict = {'sizes': (70e6, 16e9), 'lengths': (5e9, 500e9)}
 LAWS = {
     # Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, approach 3
-    'hoffmann': Law('hoffmann', 1.69, 406.4, 410.7, 0.34, 0.28),
+    'hoffmann': Law('hoffmann', 1.69, 406.4, 410.7, 0.34, 0.28, **_PUBLISHED),
     # Besiroglu et al., "Chinchilla Scaling: A replication attempt", 2024
-    'besiroglu': Law('besiroglu', 1.8172, 482.01, 2085.43, 0.3478, 0.3658),
+    'besiroglu': Law('besiroglu', 1.8172, 482.01, 2085.43, 0.3478, 0.3658, **_PUBLISHED),
 }
 
 
@@ -52,17 +66,22 @@ def read_law(text: str) -> Law:
     try:
         with open(text, encoding='utf-8') as f:
             read = json.load(f)
-        law = Law(text, *(float(read[key]) for key in ('E', 'A', 'B', 'alpha', 'beta')))
+        e, a, b, alpha, beta = (float(read[key]) for key in CONSTANTS)
+        sizes, lengths = (
+            (float(low), float(high)) for low, high in (read['sizes'], read['lengths'])
+        )
+        law = Law(text, e, a, b, alpha, beta, sizes, lengths)
     except FileNotFoundError:
         raise UserError(
             f'--law={text}: no such law and no such file: type {" or ".join(LAWS)}, or a file that'
             ' --fit wrote'
         ) from None
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+    except (ValueError, LookupError, TypeError, OSError, RecursionError):
         raise UserError(
-            f'--law={text} is no file of --fit: a JSON object with E, A, B, alpha and beta'
+            f'--law={text} is no file of --fit: a JSON object with {", ".join(CONSTANTS)}, sizes'
+            ' and lengths'
         ) from None
-    if not all(0 < v < 1e9 for v in dataclasses.astuple(law)[1:]):
+    if not all(0 < getattr(law, name) < 1e9 for name in CONSTANTS):
         raise UserError(f'--law={text}: E, A, B, alpha and beta must be above 0')
     return law
 
@@ -98,11 +117,12 @@ def fit(runs: Sequence[tuple[float, float, float]], resamples: int = 100, seed: 
     for _ in range(resamples):
         rows = torch.randint(0, len(points), (len(points),), generator=draw)
         resampled.append(_constants(_descend(points[rows], best[1])[1]))
-    law = Law('fit', *_constants(best[1]))
+    sizes, lengths = ((column.min().item(), column.max().item()) for column in points.T[:2])
+    e, a, b, alpha, beta = _constants(best[1])
+    law = Law('fit', e, a, b, alpha, beta, sizes, lengths)
     edges = np.quantile(np.array(resampled), [0.05, 0.95], axis=0).T.tolist()
     deviation = max(abs(law.loss(n, d) / loss - 1) for n, d, loss in points.tolist())
-    names = ('E', 'A', 'B', 'alpha', 'beta')
-    return Fit(law, {name: tuple(edge) for name, edge in zip(names, edges)}, deviation)
+    return Fit(law, {name: tuple(edge) for name, edge in zip(CONSTANTS, edges)}, deviation)
 
 
 def _log_loss(theta, points):

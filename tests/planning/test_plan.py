@@ -304,6 +304,7 @@ def test_a_law_is_found_again(planned, tmp_path):
     assert found['largest_deviation'] < 0.005 and len(found['runs']) == 12
     assert os.path.getsize(picture) > 10000
     read = scaling_laws.read_law(target)
+    assert read.covers(1e7, 1e9) and not read.covers(1e9, 1e9) and not read.covers(1e7, 1e11)
     assert math.isclose(read.loss(1e7, 1e9), law.loss(1e7, 1e9), rel_tol=3e-3)
     assert plan.main(['--fit', *folders[:5]]) == 2
     assert plan.main(['--fit', *folders[:4], *folders[:4]]) == 2  # one size
@@ -366,7 +367,13 @@ def test_what_fits_nowhere_is_said(capsys, recipe):
 
 
 def test_a_law_of_a_file_that_is_none(tmp_path):
-    for text in ('', '[1]', '{"E": 1}', '{"E": -1, "A": 1, "B": 1, "alpha": 1, "beta": 1}'):
+    for text in (
+        '',
+        '[1]',
+        '{"E": 1}',
+        '{"E": -1, "A": 1, "B": 1, "alpha": 1, "beta": 1, "sizes": [1, 2], "lengths": [1, 2]}',
+        '{"E": 1, "A": 1, "B": 1, "alpha": 1, "beta": 1, "sizes": [1], "lengths": 2}',
+    ):
         (tmp_path / 'law.json').write_text(text)
         with pytest.raises(UserError):
             scaling_laws.read_law(str(tmp_path / 'law.json'))

@@ -101,7 +101,7 @@ function chart(id, key, title) {
     modebar: { bgcolor: 'rgba(0,0,0,0)', color: style.getPropertyValue('--soft') },
     hovermode: 'x unified', hoverlabel: { bgcolor: style.getPropertyValue('--card') },
     uirevision: `${key} ${type} ${where}`,  // a zoom outlives new data
-    legend: { orientation: 'h', y: -.2 }, showlegend: traces.length > 1,
+    legend: { orientation: 'h', y: -.3 }, showlegend: traces.length > 1,
     xaxis: { ...axis, type, title: { text: where === 'iters' ? 'iteration' : 'tokens' } },
     yaxis: { ...axis, title: { text: title } },
   }, { responsive: true, displaylogo: false, scrollZoom: true, modeBarButtons: [BUTTONS] });

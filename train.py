@@ -99,6 +99,8 @@ class Config:
     telemetry_interval: float = 10.0
     # Seconds between lines of out_dir/gpu_metrics.jsonl about GPUs, processor, memory, disk and
     # network; 0 writes none.
+    notify: str | None = None
+    # URL (https://) that warnings and the end of the run are posted to, as JSON.
     price_per_hour: float = 0.0
     # Dollars for an hour of all machines of the run, to log what it costs; 0 logs no cost.
     dry_run: bool = False
@@ -459,7 +461,7 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
     state.best_val_loss = start.best_loss(windows_hash, changed, cached_losses, notes)
     mfu = mfu_function(plan, model, world)
     startup = startup_info(c, model, optimization.optimizer, world, prediction)
-    open_log(c, start, outputs, startup, mfu, cached_losses, session)
+    open_log(c, start, outputs, model, startup, mfu, cached_losses, session)
     log = session.log
     run_name, columns = outputs.run_name, terminal.columns()
     for line in report(c, startup, data.meta, order, world, run_name, origin, notes, columns):

@@ -58,6 +58,15 @@ def parse_topology(text: str, gpus: list[int]) -> dict[tuple, str]:
     }
 
 
+def slowest_path(links: dict[tuple, str]) -> str | None:
+    """Return the slowest of the links {(i, j): kind} in words, None where that is NVLink or not
+    known.
+    """
+    kinds = {'NV' if kind.startswith('NV') else kind for kind in links.values()} - {'NV'}
+    known = [kind for kind in _ORDER if kind in kinds] + sorted(kinds - set(_ORDER))
+    return f'the slowest path is {_PATHS.get(known[-1], known[-1])}' if known else None
+
+
 def describe_topology(links: dict[tuple, str]) -> tuple:
     """Return (line for the report or None, note or None) about {(i, j): kind}: how the GPUs talk,
     and a warning where the slowest path is no NVLink.

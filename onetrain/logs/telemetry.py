@@ -58,11 +58,14 @@ class Telemetry:
     path: of the file; interval: seconds between lines, 0 writes none; gpus: numbers, as nvidia-smi
     counts, of the GPUs that this machine's processes use; say: called with one sentence where it
     cannot go on; resumed: whether the energy of the lines that are there is of this run.
+
+    look: a function that is called with the lines of each moment, None for none.
     """
 
     def __init__(
         self, path: str, interval: float, gpus: list[int], say: Callable, resumed: bool = False
     ):
+        self.look: Callable | None = None
         self.path, self.interval, self.gpus, self.say = path, interval, gpus, say
         self.ended = threading.Event()
         self.thread: threading.Thread | None = None
@@ -91,6 +94,8 @@ class Telemetry:
                 text = ''.join(json.dumps(line) + '\n' for line in lines)
                 with open(self.path, 'a', encoding='utf-8', opener=no_link) as f:
                     f.write(text)
+                if self.look:
+                    self.look(lines)
         except Exception as error:  # whatever a driver or a file system may say
             if not self.ended.is_set():
                 reason = ' '.join(str(error).split())[:150]

@@ -11,8 +11,8 @@ from onetrain.checkpoint.async_writer import Saver
 from onetrain.checkpoint.keeper import CheckpointKeeper
 from onetrain.checkpoint.shared_upload import Machines
 from onetrain.checkpoint.uploader import Uploader, place_of
-from onetrain.distributed import collectives
-from onetrain.distributed.topology import visible_gpus
+from onetrain.distributed import collectives, topology
+from onetrain.logs.alerts import Alerts
 from onetrain.logs.run_log import RunLog, new_run_name, now, unsaved_run
 from onetrain.logs.telemetry import Telemetry, metrics_name
 
@@ -96,6 +96,7 @@ def open_log(
     c: 'Config',
     start: 'StartPoint',
     outputs: 'RunOutputs',
+    model: 'Model',
     startup: dict,
     utilization: Callable,
     evaluated: dict | None,
@@ -127,10 +128,11 @@ def open_log(
     )
     if world.local_rank == 0 and not c.eval_only:
         path = os.path.join(c.out_dir, metrics_name(world.rank // world.local_size))
-        gpus = visible_gpus(world.local_size) if world.device.type == 'cuda' else []
+        gpus = topology.visible_gpus(world.local_size) if world.device.type == 'cuda' else []
         resumed = bool(start.checkpoint_state)
         session.telemetry = Telemetry(path, c.telemetry_interval, gpus, log.say, resumed)
     if world.is_main and not c.eval_only:
+        _watch_over(c, outputs, model, session)
         if c.wandb_log:
             log.to_wandb(c.wandb_project, c.wandb_run_name)
         if c.trackio_log:
@@ -147,6 +149,26 @@ def open_log(
             stall_ms=None,
             total_ms=None,
         )
+
+
+def _watch_over(c, outputs, model, session):
+    """Have the run warned of what goes wrong."""
+    world = session.world
+    slow_path = None
+    if world.device.type == 'cuda' and world.local_size > 1:
+        slow_path = topology.slowest_path(topology.read_topology(world.local_size))
+    alerts = Alerts(
+        session.log,
+        outputs.run_name,
+        c.out_dir,
+        max_iters=c.max_iters,
+        url=c.notify,
+        checkpoint_bytes=checkpoint_bytes(model, c),
+        slow_path=slow_path,
+    )
+    session.log.sinks.append(alerts.sink)
+    if session.telemetry:
+        session.telemetry.look = alerts.look_at_machine
 
 
 def open_keeper(

@@ -4,12 +4,14 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from onetrain.checkpoint import fault_injection, resume
 from onetrain.config import UserError
+from onetrain.files import redact
 from onetrain.ops import experts
 
 if TYPE_CHECKING:
@@ -105,6 +107,11 @@ def _check_bounds(c):
         raise UserError(
             f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the'
             ' gradient norm), or 0 for off'
+        )
+    if c.notify and not re.match(r'https?://[^\s/]', c.notify):
+        raise UserError(
+            f'notify={redact(c.notify)!r} is no URL that can be posted to: type one that begins'
+            ' with https://'
         )
     if c.timeout_minutes <= 0:
         raise UserError(f'timeout_minutes={c.timeout_minutes} must be above 0')

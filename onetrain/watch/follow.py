@@ -68,7 +68,8 @@ class Standing:
     state: 'waiting' for its first record | 'running' | 'stale' | 'gone' without an end | 'stopped'
     | 'finished'; why: a phrase on it; age_s: since the last record; numbers: what can be shown, in
     the units of its names, each there only if known; curves: those of CURVES, and val_loss; gpus,
-    machine: the last lines of gpu_metrics.jsonl; log: path of the text that the run showed.
+    machine: the last lines of gpu_metrics.jsonl; log: path of the text that the run showed;
+    warnings: (iteration, sentence), the last ones.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Standing:
     config: dict
     architecture: str
     log: Path | None
+    warnings: list[tuple[int, str]]
 
 
 class Follower:
@@ -133,6 +135,7 @@ class Follower:
         self.evaluation: dict = {}
         self.checkpoint: dict = {}
         self.recent: deque[dict] = deque(maxlen=RECENT)
+        self.warnings: deque[tuple[int, str]] = deque(maxlen=20)
 
     def _goes_on(self, path):
         """Return whether the file still begins with what was read."""
@@ -200,6 +203,8 @@ class Follower:
             self._evaluated(record['iter'], record.get('val_loss'))
         elif kind == 'checkpoint':
             self.checkpoint = record
+        elif kind == 'warning' and isinstance(record.get('text'), str):
+            self.warnings.append((record.get('iter', 0), record['text']))
         elif kind == 'resume':
             self.end = None
             if isinstance(record.get('config'), dict):
@@ -234,6 +239,7 @@ class Follower:
             config if isinstance(config, dict) else {},
             architecture if isinstance(architecture, str) else '',
             None if self.remote or not self.path else self.path.with_suffix('.log'),
+            list(self.warnings),
         )
 
     def _state(self, age, folder):

@@ -36,6 +36,8 @@ def _panel(standing, width, height):
     lines = [*facts(standing), *hardware(standing)]
     text = Text('\n'.join(lines))
     curve = draw(standing.curves['loss'], standing.curves['val_loss'], width - 4, height, color)
+    for step, warning in standing.warnings[-3:]:
+        text.append(f'\n{step:,}: {plain(warning)}', style='yellow')
     parts = [text] if curve is None else [text, curve]
     why = f': {standing.why}' if standing.why else ''
     title = f'[bold]{escape(standing.name)}[/bold] [{color}]{standing.state}[/{color}]{escape(why)}'

@@ -68,6 +68,7 @@ def _run(standing):
             {'name': f'GPU {gpu["gpu"]}', 'text': ', '.join(gpu_phrases(gpu))}
             for gpu in standing.gpus
         ],
+        'warnings': [[step, plain(text)] for step, text in standing.warnings],
         'machine': ', '.join(machine_phrases(standing.machine)),
     }
 

@@ -54,6 +54,9 @@ function card(run, number) {
   for (const gpu of run.gpus) list.append(element('dt', gpu.name), element('dd', gpu.text));
   if (run.machine) list.append(element('dt', 'machine'), element('dd', run.machine));
   made.append(list);
+  for (const [step, text] of run.warnings) {
+    made.append(element('div', `${digits(step, 0)}: ${text}`, 'warning'));
+  }
   return made;
 }
 

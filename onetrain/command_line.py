@@ -27,7 +27,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERRUPTED = 130  # 128 + SIGINT
 
 
-COMMANDS = ('train', 'sample', 'evaluate', 'export', 'checkpoints', 'plan', 'watch')
+COMMANDS = ('train', 'sample', 'evaluate', 'export', 'checkpoints', 'plan', 'watch', 'sweep')
 
 
 def _program():

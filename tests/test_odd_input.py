@@ -605,7 +605,13 @@ def test_a_pickle_as_meta(dataset, tmp_path, capsys):
         for path in os.listdir(os.path.join(ROOT, 'bench'))
         if path.endswith('.py')
         and path
-        not in ('step.py', 'step_parts.py', 'memory_per_rank.py', 'sweep.py', 'throughput.py')
+        not in (
+            'step.py',
+            'step_parts.py',
+            'memory_per_rank.py',
+            'fastest_settings.py',
+            'throughput.py',
+        )
     ),
 )
 def test_numbers_of_the_benches(name, monkeypatch, capsys):

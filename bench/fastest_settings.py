@@ -2,9 +2,9 @@
 The fastest way to run a recipe on this machine: tries its settings one after the other, in short
 runs of train.py, and prints the best command line, a table and a picture.
 
-    python bench/sweep.py config/full_llama_1.36b.py
-    python bench/sweep.py config/demo_pystdlib.py --minutes=5 --device=cpu
-    python bench/sweep.py config/train_gpt2.py --output=sweep_gpt2.png --iterations=8
+    python bench/fastest_settings.py config/full_llama_1.36b.py
+    python bench/fastest_settings.py config/demo_pystdlib.py --minutes=5 --device=cpu
+    python bench/fastest_settings.py config/train_gpt2.py --output=sweep_gpt2.png --iterations=8
 
 Takes all keys of train.py, of which those given are not tried, and those below. In this order,
 keeping the best of each: batch_size (the tokens of an iteration stay as they are), compile,

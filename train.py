@@ -131,6 +131,8 @@ class Config:
     # Number of copied checkpoints that stay in out_dir; None removes none after copying.
     max_time: float = 0.0
     # Hours after which the run saves and exits with code 75; 0 sets no limit.
+    early_stop_patience: int = 0
+    # Evaluations without a better validation loss after which the run ends; 0 never ends it so.
     max_bad_steps: int = 3
     # Iterations in a row with a loss or gradient that is not finite (each is skipped) after which
     # the run stops.
@@ -361,6 +363,7 @@ from onetrain.model_config import ModelConfig
 from onetrain.training import memory, optim, validate
 from onetrain.training.batch_plan import plan_batches, predict_memory
 from onetrain.training.dry_run import dry_run
+from onetrain.training.early_stop import open_patience
 from onetrain.training.iteration_log import IterationLog, mfu_function
 from onetrain.training.micro_step import CudaGraphStep, ForwardBackward, compile_and_capture
 from onetrain.training.outputs import open_keeper, open_log, open_outputs
@@ -484,15 +487,17 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
     )
     gc.freeze()  # what stays for good is not searched for garbage again
     iterations = IterationLog(plan, model, train_model, loader, guard, mfu, session, start.step)
+    patience = open_patience(c, session)
     announce_start(c, state.step, session)
 
     # ---- the loop: once in a while save, evaluate, sample; then one step; then log
     stop_code = 0
     while True:
         step = state.step
-        ending = step >= c.max_iters or bool(stop_code)
-        evaluating = evaluates_at(c, step, start.step, cached_losses) and not stop_code
-        sampling = samples_at(c, step, start.step) and not stop_code
+        ending = step >= c.max_iters or bool(stop_code) or patience.is_over()
+        going_on = not stop_code and not patience.is_over()
+        evaluating = evaluates_at(c, step, start.step, cached_losses) and going_on
+        sampling = samples_at(c, step, start.step) and going_on
         with terminal.doing('saving the checkpoint'):
             keeper.report_save(wait=ending)
         # whether a save is done may differ between ranks, so nothing here depends on it
@@ -505,11 +510,14 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
                 losses = evaluator() if evaluating else None
                 if losses:
                     log_evaluation(c, state, losses, text_bytes, keeper, log)
+                    patience.add(losses['val'])
                 elif evaluating:
                     stop_code = collectives.all_reduce_max(stop.code(), world)
                     continue
                 if sampling:
                     log_samples(plan, step, prompts, model, session)
+            if patience.is_over() and not ending:
+                continue
         if ending:
             with terminal.doing('saving the checkpoint'):
                 keeper.report_save(wait=True)
@@ -527,8 +535,6 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
                 stop_code = rewind_after_bad_steps(plan, order, bad, keeper, guard, log)
             iterations.reset_interval()
 
-    if stop_code == signals.NOT_FINITE and world.is_main:
-        resume.archive_newer(c.out_dir, state.step)  # saved between the first bad step and now
     loader.close()
     terminal.end_bar()
     return finish(start, stop_code, keeper, outputs, prediction, before_gb, session)
@@ -847,6 +853,8 @@ def finish(
     c, state, log = keeper.config, keeper.state, session.log
     if session.telemetry:
         session.telemetry.close()
+    if stop_code == signals.NOT_FINITE and session.world.is_main:
+        resume.archive_newer(c.out_dir, state.step)  # saved between the first bad step and now
     if stop_code not in (0, signals.NOT_FINITE):
         command = f'{interpreter()} train.py --out_dir={c.out_dir} --init_from=resume'
         again = f'{command} continues it'

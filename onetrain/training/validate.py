@@ -65,6 +65,7 @@ _NOT_NEGATIVE = (
     'keep_every',
     'max_time',
     'telemetry_interval',
+    'early_stop_patience',
     'price_per_hour',
     'loss_chunk',
     'gradient_log_interval',

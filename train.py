@@ -103,6 +103,8 @@ class Config:
     # URL (https://) that warnings and the end of the run are posted to, as JSON.
     price_per_hour: float = 0.0
     # Dollars for an hour of all machines of the run, to log what it costs; 0 logs no cost.
+    profile: str | None = None
+    # Iterations that rank 0 traces into out_dir/profile_*.json for Perfetto, such as 100:103.
     dry_run: bool = False
     # Print the report, the predicted memory and where each value comes from, then exit; no data
     # and no GPU are needed.

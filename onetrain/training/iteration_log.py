@@ -14,6 +14,7 @@ from onetrain.distributed import collectives, layouts
 from onetrain.distributed.stragglers import Stragglers
 from onetrain.logs.terminal import progress_line
 from onetrain.ops import kernels
+from onetrain.training.profiler import Profiler
 from onetrain.training.startup_report import memory_gb
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class IterationLog:
         self.last_counts = guard.counts()
         self.interval_start, self.interval_steps, self.warming_up = time.perf_counter(), 0, True
         self.first_step: tuple | None = None  # (step, time) of the first iteration
+        profile = self.config.profile if self.world.is_main else None
+        self.profiler = Profiler(profile, self.config.out_dir, self.log.say)
+        self.profiler.after(start_step)
 
     @contextlib.contextmanager
     def excluded(self, device: torch.device | None = None):
@@ -73,6 +77,7 @@ class IterationLog:
         # the time that is left is estimated without the first iteration, which warms up
         self.first_step = self.first_step or (step, time.monotonic())
         self.terminal.advance(step)
+        self.profiler.after(step)
 
     def due(self, step: int, measured: bool) -> bool:
         """Return whether to record this step. measured: whether its gradients were."""

@@ -13,6 +13,7 @@ from onetrain.checkpoint import fault_injection, resume
 from onetrain.config import UserError
 from onetrain.files import redact
 from onetrain.ops import experts
+from onetrain.training.profiler import parse_profile
 
 if TYPE_CHECKING:
     from onetrain.data.order import Order
@@ -83,6 +84,7 @@ _BELOW_1 = ('dropout', 'beta1', 'beta2', 'muon_momentum')
 def validate(c: 'Config') -> None:
     """Raise UserError for values that no run can have."""
     fault_injection.check()
+    parse_profile(c.profile)
     _check_bounds(c)
     _check_start(c)
     _check_packages(c)

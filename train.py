@@ -366,7 +366,7 @@ from onetrain.training import memory, optim, validate
 from onetrain.training.batch_plan import plan_batches, predict_memory
 from onetrain.training.dry_run import dry_run
 from onetrain.training.early_stop import open_patience
-from onetrain.training.iteration_log import IterationLog, mfu_function
+from onetrain.training.iteration_log import IterationLog, costs, mfu_function
 from onetrain.training.micro_step import CudaGraphStep, ForwardBackward, compile_and_capture
 from onetrain.training.outputs import open_keeper, open_log, open_outputs
 from onetrain.training.run_data import load_prompts_and_tasks, open_data
@@ -871,10 +871,9 @@ def finish(
     if stop_code == 0 and state.step > start.step:
         peak_gb = memory_gb(session.world.device)['max_allocated_gb']
         columns = session.terminal.columns()
-        summary = log.end()
-        for line in ending_lines(
-            c, outputs.run_name, summary, prediction, peak_gb, before_gb, columns
-        ):
+        cost = costs(c.price_per_hour, log.wall_s(), None, log.cost_before, log.wall_before)
+        facts = log.end(), prediction, peak_gb, before_gb, columns, cost.get('cost')
+        for line in ending_lines(c, outputs.run_name, *facts):
             log.say(line)
     log.end()
     copied = True

@@ -36,20 +36,31 @@ def main(argv: list[str] | None = None) -> int:
         '--refresh', type=number(most=86400), default=2.0, help='seconds between two looks'
     )
     parser.add_argument('--web', action='store_true', help='serve a page, which stays up to date')
-    parser.add_argument('--port', type=whole(most=65535), default=8000, help='of the page')
+    parser.add_argument('--port', type=whole(most=65535), help='of the page (default: 8000)')
     parser.add_argument(
         '--host',
-        default='127.0.0.1',
-        help='address that the page is served at; beyond this machine it asks for a token',
+        help='address that the page is served at (default: 127.0.0.1); beyond this machine it asks'
+        ' for a token',
     )
     parser.add_argument('--html', metavar='FILE', help='write how they stand as one page, and end')
-    return run_command(lambda argv: run(parser.parse_args(argv)), argv, interrupted=None)
+    return run_command(
+        lambda argv: run(parser.parse_args(argv)), argv, interrupted='watching ended'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Show the runs that `args` name until they have ended; returns the exit code. Raises
     UserError.
     """
+    chosen = [
+        f'--{name}' for name in ('once', 'web', 'html') if getattr(args, name) not in (None, False)
+    ]
+    if len(chosen) > 1:
+        raise UserError(f'{" and ".join(chosen)} are two ways to watch: type one of them')
+    if (args.host is not None or args.port is not None) and not args.web:
+        raise UserError('--host and --port are those of the page: type --web too')
+    if args.html == '':
+        raise UserError('--html= names no file: type such as --html=report.html')
     try:
         from rich.console import Console
         from rich.live import Live
@@ -65,21 +76,22 @@ def run(args: argparse.Namespace) -> int:
         print(f'wrote {args.html}')
         return 0
     if args.web:
-        return serve(web.Server(followers, args.host, args.port, args.refresh))
+        host, port = args.host or '127.0.0.1', args.port or 8000
+        return serve(web.Server(followers, host, port, args.refresh))
     console = Console()
     # a pipe or a file gets lines of 80 columns
     width = min(console.width, 120) if console.is_terminal else 80
 
     def look():
         found = [follower.look() for follower in followers]
-        lines = (console.height - 8 * len(found)) // len(found) - 4 if console.is_terminal else 8
-        return found, view(found, width, min(max(lines, 3), 16))
+        lines = console.height // len(found) - 11 if console.is_terminal else 8
+        return found, view(found, width, min(lines, 16))
 
     standings, shown = look()
     if args.once or not console.is_terminal:
         console.print(shown)
         return 0
-    with Live(shown, console=console, auto_refresh=False, vertical_overflow='visible') as live:
+    with Live(shown, console=console, auto_refresh=False, vertical_overflow='crop') as live:
         while any(each.state in ('waiting', 'running', 'stale') for each in standings):
             time.sleep(args.refresh)
             standings, shown = look()

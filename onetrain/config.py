@@ -64,7 +64,9 @@ def resolve(schema: type, argv: list[str], aliases: dict | None = None) -> tuple
         if not word.startswith('-') or word in help_asked:
             continue
         key, value = _split(word, hints)
-        assign(key, value if hints.get(key) is str else parse_value(value), 'command line')
+        # 'none' is a choice of some keys, and not the None of Python
+        is_text = hints.get(key) is str or value == 'none' and 'none' in choices_of(hints.get(key))
+        assign(key, value if is_text else parse_value(value), 'command line')
     if help_asked:
         print(help_text(schema, values, everything='--help=all' in help_asked), flush=True)
         sys.exit(0)

@@ -162,3 +162,13 @@ def test_files_of_nanogpt_run_unchanged(tmp_path):
         given(tmp_path, pretrain, schema=Config, aliases=ALIASES)[0].gradient_accumulation_steps
         == 40
     )
+
+
+@pytest.mark.parametrize('key', ['activation_checkpointing', 'position_encoding', 'rope_scaling'])
+def test_none_is_a_choice_where_it_is_one(key):
+    """'none' turns it off, and None leaves it to the preset where that may be."""
+    config, _ = resolve(Config, [f'--{key}=none'], ALIASES)
+    assert getattr(config, key) == 'none'
+    if key != 'activation_checkpointing':
+        config, _ = resolve(Config, [f'--{key}=None'], ALIASES)
+        assert getattr(config, key) is None

@@ -107,6 +107,7 @@ class RunLog:
         self.path = os.path.join(out_dir, run_name or '')
         self.run = {'run_name': run_name, 'start_time': now(), 'end_time': None, **header}
         self.wall_before, self.started, self.saved_at = 0.0, time.perf_counter(), first
+        self.cost_before = 0.0  # dollars, at wall_before, with what is now made again
         self.checkpoints = set()  # iterations of those that are recorded since the one resumed from
         self.sinks, self.text, self.lines, self.lock = [], None, None, threading.Lock()
         self.terminal = terminal or Terminal(active)
@@ -159,6 +160,8 @@ class RunLog:
                 if record is None:  # the last line of a killed run may be cut
                     damaged.append(line)
                     continue
+                if isinstance(cost := record.get('cost'), (int, float)):
+                    self.cost_before = max(self.cost_before, cost)
                 # a save comes before the evaluation at its step, which may have been cut short and
                 # will then be made again
                 again = record['type'] == 'eval' and record['iter'] == step and not evaluated

@@ -61,8 +61,8 @@ def parse_machines(text: str) -> list[Machine]:
 def _parse(word):
     match = re.match(r'(\d{1,6})\s*[x*×]\s*', word)
     count, name = (int(match[1]), word[match.end() :]) if match else (1, word)
-    if not 1 <= count <= 10**5:
-        raise UserError(f'--gpus={word}: type from 1 to 100,000 GPUs')
+    if not 1 <= count <= 10**4:
+        raise UserError(f'--gpus={word}: type from 1 to 10,000 GPUs')
     if count > PER_NODE and count % PER_NODE:
         below = count // PER_NODE * PER_NODE
         raise UserError(

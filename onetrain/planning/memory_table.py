@@ -42,10 +42,10 @@ _WHY = {
     'DDP': 'only gradients are sent',
     'ZeRO-1': 'no more is sent than by DDP',
     'ZeRO-2': 'gradients and state are shared out',
-    'hybrid': 'only gradients leave a machine',
+    'hybrid': 'only gradients leave a node',
     'ZeRO-3': 'all is shared out',
     'context': 'GPUs share each sequence',
-    'offload': 'far slower than below',
+    'offload': 'slower than any time below',
 }
 _WORK = {
     'none': 'nothing is computed twice',
@@ -161,6 +161,7 @@ class MemoryTable:
         """Return two (tokens, StepMemory), through which the line goes for that kind of loss; twice
         the same where only one batch has it.
         """
+        alone = alone and kind == 'part'  # else the layouts without shards take the same
         if (how, alone, kind) not in self.lines:
             layout, block = (
                 Layout('', 'single' if alone else 'DDP', _SINGLE),

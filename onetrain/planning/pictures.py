@@ -1,7 +1,6 @@
 """Pictures of a plan: the loss over the parameters at a budget, and a law beside its runs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +25,6 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _save(figure, path):
-    if Path(path).suffix.lower() not in ('.png', '.pdf', '.svg'):
-        raise UserError(f'--plot={path}: type a name that ends with .png, .pdf or .svg')
     figure.savefig(path, dpi=150)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,8 @@ WIDTH = 80
 class RecipePlan:
     """What a recipe takes on a machine (None: only what does not depend on one).
 
-    c: train.Config; args: options of plan.py; law: predicts the loss; data_tokens: of the
+    c: train.Config; args: options of plan.py; law: predicts the loss; price: dollars for an
+    hour of one GPU; data_tokens: of the
     training split, where it is prepared; table: that of another machine for the same recipe. Raises
     UserError for what no run can have, or what `args` leave open.
     """
@@ -40,6 +42,8 @@ class RecipePlan:
         machine: 'Machine | None',
         args: argparse.Namespace,
         law: 'Law',
+        *,
+        price: float | None = None,
         data_tokens: int | None = None,
         table: MemoryTable | None = None,
     ):
@@ -52,10 +56,13 @@ class RecipePlan:
         self.model = Model.on_meta(self.shape)
         self.counts, self.flops = self.model.parameter_counts(), self.model.flops()
         self.count = machine.count if machine else 1
+        self.vocabulary_assumed = c.vocab_size is None
         self.problem: str | None = None
         self.choices, self.best, self.why = [], None, ''
         self.data_tokens = data_tokens
-        self.price = args.price_per_hour or (args.price and args.price * self.count)
+        self.price = (
+            args.price_per_hour or (price and price * self.count) or c.price_per_hour or None
+        )
         self.speeds = self._speeds()
         self._check_length()
         self.table = table
@@ -81,7 +88,7 @@ class RecipePlan:
             raise UserError(
                 f'total_batch_size={c.total_batch_size} cannot be shared by {ranks} ranks in'
                 f' sequences of {c.block_size} tokens: type'
-                f' --total_batch_size={below or share} or {below + share}'
+                f' --total_batch_size={" or ".join(str(n) for n in (below, below + share) if n)}'
             )
         return self.tokens_per_iter // share
 
@@ -155,9 +162,13 @@ class RecipePlan:
             )
             for speed in self.speeds
         ]
-        # of several speeds the middle one stands for the run
-        middle = self.estimates[len(self.estimates) // 2] if self.estimates else None
-        self.tokens = tokens if tokens is not None else middle.tokens
+        # of several speeds the middle one stands for the run, the slowest where the time is limited
+        number = len(self.estimates) // 2 if hours is None else 0
+        self.estimate = self.estimates[number] if self.estimates else None
+        if tokens is None:
+            assert self.estimate
+            tokens = self.estimate.tokens
+        self.tokens = tokens
 
     def fix_tokens(self, tokens: float) -> None:
         """Have the run take as many tokens as another."""
@@ -238,27 +249,29 @@ class RecipePlan:
                 keys['lr_decay_iters'] = self.iterations
         return keys
 
-    def commands(self, words: str) -> list[str]:
-        """Return lines of shell that start the run, on as many machines as planned and on twice as
-        many. words: config files and keys, as typed.
+    def commands(self, words: list[str]) -> list[str]:
+        """Return lines of shell that start the run, on as many machines as planned and on two.
+
+        words: config files and keys, as typed.
         """
         machine = self.machine
         if machine is None or self.best is None:
             return []
-        run = ['train.py', *words.split(), *(f'--{k}={v}' for k, v in self.changes().items())]
-        lines = [f"RUN='{run[0]}"]
-        for word in run[1:]:
-            if len(lines[-1]) + len(word) > WIDTH - 2 - 13 * (len(lines) == 1):
+        changes = self.changes()
+        typed = [w for w in words if w.removeprefix('--').split('=')[0] not in changes]
+        lines = ['RUN=(train.py']
+        for word in map(shlex.quote, [*typed, *(f'--{k}={v}' for k, v in changes.items())]):
+            if len(lines[-1]) + len(word) > WIDTH - 3 - 11 * (len(lines) == 1):
                 lines.append(word)
             else:
                 lines[-1] += f' {word}'
-        lines[-1] += "'"
+        lines[-1] += ')'
         if machine.count == 1:
-            return [*lines, 'python $RUN']
+            return [*lines, 'python "${RUN[@]}"']
         each = min(machine.count, PER_NODE)
         nodes = machine.nodes
         if nodes == 1:
-            lines.append(f'torchrun --standalone --nproc_per_node={each} $RUN')
+            lines.append(f'torchrun --standalone --nproc_per_node={each} "${{RUN[@]}}"')
         more = max(2, nodes)
         ranks = more * each // self.best.layout.keys['context_parallel']
         sequences, rest = divmod(self.tokens_per_iter, self.config.block_size * ranks)
@@ -267,12 +280,12 @@ class RecipePlan:
             other = f' --batch_size={size}' if size != self.best.batch_size else ''
             lines += [
                 f'torchrun --nnodes={more} --nproc_per_node={each} --rdzv_backend=c10d \\',
-                f'  --rdzv_endpoint=FIRST_HOST:29500 $RUN{other}',
+                f'  --rdzv_endpoint=FIRST_HOST:29500 "${{RUN[@]}}"{other}  # {more} nodes',
             ]
         per_node = f' --gpus-per-node={each}' if each != PER_NODE else ''
-        return [*lines, f'sbatch --nodes={nodes}{per_node} scripts/train.sbatch ${{RUN#train.py}}']
+        return [*lines, f'sbatch --nodes={nodes}{per_node} scripts/train.sbatch "${{RUN[@]:1}}"']
 
-    def record(self, words: str) -> dict:
+    def record(self, words: list[str]) -> dict:
         """Return the plan for JSON. words: as of commands()."""
         return {
             'machine': self.machine and self.machine.describe(),
@@ -310,7 +323,9 @@ def _choice_record(choice):
 
 
 def _money(dollars):
-    return f'${dollars:,.2f}' if dollars < 1e4 else f'${dollars:,.0f}'
+    if dollars >= 1e7:
+        return f'${dollars / 1e6:,.0f} M'
+    return f'${dollars:,.2f}' if dollars < 100 else f'${dollars:,.0f}'
 
 
 def _hours(hours):
@@ -354,9 +369,12 @@ def _model_phrases(plan):
     )
     counts = plan.counts
     active = f' ({_short(counts["active"])} active)' if plan.shape.num_experts else ''
+    assumed = ''
+    if plan.vocabulary_assumed:
+        assumed = f', with a vocabulary of {plan.shape.vocab_size:,}, which is assumed'
     return [
         plan.shape.describe(),
-        f'{_size(counts["total"])} parameters{active}',
+        f'{_size(counts["total"])} parameters{active}{assumed}',
         roles,
         f'{plan.flops.total / 1e9:.3g} GFLOPs per token ({plan.flops.causal / 1e9:.3g} causal)',
     ]
@@ -377,7 +395,7 @@ def _data_phrases(plan):
 def _epochs(plan):
     """Return what the data takes on the disk, and how often it is read where it is prepared."""
     if not plan.data_tokens:
-        return f'one epoch is {_disk(plan.tokens * plan.bytes_per_token)}'
+        return f'read once, {_disk(plan.tokens * plan.bytes_per_token)}'
     epochs = plan.tokens / plan.data_tokens
     return f'{_ratio(epochs)} epochs of {_disk(plan.data_tokens * plan.bytes_per_token)}'
 
@@ -388,8 +406,8 @@ def _loss_phrases(plan):
     return [
         f'{plan.loss:.4f} predicted by {plan.law.name}'
         if covered
-        else f'{plan.law.name} has no runs of this size',
-        f'Chinchilla: {_size(best)} tokens',
+        else f'{plan.law.name} has no such runs',
+        f'{TOKENS_PER_PARAMETER} tokens per parameter are {_size(best)}',
     ]
 
 
@@ -418,7 +436,8 @@ def _memory_lines(plan):
 def _time_phrases(plan):
     found = []
     for estimate in plan.estimates:
-        words = [f'{estimate.speed.describe()}: {short_number(estimate.tokens_per_sec)} tok/s']
+        speed = estimate.speed.describe()
+        words = [f'{speed}: {short_number(estimate.tokens_per_sec)} tok/s']
         if plan.args.hours is not None or plan.args.dollars is not None:
             words += [f'{_size(estimate.tokens)} tokens', f'{estimate.hours:,.1f} h']
         else:
@@ -429,7 +448,7 @@ def _time_phrases(plan):
     return found
 
 
-def plan_lines(plan: RecipePlan, words: str) -> list[str]:
+def plan_lines(plan: RecipePlan, words: list[str]) -> list[str]:
     """Return the plan for people. words: config files and keys, as typed."""
     lines = group_lines('Model', _model_phrases(plan), WIDTH)
     lines += group_lines('Data', _data_phrases(plan), WIDTH)
@@ -437,13 +456,18 @@ def plan_lines(plan: RecipePlan, words: str) -> list[str]:
     if plan.machine:
         lines += _memory_lines(plan)
     if plan.problem:
-        lines += group_lines('Memory', [plan.problem], WIDTH)
+        lines += [f'{"":13}{line}' for line in textwrap.wrap(plan.problem, WIDTH - 13)]
     for i, phrase in enumerate(_time_phrases(plan)):
         lines.append(f'{"" if i else "Time:":13}{phrase}')
     if plan.machine and not plan.estimates:
-        lines.append(f'Time:        not known for {plan.machine.name}: type --like or --budget')
+        lines.append(f'Time:        not known for {plan.machine.name}: type --iters_per_hour')
     if plan.machine is None and not plan.estimates:
         lines.append('Time:        type --gpus, such as --gpus=8xA100-80 (and --price), or --like')
+    lines = [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, WIDTH, subsequent_indent=' ' * 13, drop_whitespace=True)
+    ]
     for i, command in enumerate(plan.commands(words)):
         lines.append(f'  {command}' if i else f'Start:       {command}')
     return lines
@@ -452,24 +476,38 @@ def plan_lines(plan: RecipePlan, words: str) -> list[str]:
 def compare_lines(plans: list[RecipePlan]) -> list[str]:
     """Return one line for each of several machines."""
     first = plans[0]
+    speeds = [plan.estimate.speed.describe() for plan in plans if plan.estimate]
     lines = group_lines('Model', _model_phrases(first), WIDTH)
-    lines += group_lines('Data', _data_phrases(first), WIDTH)
-    shown = first.estimates[len(first.estimates) // 2].speed if first.estimates else None
-    at = f' at {shown.describe()}' if shown else ''
+    if first.args.tokens is not None:
+        lines.append(f'Tokens:      {_size(first.tokens)} on each machine')
     lines += [
-        f'Each machine as it does best{at}:',
-        f'{"":13}{"layout":<19}{"recompute":<10}{"batch":>5}{"GB":>7}{"hours":>10}{"cost":>12}',
+        f'Each machine as it does best{f", at {speeds[0]}" if speeds else ""}:',
+        f'{"":15} {"layout":<13} {"recompute":<9} {"batch":>5} {"GB":>6} {"tokens":>8}'
+        f' {"hours":>9} {"cost":>8}',
     ]
     for plan in plans:
-        middle = plan.estimates[len(plan.estimates) // 2] if plan.estimates else None
-        if plan.best is None:
-            lines.append(f'{plan.machine.describe():<13}{plan.problem}'.split(': take')[0])
+        name = plan.machine.describe() if plan.machine else ''
+        best, estimate = plan.best, plan.estimate
+        if best is None:
+            lines.append(f'{name:<15} {plan.problem}'.split(': take')[0][:WIDTH])
             continue
-        hours = f'{middle.hours:,.1f}' if middle else '-'
-        cost = _money(middle.dollars) if middle and middle.dollars is not None else '-'
-        best = plan.best
+        # what is offloaded does not come near the MFU that is assumed
+        above = '>' if best.layout.name == 'offload' else ''
+        hours = (
+            above + (f'{estimate.hours:,.1f}' if estimate.hours < 1e5 else f'{estimate.hours:.1e}')
+            if estimate
+            else '-'
+        )
+        cost = (
+            above + _money(estimate.dollars) if estimate and estimate.dollars is not None else '-'
+        )
+        layout = best.layout.name.replace(' parallel', '')
         lines.append(
-            f'{plan.machine.describe():<13}{best.layout.name:<19}{best.recomputation:<10}'
-            f'{best.batch_size:>5}{best.bytes / 1e9:>7.1f}{hours:>10}{cost:>12}'
+            f'{name:<15} {layout:<13} {best.recomputation:<9} {best.batch_size:>5}'
+            f' {best.bytes / 1e9:>6.1f} {_short(plan.tokens):>8} {hours:>9} {cost:>8}'
+        )
+    if any(plan.best and plan.best.layout.name == 'offload' for plan in plans):
+        lines.append(
+            'offload: what the GPUs cannot hold lies in the CPU, at a fraction of that MFU'
         )
     return lines

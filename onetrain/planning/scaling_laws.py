@@ -81,8 +81,12 @@ def read_law(text: str) -> Law:
             f'--law={text} is no file of --fit: a JSON object with {", ".join(CONSTANTS)}, sizes'
             ' and lengths'
         ) from None
-    if not all(0 < getattr(law, name) < 1e9 for name in CONSTANTS):
-        raise UserError(f'--law={text}: E, A, B, alpha and beta must be above 0')
+    sound = all(0 < getattr(law, name) < 1e9 for name in CONSTANTS) and max(alpha, beta) < 10
+    if not sound or not all(0 <= low <= high for low, high in (sizes, lengths)):
+        raise UserError(
+            f'--law={text}: E, A and B must be above 0, alpha and beta from 0 to 10, sizes and'
+            ' lengths ranges'
+        )
     return law
 
 

@@ -65,7 +65,7 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
     run = load_run([path])
     rates = run.columns['tokens_per_sec']
     rates = rates[len(rates) // 2 :]
-    rates = rates[np.isfinite(rates)]
+    rates = rates[np.isfinite(rates) & (rates > 0)]
     startup = run.startup_info
     per_token = number((startup.get('model') or {}).get('flops_per_token'))
     if not len(rates) or not per_token > 0:
@@ -77,7 +77,7 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
         return Speed(achieved, None, f'as measured in {path}', evaluation_seconds(run))
     shares = run.columns['mfu_percent']
     shares = shares[len(shares) // 2 :]
-    shares = shares[np.isfinite(shares)]
+    shares = shares[np.isfinite(shares) & (shares > 0)]
     peak = machine.peak(dtype)
     if not len(shares) or peak is None:
         raise UserError(

@@ -104,7 +104,8 @@ class IterationLog:
         statistics = {key: value.item() for key, value in result.statistics.items()}
         bad, moe = self.guard.counts(), self._routing(step, result.routing)
         left, wall_s = self._seconds_left(step), self.log.wall_s()
-        cost = costs(c.price_per_hour, wall_s, left)
+        spent = self.log.cost_before, self.log.wall_before
+        cost = costs(c.price_per_hour, wall_s, left, *spent)
         more = [f'load {moe["load_score"]:.0f}'] if moe else []
         more += [f'${cost["cost"]:,.2f}'] if cost else []
         self.log.event(
@@ -179,15 +180,25 @@ class IterationLog:
         self.last_counts = bad
 
 
-def costs(price_per_hour: float, seconds: float, left: float | None) -> dict:
+def costs(
+    price_per_hour: float,
+    seconds: float,
+    left: float | None,
+    cost_before: float = 0.0,
+    seconds_before: float = 0.0,
+) -> dict:
     """Return {'cost': dollars so far, 'cost_total': of the whole run}, {} without a price.
 
-    seconds: that the run has trained, over all its resumptions; left: None where not known.
+    seconds: that the run has trained, over all its resumptions; left: None where not known;
+    cost_before, seconds_before: when it was last resumed.
     """
     if not price_per_hour:
         return {}
-    total = None if left is None else price_per_hour * (seconds + left) / 3600
-    return {'cost': price_per_hour * seconds / 3600, 'cost_total': total}
+    cost = cost_before + price_per_hour * (seconds - seconds_before) / 3600
+    return {
+        'cost': cost,
+        'cost_total': None if left is None else cost + price_per_hour * left / 3600,
+    }
 
 
 def mfu_function(plan: 'BatchPlan', model: 'Model', world: 'World') -> Callable:

@@ -470,11 +470,13 @@ def ending_lines(
     peak_gb: float,
     before_gb: float,
     columns: int | None = None,
+    cost: float | None = None,
 ) -> list[str]:
     """Return what a finished run says at its end, and what can be typed next.
 
     summary: that of the log, {} where there is none; peak_gb: the most memory, of which before_gb
-    were there before the model was made; columns: as for report().
+    were there before the model was made; columns: as for report(); cost: dollars, None without a
+    price.
     """
     if not summary.get('final_iter'):
         return []
@@ -485,8 +487,8 @@ def ending_lines(
     done = [f'{summary["final_iter"]:,} iterations in {duration(summary["wall_s"] or 0)}']
     if tokens:
         done.append(f'{short_number(tokens)} tokens')
-    if c.price_per_hour:
-        done.append(f'${c.price_per_hour * (summary["wall_s"] or 0) / 3600:,.2f}')
+    if cost is not None:
+        done.append(f'${cost:,.2f}')
     if speed:
         utilization = f', MFU {100 * mfu:.1f} %' if mfu else ''
         done.append(f'{short_number(speed)} tok/s{utilization} (median)')

@@ -37,6 +37,8 @@ _MOST = {
     'keep_checkpoints': 2**31,
     'context_parallel': 2**20,
     'fsdp_replicas': 2**20,
+    'telemetry_interval': 86400,
+    'price_per_hour': 10**9,
 }
 
 
@@ -86,6 +88,7 @@ def validate(c: 'Config') -> None:
     fault_injection.check()
     parse_profile(c.profile)
     _check_bounds(c)
+    _check_reports(c)
     _check_start(c)
     _check_packages(c)
 
@@ -111,15 +114,20 @@ def _check_bounds(c):
             f'spike_factor={c.spike_factor} must be above 1 (it multiplies the median of the'
             ' gradient norm), or 0 for off'
         )
+    if c.timeout_minutes <= 0:
+        raise UserError(f'timeout_minutes={c.timeout_minutes} must be above 0')
+    if not 0 <= c.seed < 2**63:
+        raise UserError(f'seed={c.seed} must be at least 0 and below 2**63')
+
+
+def _check_reports(c):
     if c.notify and not re.match(r'https?://[^\s/]', c.notify):
         raise UserError(
             f'notify={redact(c.notify)!r} is no URL that can be posted to: type one that begins'
             ' with https://'
         )
-    if c.timeout_minutes <= 0:
-        raise UserError(f'timeout_minutes={c.timeout_minutes} must be above 0')
-    if not 0 <= c.seed < 2**63:
-        raise UserError(f'seed={c.seed} must be at least 0 and below 2**63')
+    if 0 < c.telemetry_interval < 0.01:
+        raise UserError(f'telemetry_interval={c.telemetry_interval} must be at least 0.01, or 0')
 
 
 def _check_start(c):

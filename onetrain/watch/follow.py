@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onetrain.config import UserError, nearest_path
-from onetrain.files import check_regular, open_url, redact, sentence
+from onetrain.files import check_regular, is_whole, open_url, redact, sentence
 from onetrain.logs.read_log import LogError, NothingLogged, load_run, number
 from onetrain.logs.run_json import parse_record
 from onetrain.logs.telemetry import metrics_name
@@ -32,9 +32,12 @@ CURVES = {
     'lr': 'lr',
 }
 KEPT = 4000  # points of a curve; one with twice as many is thinned
-RECENT = 200  # iterations that medians are over
+RECENT = 200  # logged iterations that are kept
+LATELY = 20  # of these, over which medians of speed and waits are
 STALE_INTERVALS = 5  # without a record, after which a run is stale
 LEAST_STALE_S = 60.0  # as long as an evaluation may take
+LARGEST = 1e9  # number of gpu_metrics.jsonl that is shown
+MOST_GPUS = 4096
 _TAIL_BYTES = 2**18  # of a file in which its last records are
 _SEEN_BYTES = 64  # before what is new, by which a log that was cut is noticed
 
@@ -101,6 +104,8 @@ class Follower:
             raise UserError(
                 f'{place} does not exist{nearest_path(place)}: type the out_dir of a run'
             )
+        elif not os.path.isdir(place) and not place.endswith('.jsonl'):
+            raise UserError(f'{place} is no log: type the out_dir of a run or its run_*.jsonl')
         self.path: Path | None = None
         self._forget()
 
@@ -108,23 +113,29 @@ class Follower:
         """Read what is new, and return how the run stands. Raises UserError for a log that cannot
         be read.
         """
-        path = self._newest()
-        if path is not None:
-            if path != self.path or not self._goes_on(path):
+        try:
+            path = self._newest()
+            if path is None or path != self.path or not self._goes_on(path):
                 self._forget()
                 self.path = path
-            self._read(path)
-        return self._standing()
+            if path is not None:
+                self._read(path)
+            return self._standing()
+        except FileNotFoundError:  # it was there a moment ago
+            self._forget()
+            self.path = None
+            return self._standing()
 
     def _newest(self):
         if self.remote:
             folder = self.remote.update()
-        elif os.path.isfile(self.place):
-            return Path(self.place)
+        elif self.place.endswith('.jsonl'):
+            return Path(self.place) if os.path.exists(self.place) else None
         else:
             folder = self.place
         logs = sorted(Path(folder).glob('run_*.jsonl'))
-        return logs[-1] if logs else None
+        begun = [path for path in logs if path.lstat().st_size]
+        return (begun or logs or [None])[-1]
 
     def _forget(self):
         self.offset, self.seen, self.rest = 0, b'', b''
@@ -251,7 +262,9 @@ class Follower:
             return ('finished', '') if done else ('stopped', f'at iteration {last:,}')
         holder = None if self.remote else lock_holder(folder)
         if not self.remote and holder is None:
-            return 'gone', f'its process ended after iteration {last:,} without a word'
+            saved = self.checkpoint.get('iter')
+            goes_on = 'nothing was saved' if saved is None else f'saved at {saved:,}'
+            return 'gone', f'its process ended after iteration {last:,}, {goes_on}'
         interval = self._interval()
         if age > max(LEAST_STALE_S, STALE_INTERVALS * interval):
             return 'stale', 'nothing was logged for some time'
@@ -273,19 +286,19 @@ class Follower:
         found: dict[str, Any] = {'max_iters': self._max_iters() or None}
         if self.recent:
             last = self.recent[-1]
-            time_ms = self._median('time_ms')
+            time_ms = self._median('time_ms', LATELY)
             found |= {key: last.get(key) for key in ('iter', 'lr', 'left_s', 'cost', 'cost_total')}
             found |= {
                 'loss': self._median('loss', 10),
                 'tokens_seen': last.get('tokens_seen'),
                 'wall_s': last.get('wall_s'),
-                'tokens_per_sec': self._median('tokens_per_sec'),
+                'tokens_per_sec': self._median('tokens_per_sec', LATELY),
                 'time_ms': time_ms,
-                'mfu_percent': self._median('mfu_percent', of='mfu'),
+                'mfu_percent': self._median('mfu_percent', LATELY, of='mfu'),
                 'memory_gb': self._median('max_allocated_gb', 1, of='memory'),
                 'grad_norm': self._median('global_norm', 10, of='gradients'),
-                'data_wait_percent': _share(self._median('data_wait_ms'), time_ms),
-                'comm_wait_percent': _share(self._median('comm_wait_ms'), time_ms),
+                'data_wait_percent': _share(self._median('data_wait_ms', LATELY), time_ms),
+                'comm_wait_percent': _share(self._median('comm_wait_ms', LATELY), time_ms),
                 'expert_load': self._median('load_score', 10, of='moe'),
                 'skipped': self._median('bad', 1, of='skipped'),
             }
@@ -301,7 +314,7 @@ class Follower:
         known = {key: number(value) for key, value in found.items()}
         return {key: value for key, value in known.items() if value == value}
 
-    def _median(self, key, over=RECENT, of=None):
+    def _median(self, key, over, of=None):
         """Return the median of a number over the last records that have it, None where none has."""
         records = list(self.recent)[-over:]
         if of:
@@ -345,11 +358,22 @@ def last_telemetry(folder: str) -> tuple[list[dict], dict]:
         for line in f:
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get('gpu'), int):
-                    gpus[record['gpu']] = record
-                elif isinstance(record, dict) and 'machine' in record:
-                    machine = record
+                if not isinstance(record, dict):
+                    continue
+                sound = {key: value for key, value in record.items() if _is_sound(value)}
+                if is_whole(sound.get('gpu'), 0, MOST_GPUS):
+                    reasons = record.get('throttle')
+                    sound['throttle'] = reasons if isinstance(reasons, list) else None
+                    gpus[sound['gpu']] = sound
+                elif 'machine' in record:
+                    machine = sound
     return [gpus[number] for number in sorted(gpus)], machine
+
+
+def _is_sound(value):
+    """Return whether a value of gpu_metrics.jsonl is a number that a machine may have."""
+    number_of = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number_of and abs(value) < LARGEST
 
 
 class _Copy:

@@ -1,6 +1,5 @@
 """How runs stand, for a terminal: a panel for each, with its curve of losses."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,20 +39,21 @@ def _panel(standing, width, height):
         text.append(f'\n{step:,}: {plain(warning)}', style='yellow')
     parts = [text] if curve is None else [text, curve]
     why = f': {standing.why}' if standing.why else ''
-    title = f'[bold]{escape(standing.name)}[/bold] [{color}]{standing.state}[/{color}]{escape(why)}'
+    name, state = escape(plain(standing.name)), standing.state
+    title = f'[bold]{name}[/bold] [{color}]{state}[/{color}]{escape(why)}'
     return Panel(Group(*parts), title=title, title_align='left', width=width, border_style='dim')
 
 
 def facts(standing: Standing) -> list[str]:
     """Return lines about the run itself."""
     n = standing.numbers
-    groups = [_progress(n), _losses(n), _speed(n), _rest(n)]
+    groups = [_progress(n, standing.state), _losses(n), _speed(n), _rest(n)]
     return [plain(standing.architecture)] * bool(standing.architecture) + [
         '  '.join(words) for words in groups if words
     ]
 
 
-def _progress(n):
+def _progress(n, state):
     if 'iter' not in n:
         return []
     step, most = int(n['iter']), int(n.get('max_iters', 0))
@@ -62,15 +62,15 @@ def _progress(n):
         share = min(1.0, step / most)
         filled = round(BAR * share)
         words.append(f'{"━" * filled}{"╌" * (BAR - filled)} {100 * share:.1f} %')
-    if n.get('left_s', 0) > 0:
+    if n.get('left_s', 0) > 0 and state == 'running':
         words.append(f'{duration(n["left_s"])} left')
     if 'wall_s' in n:
-        words.append(f'{duration(n["wall_s"])} so far')
+        words.append(f'{duration(n["wall_s"])} of training')
     return words
 
 
 def _losses(n):
-    words = [f'loss {n["loss"]:.4f}'] if 'loss' in n else []
+    words = [f'loss {n["loss"]:.4f} (last 10)'] if 'loss' in n else []
     if 'val_loss' in n:
         words.append(f'val {n["val_loss"]:.4f} at {int(n.get("val_iter", 0)):,}')
         words.append(f'best {n["best_val_loss"]:.4f} at {int(n["best_val_iter"]):,}')
@@ -138,11 +138,7 @@ def machine_phrases(machine: dict) -> list[str]:
 
 
 def _phrases(record, *forms):
-    return [form.format(record[key]) for key, form in forms if _is_number(record.get(key))]
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return [form.format(record[key]) for key, form in forms if key in record]
 
 
 def plain(text: str) -> str:
@@ -155,7 +151,7 @@ def draw(loss: Curve, val_loss: Curve, width: int, height: int, color: str) -> T
     color: iterations to the right, from the 1st to the 99th percentile of the values upwards. None
     without two points.
     """
-    if len(loss.iters) + len(val_loss.iters) < 2:
+    if len(loss.iters) + len(val_loss.iters) < 2 or height < 2:
         return None
     values = np.array(loss.values + val_loss.values)
     low, high = np.percentile(values, [1, 99])

@@ -3,11 +3,14 @@
 The page comes from this machine alone. Beyond the loopback it is shown to those who know a token.
 """
 
+import errno
 import hmac
 import http.server
 import json
 import os
 import secrets
+import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ from onetrain.watch.follow import Follower, Standing
 from onetrain.watch.terminal_view import gpu_phrases, machine_phrases, plain
 
 LOG_BYTES = 2**16  # of the text of a run that are shown
-LOOPBACK = ('127.0.0.1', 'localhost', '::1')
+LOOPBACK = ('127.0.0.1', 'localhost')
 COOKIE = 'onetrain_watch'
 _POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data: blob:;"
@@ -133,9 +136,14 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(
+                    f'--host={host} is no address of this machine ({error.strerror}): leave it out,'
+                    ' or type --host=0.0.0.0 for all of them'
+                ) from None
             raise UserError(
                 f'--port={port} on {host} cannot be had ({error.strerror}): type another, such as'
-                f' --port={port + 1}'
+                f' --port={port + 1 if port < 65535 else 8000}'
             ) from None
 
     def look(self) -> list[Standing]:
@@ -145,6 +153,12 @@ class Server(http.server.ThreadingHTTPServer):
                 self.standings = [each.look() for each in self.followers]
                 self.looked = time.monotonic()
             return self.standings
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that left; of another error, one line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print(f'a request failed: {type(error).__name__}', file=sys.stderr, flush=True)
 
     @property
     def address(self) -> str:
@@ -159,8 +173,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self):
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
+        try:
+            url = urlsplit(self.path)
+            query = parse_qs(url.query, max_num_fields=10)
+        except ValueError:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
         if not self._allowed(query):
             return
         if url.path == '/runs':
@@ -179,7 +197,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _answer_with(self, work):
         try:
             self._send(*work())
-        except (UserError, OSError) as error:
+        except ConnectionError:
+            raise
+        except (UserError, OSError, ValueError, ArithmeticError) as error:
             self._send(str(error).encode(), 'text/plain; charset=utf-8', status=500)
 
     def _json(self, query):

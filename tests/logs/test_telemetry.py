@@ -148,6 +148,11 @@ def test_a_run_writes_it_and_says_what_it_costs(dataset, tmp_path, capsys):
     after = records(tmp_path)
     assert [record['iter'] for record in after] == list(range(1, 9))
     assert after[6]['cost'] > before[5]['cost']  # of both together
+    # what is made again was paid for all the same
+    back = '--init_from=resume', '--resume_from=6', '--max_iters=7'
+    assert run_train(dataset, tmp_path, *words, *back) == 0
+    assert records(tmp_path)[-1]['iter'] == 7
+    assert records(tmp_path)[-1]['cost'] > after[7]['cost']
     assert run_train(dataset, tmp_path / 'b', '--max_iters=2', '--telemetry_interval=0') == 0
     assert not os.path.exists(tmp_path / 'b' / 'gpu_metrics.jsonl')
     assert all('cost' not in record for record in records(tmp_path / 'b'))
@@ -157,6 +162,7 @@ def test_costs():
     assert costs(0.0, 100.0, 5.0) == {}
     assert costs(36.0, 100.0, None) == {'cost': 1.0, 'cost_total': None}
     assert costs(36.0, 100.0, 100.0) == {'cost': 1.0, 'cost_total': 2.0}
+    assert costs(36.0, 200.0, 100.0, 5.0, 100.0) == {'cost': 6.0, 'cost_total': 7.0}
 
 
 def test_names_of_files():

@@ -112,15 +112,20 @@ def test_a_budget_becomes_a_recipe_that_train_reads(planned, tmp_path):
 
 
 def test_a_budget_of_a_machine_takes_what_fits(planned):
-    words = '--preset=llama3', '--mfu=0.4', '--layers=2,4,8'
+    grid = '--preset=llama3', '--layers=2,4,8'
+    words = *grid, '--mfu=0.4'
     found = planned(*words, '--gpus=1xRTX-4090', '--hours=10000')
     assert found['budget'] == pytest.approx(165e12 * 0.4 * 36e6)
-    best, unbound = found['best'], planned(f'--budget={found["budget"]}', *words)['best']
+    best, unbound = found['best'], planned(f'--budget={found["budget"]}', *grid)['best']
     assert 16 * best['parameters'] < 0.9 * 24e9 < 16 * unbound['parameters']
     assert best['loss'] > unbound['loss']
     two = planned(*words, '--gpus=2xRTX-4090', '--hours=5000')
     assert two['budget'] == found['budget'] and two['best']['loss'] < best['loss']
-    assert plan.main([*words, '--gpus=1x2GB', '--budget=1e20']) == 2  # nothing fits
+    dollars = planned(*words, '--gpus=2xRTX-4090', '--dollars=10000', '--price=1')
+    assert dollars['budget'] == pytest.approx(two['budget'])
+    assert plan.main([*grid, '--gpus=1x2GB', '--budget=1e20']) == 2  # nothing fits
+    for more in ('--hours=3', '--tokens=1e9', '--mfu=0.3', '--price=2', '--gpus=1xH100,1xH200'):
+        assert plan.main(['--budget=1e20', *grid, more]) == 2
 
 
 def options(c, shape, layout, how):
@@ -192,6 +197,9 @@ def test_time_and_money(planned, recipe):
     assert estimate['dollars'] == pytest.approx(16 * estimate['hours'])
     for other in (f'--hours={estimate["hours"]}', f'--dollars={estimate["dollars"]}'):
         assert planned(*words, other)['tokens'] == pytest.approx(1e9)
+    assert planned(*words, '--tokens=1B')['tokens'] == 1e9
+    slowest = planned(recipe, *SMALL, '--gpus=H100', '--hours=1')  # at which the time suffices
+    assert slowest['tokens'] == slowest['estimates'][0]['tokens']
     assert [e['speed']['mfu'] for e in planned(recipe, *SMALL, '--gpus=H100')['estimates']] == [
         0.3,
         0.4,
@@ -241,7 +249,39 @@ def test_what_is_printed_fits_a_terminal_and_starts_in_a_shell(capsys, recipe, m
     assert plan.main([recipe, '--gpus=8xA100-80,2x24GB,4xH200', *words]) == 0
     lines = capsys.readouterr().out.rstrip('\n').split('\n')
     assert len(lines) <= 12 and max(map(len, lines)) <= 80
-    assert [line.split('  ')[0] for line in lines[-3:]] == ['8 x A100-80', '2 x 24GB', '4 x H200']
+    assert [line[:11].strip() for line in lines[-3:]] == ['8 x A100-80', '2 x 24GB', '4 x H200']
+    assert all(line.split()[-2:] != ['-', '-'] for line in lines[-3::2])
+
+
+def test_what_is_typed_survives_the_shell(capsys, recipe, tmp_path):
+    """Spaces, quotes and substitutions, and a key that the plan sets otherwise."""
+    odd = ['--out_dir=my run\'s $(touch mine) "a"', '--activation_checkpointing=full']
+    assert plan.main([recipe, *SMALL, '--gpus=2xH100', *odd]) == 0
+    said = capsys.readouterr().out
+    shell = said[said.index('Start:') :].removeprefix('Start:')
+    stand_in = 'torchrun() { printf "%s\\0" "$@"; exit; }\n'
+    words = subprocess.run(
+        ['bash', '-euc', stand_in + shell],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+        cwd=tmp_path,
+    ).stdout.split('\0')
+    assert odd[0] in words and not (tmp_path / 'mine').exists()
+    config, _ = resolve(Config, words[words.index('train.py') + 1 : -1], ALIASES)
+    assert config.activation_checkpointing == 'none' and config.out_dir.startswith('my run')
+
+
+def test_a_vocabulary_that_is_assumed_is_said(capsys, recipe, dataset, tmp_path):
+    words = [recipe, *(word for word in SMALL if 'vocab' not in word)]
+    assert plan.main([*words, '--dataset=nothing']) == 0
+    assert 'a vocabulary of 32,000, which is assumed' in ' '.join(capsys.readouterr().out.split())
+    assert run_train(dataset, tmp_path / 'run', '--max_iters=3') == 0
+    capsys.readouterr()
+    assert plan.main([*words, '--dataset=nothing', f'--like={tmp_path / "run"}', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['parameters']['embedding'] == 64 * 41
 
 
 def test_like_takes_the_speed_of_a_run(planned, dataset, tmp_path, recipe):
@@ -332,8 +372,8 @@ def test_names_of_gpus():
     [
         (['--gpus=8xA1000'], "no GPU 'A1000' is known"),
         (['--gpus=12xH100'], 'type 8xH100 or 16xH100'),
-        (['--gpus=0xH100'], 'from 1 to 100,000'),
-        (['--gpus='], 'names no GPU'),
+        (['--gpus=0xH100'], 'from 1 to 10,000'),
+        (['--gpus='], '--gpus= is empty'),
         (['--gpu=H100'], "did you mean '--gpus'"),
         (['--batchsize=3'], "did you mean '--batch_size'"),
         (['--tokens=1e9', '--iters=3'], 'say the same thing'),
@@ -345,10 +385,16 @@ def test_names_of_gpus():
         (['--mfu=0.4', '--gpus=2x24GB'], 'is not known'),
         (['--like=/nowhere'], '/nowhere'),
         (['--law=nothing'], 'no such law'),
-        (['--to=x.py'], '--to needs --budget'),
+        (['--to=x.py'], '--to does not go with a recipe'),
+        (['--ratio=5'], '--ratio does not go with a recipe'),
+        (['--like='], 'is empty'),
+        (['--gpus=H100', '--device=cpu'], 'device=cpu does not go'),
+        (['--gpus=H100', '--price=1,2'], '2 prices for 1 kinds'),
+        (['--iters=0.5'], 'no whole number'),
         (['--gpus=8xH100', '--total_batch_size=1000'], '--total_batch_size=512 or 1024'),
         (['--n_head=3'], 'n_embd=64 is not divisible'),
         (['--budget=1e20'], 'does not go with --budget'),
+        (['--init_from=resume'], 'a plan is made of a recipe'),
     ],
 )
 def test_bad_input_is_one_sentence(capsys, recipe, words, expected):

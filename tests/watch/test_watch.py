@@ -86,7 +86,7 @@ def test_a_run_that_is_killed_and_resumed(dataset, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         gone = until('gone')
-        assert 'without a word' in gone.why
+        assert 'saved at' in gone.why
     finally:
         end_all(process)
     process = start_process('train.py', *words, '--init_from=resume')

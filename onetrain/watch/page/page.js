@@ -3,12 +3,12 @@
 
 const COLORS = ['#3b7dd8', '#d1603d', '#4a9c5c', '#8a63b8', '#b8892b', '#2f9d9d', '#c05a86', '#7a7a7a'];
 const SHOWN = [
-  ['loss', 'loss', 4], ['val_loss', 'validation', 4], ['best_val_loss', 'best', 4],
+  ['loss', 'loss, last 10', 4], ['val_loss', 'validation', 4], ['best_val_loss', 'best', 4],
   ['bits_per_byte', 'bits per byte', 3], ['tokens_per_sec', 'tokens/s', 0],
   ['mfu_percent', 'MFU %', 1], ['time_ms', 'ms per iteration', 0], ['memory_gb', 'memory GB', 2],
   ['data_wait_percent', 'waits for data %', 1], ['comm_wait_percent', 'waits for gradients %', 1],
   ['checkpoint_iter', 'last checkpoint', 0], ['skipped', 'skipped', 0],
-  ['expert_load', 'expert load', 0], ['cost', 'cost $', 2], ['cost_total', 'cost of all $', 2],
+  ['expert_load', 'expert load', 0], ['cost', 'cost $', 2], ['cost_total', 'cost at the end $', 2],
 ];
 const BUTTONS = ['toImage', 'zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d'];
 const embedded = document.getElementById('data');
@@ -43,7 +43,7 @@ function card(run, number) {
     const bar = element('progress');
     bar.max = n.max_iters;
     bar.value = n.iter;
-    const left = n.left_s > 0 ? `, ${duration(n.left_s)} left` : '';
+    const left = n.left_s > 0 && run.state === 'running' ? `, ${duration(n.left_s)} left` : '';
     made.append(bar, element('div', `iteration ${digits(n.iter, 0)} of ${digits(n.max_iters, 0)}${left}`));
   }
   const list = element('dl');

@@ -220,22 +220,8 @@ def best_model(args: argparse.Namespace, words: list[str]) -> tuple[list[str], d
     terminal.close()
     if chosen is None:
         raise UserError(f'no model of the grid fits into {machines[0].describe()}')
-    family = PRESETS[grid.preset]['vocab_size']
     tried = sum(1 for _ in grid.shapes())
-    kept = '' if len(found) == tried else f', {len(found)} kept'
-    lines = [
-        f'Tried:       {tried} shapes of {grid.preset} at {total:.3g} FLOPs{kept}',
-        f'             context {grid.block_size}, vocabulary {family:,}',
-        f'Best:        {chosen.describe()}',
-        f'             {chosen.n_head} heads, {budget.KEY_VALUE_HEADS} of keys and values',
-        f'             {chosen.parameters:,} parameters',
-        f'             {chosen.tokens / 1e9:.3f} B tokens,'
-        f' {chosen.tokens / chosen.parameters:.1f} per parameter',
-        f'             {chosen.flops:.3g} FLOPs, all matmuls counted',
-        f'             {chosen.loss:.6f} nats per token by the law {law.name}',
-    ]
-    if chosen.n_layer in (min(grid.layers), max(grid.layers)):
-        lines.append('             (the law knows sizes, not shapes: the layers are at an edge)')
+    lines = _budget_lines(grid, chosen, tried, len(found), total, law)
     if args.to:
         command = f'python train.py {args.to}'
         name = os.path.splitext(os.path.basename(args.to))[0]
@@ -252,6 +238,26 @@ def best_model(args: argparse.Namespace, words: list[str]) -> tuple[list[str], d
         'best': budget.record(chosen),
     }
     return lines, record
+
+
+def _budget_lines(grid, chosen, tried, kept, total, law):
+    """Return what is said of the best model."""
+    family = PRESETS[grid.preset]['vocab_size']
+    some = '' if kept == tried else f', {kept} kept'
+    lines = [
+        f'Tried:       {tried} shapes of {grid.preset} at {total:.3g} FLOPs{some}',
+        f'             context {grid.block_size}, vocabulary {family:,}',
+        f'Best:        {chosen.describe()}',
+        f'             {chosen.n_head} heads, {budget.KEY_VALUE_HEADS} of keys and values',
+        f'             {chosen.parameters:,} parameters',
+        f'             {chosen.tokens / 1e9:.3f} B tokens,'
+        f' {chosen.tokens / chosen.parameters:.1f} per parameter',
+        f'             {chosen.flops:.3g} FLOPs, all matmuls counted',
+        f'             {chosen.loss:.6f} nats per token by the law {law.name}',
+    ]
+    if chosen.n_layer in (min(grid.layers), max(grid.layers)):
+        lines.append('             (the law knows sizes, not shapes: the layers are at an edge)')
+    return lines
 
 
 def _machine_budget(args, machines):

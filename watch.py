@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the runs that `args` name until they have ended; returns the exit code. Raises
+    """Show the runs that `args` name until they are finished; returns the exit code. Raises
     UserError.
     """
     chosen = [
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(shown)
         return 0
     with Live(shown, console=console, auto_refresh=False, vertical_overflow='crop') as live:
-        while any(each.state in ('waiting', 'running', 'stale') for each in standings):
+        # one that is gone or stopped may be resumed
+        while any(each.state != 'finished' for each in standings):
             time.sleep(args.refresh)
             standings, shown = look()
             live.update(shown, refresh=True)

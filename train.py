@@ -100,7 +100,8 @@ class Config:
     # Seconds between lines of out_dir/gpu_metrics.jsonl about GPUs, processor, memory, disk and
     # network; 0 writes none.
     notify: str | None = None
-    # URL (https://) that warnings and the end of the run are posted to, as JSON.
+    # URL (https://) that warnings and the end of the run are posted to, as JSON; it is kept in no
+    # log and no checkpoint.
     price_per_hour: float = 0.0
     # Dollars for an hour of all machines of the run, to log what it costs; 0 logs no cost.
     profile: str | None = None

@@ -390,6 +390,7 @@ OUTSIDE = {
     'data_url': 's3://theirs/set',
     'sample_start': 'FILE:/etc/passwd',
     'eval_tasks': 'piqa:/etc/passwd',
+    'notify': 'https://theirs.example/hook',
     'wandb_log': True,
     'wandb_project': 'theirs',
 }

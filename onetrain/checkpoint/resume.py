@@ -288,10 +288,9 @@ def _check_untrusted_keys(c, given, state, saved, notes):
 
 def config_record(c: 'Config') -> dict:
     """Return a config as it is recorded in logs and checkpoints, on the terminal and in W&B: a dict
-    without the secrets of its URLs, and of `notify`, whose path is one, with its host alone.
+    without the secrets of its URLs, and without `notify`, which is one: it is typed at each start.
     """
-    host = c.notify and '/'.join(c.notify.split('/')[:3])
-    return redact(dataclasses.asdict(dataclasses.replace(c, notify=host)))
+    return redact(dataclasses.asdict(dataclasses.replace(c, notify=None)))
 
 
 def choose_lineage(c: 'Config', resumed: dict | None, place: str | None = None) -> str:

@@ -468,6 +468,7 @@ def is_external_key(key: str, value: Any) -> bool:
         'upload_keep_local',
         'data_url',
         'eval_tasks',
+        'notify',
         'wandb_log',
         'wandb_project',
         'wandb_run_name',

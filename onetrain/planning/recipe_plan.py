@@ -30,10 +30,10 @@ WIDTH = 80
 class RecipePlan:
     """What a recipe takes on a machine (None: only what does not depend on one).
 
-    c: train.Config; args: options of plan.py; law: predicts the loss; price: dollars for an
-    hour of one GPU; data_tokens: of the
-    training split, where it is prepared; table: that of another machine for the same recipe. Raises
-    UserError for what no run can have, or what `args` leave open.
+    c: train.Config; args: options of plan.py; law: predicts the loss; price: dollars for an hour of
+    one GPU; data_tokens: of the training split, where it is prepared; table: that of another
+    machine for the same recipe. Raises UserError for what no run can have, or what `args` leave
+    open.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class RecipePlan:
         table: MemoryTable | None = None,
     ):
         validate.validate(dataclasses.replace(c, out_dir='out', init_from='scratch'))
+        self.given = c
         c = dataclasses.replace(c, dtype=c.dtype or 'bfloat16') if machine else c
         if c.fsdp_activation_checkpointing and c.use_fsdp:
             c = dataclasses.replace(c, activation_checkpointing='full')
@@ -229,7 +230,7 @@ class RecipePlan:
 
     def changes(self) -> dict:
         """Return {key: value} of what the command of train.py gets beside the recipe."""
-        c, keys = self.config, {}
+        c, keys = self.given, {}
         if self.best:
             layout = {
                 **self.best.layout.keys,

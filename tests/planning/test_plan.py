@@ -273,6 +273,16 @@ def test_what_is_typed_survives_the_shell(capsys, recipe, tmp_path):
     assert config.activation_checkpointing == 'none' and config.out_dir.startswith('my run')
 
 
+def test_recomputation_that_an_old_key_asks_for(planned, recipe):
+    """The layout and the recomputation of the command are those of the star."""
+    odd = '--use_fsdp=True', '--fsdp_activation_checkpointing=True', '--block_size=65536'
+    found = planned(recipe, *SMALL, *odd, '--n_embd=256', '--gpus=2x1GB')
+    assert found['best']['activation_checkpointing'] == 'full'
+    words = ' '.join(found['command'])
+    assert '--activation_checkpointing=full' in words
+    assert '--fsdp_activation_checkpointing=None' in words
+
+
 def test_a_vocabulary_that_is_assumed_is_said(capsys, recipe, dataset, tmp_path):
     words = [recipe, *(word for word in SMALL if 'vocab' not in word)]
     assert plan.main([*words, '--dataset=nothing']) == 0

@@ -539,6 +539,7 @@ def train(c: Config, given: dict[str, str], stop: StopRequest, terminal: Termina
             iterations.reset_interval()
 
     loader.close()
+    iterations.profiler.close()
     terminal.end_bar()
     return finish(start, stop_code, keeper, outputs, prediction, before_gb, session)
 

@@ -37,6 +37,7 @@ class Profiler:
 
     def __init__(self, profile: str | None, folder: str, say: Callable):
         self.span, self.folder, self.say = parse_profile(profile), folder, say
+        self.step = 0
         self.tracing: torch.profiler.profile | None = None
 
     def after(self, step: int) -> None:
@@ -44,13 +45,20 @@ class Profiler:
         if self.span is None:
             return
         first, last = self.span
+        self.step = step
         if step == first - 1:
             self.tracing = torch.profiler.profile(record_shapes=True)
             self.tracing.start()
-        elif step == last and self.tracing is not None:
-            self.tracing.stop()
-            path = os.path.join(self.folder, f'profile_{first}_{last}.json')
-            check_own(path)
-            self.tracing.export_chrome_trace(path)
-            self.tracing = None
-            self.say(f'wrote the trace {path}: open it at https://ui.perfetto.dev')
+        elif step == last:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace, if one is under way, with the iterations that there were."""
+        if self.tracing is None or self.span is None:
+            return
+        self.tracing.stop()
+        path = os.path.join(self.folder, f'profile_{self.span[0]}_{self.step}.json')
+        check_own(path)
+        self.tracing.export_chrome_trace(path)
+        self.tracing = None
+        self.say(f'wrote the trace {path}: open it at https://ui.perfetto.dev')

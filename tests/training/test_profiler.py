@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import losses, records
+from conftest import TINY, losses, records, run_process
 
 from onetrain.config import UserError
 from onetrain.training.profiler import parse_profile
@@ -23,8 +23,16 @@ def test_a_trace(train, tmp_path, span, capsys):
     assert losses(tmp_path / 'a') == losses(tmp_path / 'b') and len(records(tmp_path / 'a')) == 5
 
 
+def test_a_run_that_ends_within_the_span(dataset, tmp_path):
+    """In a process of its own, which torch would end with SIGSEGV while a trace is under way."""
+    words = [f'--dataset={dataset}', f'--out_dir={tmp_path}', *TINY, '--max_iters=3']
+    code, said = run_process('-c', f'import train; train.main({words + ["--profile=2:9"]!r})')
+    assert code == 0 and 'wrote the trace' in said, said
+    assert json.loads((tmp_path / 'profile_2_3.json').read_text())['traceEvents']
+
+
 def test_a_span_that_is_not_reached_leaves_no_file(train, tmp_path):
-    assert train(tmp_path, '--max_iters=3', '--profile=3:9') == 0
+    assert train(tmp_path, '--max_iters=3', '--profile=5:9') == 0
     assert not list(tmp_path.glob('profile*'))
 
 

@@ -271,6 +271,9 @@ def test_files_and_keys_that_the_documents_name_exist():
         'url',
         'max-restarts',
     }
+    for name in ('plan.py', 'watch.py', 'sweep.py'):
+        with open(os.path.join(ROOT, name)) as f:
+            other_commands |= set(re.findall(r"add_argument\(\s*'--(\w+)'", f.read()))
     for document in (
         'README.md',
         'TRAINING_GUIDE.md',
@@ -279,6 +282,9 @@ def test_files_and_keys_that_the_documents_name_exist():
         'docs/scaling.md',
         'docs/parallelism.md',
         'docs/moe.md',
+        'docs/planning.md',
+        'docs/watching.md',
+        'docs/sweeps.md',
     ):
         with open(os.path.join(ROOT, document)) as f:
             text = f.read()

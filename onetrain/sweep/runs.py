@@ -102,6 +102,7 @@ class Trial:
     curve: tuple[list[int], list[float]] = field(default_factory=lambda: ([], []))
     process: subprocess.Popen | None = None
     gpu: int | None = None
+    follower: Follower | None = None
 
     @property
     def name(self) -> str:
@@ -112,7 +113,8 @@ class Trial:
         """Read how its run stands; None where it has not begun."""
         if not os.path.isdir(self.folder):
             return None
-        standing = Follower(self.folder).look()
+        self.follower = self.follower or Follower(self.folder)
+        standing = self.follower.look()
         curve = standing.curves['val_loss']
         self.curve = curve.iters, curve.values
         n = standing.numbers
@@ -152,6 +154,7 @@ class Sweep:
             for values in chosen
         ]
         self.told = 0.0
+        self.halved: list[int] = []  # the rungs at which the worse half was stopped
 
     def make(self) -> int:
         """Make the runs, and return how many failed."""
@@ -162,10 +165,11 @@ class Sweep:
                 trial.state = 'finished'
                 print(f'{trial.name}: finished before', flush=True)
         try:
-            for rung in [*self.rungs, None]:
-                self._run_until(rung)
-                if rung is not None:
+            for rung in self.rungs:
+                if rung not in self.halved:
+                    self._run_until(rung)
                     self._halve(rung)
+            self._run_until(None)
         finally:
             self._stop_all()
             self._write()
@@ -181,6 +185,7 @@ class Sweep:
                     there = json.load(f)
                 same = {key: there[key] for key in wanted} == json.loads(json.dumps(wanted))
                 states = [(run['values'], run['state']) for run in there['runs']]
+                self.halved = [rung for rung in self.rungs if rung in there['halved']]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f'{path} is no file of a sweep: type another --sweep_dir') from None
             if not same:
@@ -216,7 +221,7 @@ class Sweep:
                 trial.look()
                 if code is not None:
                     running.remove(trial)
-                    self._ended(trial, code)
+                    self._ended(trial, code, rung)
             self._tell(running)
 
     def _start(self, trial, taken, rung):
@@ -245,12 +250,14 @@ class Sweep:
                 preexec_fn=_end_with_parent,
             )
 
-    def _ended(self, trial, code):
+    def _ended(self, trial, code, rung):
         """Take up that the process of a run has ended."""
         trial.process = None
         trial.look()
         if code == 0:
-            trial.state = 'finished' if trial.evaluated >= trial.max_iters else 'waiting'
+            # one that ended early, as early_stop_patience asks for, has finished too
+            done = rung is None or trial.evaluated >= trial.max_iters
+            trial.state = 'finished' if done else 'waiting'
         else:
             trial.state = 'failed'
             trial.reason = self._last_line(trial)
@@ -276,6 +283,8 @@ class Sweep:
         for trial in ranked[max(1, math.ceil(len(ranked) / 2)) :]:
             trial.state = 'worse half'
             print(f'{trial.name}: stopped, in the worse half from iteration {rung:,} on')
+        self.halved.append(rung)
+        self._write()
 
     def _tell(self, running):
         """Say how the runs stand, once in a while."""
@@ -322,6 +331,7 @@ class Sweep:
             'files': self.files,
             'axes': self.axes,
             'fixed': self.fixed,
+            'halved': self.halved,
             'runs': [
                 {
                     'values': trial.values,

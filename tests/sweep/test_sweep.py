@@ -67,6 +67,12 @@ def test_the_worse_half_is_stopped(words, tmp_path, capsys):
     assert 'worse half' in capsys.readouterr().out
     assert sweep.main([*words, '--halve_at=10']) == 0  # nothing is begun again
     assert 'begins' not in capsys.readouterr().out and results(tmp_path) == found
+    # one that is cut after the comparison is not compared again, with fewer
+    (tmp_path / 'sweep' / 'sweep.json').write_text(
+        (tmp_path / 'sweep' / 'sweep.json').read_text().replace('finished', 'waiting')
+    )
+    assert sweep.main([*words, '--halve_at=10']) == 0
+    assert [run['state'] for run in results(tmp_path)] == [run['state'] for run in found]
 
 
 def test_a_run_that_fails_is_a_line_of_the_table(words, tmp_path, capsys):

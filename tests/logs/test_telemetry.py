@@ -23,15 +23,20 @@ echo "2, 50, 2048, 81559, 40, 100.00, 345, [N/A]"
 
 
 def lines_of(path):
-    return [json.loads(line) for line in open(path)]
+    # the last line may be under way
+    return [json.loads(line) for line in open(path).read().split('\n')[:-1]]
 
 
-def sampled(path, gpus, seconds=0.7, **options):
-    """(lines, what was said) of a thread that writes for some time."""
-    said = []
+def sampled(path, gpus, **options):
+    """(lines, what was said) of a thread that writes at least two samples, or gives up."""
+    said, before = [], len(lines_of(path)) if os.path.exists(path) else 0
     thread = telemetry.Telemetry(str(path), 0.2, gpus, said.append, **options)
     thread.start()
-    time.sleep(seconds)
+    until = time.monotonic() + 30
+    while not said and time.monotonic() < until:
+        time.sleep(0.05)
+        if os.path.exists(path) and len(lines_of(path)) >= before + 2 * (len(gpus) + 1):
+            break
     thread.close()
     return lines_of(path) if os.path.exists(path) else [], said
 
@@ -70,13 +75,13 @@ def test_a_line_for_each_gpu_and_one_for_the_machine(tmp_path, nvidia_smi):
     assert 0 < machine['memory_used_gb'] < machine['memory_total_gb']
     assert machine['disk_free_gb'] > 0 and machine['received_mb_per_sec'] >= 0
     energies = [line['energy_kwh'] for line in lines if 'machine' in line]
-    # 512.3 W for about 0.2 s each
-    assert energies[0] == pytest.approx(512.3 * 0.2 / 3.6e6, rel=0.5)
+    # 512.3 W for 0.2 s, or longer on a busy machine
+    assert 0.9 * 512.3 * 0.2 / 3.6e6 < energies[0] < 30 * 512.3 * 0.2 / 3.6e6
     assert energies == sorted(energies)
     again, _ = sampled(tmp_path / 'gpu_metrics.jsonl', [0], resumed=True)
     assert again[len(lines) + 1]['energy_kwh'] > energies[-1]
     anew, _ = sampled(tmp_path / 'gpu_metrics.jsonl', [0])
-    assert anew[len(again) + 1]['energy_kwh'] < energies[-1]
+    assert anew[len(again) + 1]['energy_kwh'] < again[-1]['energy_kwh']
 
 
 def test_nvml_is_asked_where_it_is_there(tmp_path, monkeypatch):
@@ -127,13 +132,13 @@ def test_a_link_is_not_followed(tmp_path):
     os.symlink(tmp_path / 'other', tmp_path / 'gpu_metrics.jsonl')
     thread = telemetry.Telemetry(str(tmp_path / 'gpu_metrics.jsonl'), 0.1, [], lambda text: None)
     thread.start()
-    time.sleep(0.5)
+    thread.thread.join(timeout=20)  # it gives up
     thread.close()
     assert (tmp_path / 'other').read_text() == 'mine'
 
 
 def test_a_run_writes_it_and_says_what_it_costs(dataset, tmp_path, capsys):
-    words = '--telemetry_interval=0.05', '--price_per_hour=7200'
+    words = '--telemetry_interval=0.01', '--price_per_hour=7200'
     assert run_train(dataset, tmp_path, *words, '--max_iters=6') == 0
     shown = capsys.readouterr().out
     assert '$7,200.00 an hour' in shown

@@ -46,10 +46,8 @@ if __name__ == '__main__':
 
 # what each kind of plan takes beside --json
 OF_RECIPE = 'gpus price price_per_hour mfu like iters_per_hour tokens iters hours dollars law'
-OF_BUDGET = (
-    'gpus price price_per_hour mfu hours dollars law budget preset chinchilla as_guide layers'
-)
-OF_BUDGET += ' ratio to plot'
+OF_BUDGET = 'gpus price price_per_hour mfu hours dollars law budget preset chinchilla as_guide'
+OF_BUDGET += ' layers ratio to plot'
 OF_FIT = 'fit to plot'
 LENGTHS = ('tokens', 'iters', 'hours', 'dollars')
 FAMILIES = ('llama', 'llama3', 'qwen3')
@@ -242,11 +240,11 @@ def best_model(args: argparse.Namespace, words: list[str]) -> tuple[list[str], d
 
 def _budget_lines(grid, chosen, tried, kept, total, law):
     """Return what is said of the best model."""
-    family = PRESETS[grid.preset]['vocab_size']
+    vocabulary = PRESETS[grid.preset]['vocab_size']
     some = '' if kept == tried else f', {kept} kept'
     lines = [
         f'Tried:       {tried} shapes of {grid.preset} at {total:.3g} FLOPs{some}',
-        f'             context {grid.block_size}, vocabulary {family:,}',
+        f'             context {grid.block_size}, vocabulary {vocabulary:,}',
         f'Best:        {chosen.describe()}',
         f'             {chosen.n_head} heads, {budget.KEY_VALUE_HEADS} of keys and values',
         f'             {chosen.parameters:,} parameters',

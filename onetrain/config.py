@@ -64,9 +64,7 @@ def resolve(schema: type, argv: list[str], aliases: dict | None = None) -> tuple
         if not word.startswith('-') or word in help_asked:
             continue
         key, value = _split(word, hints)
-        # 'none' is a choice of some keys, and not the None of Python
-        is_text = hints.get(key) is str or value == 'none' and 'none' in choices_of(hints.get(key))
-        assign(key, value if is_text else parse_value(value), 'command line')
+        assign(key, typed_value(value, hints.get(key)), 'command line')
     if help_asked:
         print(help_text(schema, values, everything='--help=all' in help_asked), flush=True)
         sys.exit(0)
@@ -147,6 +145,15 @@ def read_file(path: str, defaults: dict) -> dict:
         and not name.startswith('_')
         and (name in defaults or not isinstance(names[name], private))
     }
+
+
+def typed_value(text: str, hint: Any):
+    """Return the value that a word of the command line gives to a key with the annotation `hint`;
+    check_type() checks it.
+    """
+    # 'none' is a choice of some keys, and not the None of Python
+    is_text = hint is str or text == 'none' and 'none' in choices_of(hint)
+    return text if is_text else parse_value(text)
 
 
 def parse_value(text: str):

@@ -33,9 +33,14 @@ def visible_gpus(count: int) -> list[int]:
     """Return the numbers, as nvidia-smi counts, of the first `count` GPUs that this process may
     use.
     """
+    return (named_gpus() or list(range(count)))[:count]
+
+
+def named_gpus() -> list[int] | None:
+    """Return the numbers in CUDA_VISIBLE_DEVICES, None where it is not set or holds other names."""
     visible = os.environ.get('CUDA_VISIBLE_DEVICES', '')
     known = re.fullmatch(r'\d+(,\d+)*', visible)
-    return [int(gpu) for gpu in visible.split(',')][:count] if known else list(range(count))
+    return [int(gpu) for gpu in visible.split(',')] if known else None
 
 
 def parse_topology(text: str, gpus: list[int]) -> dict[tuple, str]:
@@ -62,9 +67,18 @@ def slowest_path(links: dict[tuple, str]) -> str | None:
     """Return the slowest of the links {(i, j): kind} in words, None where that is NVLink or not
     known.
     """
-    kinds = {'NV' if kind.startswith('NV') else kind for kind in links.values()} - {'NV'}
-    known = [kind for kind in _ORDER if kind in kinds] + sorted(kinds - set(_ORDER))
-    return f'the slowest path is {_PATHS.get(known[-1], known[-1])}' if known else None
+    kinds = list(_pairs_by_kind(links))
+    slow = kinds[-1] if kinds else 'NV'
+    return None if slow == 'NV' else f'the slowest path is {_PATHS.get(slow, slow)}'
+
+
+def _pairs_by_kind(links):
+    """Return {kind: its pairs} of the links {(i, j): kind}, from fast to slow."""
+    pairs = {}
+    for pair, kind in links.items():
+        pairs.setdefault('NV' if kind.startswith('NV') else kind, []).append(pair)
+    known = [kind for kind in _ORDER if kind in pairs]
+    return {kind: pairs[kind] for kind in known + [kind for kind in pairs if kind not in _ORDER]}
 
 
 def describe_topology(links: dict[tuple, str]) -> tuple:
@@ -73,12 +87,8 @@ def describe_topology(links: dict[tuple, str]) -> tuple:
     """
     if not links:
         return None, None
-    pairs = {}
-    for pair, kind in links.items():
-        pairs.setdefault('NV' if kind.startswith('NV') else kind, []).append(pair)
-    names = [kind for kind in _ORDER if kind in pairs] + [
-        kind for kind in pairs if kind not in _ORDER
-    ]
+    pairs = _pairs_by_kind(links)
+    names = list(pairs)
     parts = [
         f'{_PATHS.get(kind, kind)} ({sorted({links[pair] for pair in pairs[kind]})[0]}) between '
         + ('all' if len(names) == 1 else ', '.join(f'{a}-{b}' for a, b in pairs[kind]))

@@ -14,6 +14,7 @@ import statistics
 import threading
 import urllib.request
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from onetrain.files import redact
@@ -39,7 +40,7 @@ class Alerts:
     """Looks at the records of a run, as RunLog hands them to its sinks, and at its telemetry.
 
     run_name, folder: of the run; max_iters: at which it is finished; url: to notify, None for none;
-    checkpoint_bytes: size of one; slow_path: a phrase on the slowest link between its GPUs, None
+    checkpoint_bytes: size of one; slow_path(): a phrase on the slowest link between its GPUs, None
     where none is known.
     """
 
@@ -52,7 +53,7 @@ class Alerts:
         max_iters: int,
         url: str | None = None,
         checkpoint_bytes: int = 0,
-        slow_path: str | None = None,
+        slow_path: Callable = lambda: None,
     ):
         self.log, self.run_name, self.folder, self.url = log, run_name, folder, url
         self.max_iters, self.checkpoint_bytes = max_iters, checkpoint_bytes
@@ -151,11 +152,11 @@ class Alerts:
         noise = 1.25 * math.hypot(
             *(statistics.stdev(values) / len(values) ** 0.5 for values in (before, lately))
         )
-        was, now_ = statistics.median(before), statistics.median(lately)
-        if now_ > was + NOISE * noise:
+        was, is_now = statistics.median(before), statistics.median(lately)
+        if is_now > was + NOISE * noise:
             self.warn(
                 'loss rises',
-                f'the loss is {now_:.4f}, and {BACK:,} iterations ago it was {was:.4f} (medians):'
+                f'the loss is {is_now:.4f}, and {BACK:,} iterations ago it was {was:.4f} (medians):'
                 ' look at the gradient norm and at the data, or resume from an older checkpoint'
                 ' with --resume_from',
             )
@@ -176,7 +177,8 @@ class Alerts:
         share = statistics.median(self.comm_waits) if len(self.comm_waits) == LONG else 0.0
         if share > 0.5:
             alone = 1000 / (time_ms * (1 - share))
-            path = f' ({self.slow_path})' if self.slow_path else ''
+            slow = None if 'gradients wait' in self.warned else self.slow_path()
+            path = f' ({slow})' if slow else ''
             self.warn(
                 'gradients wait',
                 f'{100 * share:.0f} % of an iteration wait for gradients{path}: one GPU alone would'

@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from onetrain.files import check_regular, is_whole, parse_json, replacing
@@ -118,7 +119,7 @@ class Summary:
         self.best = math.inf
         self.best_iter = None
         self.final = None
-        self.rates, self.mfus, self.peak_gb = _Thinned(), _Thinned(), None
+        self.rates, self.mfus, self.peak_gb = Thinned(), Thinned(), None
 
     def add(self, record: dict) -> None:
         """Take up a record of the log."""
@@ -177,26 +178,29 @@ class Summary:
         }
 
 
-class _Thinned:
-    """Numbers of which, once they are MOST, every other stays, and of those to come as many: enough
-    for a median, in constant memory.
+@dataclass
+class Thinned:
+    """Numbers, or points of a curve, of which, once they are MOST, every other stays, and of those
+    to come as many: enough for a median or a picture, in constant memory.
     """
 
     MOST = 4096
 
-    def __init__(self):
-        self.numbers, self.every, self.seen = [], 1, 0
+    items: list = field(default_factory=list)
+    every: int = 1
+    seen: int = 0
 
-    def add(self, number):
+    def add(self, item: Any) -> None:
+        """Take up the next one."""
         if self.seen % self.every == 0:
-            self.numbers.append(number)
+            self.items.append(item)
         self.seen += 1
-        if len(self.numbers) == self.MOST:
-            self.numbers, self.every = self.numbers[::2], 2 * self.every
+        if len(self.items) == self.MOST:
+            self.items, self.every = self.items[::2], 2 * self.every
 
     def median(self):
         """Return the median, None of no numbers."""
-        return statistics.median(self.numbers) if self.numbers else None
+        return statistics.median(self.items) if self.items else None
 
 
 def _mfu(record):

@@ -163,10 +163,8 @@ class MemoryTable:
         """
         alone = alone and kind == 'part'  # else the layouts without shards take the same
         if (how, alone, kind) not in self.lines:
-            layout, block = (
-                Layout('', 'single' if alone else 'DDP', _SINGLE),
-                self.config.block_size,
-            )
+            layout = Layout('', 'single' if alone else 'DDP', _SINGLE)
+            block = self.config.block_size
             sizes = [n for n in BATCHES if self._loss_kind(layout, n * block) == kind][:5] or [1]
             self.lines[how, alone, kind] = [
                 (n * block, self.predict(layout, how, n, 2)) for n in (sizes[0], sizes[-1])

@@ -17,6 +17,7 @@ from onetrain.planning.memory_table import RECOMPUTATIONS, MemoryTable
 from onetrain.planning.scaling_laws import TOKENS_PER_PARAMETER
 from onetrain.training import validate
 from onetrain.training.memory import SHARE, NotPredicted
+from onetrain.training.outputs import checkpoint_bytes
 from onetrain.training.startup_report import group_lines
 
 if TYPE_CHECKING:
@@ -189,10 +190,7 @@ class RecipePlan:
     @property
     def checkpoint_bytes(self) -> int:
         """Return the size of one checkpoint."""
-        matrices = set(self.model.matrices()) if self.config.optimizer == 'muon' else set()
-        return sum(
-            p.nbytes * (2 if name in matrices else 3) for name, p in self.model.named_parameters()
-        )
+        return checkpoint_bytes(self.model, self.config)
 
     @property
     def checkpoints_kept(self) -> int | None:
@@ -333,17 +331,6 @@ def _hours(hours):
     return f'{hours:,.1f} h' + (f' ({duration(hours * 3600)})' if hours >= 48 else '')
 
 
-def _size(count):
-    """Return such as '1.54 B' or '262.7 M'."""
-    return (
-        f'{count / 1e9:.2f} B'
-        if count >= 1e9
-        else f'{count / 1e6:.1f} M'
-        if count >= 1e6
-        else f'{count:,.0f}'
-    )
-
-
 def _ratio(value):
     return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
 
@@ -375,7 +362,7 @@ def _model_phrases(plan):
         assumed = f', with a vocabulary of {plan.shape.vocab_size:,}, which is assumed'
     return [
         plan.shape.describe(),
-        f'{_size(counts["total"])} parameters{active}{assumed}',
+        f'{_short(counts["total"])} parameters{active}{assumed}',
         roles,
         f'{plan.flops.total / 1e9:.3g} GFLOPs per token ({plan.flops.causal / 1e9:.3g} causal)',
     ]
@@ -386,7 +373,7 @@ def _data_phrases(plan):
     if kept is None:  # all stay
         kept = max(1, plan.iterations // (plan.config.save_interval or plan.iterations))
     return [
-        f'{plan.iterations:,} iterations x {plan.tokens_per_iter:,} = {_size(plan.tokens)} tokens,'
+        f'{plan.iterations:,} iterations x {plan.tokens_per_iter:,} = {_short(plan.tokens)} tokens,'
         f' {_ratio(plan.tokens / plan.counts["total"])} per parameter',
         f'{_epochs(plan)} ({plan.bytes_per_token} bytes a token)',
         f'{kept} checkpoints x {_disk(plan.checkpoint_bytes)}',
@@ -408,7 +395,7 @@ def _loss_phrases(plan):
         f'{plan.loss:.4f} predicted by {plan.law.name}'
         if covered
         else f'{plan.law.name} has no such runs',
-        f'{TOKENS_PER_PARAMETER} tokens per parameter are {_size(best)}',
+        f'{TOKENS_PER_PARAMETER} tokens per parameter are {_short(best)}',
     ]
 
 
@@ -440,7 +427,7 @@ def _time_phrases(plan):
         speed = estimate.speed.describe()
         words = [f'{speed}: {short_number(estimate.tokens_per_sec)} tok/s']
         if plan.args.hours is not None or plan.args.dollars is not None:
-            words += [f'{_size(estimate.tokens)} tokens', f'{estimate.hours:,.1f} h']
+            words += [f'{_short(estimate.tokens)} tokens', f'{estimate.hours:,.1f} h']
         else:
             words.append(_hours(estimate.hours))
         if estimate.dollars is not None:
@@ -480,7 +467,7 @@ def compare_lines(plans: list[RecipePlan]) -> list[str]:
     speeds = [plan.estimate.speed.describe() for plan in plans if plan.estimate]
     lines = group_lines('Model', _model_phrases(first), WIDTH)
     if first.args.tokens is not None:
-        lines.append(f'Tokens:      {_size(first.tokens)} on each machine')
+        lines.append(f'Tokens:      {_short(first.tokens)} on each machine')
     lines += [
         f'Each machine as it does best{f", at {speeds[0]}" if speeds else ""}:',
         f'{"":15} {"layout":<13} {"recompute":<9} {"batch":>5} {"GB":>6} {"tokens":>8}'

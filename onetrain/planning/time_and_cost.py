@@ -63,9 +63,7 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
     other GPUs where `machine` is given, else what it did where it ran. Raises UserError.
     """
     run = load_run([path])
-    rates = run.columns['tokens_per_sec']
-    rates = rates[len(rates) // 2 :]
-    rates = rates[np.isfinite(rates) & (rates > 0)]
+    rates = _last_half(run.columns['tokens_per_sec'])
     startup = run.startup_info
     per_token = number((startup.get('model') or {}).get('flops_per_token'))
     if not len(rates) or not per_token > 0:
@@ -75,9 +73,7 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
     achieved = float(np.median(rates)) * per_token
     if machine is None:
         return Speed(achieved, None, f'as measured in {path}', evaluation_seconds(run))
-    shares = run.columns['mfu_percent']
-    shares = shares[len(shares) // 2 :]
-    shares = shares[np.isfinite(shares) & (shares > 0)]
+    shares = _last_half(run.columns['mfu_percent'])
     peak = machine.peak(dtype)
     if not len(shares) or peak is None:
         raise UserError(
@@ -86,6 +82,12 @@ def measured_speed(path: str, machine: 'Machine | None', dtype: str) -> Speed:
         )
     share = float(np.median(shares)) / 100
     return Speed(peak * share, share, f'as in {path}')
+
+
+def _last_half(values):
+    """Return what is measured in the last half of the values of a log."""
+    values = values[len(values) // 2 :]
+    return values[np.isfinite(values) & (values > 0)]
 
 
 def evaluation_seconds(run: 'Run') -> float | None:

@@ -16,7 +16,8 @@ import typing
 from dataclasses import dataclass, field
 
 from onetrain.command_line import ROOT
-from onetrain.config import UserError, check_type, nearest, parse_value, resolve
+from onetrain.config import UserError, check_type, nearest, resolve, typed_value
+from onetrain.distributed.topology import named_gpus
 from onetrain.files import replacing
 from onetrain.logs.terminal import duration, short_number
 from onetrain.watch.follow import Follower, Standing, lock_holder
@@ -74,7 +75,7 @@ def _split(key, text, hints):
     ):
         return []
     values = [
-        check_type(key, parse_value(word.strip()), hints[key], 'command line')
+        check_type(key, typed_value(word.strip(), hints[key]), hints[key], 'command line')
         for word in text.split(',')
     ]
     if len({repr(value) for value in values}) < len(values):
@@ -405,11 +406,8 @@ def _words(there):
 
 def _gpus() -> list[int]:
     """Return the numbers of the GPUs that may be used, [] without nvidia-smi."""
-    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if visible is not None:
-        return (
-            [int(gpu) for gpu in visible.split(',')] if re.fullmatch(r'\d+(,\d+)*', visible) else []
-        )
+    if 'CUDA_VISIBLE_DEVICES' in os.environ:
+        return named_gpus() or []
     if not shutil.which('nvidia-smi'):
         return []
     try:

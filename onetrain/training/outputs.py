@@ -154,9 +154,6 @@ def open_log(
 def _watch_over(c, outputs, model, session):
     """Have the run warned of what goes wrong."""
     world = session.world
-    slow_path = None
-    if world.device.type == 'cuda' and world.local_size > 1:
-        slow_path = topology.slowest_path(topology.read_topology(world.local_size))
     alerts = Alerts(
         session.log,
         outputs.run_name,
@@ -164,7 +161,7 @@ def _watch_over(c, outputs, model, session):
         max_iters=c.max_iters,
         url=c.notify,
         checkpoint_bytes=checkpoint_bytes(model, c),
-        slow_path=slow_path,
+        slow_path=lambda: topology.slowest_path(topology.read_topology(world.local_size)),
     )
     session.log.sinks.append(alerts.sink)
     if session.telemetry:

@@ -21,7 +21,7 @@ from typing import Any
 from onetrain.config import UserError, nearest_path
 from onetrain.files import check_regular, is_whole, open_url, redact, sentence
 from onetrain.logs.read_log import LogError, NothingLogged, load_run, number
-from onetrain.logs.run_json import parse_record
+from onetrain.logs.run_json import Thinned, parse_record
 from onetrain.logs.telemetry import metrics_name
 
 # the curves that are kept, and the column of read_log.py that each is
@@ -31,7 +31,7 @@ CURVES = {
     'grad_norm': 'gradients.global_norm',
     'lr': 'lr',
 }
-KEPT = 4000  # points of a curve; one with twice as many is thinned
+KEPT = Thinned.MOST  # points of a curve, at most
 RECENT = 200  # logged iterations that are kept
 LATELY = 20  # of these, over which medians of speed and waits are
 STALE_INTERVALS = 5  # without a record, after which a run is stale
@@ -44,24 +44,25 @@ _SEEN_BYTES = 64  # before what is new, by which a log that was cut is noticed
 
 @dataclass
 class Curve:
-    """Points of a curve; of a long one every so-and-so-many-th."""
+    """Points (iteration, value) of a curve, thinned where they are many."""
 
-    iters: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    stride: int = 1
-    passed: int = 0
+    points: Thinned = field(default_factory=Thinned)
+
+    @property
+    def iters(self) -> list[int]:
+        """Return the iterations of the points."""
+        return [step for step, _ in self.points.items]
+
+    @property
+    def values(self) -> list[float]:
+        """Return the values of the points."""
+        return [value for _, value in self.points.items]
 
     def add(self, step: int, value: Any) -> None:
         """Add a point; a value that is no finite number is left out."""
         value = number(value)
-        self.passed += 1
-        if value != value or (self.passed - 1) % self.stride:
-            return
-        self.iters.append(step)
-        self.values.append(value)
-        if len(self.iters) >= 2 * KEPT:
-            del self.iters[1::2], self.values[1::2]
-            self.stride *= 2
+        if value == value:
+            self.points.add((step, value))
 
 
 @dataclass

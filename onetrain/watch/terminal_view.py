@@ -92,7 +92,10 @@ def _rest(n):
     words = [f'{short_number(n["tokens_seen"])} tokens'] if 'tokens_seen' in n else []
     words += [f'lr {n["lr"]:.2e}'] if 'lr' in n else []
     words += [f'norm {n["grad_norm"]:.3f}'] if 'grad_norm' in n else []
-    words += [f'saved {int(n["checkpoint_iter"]):,}'] if 'checkpoint_iter' in n else []
+    if 'checkpoint_iter' in n:
+        stall = n.get('checkpoint_stall_ms')
+        waited = '' if stall is None else f' (waited {stall:.0f} ms)'
+        words.append(f'saved {int(n["checkpoint_iter"]):,}{waited}')
     words += [f'skipped {int(n["skipped"])}'] if n.get('skipped') else []
     words += [f'expert load {n["expert_load"]:.0f}'] if 'expert_load' in n else []
     if 'cost' in n:

@@ -16,11 +16,11 @@ import time
 from collections.abc import Sequence
 from http import HTTPStatus
 from importlib import resources
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from onetrain.config import UserError, shortened
+from onetrain.files import replacing
 from onetrain.watch.follow import Follower, Standing
 from onetrain.watch.terminal_view import gpu_phrases, machine_phrases, plain
 
@@ -128,7 +128,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, followers: Sequence[Follower], host: str, port: int, refresh: float):
-        self.followers, self.refresh = followers, refresh
+        self.followers, self.host, self.refresh = followers, host, refresh
         self.token = None if host in LOOPBACK else secrets.token_urlsafe(16)
         self.lock = threading.Lock()  # a follower is read by one thread at a time
         self.looked, self.standings = 0.0, [each.look() for each in followers]
@@ -163,9 +163,11 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def address(self) -> str:
         """Return the URL to open."""
-        host, port = self.server_address[:2]
-        shown = 'localhost' if self.token is None else os.uname().nodename
-        return f'http://{shown}:{port}/' + (f'?token={self.token}' if self.token else '')
+        shown = 'localhost' if self.token is None else self.host
+        shown = os.uname().nodename if shown == '0.0.0.0' else shown
+        return f'http://{shown}:{self.server_address[1]}/' + (
+            f'?token={self.token}' if self.token else ''
+        )
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -182,7 +184,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not self._allowed(query):
             return
         if url.path == '/runs':
-            self._answer_with(lambda: self._json(query))
+            self._answer_with(self._json)
         elif url.path == '/log':
             self._answer_with(lambda: self._log(query))
         elif url.path in ('/', '/page.css', '/page.js'):
@@ -202,7 +204,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except (UserError, OSError, ValueError, ArithmeticError) as error:
             self._send(str(error).encode(), 'text/plain; charset=utf-8', status=500)
 
-    def _json(self, query):
+    def _json(self):
         data = page_data(self.server.look(), self.server.refresh)
         return json.dumps(data).encode(), 'application/json'
 
@@ -218,7 +220,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         token = self.server.token
         if token is None:
             # another site whose name leads here may not read it through a browser
-            if (self.headers.get('Host') or '').rsplit(':', 1)[0].strip('[]') in LOOPBACK:
+            if (self.headers.get('Host') or '').rsplit(':', 1)[0] in LOOPBACK:
                 return True
             self.send_error(HTTPStatus.FORBIDDEN, 'open it as localhost')
             return False
@@ -256,4 +258,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def write_report(standings: Sequence[Standing], path: str) -> None:
     """Write report() to the file `path`."""
-    Path(path).write_text(report(standings), encoding='utf-8')
+    page = report(standings)
+    with replacing(path, 'w') as f:
+        f.write(page)

@@ -96,6 +96,8 @@ def test_what_is_swept():
     assert axes == {'learning_rate': [1e-3, 3e-3], 'optimizer': ['adamw', 'muon']} and not files
     assert fixed == ['--dataset=a:0.7,b:0.3', '--n_layer=2']
     made = Sweep(files, axes, fixed, 'nowhere')
+    _, axes, _ = combinations(['--activation_checkpointing=none,full'])
+    assert axes == {'activation_checkpointing': ['none', 'full']}
     assert len(made.trials) == 4 and made.trials[1].name == 'learning_rate=0.001,optimizer=muon'
     assert math.isnan(made.trials[0].loss)
 

@@ -7,7 +7,7 @@ const SHOWN = [
   ['bits_per_byte', 'bits per byte', 3], ['tokens_per_sec', 'tokens/s', 0],
   ['mfu_percent', 'MFU %', 1], ['time_ms', 'ms per iteration', 0], ['memory_gb', 'memory GB', 2],
   ['data_wait_percent', 'waits for data %', 1], ['comm_wait_percent', 'waits for gradients %', 1],
-  ['checkpoint_iter', 'last checkpoint', 0], ['skipped', 'skipped', 0],
+  ['checkpoint_iter', 'last checkpoint', 0], ['checkpoint_stall_ms', 'waited for it, ms', 0], ['skipped', 'skipped', 0],
   ['expert_load', 'expert load', 0], ['cost', 'cost $', 2], ['cost_total', 'cost at the end $', 2],
 ];
 const BUTTONS = ['toImage', 'zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d'];

@@ -72,8 +72,10 @@ def _progress(n, state):
 def _losses(n):
     words = [f'loss {n["loss"]:.4f} (last 10)'] if 'loss' in n else []
     if 'val_loss' in n:
-        words.append(f'val {n["val_loss"]:.4f} at {int(n.get("val_iter", 0)):,}')
-        words.append(f'best {n["best_val_loss"]:.4f} at {int(n["best_val_iter"]):,}')
+        last, best = int(n.get('val_iter', 0)), int(n['best_val_iter'])
+        words.append(f'val {n["val_loss"]:.4f} at {last:,}' + ', the best' * (last == best))
+        if last != best:
+            words.append(f'best {n["best_val_loss"]:.4f} at {best:,}')
     words += [f'{n["bits_per_byte"]:.3f} bits/byte'] if 'bits_per_byte' in n else []
     return words
 
